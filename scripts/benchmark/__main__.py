@@ -1,0 +1,138 @@
+"""The command line of the bench; see ``scripts/bench --help``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+
+import click
+import psutil
+from rich.console import Console
+from rich.progress import Progress
+
+from scripts.benchmark.memory import Memory, measure_memory
+from scripts.benchmark.report import Result, as_json, print_memory, print_results
+from scripts.benchmark.servers import SERVERS, ServerError, versions
+from scripts.benchmark.workloads import MIB, WORKLOADS, make_images, measure, settle
+
+FORMATS = ("raw", "qcow2")
+MEMORY = "memory"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--runs",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Runs of each; the median counts.",
+)
+@click.option("--runtime", type=float, default=3.0, show_default=True, help="Seconds of each run.")
+@click.option("--size", type=click.IntRange(min=16), default=1024, show_default=True, help="Image size in MiB.")
+@click.option("--quick", is_flag=True, help="Two runs of one second on 256 MiB.")
+@click.option("--workload", "-w", "names", multiple=True, type=click.Choice([*WORKLOADS, MEMORY]), help="Only this.")
+@click.option("--format", "-f", "formats", multiple=True, type=click.Choice(FORMATS), help="Only this.")
+@click.option("--server", "-s", "servers", multiple=True, type=click.Choice(list(SERVERS)), help="Only this.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all runs here.")
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the images go.",
+)
+def main(
+    runs: int,
+    runtime: float,
+    size: int,
+    quick: bool,
+    names: tuple[str, ...],
+    formats: tuple[str, ...],
+    servers: tuple[str, ...],
+    json_file: Path | None,
+    folder: Path | None,
+) -> None:
+    """Compare `fusedisk mount` with qemu-storage-daemon's FUSE export.
+
+    Both serve the same fully allocated image, warm in the page cache, in turns; fio measures with direct I/O.
+    The ratio is ours divided by theirs. The memory of both is taken with a 1 TiB qcow2 mounted.
+    """
+    if quick:
+        runs, runtime, size = 2, 1.0, 256
+    names = names or (*WORKLOADS, MEMORY)
+    formats = formats or FORMATS
+    chosen = list(servers or SERVERS)
+    console = Console()
+    signal.signal(signal.SIGTERM, _interrupt)
+    console.print(", ".join(f"{name} {version}" for name, version in versions().items()), style="dim")
+    with tempfile.TemporaryDirectory(prefix="fusedisk-bench.", dir=folder) as temporary:
+        place = Path(temporary).resolve()
+        results: list[Result] = []
+        if set(names) != {MEMORY}:
+            results = compare(console, place, chosen, names, formats, runs, runtime, size)
+            print_results(console, results, chosen)
+        memory: dict[str, Memory] = {}
+        failed = any(result.errors for result in results)
+        if MEMORY in names:
+            for server in chosen:
+                try:
+                    memory[server] = measure_memory(server, place)
+                except (ServerError, OSError, psutil.Error) as exc:
+                    failed = True
+                    console.print(f"failed: {server}, memory: {exc}", markup=False)
+            print_memory(console, memory)
+    if json_file is not None:
+        settings = {"runs": runs, "runtime": runtime, "size": size * MIB}
+        json_file.write_text(json.dumps(as_json(results, memory, settings), indent=2) + "\n")
+        console.print(f"All runs are in {json_file}.", markup=False)
+    sys.exit(1 if failed else 0)
+
+
+def compare(
+    console: Console,
+    place: Path,
+    servers: list[str],
+    names: tuple[str, ...],
+    formats: tuple[str, ...],
+    runs: int,
+    runtime: float,
+    size: int,
+) -> list[Result]:
+    """Measure every workload on every format, the servers taking turns; who goes first alternates, too."""
+    workloads = [WORKLOADS[name] for name in names if name in WORKLOADS]
+    results = [Result(fmt, workload) for fmt in formats for workload in workloads]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("making the images", total=len(results) * runs * len(servers))
+        images = make_images(place, size * MIB, formats)
+        for result in results:
+            progress.update(task, description=f"{result.fmt} {result.workload.name}")
+            for turn in range(runs):
+                for server in servers if turn % 2 == 0 else servers[::-1]:
+                    if server not in result.errors:
+                        measure_once(result, server, images[result.fmt], place, runtime)
+                    progress.advance(task)
+    return results
+
+
+def measure_once(result: Result, server: str, image: Path, place: Path, runtime: float) -> None:
+    """Add one run of one server to *result*, or the reason why there is none."""
+    settle(image)
+    try:
+        with SERVERS[server](image, result.fmt, place) as served:
+            rate = measure(result.workload, served.path, runtime)
+    except (ServerError, OSError, psutil.Error) as exc:
+        result.errors[server] = str(exc)
+    else:
+        result.runs.setdefault(server, []).append(rate)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Let SIGTERM unwind like Ctrl-C, so that nothing stays mounted."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The two programs that are compared: each serves an image as a flat file while a ``with`` block runs."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+COMMAND_TIMEOUT = 60.0
+"""Seconds that mounting or unmounting may take."""
+
+FUSEDISK = [sys.executable, "-c", "from fusedisk.cli.main import main; main()"]
+"""The command line of this checkout, whether it is installed or not."""
+
+
+class ServerError(Exception):
+    """A server did not start, or a command of ours failed; the message holds its last words."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """An image that is being served as a flat file."""
+
+    path: Path
+    """The flat file."""
+    process: psutil.Process
+    """The daemon behind it."""
+
+
+Server = Callable[[Path, str, Path], AbstractContextManager[Served]]
+"""Called with image, format and an empty directory to mount in."""
+
+
+@contextmanager
+def fusedisk(image: Path, fmt: str, folder: Path) -> Iterator[Served]:
+    """Serve *image* by ``fusedisk mount``; raises ServerError."""
+    mountpoint = folder / "fusedisk"
+    mountpoint.mkdir()
+    pid_file = folder / "fusedisk.pid"
+    mount = ["mount", "--format", fmt, "--name", "disk", "--pid-file", str(pid_file), str(image)]
+    with _cleaned_up(mountpoint, pid_file):
+        run([*FUSEDISK, *mount, str(mountpoint)])
+        process = _process_of(pid_file)
+        yield Served(mountpoint / "disk", process)
+        run([*FUSEDISK, "umount", "--wait", "--timeout", "30", str(mountpoint)])
+        _wait_for_end(process.pid)
+
+
+@contextmanager
+def qemu_storage_daemon(image: Path, fmt: str, folder: Path) -> Iterator[Served]:
+    """Serve *image* by qemu-storage-daemon's FUSE export; raises ServerError."""
+    mountpoint = folder / "qemu"
+    mountpoint.touch()
+    pid_file = folder / "qemu.pid"
+    with _cleaned_up(mountpoint, pid_file):
+        options = (
+            f"--pidfile={pid_file}",
+            f"--blockdev=driver=file,node-name=file,filename={_escaped(image)}",
+            f"--blockdev=driver={fmt},node-name=disk,file=file",
+            f"--export=type=fuse,id=e,node-name=disk,writable=on,mountpoint={_escaped(mountpoint)}",
+        )
+        run(["qemu-storage-daemon", "--daemonize", *options])
+        process = _process_of(pid_file)
+        yield Served(mountpoint, process)
+        run(["umount", str(mountpoint)] if os.geteuid() == 0 else ["fusermount3", "-u", str(mountpoint)])
+        process.send_signal(signal.SIGTERM)
+        _wait_for_end(process.pid)
+
+
+SERVERS: dict[str, Server] = {"fusedisk": fusedisk, "qemu-storage-daemon": qemu_storage_daemon}
+
+
+def run(command: list[str], timeout: float = COMMAND_TIMEOUT) -> str:
+    """Run a command and return its stdout; raises ServerError with its last words when it fails or hangs.
+
+    Output goes through a file: a daemon that keeps our pipe open must not make us wait for it.
+    """
+    with os.fdopen(os.memfd_create("output"), "w+", errors="replace") as output:
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"{_short(command)} did not end within {timeout:.0f} seconds") from None
+        output.seek(0)
+        text = output.read()
+    if done.returncode != 0:
+        last = "\n".join(text.strip().splitlines()[-5:])
+        raise ServerError(f"{_short(command)} exited {done.returncode}: {last}")
+    return text
+
+
+def versions() -> dict[str, str]:
+    """What is compared, by name; empty where it cannot be told."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        ours = version("fusedisk")
+    except PackageNotFoundError:
+        ours = ""
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    theirs = run(["qemu-storage-daemon", "--version"]).splitlines()[0].split("version ")[-1].split()[0]
+    return {"fusedisk": f"{ours} {commit}".strip(), "qemu-storage-daemon": theirs}
+
+
+@contextmanager
+def _cleaned_up(mountpoint: Path, pid_file: Path) -> Iterator[None]:
+    """Leave neither daemon nor mount behind, whatever happened inside, and an empty folder."""
+    try:
+        yield
+    finally:
+        if pid_file.exists() and pid_file.read_text().strip():
+            _end(int(pid_file.read_text()))
+        if _mounted(mountpoint):
+            lazy = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
+            subprocess.run([*lazy, str(mountpoint)], check=False)
+        pid_file.unlink(missing_ok=True)
+        if mountpoint.is_dir():
+            mountpoint.rmdir()
+        else:
+            mountpoint.unlink()
+
+
+def _end(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        _wait_for_end(pid)
+
+
+def _wait_for_end(pid: int) -> None:
+    """Wait until a process, which need not be our child, has ended; raises ServerError when it does not."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not select.select([fd], [], [], COMMAND_TIMEOUT)[0]:
+            raise ServerError(f"the daemon (process {pid}) did not end within {COMMAND_TIMEOUT:.0f} seconds")
+    finally:
+        os.close(fd)
+
+
+def _mounted(path: Path) -> bool:
+    return any(line.split()[4] == str(path) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
+def _process_of(pid_file: Path) -> psutil.Process:
+    return psutil.Process(int(pid_file.read_text()))
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace(",", ",,")
+
+
+def _short(command: list[str]) -> str:
+    words = ["fusedisk", *command[len(FUSEDISK) :]] if command[: len(FUSEDISK)] == FUSEDISK else command
+    return " ".join(words)
