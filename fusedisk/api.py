@@ -1,0 +1,256 @@
+"""The library: open a disk image and use it as one flat disk, in trio.
+
+All offsets and lengths are bytes, ranges are half-open, and every expected failure is a class of
+:mod:`fusedisk.core.errors`. For code outside trio see :mod:`fusedisk.sync`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+import trio
+
+from fusedisk.block.backend import Backend
+from fusedisk.block.cache_modes import CACHE_MODES
+from fusedisk.block.create import create_image
+from fusedisk.block.extent import BlockStatus
+from fusedisk.block.filenames import has_protocol, parse_argument
+from fusedisk.block.gate import Gate
+from fusedisk.block.graph import Graph
+from fusedisk.block.information import chain_information, image_information
+from fusedisk.block.mapping import MapEntry, map_entries
+from fusedisk.block.node import NodeConfig
+from fusedisk.core.errors import FusediskError, OptionError
+from fusedisk.drivers.table import DRIVERS
+
+Image: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+"""What to open: a path, ``proto:name``, ``json:{…}`` or dotted options (``driver=qcow2,file.filename=x``) as text; a
+path-like object, which is a path and nothing else; or nested options."""
+
+Preallocation: TypeAlias = Literal["off", "metadata", "falloc", "full"]
+Data: TypeAlias = bytes | bytearray | memoryview
+
+
+class Disk:
+    """An open image as a flat disk.
+
+    Made by :func:`open`. Several tasks may use it at once; overlapping requests in flight have no order among
+    themselves, as on a real disk. A request that is not on the disk raises OutOfRangeError and changes nothing.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @property
+    def size(self) -> int:
+        """Length of the disk."""
+        return self._backend.length
+
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        return self._backend.writable
+
+    @property
+    def format(self) -> str:
+        """The image's format, such as ``qcow2``."""
+        return self._backend.node.driver.name
+
+    @property
+    def filename(self) -> str:
+        """A name that opens the same disk again; plain where that says it all, ``json:{…}`` otherwise."""
+        return self._backend.node.printable_name
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``offset``."""
+        return bytes(await self._backend.read(offset, length))
+
+    async def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill the whole of ``buffer`` from ``offset``; saves the copy that :meth:`read` makes."""
+        await self._backend.read_into(offset, memoryview(buffer).cast("B"))
+
+    async def write(self, offset: int, data: Data, *, fua: bool = False) -> None:
+        """Write all of ``data`` at ``offset``; ``fua``: it is on stable storage on return.
+
+        Raises ReadOnlyError, and NoSpaceError where the host is full.
+        """
+        await self._backend.write(offset, data, fua=fua)
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
+        """Make a range read as zeroes, without writing them out where it can; ``may_unmap`` lets its space go."""
+        await self._backend.write_zeroes(offset, length, may_unmap=may_unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give a range up: its space may go, it then reads as zeroes or as before. What is not aligned to the image's
+        clusters stays."""
+        await self._backend.discard(offset, length)
+
+    async def flush(self) -> None:
+        """On return all writes answered before are on stable storage."""
+        await self._backend.flush()
+
+    async def truncate(self, size: int, *, preallocation: Preallocation = "off") -> None:
+        """Resize the disk; what is added reads as zeroes. Raises NotSupportedError where the format or mode cannot."""
+        await self._backend.truncate(size, preallocation)
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """Status of a prefix of the range: its length, whether it holds data or reads as zeroes, which layer of the
+        chain holds it, and where on the host."""
+        return await self._backend.block_status(offset, length)
+
+    def extents(self, start: int = 0, length: int | None = None) -> AsyncIterator[MapEntry]:
+        """All of a range, by default of the disk, as the entries of ``qemu-img map``, in order and without gaps.
+
+        Streams: one entry is in memory at a time. Iterate with ``async for``.
+        """
+        return map_entries(self._backend, start, length)
+
+    async def info(self) -> dict[str, Any]:
+        """The keys and values of ``qemu-img info --output=json``."""
+        return await image_information(self._backend.node)
+
+    async def info_chain(self) -> list[dict[str, Any]]:
+        """:meth:`info` of the image and of each of its backing files, from the top down."""
+        return await chain_information(self._backend.node)
+
+    async def close(self) -> None:
+        """Flush and close, as leaving the ``async with`` block does. Later requests raise NoMediumError."""
+        with trio.CancelScope(shield=True):
+            await self._backend.graph.close()
+
+
+def open(
+    image: Image,
+    *,
+    writable: bool = False,
+    format: str | None = None,
+    cache: Literal["writeback", "writethrough", "none", "directsync", "unsafe"] = "writeback",
+    discard: Literal["unmap", "ignore"] = "unmap",
+    detect_zeroes: Literal["off", "on", "unmap"] = "off",
+    copy_on_read: bool = False,
+    force_share: bool = False,
+    allow_paths: Iterable[str | os.PathLike[str]] = (),
+    allow_any_reference: bool = False,
+) -> contextlib.AbstractAsyncContextManager[Disk]:
+    """Open an image with its whole backing chain: ``async with fusedisk.open("vm.qcow2") as disk``.
+
+    ``format`` is found out by the image's first bytes if not given; give it for raw images whose content is not yours.
+    ``cache`` is one of QEMU's modes. ``discard="ignore"`` drops discards. ``detect_zeroes`` turns writes of zeroes into
+    :meth:`Disk.write_zeroes`. ``copy_on_read`` keeps in the image what was read from its backing file; it needs
+    ``writable``. ``force_share`` looks at an image that another process writes to; not with ``writable``. Backing files
+    may lie in the image's own directory tree and in ``allow_paths``, anywhere with ``allow_any_reference``. Options
+    inside ``image`` go before these.
+
+    Entering the block raises HostError (missing, no access), ImageError (broken, unknown feature), LockConflictError
+    (another process uses it), GateError (refused reference) or OptionError (wrong options). Leaving it flushes; where
+    the flush fails, that raises.
+    """
+    _check_choice("cache", cache, CACHE_MODES)
+    _check_choice("discard", discard, ("unmap", "ignore"))
+    _check_choice("detect_zeroes", detect_zeroes, ("off", "on", "unmap"))
+    if copy_on_read and not writable:
+        raise OptionError("copy_on_read keeps what is read in the image, so it needs writable=True.")
+    mode = CACHE_MODES[cache]
+    config = NodeConfig(
+        force_share=force_share,
+        cache_direct=mode.direct,
+        cache_no_flush=mode.no_flush,
+        discard_unmap=discard == "unmap",
+        detect_zeroes=detect_zeroes,
+        copy_on_read=copy_on_read,
+    )
+    return _Opening(image, format, writable, config, mode.write_cache, _gate(allow_paths, allow_any_reference))
+
+
+class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
+    """What :func:`open` returns."""
+
+    def __init__(
+        self, image: Image, format: str | None, writable: bool, config: NodeConfig, write_cache: bool, gate: Gate
+    ) -> None:
+        self._image = image
+        self._format, self._writable, self._config = format, writable, config
+        self._write_cache = write_cache
+        self._gate = gate
+        self._disk: Disk | None = None
+
+    async def __aenter__(self) -> Disk:
+        graph = Graph(DRIVERS, self._gate)
+        backend = await graph.open_backend(
+            _specification(self._image),
+            writable=self._writable,
+            format=self._format,
+            config=self._config,
+            write_cache=self._write_cache,
+        )
+        backend.name = backend.node.filename  # what errors call it
+        self._disk = Disk(backend)
+        return self._disk
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._disk is not None
+        try:
+            await self._disk.close()
+        except FusediskError as failure:
+            if exc is None:
+                raise
+            exc.add_note(f"while closing the disk: {failure}")
+
+
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise OptionError(f"{name} is '{value}', but one of {', '.join(choices)} was wanted.")
+
+
+def _gate(allow_paths: Iterable[str | os.PathLike[str]], allow_any: bool) -> Gate:
+    return Gate([os.fspath(path) for path in allow_paths], allow_any=allow_any)
+
+
+def _specification(image: Image) -> str | dict[str, Any]:
+    if isinstance(image, str):
+        return parse_argument(image)
+    if isinstance(image, os.PathLike):
+        path = os.fspath(image)
+        return f"./{path}" if has_protocol(path) else path
+    return dict(image)
+
+
+async def create(
+    filename: str | os.PathLike[str],
+    format: str,
+    size: int | str | None = None,
+    *,
+    backing: str | os.PathLike[str] | None = None,
+    backing_format: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    check_backing: bool = True,
+    allow_paths: Iterable[str | os.PathLike[str]] = (),
+    allow_any_reference: bool = False,
+) -> None:
+    """Make a new image with a disk of ``size`` bytes (or text such as ``"10G"``), rounded up to whole 512-byte sectors.
+
+    An existing file is replaced, unless another process uses it. ``backing`` is named as seen from the new image, needs
+    ``backing_format``, and gives the size where none is given; ``check_backing=False`` does not look at it. ``options``
+    are the format's (``cluster_size``, ``compat``, …); ``fusedisk create -f FORMAT -o help`` lists them.
+
+    Raises OptionError, HostError, NoSpaceError, LockConflictError, and the errors of :func:`open` for the backing file;
+    no new file stays behind then.
+    """
+    given = dict(options or {})
+    apart = {"size": size, "backing_file": backing, "backing_fmt": backing_format}
+    for key, value in apart.items():
+        if value is not None:
+            if key in given:
+                raise OptionError(f"the option '{key}' of the new image is given twice.")
+            given[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    path = os.fspath(filename)
+    if not isinstance(filename, str) and has_protocol(path):
+        path = f"./{path}"
+    gate = _gate(allow_paths, allow_any_reference)
+    await create_image(DRIVERS, format, path, given, gate=gate, check_backing=check_backing)

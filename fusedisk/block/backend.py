@@ -1,0 +1,225 @@
+"""A user of a graph: the root edge, and the place where every request in the system starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from fusedisk.block import io, permissions, status
+from fusedisk.block.child import Child
+from fusedisk.block.driver import FUA, MAY_UNMAP
+from fusedisk.block.extent import BlockStatus
+from fusedisk.core.errors import NoMediumError, OutOfRangeError
+
+if TYPE_CHECKING:
+    from fusedisk.block.graph import Graph
+    from fusedisk.block.node import Node
+
+
+class Accounting:
+    """What went through a backend: operations, bytes and failures of each kind."""
+
+    __slots__ = ("bytes_read", "bytes_written", "discards", "failed", "flushes", "reads", "writes", "zeroes")
+
+    def __init__(self) -> None:
+        self.reads = self.bytes_read = 0
+        self.writes = self.bytes_written = 0
+        self.zeroes = self.discards = self.flushes = self.failed = 0
+
+
+class Backend:
+    """A block device as its user sees it: an export, a job, the library.
+
+    Holds permissions on its root node, checks ranges, counts requests in flight so that the graph below can be drained
+    and changed, and turns write-through mode into FUA. Made by :meth:`Graph.attach`.
+    """
+
+    def __init__(self, graph: Graph, name: str, *, write_cache: bool = True) -> None:
+        self.graph = graph
+        self.name = name
+        self.write_cache = write_cache
+        """False: each write is on stable storage when it is answered."""
+        self.accounting = Accounting()
+        self.on_resize: list[Callable[[int], None]] = []
+        self.root: Child | None = None
+        self.in_flight = 0
+        self._quiesced = 0
+        self._resume: trio.Event | None = None
+        self._idle: trio.Event | None = None
+
+    @property
+    def node(self) -> Node:
+        """The root node; raises NoMediumError once closed."""
+        if self.root is None:
+            raise NoMediumError(f"'{self.name}' is closed.")
+        return self.root.node
+
+    @property
+    def length(self) -> int:
+        """Virtual length in bytes."""
+        return self.node.length
+
+    @property
+    def writable(self) -> bool:
+        """Whether writes are possible."""
+        return self.root is not None and bool(self.root.perm & permissions.WRITE)
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``. Raises OutOfRangeError past the end."""
+        length = len(buffer)
+        node = await self._begin(offset, length)
+        try:
+            await io.read(node, offset, buffer)
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        finally:
+            self._end()
+        self.accounting.reads += 1
+        self.accounting.bytes_read += length
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """``length`` bytes from ``offset``. Raises OutOfRangeError past the end."""
+        if length > self.length - offset or length < 0:
+            self._out_of_range(offset, length)
+        buffer = bytearray(length)
+        await self.read_into(offset, memoryview(buffer))
+        return buffer
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
+        """Write all of ``data``. Raises OutOfRangeError past the end; ``fua``: it is on stable storage afterwards."""
+        buffer = memoryview(data).cast("B")
+        node = await self._begin(offset, len(buffer))
+        try:
+            await io.write(node, offset, (buffer,), 0 if self.write_cache and not fua else FUA)
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        finally:
+            self._end()
+        self.accounting.writes += 1
+        self.accounting.bytes_written += len(buffer)
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
+        """Make a range read as zeroes; ``may_unmap`` lets the space go."""
+        node = await self._begin(offset, length)
+        try:
+            await io.write_zeroes(
+                node,
+                offset,
+                length,
+                (MAY_UNMAP if may_unmap else 0) | (0 if self.write_cache else FUA),
+            )
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        finally:
+            self._end()
+        self.accounting.zeroes += 1
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The range's content no longer matters; it reads as before or as zeroes."""
+        node = await self._begin(offset, length)
+        try:
+            await io.discard(node, offset, length)
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        finally:
+            self._end()
+        self.accounting.discards += 1
+
+    async def flush(self) -> None:
+        """Put every write answered before on stable storage."""
+        node = await self._begin(0, 0)
+        try:
+            await io.flush(node)
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        finally:
+            self._end()
+        self.accounting.flushes += 1
+
+    async def truncate(self, length: int, preallocation: str = "off") -> None:
+        """Resize the disk."""
+        node = await self._begin(0, 0)
+        try:
+            await io.truncate(node, length, preallocation)
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        finally:
+            self._end()
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """Status of a prefix of the range through the whole chain."""
+        node = await self._begin(offset, length)
+        try:
+            return await status.chain_status(node, offset, length)
+        finally:
+            self._end()
+
+    async def close(self) -> None:
+        """Flush, let go of the root node, and close what nobody else uses."""
+        await self.graph.detach(self)
+
+    # --- counting and quiescing -------------------------------------------------------------------------
+
+    async def _begin(self, offset: int, length: int) -> Node:
+        while self._quiesced:
+            if self._resume is None:
+                self._resume = trio.Event()
+            await self._resume.wait()
+        root = self.root
+        if root is None:
+            raise NoMediumError(f"'{self.name}' is closed.")
+        if offset < 0 or length < 0 or offset + length > root.node.length:
+            self._out_of_range(offset, length)
+        self.in_flight += 1
+        return root.node
+
+    def _end(self) -> None:
+        self.in_flight -= 1
+        if self._idle is not None and not self.in_flight:
+            self._idle.set()
+
+    def _out_of_range(self, offset: int, length: int) -> None:
+        raise OutOfRangeError(
+            f"'{self.name}' is {self.length} bytes long, a request for {length} bytes at {offset} goes past its end."
+        )
+
+    def quiesce(self) -> None:
+        """Let no new request start until ``resume``; may be nested."""
+        self._quiesced += 1
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is in flight. Never call it from inside a request of this backend."""
+        while self.in_flight:
+            if self._idle is None or self._idle.is_set():
+                self._idle = trio.Event()
+            await self._idle.wait()
+
+    async def last_flush(self) -> None:
+        """Flush although quiesced, before the backend lets go; counted, so that the graph does not change meanwhile."""
+        self.in_flight += 1
+        try:
+            await io.flush(self.node)
+        finally:
+            self._end()
+
+    def resume(self) -> None:
+        """Undo one ``quiesce``."""
+        self._quiesced -= 1
+        if not self._quiesced and self._resume is not None:
+            self._resume.set()
+            self._resume = None
+
+    def notify_resize(self) -> None:
+        """Tell the user about the new length."""
+        for callback in self.on_resize:
+            callback(self.length)

@@ -1,0 +1,171 @@
+"""Checking images: what is found, and how an image is opened for it.
+
+A check looks at the storage of an image, not at its disk: neither backing files nor keys nor data files are needed, and
+an image that is marked dirty or corrupt opens like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import trio
+
+from fusedisk.block import io, permissions
+from fusedisk.block.driver import Driver
+from fusedisk.block.filenames import parse_filename
+from fusedisk.block.gate import Gate
+from fusedisk.block.graph import Graph
+from fusedisk.block.node import Node, NodeConfig
+from fusedisk.block.opening import common_options
+from fusedisk.block.registry import Registry
+from fusedisk.core.errors import OptionError
+from fusedisk.core.options import nest
+
+MAX_FINDINGS = 1000
+"""Findings that are kept as sentences; all are counted."""
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and how much there is to do as far as is known by then."""
+
+
+class Repair(enum.Enum):
+    """What a check may change."""
+
+    NOTHING = "nothing"
+    LEAKS = "leaks"
+    """Give leaked space back; nothing else."""
+    ALL = "all"
+    """Everything that is wrong."""
+
+
+@dataclasses.dataclass(slots=True)
+class CheckResult:
+    """What a check found, counted as ``qemu-img check`` counts it. Clusters are the format's units of allocation."""
+
+    check_errors: int = 0
+    """Things that could not be looked at."""
+    corruptions: int = 0
+    leaks: int = 0
+    """Clusters that are held and that nothing refers to."""
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    image_end_offset: int = 0
+    """Host offset behind the last cluster in use; 0 where the format does not tell."""
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    findings: list[str] = dataclasses.field(default_factory=list)
+    """What was found, a sentence each; at most :data:`MAX_FINDINGS`."""
+    repairs: list[str] = dataclasses.field(default_factory=list)
+    """What repairing did or, where nothing was to be changed, what it would do."""
+
+    @property
+    def clean(self) -> bool:
+        """Nothing was found, and everything was looked at."""
+        return not (self.check_errors or self.corruptions or self.leaks)
+
+    def note(self, sentence: str) -> None:
+        """Add a finding."""
+        if len(self.findings) < MAX_FINDINGS:
+            self.findings.append(sentence)
+
+    def information(self) -> dict[str, int]:
+        """The numbers by qemu-img's names; only ``check-errors`` is there when it is 0."""
+        numbers = {
+            field.name.replace("_", "-"): getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.type == "int"
+        }
+        return {name: value for name, value in numbers.items() if value or name == "check-errors"}
+
+
+class Checkable(NamedTuple):
+    """An image's storage, open for a check, and the driver of its format."""
+
+    driver: type[Driver]
+    storage: Node
+
+    @property
+    def supported(self) -> bool:
+        """Whether images of this format can be checked at all."""
+        return self.driver.check.__func__ is not Driver.check.__func__  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def open_for_check(
+    drivers: Registry,
+    spec: str | Mapping[str, Any],
+    *,
+    format: str | None = None,
+    writable: bool = False,
+    force_share: bool = False,
+    gate: Gate | None = None,
+) -> AsyncIterator[Checkable]:
+    """Open the storage of an image. ``spec`` and ``format`` are those of :meth:`Graph.open_backend`; the format is
+    found out by the first bytes where neither tells. ``force_share``: although another process writes to it.
+
+    Raises HostError, LockConflictError or OptionError.
+    """
+    options = _format_options(spec, format, drivers)
+    config, _ = common_options(options, NodeConfig(read_only=not writable, force_share=force_share))
+    driver_name, storage_options = _storage_options(options, drivers)
+    graph = Graph(drivers, gate)
+    try:
+        storage = await graph.open_node(storage_options, config)
+        share = permissions.ALL if force_share else permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
+        graph.attach(storage, "check", writable=writable, shared=share)
+        if driver_name is None:
+            head = memoryview(bytearray(min(io.PROBE_SIZE, storage.length)))
+            await io.read(storage, 0, head)
+            driver_name = drivers.probe(bytes(head), storage.filename)
+        yield Checkable(drivers.load(driver_name), storage)
+    finally:
+        with trio.CancelScope(shield=True):
+            await graph.close()
+
+
+def _format_options(spec: str | Mapping[str, Any], format: str | None, drivers: Registry) -> dict[str, Any]:
+    """The options of the image's format node."""
+    options: dict[str, Any]
+    if isinstance(spec, str):
+        parsed = parse_filename(spec, drivers)
+        options = parsed if spec.startswith("json:") else {"file": parsed}
+    else:
+        options = nest(spec)
+    if format is not None:
+        options["driver"] = format
+    return options
+
+
+def _storage_options(options: dict[str, Any], drivers: Registry) -> tuple[str | None, dict[str, Any]]:
+    """The format's driver, None where it is to be probed, and what to open below it.
+
+    A protocol driver stands for itself.
+    """
+    driver = options.pop("driver", None)
+    if driver is not None and drivers.load(str(driver)).is_protocol:
+        return str(driver), {"driver": driver, **options}
+    storage: Any = options.pop("file", None)
+    filename = options.pop("filename", None)
+    if isinstance(storage, dict):
+        storage = dict(storage)
+    elif storage is None and isinstance(filename, str):
+        storage = {"filename": filename}
+    else:
+        raise OptionError("the image to check needs the option 'file' or 'filename'.")
+    if "driver" not in storage:
+        if not isinstance(storage.get("filename"), str):
+            raise OptionError("options of a 'file' child need a 'driver' or a 'filename'.")
+        storage = parse_filename(storage["filename"], drivers) | {k: v for k, v in storage.items() if k != "filename"}
+    for name in ("backing", "node-name"):
+        options.pop(name, None)
+    if driver is not None:
+        kind = drivers.load(str(driver))
+        children = {child.option_name for child in kind.child_specs}
+        kind.options_type.parse({key: value for key, value in options.items() if key not in children}, str(driver))
+    return driver, storage

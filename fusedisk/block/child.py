@@ -1,0 +1,31 @@
+"""Edges of the graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fusedisk.block import permissions
+
+if TYPE_CHECKING:
+    from fusedisk.block.driver import Role
+    from fusedisk.block.node import Node
+
+
+class Child:
+    """One edge: ``parent`` uses ``node`` as its child ``name``.
+
+    ``perm`` is what the parent needs of the node, ``shared`` what it lets the node's other parents do.
+    ``parent`` is None for the root edge of a :class:`~fusedisk.block.backend.Backend`.
+    """
+
+    __slots__ = ("name", "node", "owner", "parent", "perm", "role", "shared")
+
+    def __init__(self, name: str, role: Role | None, parent: Node | None, node: Node, owner: str) -> None:
+        self.name = name
+        self.role = role
+        self.parent = parent
+        self.node = node
+        self.owner = owner
+        """Who uses the node, for messages."""
+        self.perm = 0
+        self.shared = permissions.ALL

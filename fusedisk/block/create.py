@@ -1,0 +1,195 @@
+"""Making a new image: the file first, then the format's own structures in it.
+
+A failure leaves no new file behind. A file that was there before is replaced only after the protocol driver has its
+locks, and keeps whatever a later failure left in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import trio
+
+from fusedisk.block.driver import Driver
+from fusedisk.block.filenames import parse_filename, resolve_reference
+from fusedisk.block.gate import Gate
+from fusedisk.block.graph import Graph
+from fusedisk.block.registry import Registry
+from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError
+from fusedisk.core.options import CreateOptions, parse_size
+
+SECTOR = 512
+"""Sizes of images are whole sectors, as QEMU makes them."""
+
+
+class _Target(NamedTuple):
+    """Where the image goes."""
+
+    protocol: type[Driver]
+    filename: str
+
+
+async def create_image(
+    drivers: Registry,
+    format: str,
+    filename: str,
+    options: Mapping[str, Any],
+    *,
+    gate: Gate | None = None,
+    check_backing: bool = True,
+) -> CreateOptions:
+    """Create an image and return its options as used.
+
+    ``options`` are the format's creation options by name, as text or as values. ``size`` is in bytes or text such as
+    ``10G``, rounded up to whole sectors, and may be left out where there is a ``backing_file`` to take it from. That
+    one is named relative to the new image, stored as given, and needs ``backing_fmt``; ``check_backing`` False skips
+    looking at it. ``gate`` decides what the backing file may refer to.
+
+    Raises OptionError for wrong options, ImageError and others for the backing file, HostError and LockConflictError
+    for the file itself.
+    """
+    driver = drivers.load(format)
+    target = _target(drivers, driver, filename)
+    given = {key: value for key, value in options.items() if value is not None}
+    backing = _backing_options(drivers, driver, given, target.filename)
+    if backing is not None:
+        if check_backing:
+            given.setdefault("size", await _look_at_backing(drivers, backing, target.filename, gate))
+        elif "size" not in given:
+            raise OptionError(
+                f"the new image '{filename}' needs a size, since its backing file is not to be looked at."
+            )
+    if "size" not in given:
+        raise OptionError(f"the new image '{filename}' needs a size, such as 10G.")
+    given["size"] = _whole_sectors(parse_size(given["size"]))
+    assert driver.create_options_type is not None
+    parsed = driver.create_options_type.parse(given, format)
+    await _write(drivers, driver, target, parsed)
+    return parsed
+
+
+def _target(drivers: Registry, driver: type[Driver], filename: str) -> _Target:
+    if driver.create_options_type is None:
+        kind = "protocol" if driver.is_protocol else "filter" if driver.is_filter else "format"
+        raise NotSupportedError(f"{driver.name} is a {kind} whose images cannot be created.")
+    parsed = parse_filename(filename, drivers)
+    name = parsed.get("driver")
+    place = parsed.get("filename")
+    if not isinstance(name, str) or not isinstance(place, str) or parsed.keys() - {"driver", "filename"}:
+        raise OptionError(f"'{filename}' cannot be created, the name of a file or device was wanted.")
+    return _Target(drivers.load(name), place)
+
+
+def _backing_options(
+    drivers: Registry, driver: type[Driver], given: Mapping[str, Any], filename: str
+) -> dict[str, Any] | None:
+    """Options that open the backing file, None where there is to be none. Raises OptionError for a contradiction."""
+    reference, format = given.get("backing_file"), given.get("backing_fmt")
+    if reference is None:
+        if format is not None:
+            raise OptionError(f"a backing format is given ('{format}'), but no backing file.")
+        return None
+    if not driver.supports_backing:
+        raise OptionError(f"{driver.name} images cannot have a backing file.")
+    if format is None:
+        raise OptionError(
+            f"the backing file '{reference}' is given without its format, and a guess could be wrong: add it with -F."
+        )
+    drivers.load(format)
+    resolved = resolve_reference(reference, filename)
+    options = parse_filename(resolved, drivers)
+    named = options.get("filename")
+    if isinstance(named, str) and os.path.realpath(named) == os.path.realpath(filename):
+        raise OptionError(f"the new image '{filename}' cannot be its own backing file.")
+    if not resolved.startswith("json:"):
+        options = {"file": options}
+    options["driver"] = format
+    return options
+
+
+async def _look_at_backing(drivers: Registry, options: dict[str, Any], filename: str, gate: Gate | None) -> int:
+    """The backing file's size, once it is sure that it opens and does not stand on the file to be created."""
+    graph = Graph(drivers, gate)
+    try:
+        backend = await graph.open_backend(options, name="the new image")
+        target = _identity(filename)
+        for node in graph.nodes.values():
+            name = node.driver.exact_filename() if node.driver.is_protocol else None
+            if name is not None and target is not None and _identity(name) == target:
+                raise OptionError(
+                    f"'{filename}' is part of the backing chain that the new image would stand on, choose another name."
+                )
+        return backend.length
+    except FusediskError as exc:
+        if not isinstance(exc, OptionError):
+            exc.message = f"the backing file cannot be used: {exc.message}"
+        raise
+    finally:
+        with trio.CancelScope(shield=True):
+            await graph.close()
+
+
+def _identity(filename: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(filename)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _whole_sectors(size: int) -> int:
+    return min((size + SECTOR - 1) // SECTOR * SECTOR, (1 << 63) - SECTOR)
+
+
+async def _write(drivers: Registry, driver: type[Driver], target: _Target, options: CreateOptions) -> None:
+    """Make the file and let the format write into it; a file that was not there does not stay when that fails."""
+    existed = os.path.lexists(target.filename)
+    nocow = bool(getattr(options, "nocow", False))
+    await target.protocol.create_file(target.filename, 0, "off", nocow)
+    try:
+        await _format(drivers, driver, target, options)
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                os.unlink(target.filename)
+        raise
+
+
+async def _format(drivers: Registry, driver: type[Driver], target: _Target, options: CreateOptions) -> None:
+    graph = Graph(drivers)
+    try:
+        spec = {"driver": target.protocol.name, "filename": target.filename}
+        backend = await graph.open_backend(spec, name="the new image", writable=True)
+        await driver.create(backend.node, options)
+        await backend.close()
+    finally:
+        with trio.CancelScope(shield=True):
+            await graph.close()
+
+
+def options_text(options: CreateOptions) -> str:
+    """``cluster_size=65536 compat=1.1``: what was used, for people; size and backing file are told elsewhere."""
+    apart = ("size", "backing_file", "backing_fmt")
+    pairs = [(name, getattr(options, field.name)) for name, field in options.names().items() if name not in apart]
+    return " ".join(f"{name}={_option_text(value)}" for name, value in pairs if value is not None)
+
+
+def _option_text(value: object) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def describe_options(kind: type[CreateOptions]) -> list[tuple[str, str]]:
+    """Name and help of every creation option, for ``-o help``."""
+    described = []
+    for name, field in kind.names().items():
+        text = str(field.metadata.get("help", ""))
+        if choices := field.metadata.get("choices"):
+            text += f" ({', '.join(choices)})"
+        if field.default not in (None, dataclasses.MISSING):
+            text += f" [default: {_option_text(field.default)}]"
+        described.append((name, text))
+    return described

@@ -1,0 +1,87 @@
+"""From what people type to options: ``json:{…}``, ``proto:rest``, dotted keys, plain paths."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import TYPE_CHECKING, Any
+
+from fusedisk.core.errors import OptionError
+from fusedisk.core.options import parse_json, parse_options
+
+if TYPE_CHECKING:
+    from fusedisk.block.registry import Registry
+
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
+_DOTTED = re.compile(r"(driver|file|filename|node-name|name|backing)(\.[A-Za-z0-9_.-]+)?=")
+
+
+def has_protocol(filename: str) -> bool:
+    """Whether ``filename`` starts with a protocol: a word and a colon before any slash."""
+    return _PROTOCOL.match(filename) is not None
+
+
+def check_filename(filename: str) -> None:
+    """Raise OptionError for what can never be a file name."""
+    if not filename:
+        raise OptionError("the file name is empty.")
+    if "\0" in filename:
+        raise OptionError(f"the file name '{filename.replace(chr(0), chr(92) + '0')}' has a zero byte in it.")
+
+
+def parse_filename(filename: str, drivers: Registry) -> dict[str, Any]:
+    """Options for a file name; a plain path gets the protocol driver that fits what it is.
+
+    Raises OptionError for a protocol that no driver knows.
+    """
+    check_filename(filename)
+    if filename.startswith("json:"):
+        return parse_json(filename[5:])
+    match = _PROTOCOL.match(filename)
+    if match is None:
+        return {"driver": protocol_of_path(filename), "filename": filename}
+    driver = drivers.by_prefix(match[1])
+    if driver is None:
+        known = ", ".join(sorted(drivers.prefixes))
+        hint = f"; write './{filename}' if it is a file of that name" if os.path.exists(filename) else ""
+        raise OptionError(f"'{filename}' asks for the protocol '{match[1]}', known are {known}{hint}.")
+    return {"driver": driver.name, **driver.parse_filename(filename[match.end() :])}
+
+
+def protocol_of_path(path: str) -> str:
+    """``host_device`` for device nodes, ``file`` for everything else."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return "file"
+    return "host_device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "file"
+
+
+def parse_argument(text: str) -> str | dict[str, Any]:
+    """An image argument of the command line: a file name, or options as dotted keys or JSON.
+
+    An existing file wins over options of the same spelling.
+    """
+    if (text.startswith("{") or _DOTTED.match(text)) and not _exists(text):
+        return parse_options(text)
+    return text
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:
+        return False
+
+
+def resolve_reference(reference: str, image: str | None) -> str:
+    """A file name that an image's header holds, made relative to the image's own place.
+
+    Raises OptionError for a relative name where the image has no place of its own.
+    """
+    if reference.startswith("/") or has_protocol(reference):
+        return reference
+    if image is None:
+        raise OptionError(f"the image refers to '{reference}', but has no directory of its own to look in.")
+    return os.path.join(os.path.dirname(image), reference)

@@ -1,0 +1,379 @@
+"""The one door for requests on a node.
+
+Every request, from outside through a :class:`~fusedisk.block.backend.Backend` or from a parent node, passes in a
+fixed order: permission · alignment (read-modify-write of unaligned heads and tails) · tracking, waiting for earlier
+conflicting requests · before-write hooks · copy-on-read · detect-zeroes · fragmenting to the driver's limits · the
+driver · emulation of what it lacks · bookkeeping. Counting in flight for drain, range checks and accounting are the
+backend's, since every request in the system starts at one.
+
+In the common case (aligned, nothing serialising, everything cached) none of this suspends.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+import trio
+
+from fusedisk.block import permissions, transfer
+from fusedisk.block.driver import COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, ZERO_NEW, Buffer, Role
+from fusedisk.block.extent import UNALLOCATED
+from fusedisk.block.node import Node
+from fusedisk.block.tracked import Request
+from fusedisk.core.errors import (
+    CorruptImageError,
+    FusediskError,
+    NoMediumError,
+    NotSupportedError,
+    OutOfRangeError,
+    PermissionConflictError,
+    ReadOnlyError,
+)
+from fusedisk.core.zeroes import ZEROES, is_zero
+
+PROBE_SIZE = 512
+"""Bytes at the start of an image that decide its format (the header's BLOCK_PROBE_BUF_SIZE)."""
+
+_COPY_CHUNK = 1 << 20
+
+
+# --- reads ----------------------------------------------------------------------------------------------
+
+
+async def read(node: Node, offset: int, buffer: Buffer, flags: int = 0) -> None:
+    """Fill ``buffer`` from ``offset``. Past the node's end there are zeroes.
+
+    Raises the driver's FusediskError with the place attached.
+    """
+    length = len(buffer)
+    if not length:
+        return
+    if node.closed:
+        raise NoMediumError(f"Node '{node.name}' is closed.")
+    align = node.limits.request_alignment
+    if align > 1 and (offset | length) & (align - 1):
+        await _read_unaligned(node, offset, buffer, flags)
+        return
+    copy = flags & COPY_ON_READ or node.config.copy_on_read
+    request = _copy_request(node, offset, length) if copy else Request(offset, offset + length, False)
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+        if copy:
+            await _copy_on_read(node, request, offset, buffer)
+        else:
+            await transfer.read(node, offset, buffer)
+    except FusediskError as exc:
+        exc.at(node.name, "read", offset, length)
+        raise
+    finally:
+        request.leave(node)
+
+
+async def _read_unaligned(node: Node, offset: int, buffer: Buffer, flags: int) -> None:
+    align = node.limits.request_alignment
+    start = offset & -align
+    end = (offset + len(buffer) + align - 1) & -align
+    whole = memoryview(bytearray(end - start))
+    await read(node, start, whole, flags)
+    buffer[:] = whole[offset - start : offset - start + len(buffer)]
+
+
+def _copy_request(node: Node, offset: int, length: int) -> Request:
+    unit = node.limits.cluster_size or 1
+    return Request(offset // unit * unit, -(-(offset + length) // unit) * unit, False, serialising=True)
+
+
+async def _copy_on_read(node: Node, request: Request, offset: int, buffer: Buffer) -> None:
+    """Read, and keep whole clusters that came from below. Holds the clusters by its serialising request."""
+    if node.config.read_only or node.backing is None or node.fenced is not None:
+        await transfer.read(node, offset, buffer)
+        return
+    position, stop, end = request.offset, min(request.end, node.length), offset + len(buffer)
+    while position < stop:
+        length = min(stop - position, _COPY_CHUNK)
+        extent = await node.driver.map(position, length)
+        transfer.check_extent(node, extent, length)
+        after = position + extent.length
+        low, high = max(position, offset), min(after, end)
+        if extent.status == UNALLOCATED:
+            content = memoryview(bytearray(extent.length))
+            await transfer.read(node, position, content)
+            await node.driver.debug_event("cor_write")
+            await transfer.write_or_zero(node, position, content, UNCHANGED)
+            node.written += 1
+            if low < high:
+                buffer[low - offset : high - offset] = content[low - position : high - position]
+        elif low < high:
+            await transfer.read(node, low, buffer[low - offset : high - offset])
+        position = after
+    if end > node.length:
+        await transfer.read(node, max(node.length, offset), buffer[max(node.length - offset, 0) :])
+
+
+# --- writes ---------------------------------------------------------------------------------------------
+
+
+async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int = 0) -> None:
+    """Write all buffers, one after the other, at ``offset``.
+
+    Nodes whose driver moves bytes grow where the write goes past their end; others raise OutOfRangeError.
+    Raises the driver's FusediskError with the place attached.
+    """
+    length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+    if not length:
+        return
+    _check_writable(node, flags)
+    end = offset + length
+    if end > node.length and not node.driver.moves_bytes and not node.driver.is_filter:
+        raise OutOfRangeError(f"A write up to {end} goes past the end of '{node.filename}' at {node.length}.").at(
+            node.name, "write", offset, length
+        )
+    align = node.limits.request_alignment
+    unaligned = align > 1 and bool((offset | length) & (align - 1))
+    guard = node.guards_probe and offset < PROBE_SIZE
+    if guard:
+        request = _guarding_request(end, align)
+    elif unaligned:
+        request = Request(offset & -align, (end + align - 1) & -align, True, serialising=True)
+    else:
+        request = Request(offset, end, True)
+    zeroes = node.config.detect_zeroes
+    if zeroes != "off" and not unaligned and all(map(is_zero, buffers)):
+        await write_zeroes(node, offset, length, flags | (MAY_UNMAP if zeroes == "unmap" else 0))
+        return
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+        for hook in tuple(node.before_write):
+            await hook(offset, length)
+        if guard:
+            await _check_probe(node, offset, buffers)
+        if unaligned:
+            await write_unaligned(node, offset, buffers, length, flags)
+        else:
+            await transfer.write(node, offset, buffers, flags)
+        _wrote(node, end)
+    except FusediskError as exc:
+        exc.at(node.name, "write", offset, length)
+        raise
+    finally:
+        request.leave(node)
+    if flags & FUA and not node.driver.supports_fua:
+        await flush(node)
+
+
+async def write_unaligned(node: Node, offset: int, buffers: Sequence[Buffer], length: int, flags: int) -> None:
+    """Read-modify-write. The caller's request is serialising over the widened range."""
+    align = node.limits.request_alignment
+    start = offset & -align
+    end = (offset + length + align - 1) & -align
+    head, tail = offset - start, end - offset - length
+    parts = list(buffers)
+    first = memoryview(bytearray(align))
+    if head:
+        await node.driver.debug_event("pwritev_rmw_head")
+        await transfer.read(node, start, first)
+        await node.driver.debug_event("pwritev_rmw_after_head")
+        parts.insert(0, first[:head])
+    if tail:
+        last = first
+        if end - start > align or not head:
+            last = memoryview(bytearray(align))
+            await node.driver.debug_event("pwritev_rmw_tail")
+            await transfer.read(node, end - align, last)
+            await node.driver.debug_event("pwritev_rmw_after_tail")
+        parts.append(last[align - tail :])
+    await transfer.write(node, start, (memoryview(b"".join(parts)),), flags)
+
+
+def _check_writable(node: Node, flags: int) -> None:
+    if node.closed:
+        raise NoMediumError(f"Node '{node.name}' is closed.")
+    if node.fenced is not None:
+        raise CorruptImageError(f"'{node.filename}' takes no writes since corruption was found: {node.fenced}")
+    if node.config.read_only:
+        raise ReadOnlyError(f"'{node.filename}' is open read-only, a write needs it writable.")
+    wanted = permissions.WRITE | permissions.WRITE_UNCHANGED if flags & UNCHANGED else permissions.WRITE
+    if not node.perm & wanted:
+        raise PermissionConflictError(f"No user of node '{node.name}' has asked for the write permission.")
+
+
+def _wrote(node: Node, end: int) -> None:
+    node.written += 1
+    if end > node.length and node.driver.moves_bytes:
+        node.length = end
+
+
+def _guarding_request(end: int, align: int) -> Request:
+    """For a change of the bytes that are probed: they all count, so nobody else may change any of them meanwhile."""
+    return Request(0, (max(end, PROBE_SIZE) + align - 1) & -align, True, serialising=True)
+
+
+async def _check_probe(node: Node, offset: int, buffers: Sequence[Buffer]) -> None:
+    """Refuse to let a guessed raw image become, by what a guest writes, an image of another format."""
+    head = bytearray(PROBE_SIZE)
+    await transfer.read(node, 0, memoryview(head))
+    written = b"".join(buffers)[: PROBE_SIZE - offset]
+    head[offset : offset + len(written)] = written
+    found = node.graph.drivers.probe(bytes(head), node.filename)
+    if found != node.driver.name:
+        raise ReadOnlyError(
+            f"'{node.filename}' was guessed to be raw, and this write would make it look like {found}; name its format "
+            f"(--format raw) to allow it.",
+            errno=errno.EPERM,
+        )
+
+
+async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> None:
+    """Make a range read as zeroes, compactly where the driver can, by writing where it cannot.
+
+    ``flags``: MAY_UNMAP, NO_FALLBACK (raises NotSupportedError rather than write at length), FUA.
+    """
+    if not length:
+        return
+    _check_writable(node, flags)
+    end = offset + length
+    if end > node.length and not node.driver.moves_bytes and not node.driver.is_filter:
+        raise OutOfRangeError(f"Zeroing up to {end} goes past the end of '{node.filename}' at {node.length}.")
+    if not node.config.discard_unmap and node.config.detect_zeroes != "unmap":
+        flags &= ~MAY_UNMAP
+    unit = max(node.limits.zeroes_alignment, node.limits.request_alignment, node.limits.cluster_size)
+    guard = node.guards_probe and offset < PROBE_SIZE
+    if guard:
+        request = _guarding_request(end, unit)
+    else:
+        request = Request(offset // unit * unit, -(-end // unit) * unit, True, serialising=unit > 1)
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+        for hook in tuple(node.before_write):
+            await hook(offset, length)
+        if guard:
+            await _check_probe(node, offset, (ZEROES[: min(length, PROBE_SIZE)],))
+        await transfer.write_zeroes(node, offset, length, flags)
+        _wrote(node, end)
+    except FusediskError as exc:
+        exc.at(node.name, "write-zeroes", offset, length)
+        raise
+    finally:
+        request.leave(node)
+    if flags & FUA:
+        await flush(node)
+
+
+async def discard(node: Node, offset: int, length: int) -> None:
+    """Give a range back, as far as the node's settings and driver can; the rest is left as it is."""
+    _check_writable(node, 0)
+    if not node.config.discard_unmap:
+        return
+    end = min(offset + length, node.length)
+    unit = max(node.limits.discard_alignment, node.limits.request_alignment)
+    start = -(-offset // unit) * unit
+    stop = end if end == node.length else end // unit * unit
+    if start >= stop:
+        return
+    widen = max(unit, node.limits.cluster_size)
+    guard = node.guards_probe and start < PROBE_SIZE
+    if guard:
+        request = _guarding_request(stop, widen)
+    else:
+        request = Request(start // widen * widen, -(-stop // widen) * widen, True, serialising=True)
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+        for hook in tuple(node.before_write):
+            await hook(start, stop - start)
+        if guard:
+            await _check_probe(node, start, (ZEROES[: min(stop - start, PROBE_SIZE)],))
+        step = max(node.limits.max_discard // unit * unit, unit)
+        for position in range(start, stop, step):
+            with trio.CancelScope(shield=True):
+                await node.driver.discard(position, min(step, stop - position))
+        node.written += 1
+    except NotSupportedError:
+        return
+    except FusediskError as exc:
+        exc.at(node.name, "discard", offset, length)
+        raise
+    finally:
+        request.leave(node)
+
+
+# --- flush and resize -----------------------------------------------------------------------------------
+
+
+async def flush(node: Node) -> None:
+    """Put every write answered before this call on stable storage.
+
+    First the driver's caches to the OS, then the children, then the OS's to the disk; ``cache.no-flush`` leaves the
+    last step out.
+    """
+    if node.closed:
+        raise NoMediumError(f"Node '{node.name}' is closed.")
+    if node.config.read_only:
+        return
+    storage = node.children.get("file")
+    try:
+        if storage is not None:
+            await storage.node.driver.debug_event("flush_to_os")
+        await node.driver.flush_to_os()
+        if storage is not None:
+            await storage.node.driver.debug_event("flush_to_disk")
+        for child in list(node.children.values()):
+            if child.role is not Role.BACKING:
+                await flush(child.node)
+        if node.driver.is_protocol:
+            await _flush_to_disk(node)
+    except FusediskError as exc:
+        exc.at(node.name, "flush")
+        raise
+
+
+async def _flush_to_disk(node: Node) -> None:
+    written = node.written
+    if node.flushed >= written or node.config.cache_no_flush:
+        return
+    async with node.flush_mutex:
+        # Whoever held the mutex may have flushed our writes as well.
+        written = max(written, node.written)
+        if node.flushed < written:
+            await node.driver.flush_to_disk()
+            node.flushed = written
+
+
+async def truncate(node: Node, length: int, preallocation: str = "off", flags: int = 0) -> None:
+    """Change the node's virtual length.
+
+    New space reads as zeroes, also where a longer backing file has data. ``preallocation``: off, metadata, falloc or
+    full, for the space added. Raises NotSupportedError where the driver cannot, OperationBlockedError where
+    somebody forbids it.
+    """
+    if not 0 <= length < 1 << 63:
+        raise OutOfRangeError(f"'{node.filename}' cannot be {length} bytes long, 0 to 2^63 - 1 was wanted.")
+    _check_writable(node, 0)
+    node.check_operation("resize")
+    if not node.perm & permissions.RESIZE:
+        raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
+    request = Request(0, 1 << 63, True, serialising=True)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        if node.backing is not None and min(node.backing.node.length, length) > node.length:
+            flags |= ZERO_NEW
+        with trio.CancelScope(shield=True):
+            await node.driver.truncate(length, preallocation, flags)
+            node.length = await node.driver.length()
+        node.written += 1
+        node.change_mapping()
+    except FusediskError as exc:
+        exc.at(node.name, "resize", length)
+        raise
+    finally:
+        request.leave(node)
+    node.graph.resized(node)

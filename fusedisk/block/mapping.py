@@ -1,0 +1,87 @@
+"""The map of a disk: its block status from end to end, neighbours that continue each other told as one.
+
+The entries are those of ``qemu-img map`` (QAPI's MapEntry), and so is the rule for what continues what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import trio
+
+from fusedisk.block.backend import Backend
+from fusedisk.block.extent import BlockStatus
+from fusedisk.core.errors import OptionError
+
+_LOOKUPS_AT_ONCE = 64
+"""Lookups after which other tasks get their turn: a map of a fragmented image takes long."""
+
+
+class MapEntry(NamedTuple):
+    """A range of the disk with one status throughout. All numbers are bytes."""
+
+    start: int
+    length: int
+    depth: int
+    """The layer that the answer comes from: 0 is the image itself, 1 its backing file, and so on."""
+    present: bool
+    """Some layer holds the range."""
+    zero: bool
+    """It reads as zeroes."""
+    data: bool
+    """There are bytes for it on the host."""
+    offset: int | None
+    """Where in ``filename`` they lie, if they lie there as they are; None for compressed ones."""
+    filename: str | None
+    compressed: bool
+
+
+async def map_entries(backend: Backend, start: int = 0, length: int | None = None) -> AsyncIterator[MapEntry]:
+    """Entries that cover ``[start, start + length)`` without gaps, up to the disk's end.
+
+    One entry is held at a time, whatever the size of the disk. Raises OptionError for a start past the end.
+    """
+    end = backend.length if length is None else min(start + length, backend.length)
+    if not 0 <= start <= backend.length:
+        raise OptionError(f"the map was to start at {start}, but the disk ends at {backend.length}.")
+    current: MapEntry | None = None
+    offset = start
+    lookups = 0
+    while offset < end:
+        entry = _entry(offset, await backend.block_status(offset, end - offset))
+        offset += entry.length
+        if current is not None and _continues(current, entry):
+            current = current._replace(length=current.length + entry.length)
+        else:
+            if current is not None:
+                yield current
+            current = entry
+        lookups += 1
+        if lookups % _LOOKUPS_AT_ONCE == 0:
+            await trio.lowlevel.checkpoint()
+    if current is not None:
+        yield current
+
+
+def _entry(start: int, status: BlockStatus) -> MapEntry:
+    return MapEntry(
+        start,
+        status.length,
+        status.depth,
+        status.allocated,
+        status.zero,
+        status.data,
+        status.offset,
+        status.filename,
+        status.compressed,
+    )
+
+
+def _continues(first: MapEntry, second: MapEntry) -> bool:
+    """Whether ``second``, which follows on the disk, is told together with ``first``."""
+    if first[2:6] != second[2:6] or first[7:] != second[7:]:
+        return False
+    if first.offset is None or second.offset is None:
+        return first.offset is second.offset
+    return first.offset + first.length == second.offset

@@ -1,0 +1,237 @@
+"""A node of the block graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from fusedisk.block.child import Child
+from fusedisk.block.driver import Driver, Role
+from fusedisk.block.limits import Limits
+from fusedisk.core.errors import OperationBlockedError
+from fusedisk.core.locks import Mutex
+
+if TYPE_CHECKING:
+    from fusedisk.block.backend import Backend
+    from fusedisk.block.graph import Graph
+    from fusedisk.block.tracked import Request
+
+log = logging.getLogger(__name__)
+
+BeforeWrite = Callable[[int, int], Awaitable[None]]
+"""Called with offset and length before a write, write-zeroes or discard reaches the driver."""
+
+
+@dataclasses.dataclass(slots=True)
+class NodeConfig:
+    """Settings that every node has, whatever its driver."""
+
+    read_only: bool = True
+    auto_read_only: bool = False
+    """Fall back to read-only where the file cannot be opened for writing."""
+    force_share: bool = False
+    """Take no image locks and accept other writers; read-only nodes only."""
+    cache_direct: bool = False
+    """Bypass the host's page cache (O_DIRECT)."""
+    cache_no_flush: bool = False
+    """Ignore flushes to disk: fast and unsafe."""
+    discard_unmap: bool = False
+    """Hand discards on; otherwise they are dropped."""
+    detect_zeroes: str = "off"
+    """off, on (zero writes become write-zeroes) or unmap (and may give the space back)."""
+    copy_on_read: bool = False
+
+    def given(self, fields: Iterable[str]) -> dict[str, Any]:
+        """Some of the settings as QMP's nested options."""
+        options: dict[str, Any] = {}
+        for field in fields:
+            value = getattr(self, field)
+            if field == "discard_unmap":
+                options["discard"] = "unmap" if value else "ignore"
+            elif field.startswith("cache_"):
+                options.setdefault("cache", {})[field.removeprefix("cache_").replace("_", "-")] = value
+            else:
+                options[field.replace("_", "-")] = value
+        return options
+
+    def inherited(self, role: Role) -> NodeConfig:
+        """What a child starts from when the options say nothing else."""
+        if role is Role.BACKING:
+            return dataclasses.replace(
+                self,
+                read_only=True,
+                auto_read_only=False,
+                discard_unmap=False,
+                detect_zeroes="off",
+                copy_on_read=False,
+            )
+        return dataclasses.replace(self, discard_unmap=True, detect_zeroes="off", copy_on_read=False)
+
+
+class Node:
+    """One node: a driver, its settings, its edges and its requests in flight.
+
+    Made by :class:`~fusedisk.block.graph.Graph` only. Lives as long as it has a parent edge or is owned by
+    name.
+    """
+
+    driver: Driver
+
+    def __init__(self, graph: Graph, name: str, config: NodeConfig) -> None:
+        self.graph = graph
+        self.name = name
+        self.config = config
+        self.children: dict[str, Child] = {}
+        self.parents: list[Child] = []
+        self.owned = False
+        """Kept by name without any parent (QMP's blockdev-add)."""
+        self.inherits_from: Node | None = None
+        self.explicit: frozenset[str] = frozenset()
+        """Fields of ``config`` that the options set; the others follow ``inherits_from``."""
+        self.probed = False
+        """The driver was chosen by probing."""
+        self.guards_probe = False
+        """A guessed raw image: a write that would make it look like another format is refused."""
+        self.backing_overridden = False
+        """The backing child differs from what the header says."""
+        self.length = 0
+        self.limits = Limits()
+        self.fenced: str | None = None
+        """Why the node takes no more writes, once corruption was met."""
+        self.closed = False
+        self.generation = 0
+        """Changes with every change of mapping; what was resolved at another generation is stale."""
+        self.written = 0
+        """Counts completed writes; ``flushed`` is its value at the last flush to disk."""
+        self.flushed = 0
+        self.flush_mutex = Mutex()
+        self.tracked: dict[Request, None] = {}
+        self.serialising = 0
+        self.before_write: list[BeforeWrite] = []
+        self.close_notifiers: list[Callable[[Node], None]] = []
+        self.blockers: dict[str, list[str]] = {}
+
+    # --- edges ------------------------------------------------------------------------------------------
+
+    @property
+    def backing(self) -> Child | None:
+        """The backing edge, if there is one."""
+        return self.children.get("backing")
+
+    @property
+    def perm(self) -> int:
+        """Permissions that the parents need, together."""
+        perm = 0
+        for edge in self.parents:
+            perm |= edge.perm
+        return perm
+
+    async def open_child(
+        self, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool = False
+    ) -> Child:
+        """Open and attach a child from inside ``Driver.open``.
+
+        ``implicit`` marks a reference that the image makes itself: it goes through the gate and is resolved
+        relative to the image.
+        """
+        return await self.graph.open_child(self, name, role, reference, implicit=implicit)
+
+    def backends(self) -> list[Backend]:
+        """All backends through which requests reach this node."""
+        found: dict[Backend, None] = {}
+        seen = {self}
+        queue = [self]
+        while queue:
+            for edge in queue.pop().parents:
+                backend = self.graph.backend_of(edge)
+                if backend is not None:
+                    found[backend] = None
+                elif edge.parent is not None and edge.parent not in seen:
+                    seen.add(edge.parent)
+                    queue.append(edge.parent)
+        return list(found)
+
+    # --- state ------------------------------------------------------------------------------------------
+
+    def change_mapping(self) -> None:
+        """What was resolved on this node before no longer holds."""
+        self.generation += 1
+
+    def fence(self, reason: str) -> None:
+        """Take no more writes: ``reason`` is a sentence that says what is corrupt."""
+        if self.fenced is None:
+            self.fenced = reason
+            log.error("%s: %s No more writes are accepted.", self.filename, reason)
+            self.change_mapping()
+
+    def block_operation(self, operation: str, reason: str) -> None:
+        """Forbid a named operation such as ``resize`` until ``unblock_operation`` with the same reason."""
+        self.blockers.setdefault(operation, []).append(reason)
+
+    def unblock_operation(self, operation: str, reason: str) -> None:
+        """Take back one ``block_operation``."""
+        reasons = self.blockers[operation]
+        reasons.remove(reason)
+        if not reasons:
+            del self.blockers[operation]
+
+    def check_operation(self, operation: str) -> None:
+        """Raise OperationBlockedError if somebody forbids ``operation``; the message gives the reason."""
+        reasons = self.blockers.get(operation)
+        if reasons:
+            raise OperationBlockedError(f"Node '{self.name}' cannot do {operation} now: {reasons[0]}.")
+
+    # --- names ------------------------------------------------------------------------------------------
+
+    def exact_filename(self) -> str | None:
+        """A plain file name that leads to the same bytes, None where only options can say it."""
+        return self.driver.exact_filename()
+
+    @property
+    def filename(self) -> str:
+        """For messages: the plain name, else ``json:`` options."""
+        return self.exact_filename() or self.options_filename()
+
+    def full_options(self) -> dict[str, Any]:
+        """Nested options that open this node again, children included."""
+        options: dict[str, Any] = {"driver": self.driver.name, **self.driver.options.given()}
+        options |= self.config.given(sorted(self.explicit))
+        if not self.name.startswith("#"):
+            options["node-name"] = self.name
+        names = {spec.name: spec.option_name for spec in self.driver.child_specs}
+        for child in self.children.values():
+            if child.role is not Role.BACKING or self.backing_overridden:
+                options[names.get(child.name, child.name)] = child.node.full_options()
+        if self.driver.supports_backing and self.backing_overridden and self.backing is None:
+            options["backing"] = None
+        return options
+
+    def options_filename(self) -> str:
+        """``json:{...}``: :meth:`full_options` as a file name."""
+        return "json:" + json.dumps(_without_names(self.full_options()))
+
+    @property
+    def printable_name(self) -> str:
+        """A name that opens the same thing: plain where probing leads to the same driver, ``json:`` otherwise."""
+        exact = self.exact_filename()
+        options = self.full_options()
+        if exact is None or options.keys() - {"driver", "file", "filename", "node-name"}:
+            return self.options_filename()
+        storage = self.children.get("file")
+        if storage is None:  # a bare protocol: its plain name would be probed for a format
+            return self.options_filename()
+        below = storage.node
+        plain = below.driver.is_protocol and set(below.driver.options.given()) <= {"filename"} and not below.explicit
+        return exact if self.probed and plain else self.options_filename()
+
+
+def _without_names(options: dict[str, Any]) -> dict[str, Any]:
+    """Node names are unique in a graph, so a name to open again must not carry them."""
+    return {
+        key: _without_names(value) if isinstance(value, dict) else value
+        for key, value in options.items()
+        if key != "node-name"
+    }

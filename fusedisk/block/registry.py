@@ -1,0 +1,49 @@
+"""Finding drivers: by name, by protocol prefix, by probing. The table itself is the drivers package's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from fusedisk.block.driver import Driver
+from fusedisk.core.errors import OptionError
+
+
+class Registry:
+    """Drivers by name, loaded when first needed.
+
+    ``table`` maps a driver's name to ``package.module:Class`` in probe order; ``prefixes`` maps protocol prefixes to
+    names; ``probed`` are the names to ask when probing.
+    """
+
+    def __init__(self, table: Mapping[str, str], prefixes: Mapping[str, str], probed: tuple[str, ...]) -> None:
+        self._table = table
+        self.prefixes = prefixes
+        self._probed = probed
+        self._loaded: dict[str, type[Driver]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """All drivers, in the table's order."""
+        return list(self._table)
+
+    def load(self, name: str) -> type[Driver]:
+        """The driver class. Raises OptionError for an unknown name."""
+        driver = self._loaded.get(name)
+        if driver is None:
+            place = self._table.get(name)
+            if place is None:
+                raise OptionError(f"there is no driver '{name}', known are {', '.join(self._table)}.")
+            module, _, attribute = place.partition(":")
+            driver = self._loaded[name] = getattr(importlib.import_module(module), attribute)
+        return driver
+
+    def by_prefix(self, prefix: str) -> type[Driver] | None:
+        """The driver for ``prefix:…`` file names."""
+        name = self.prefixes.get(prefix)
+        return self.load(name) if name else None
+
+    def probe(self, head: bytes, filename: str) -> str:
+        """The format whose driver scores highest for an image that starts with ``head``; the first wins a tie."""
+        scores = {name: self.load(name).probe(head, filename) for name in self._probed}
+        return max(scores, key=lambda name: scores[name])

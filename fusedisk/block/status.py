@@ -1,0 +1,83 @@
+"""Block status: where a range's data lies, along a chain, as ``qemu-img map`` tells it."""
+
+from __future__ import annotations
+
+from fusedisk.block.extent import SPECIAL, UNALLOCATED, ZERO, BlockStatus, Extent
+from fusedisk.block.node import Node
+from fusedisk.block.transfer import check_extent
+
+
+async def chain_status(node: Node, offset: int, length: int, base: Node | None = None) -> BlockStatus:
+    """Status of a prefix of ``[offset, offset + length)``, read through the backing chain down to ``base`` (exclusive).
+
+    The prefix has one status throughout, but need not be the longest such. An empty range has an empty answer.
+    """
+    if not length:
+        return BlockStatus(0, data=False, zero=False, allocated=False)
+    depth = 0
+    layer = node
+    length = min(length, node.length - offset)
+    while True:
+        extent = await layer.driver.map(offset, length)
+        check_extent(layer, extent, length)
+        length = extent.length
+        if extent.status != UNALLOCATED:
+            return await _layer_status(layer, extent, offset, depth)
+        below = _next_layer(layer)
+        if below is None or below is base or offset >= below.length:
+            # The zeroes behind a shorter backing file belong to the overlay that reaches past it.
+            allocated = below is None and not layer.driver.supports_backing
+            return BlockStatus(length, data=False, zero=True, allocated=allocated, depth=depth)
+        depth += 1
+        layer = below
+        length = min(length, layer.length - offset)
+
+
+def _next_layer(node: Node) -> Node | None:
+    backing = node.backing
+    return backing.node if backing else None
+
+
+async def _layer_status(layer: Node, extent: Extent, offset: int, depth: int) -> BlockStatus:
+    """What an allocated extent says, with the holes of the file below it where that is known."""
+    length = extent.length
+    if extent.status == SPECIAL:
+        return BlockStatus(length, True, False, True, depth, compressed=extent.compressed)
+    zero = extent.status == ZERO
+    if extent.child is None:
+        own = layer.driver.is_protocol
+        return BlockStatus(
+            length, not zero, zero, True, depth, offset if own else None, layer.filename if own else None
+        )
+    below = extent.child.node
+    data = not zero
+    if data and extent.recurse and await layer.driver.has_holes():
+        inner = await chain_status(below, extent.offset, length) if extent.offset < below.length else None
+        if layer.driver.passes_status:
+            if inner is None:
+                return BlockStatus(length, False, True, True, depth)
+            return inner._replace(depth=depth + inner.depth) if depth else inner
+        # Allocated by a format, never written: data that reads as zeroes.
+        zero = inner is None or inner.zero
+        length = inner.length if inner is not None else length
+    return BlockStatus(length, data, zero, True, depth, extent.offset, below.filename)
+
+
+async def is_allocated_above(top: Node, base: Node | None, offset: int, length: int) -> tuple[bool, int]:
+    """Whether a layer from ``top`` down to ``base`` (exclusive) holds a prefix of the range, and how long that is.
+
+    ``[offset, offset + length)`` starts before the end of ``top`` and is not empty.
+    """
+    layer: Node | None = top
+    length = min(length, top.length - offset)
+    while layer is not None and layer is not base:
+        if offset >= layer.length:
+            # A shorter layer hides what lies below it: these zeroes are its own.
+            return True, length
+        extent = await layer.driver.map(offset, min(length, layer.length - offset))
+        check_extent(layer, extent, length)
+        if extent.status != UNALLOCATED:
+            return True, extent.length
+        length = extent.length
+        layer = _next_layer(layer)
+    return False, length

@@ -1,0 +1,1 @@
+"""The commands. :mod:`fusedisk.cli.main` finds them; each module exposes one click command named ``command``."""

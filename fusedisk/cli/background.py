@@ -1,0 +1,113 @@
+"""A child that goes on in the background, and how it tells the command that started it what became of it.
+
+The parent prints the child's one sentence and takes over its exit code; it returns when the child is ready.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from fusedisk.core.errors import HostError
+
+_LOG_SIZE = 1 << 20
+
+Report = Callable[[str | None], None]
+"""Called once by a daemon: None when it is ready, else with the sentence that says why it will never be."""
+
+
+def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: int | None = None) -> None:
+    """Fork; the child runs ``serve`` detached from terminal and caller and exits with what that returns.
+
+    Returns in the parent when the child has reported that it is ready; raises HostError with what it reported
+    otherwise. Must be called before any thread is started. ``keep_fd``, and no other descriptor, stays open in the
+    child.
+    """
+    receiving, sending = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(receiving)
+        _run_child(serve, log_path, sending, keep_fd)
+    os.close(sending)
+    try:
+        with open(receiving, "rb") as pipe:
+            answer = pipe.read()
+    except BaseException:
+        os.kill(pid, signal.SIGTERM)
+        raise
+    if not answer:
+        _, status = os.waitpid(pid, 0)
+        raise HostError(f"the mount's daemon ended before it was ready ({_ending(status)}), its log is '{log_path}'.")
+    failure = json.loads(answer)
+    if failure is not None:
+        os.waitpid(pid, 0)
+        raise HostError(failure)
+
+
+def _ending(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep_fd: int | None) -> NoReturn:
+    code = 70
+    try:
+        os.setsid()
+        _close_others({sending, keep_fd if keep_fd is not None else sending})
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        _log_to(log_path)
+
+        def report(failure: str | None) -> None:
+            os.write(sending, json.dumps(failure).encode())
+            os.close(sending)
+
+        code = serve(report)
+    except BaseException:
+        logging.getLogger(__name__).exception("a bug in fusedisk: the daemon ends")
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _close_others(keep: set[int]) -> None:
+    """Close what came from the caller: its locks and pipes must not live as long as the mount."""
+    low = 3
+    for fd in sorted(keep):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _log_to(path: str) -> None:
+    """Log to a file, which is made when there is something to say."""
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_SIZE, backupCount=1, delay=True)
+    level = logging.getLogger().getEffectiveLevel()
+    logging.basicConfig(
+        handlers=[handler], level=level, format="%(asctime)s %(name)s %(levelname)s: %(message)s", force=True
+    )
+
+
+def notify_service_manager(state: str) -> None:
+    """Tell systemd, if it started us and wants to know (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            channel.sendto(state.encode(), address)
+        except OSError as exc:
+            logging.getLogger(__name__).warning("the service manager could not be told '%s': %s", state, exc)

@@ -1,0 +1,153 @@
+"""``fusedisk create``: a new image."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fusedisk.cli.image import complete_file, complete_format, gate_options
+from fusedisk.cli.output import exact_size_text, print_facts, progress, say
+
+if TYPE_CHECKING:
+    from fusedisk.core.options import CreateOptions
+
+_POLL_SECONDS = 0.2
+"""How often the progress bar looks at how much of the file is there."""
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fusedisk create -f qcow2 vm.qcow2 10G
+  fusedisk create -f qcow2 -b vm.qcow2 -F qcow2 today.qcow2      # an overlay, as large as what it stands on
+  fusedisk create -f qcow2 -o cluster_size=2M,preallocation=metadata vm.qcow2 1T
+  fusedisk create -f raw -o preallocation=full disk.img 512M
+  fusedisk create -f qcow2 -o help                               # which options are there
+
+SIZE is a number of bytes, or one with a unit that counts in powers of 1024: 64k, 512M, 10G, 1.5T.""",
+)
+@click.argument("filename", required=False, metavar="FILE", shell_complete=complete_file)
+@click.argument("size", required=False)
+@click.option(
+    "-f",
+    "--format",
+    default="raw",
+    show_default=True,
+    metavar="FMT",
+    shell_complete=complete_format,
+    help="The format of the new image.",
+)
+@click.option(
+    "-o", "options", multiple=True, metavar="KEY=VALUE,...", help="The format's own options; 'help' lists them."
+)
+@click.option("-b", "--backing", metavar="FILE", help="What the image stands on; named as seen from the new image.")
+@click.option(
+    "-F", "--backing-format", metavar="FMT", shell_complete=complete_format, help="The format of the backing file."
+)
+@click.option("-u", "--unsafe", is_flag=True, help="Do not look at the backing file; it need not exist.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing when it went well.")
+@gate_options
+def command(
+    filename: str | None,
+    size: str | None,
+    format: str,
+    options: tuple[str, ...],
+    backing: str | None,
+    backing_format: str | None,
+    unsafe: bool,
+    quiet: bool,
+    allow_path: tuple[str, ...],
+    allow_any_reference: bool,
+) -> None:
+    """Make a new image FILE with a disk of SIZE.
+
+    With a backing file the size may be left out. A file of that name is replaced, unless something uses it.
+    """
+    if "help" in options:
+        _print_options(format)
+        return
+    if filename is None:
+        raise click.UsageError("the name of the new image is missing.", click.get_current_context())
+    given = _collect(options, size, backing, backing_format)
+    import trio
+
+    from fusedisk.block.gate import Gate
+
+    gate = Gate(allow_path, allow_any=allow_any_reference)
+    created = trio.run(_create, format, filename, given, gate, not unsafe)
+    if not quiet:
+        _print_created(format, filename, created)
+
+
+def _collect(
+    texts: tuple[str, ...], size: str | None, backing: str | None, backing_format: str | None
+) -> dict[str, Any]:
+    """All creation options by name; none may be given twice."""
+    from fusedisk.core.errors import OptionError
+    from fusedisk.core.options import split_dotted
+
+    given: dict[str, Any] = {}
+    apart = {"size": size, "backing_file": backing, "backing_fmt": backing_format}
+    for source in (*map(split_dotted, texts), {key: value for key, value in apart.items() if value is not None}):
+        for key, value in source.items():
+            if key in given:
+                raise OptionError(f"the option '{key}' of the new image is given twice ('{given[key]}' and '{value}').")
+            given[key] = value
+    return given
+
+
+async def _create(format: str, filename: str, given: dict[str, Any], gate: Any, check_backing: bool) -> CreateOptions:
+    import trio
+
+    from fusedisk.block.create import create_image
+    from fusedisk.drivers.table import DRIVERS
+
+    async with trio.open_nursery() as nursery:
+        if given.get("preallocation") in ("full", "falloc") and sys.stderr.isatty():
+            nursery.start_soon(_show_progress, filename, given.get("size"))
+        created = await create_image(DRIVERS, format, filename, given, gate=gate, check_backing=check_backing)
+        nursery.cancel_scope.cancel()
+    return created
+
+
+async def _show_progress(filename: str, size: str | None) -> None:
+    """How much of the file the host has given space to, until cancelled."""
+    import trio
+
+    from fusedisk.core.options import parse_size
+
+    if size is None:
+        return
+    total = parse_size(size)
+    with progress("preallocating", total) as tell:
+        while True:
+            await trio.sleep(_POLL_SECONDS)
+            try:
+                tell(os.stat(filename).st_blocks * 512, total)
+            except OSError:
+                continue  # not there yet
+
+
+def _print_created(format: str, filename: str, created: CreateOptions) -> None:
+    from fusedisk.block.create import options_text
+
+    values = {name: getattr(created, field.name) for name, field in created.names().items()}
+    text = f"Created '{filename}', {format}, {exact_size_text(values['size'])}"
+    if values.get("backing_file"):
+        text += f", over '{values['backing_file']}' ({values['backing_fmt']})"
+    details = options_text(created)
+    say(text + (f": {details}" if details else ""))
+
+
+def _print_options(format: str) -> None:
+    from fusedisk.block.create import describe_options
+    from fusedisk.core.errors import NotSupportedError
+    from fusedisk.drivers.table import DRIVERS
+
+    kind = DRIVERS.load(format).create_options_type
+    if kind is None:
+        raise NotSupportedError(f"{format} images cannot be created.")
+    print_facts(describe_options(kind))

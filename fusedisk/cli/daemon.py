@@ -1,0 +1,273 @@
+"""The daemon of a mount: the composition root, where graph, drivers, exports and the FUSE face come together.
+
+Life: open the images, mount, be ready (a ``stat`` through the mount has been answered), serve until the mount is gone,
+flush and close everything. SIGTERM, SIGINT and SIGHUP unmount as soon as nobody uses the mount; SIGQUIT (what
+``fusedisk umount --force`` sends) flushes and ends at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import trio
+
+from fusedisk.block.gate import Gate
+from fusedisk.block.graph import Graph
+from fusedisk.cli.background import Report, notify_service_manager
+from fusedisk.core.errors import FusediskError, host_error
+from fusedisk.drivers.table import DRIVERS
+from fusedisk.export.export import Export
+from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
+from fusedisk.mount import holders, mountinfo, mountpoint, runtime, unmounting
+from fusedisk.mount.operations import Operations
+from fusedisk.mount.session import Session, mount_options
+
+log = logging.getLogger(__name__)
+
+EXIT_FAILED, EXIT_BUG = 1, 70
+_RETRY = 1.0
+"""Seconds between attempts to unmount what is in use by something other than our own file handles."""
+_PR_SET_IO_FLUSHER = 57
+
+
+@dataclasses.dataclass(slots=True)
+class MountRequest:
+    """What ``fusedisk mount`` was asked for, checked as far as can be without opening anything. Paths are absolute."""
+
+    images: list[ImageRequest]
+    mountpoint: str
+    settings: OpenSettings
+    allow_other: bool = False
+    allow_paths: tuple[str, ...] = ()
+    allow_any_reference: bool = False
+    pid_file: str | None = None
+    ready_fd: int | None = None
+
+
+def run_daemon(request: MountRequest, report: Report) -> int:
+    """Serve a mount until it is gone; returns the exit code. ``report`` hears once whether it came to be."""
+    return trio.run(Daemon(request, report).run)
+
+
+class Daemon:
+    """One mount, from opening its images to closing them."""
+
+    def __init__(self, request: MountRequest, report: Report) -> None:
+        self.request = request
+        self._report: Report | None = report
+        self.graph = Graph(DRIVERS, Gate(request.allow_paths, allow_any=request.allow_any_reference))
+        self.exports: list[Export] = []
+        self.session: Session | None = None
+        self.record: runtime.MountRecord | None = None
+        self._failures: list[str] = []
+        self._bug = False
+
+    async def run(self) -> int:
+        """All of it."""
+        _become_io_flusher()
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._obey, signals, nursery.cancel_scope)
+                try:
+                    await self._serve()
+                except FusediskError as exc:
+                    self._fail(str(exc))
+                except Exception as exc:
+                    log.exception("a bug in fusedisk: the mount ends")
+                    self._bug = True
+                    self._fail(f"internal error: {type(exc).__name__}: {exc}")
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._close()
+                nursery.cancel_scope.cancel()
+        if self._report is not None:
+            self._tell("; ".join(self._failures) or "the mount was stopped before it was ready.")
+            return EXIT_BUG if self._bug else EXIT_FAILED
+        return EXIT_BUG if self._bug else EXIT_FAILED if self._failures else 0
+
+    async def _serve(self) -> None:
+        request = self.request
+        self.exports = await open_exports(self.graph, request.images, request.settings)
+        files = [name for export in self.exports for name in export.chain_files()]
+        mountpoint.check_not_hidden(request.mountpoint, files)
+        os.chdir("/")
+        operations = Operations(
+            self.exports,
+            single=not os.path.isdir(request.mountpoint),
+            live=request.settings.force_share,
+        )
+        options = mount_options(
+            [image.text for image in request.images],
+            read_only=not any(export.writable for export in self.exports),
+            allow_other=request.allow_other,
+        )
+        session = Session(request.mountpoint, operations, options)
+        self.record = self._make_record()
+        self.record.write()
+        session.start()
+        self.session = session
+        await session.serve(self._ready)
+
+    def _make_record(self) -> runtime.MountRecord:
+        exports = [
+            runtime.ExportRecord(
+                name=export.name,
+                image=export.image.exact_filename() or image.text,
+                format=export.image.driver.name,
+                size=export.backend.length,
+                read_only=not export.writable,
+                overlay=export.overlay,
+            )
+            for export, image in zip(self.exports, self.request.images, strict=True)
+        ]
+        return runtime.new_record(self.request.mountpoint, exports)
+
+    # --- ready ------------------------------------------------------------------------------------------
+
+    def _ready(self) -> None:
+        """The mount serves: tell everybody who waits for that."""
+        gc.collect()
+        gc.freeze()
+        request = self.request
+        try:
+            if request.pid_file is not None:
+                _write_pid_file(request.pid_file)
+            if request.ready_fd is not None:
+                _write_ready(request.ready_fd)
+        except FusediskError as exc:
+            self._fail(str(exc))
+            assert self.session is not None
+            self.session.stop()
+            return
+        notify_service_manager(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {request.mountpoint}")
+        self._tell(None)
+
+    def _tell(self, failure: str | None) -> None:
+        if self._report is not None:
+            report, self._report = self._report, None
+            report(failure)
+
+    # --- ending -----------------------------------------------------------------------------------------
+
+    async def _obey(self, signals: AsyncIterator[int], opening: trio.CancelScope) -> None:
+        """Do what signals ask for."""
+        leaving = False
+        async with trio.open_nursery() as nursery:
+            async for number in signals:
+                if self.session is None:
+                    opening.cancel()
+                elif number == signal.SIGQUIT:
+                    await self._flush()
+                    self.session.stop()
+                elif not leaving:
+                    leaving = True
+                    nursery.start_soon(self._leave, self.session)
+
+    async def _leave(self, session: Session) -> None:
+        """Unmount as soon as nobody uses the mount; say who does."""
+        told = False
+        while True:
+            released = session.operations.released
+            try:
+                if await trio.to_thread.run_sync(unmounting.unmount, self.request.mountpoint):
+                    return
+                if not told:
+                    told = True
+                    users = await trio.to_thread.run_sync(_describe_users, self.request.mountpoint)
+                    log.warning(
+                        "'%s' is %s: it will be unmounted when they are done (SIGQUIT ends it now).",
+                        self.request.mountpoint,
+                        users,
+                    )
+            except FusediskError as exc:
+                log.error("%s", exc)
+            with trio.move_on_after(_RETRY):
+                await released.wait()
+
+    async def _flush(self) -> None:
+        for export in self.exports:
+            try:
+                await export.flush()
+            except FusediskError as exc:
+                self._fail(f"flushing '{export.name}' failed: {exc}")
+
+    async def _close(self) -> None:
+        """Flush and close the images, then let go of the mount and of what tells about it."""
+        notify_service_manager("STOPPING=1")
+        try:
+            await self.graph.close()
+        except FusediskError as exc:
+            self._fail(f"closing the images of '{self.request.mountpoint}' failed: {exc}")
+        except Exception as exc:
+            log.exception("a bug in fusedisk: closing the images failed")
+            self._bug = True
+            self._fail(f"closing the images failed: internal error: {type(exc).__name__}: {exc}")
+        if self.session is not None:
+            try:
+                await trio.to_thread.run_sync(self.session.close)
+            except FusediskError as exc:
+                log.error("%s", exc)
+        if self.request.pid_file is not None:
+            _remove_pid_file(self.request.pid_file)
+        if self.record is not None:
+            self._end_record(self.record)
+
+    def _end_record(self, record: runtime.MountRecord) -> None:
+        """Leave the record behind only where it tells of an error that nobody has heard yet."""
+        if self._failures and self._report is None:
+            record.error = "; ".join(self._failures)
+            try:
+                record.write()
+            except FusediskError as exc:
+                log.error("%s", exc)
+        else:
+            record.remove()
+
+    def _fail(self, sentence: str) -> None:
+        self._failures.append(sentence)
+        if self._report is None:
+            log.error("%s", sentence)
+
+
+def _describe_users(path: str) -> str:
+    mount = mountinfo.mount_at(path)
+    return holders.describe(mount) if mount is not None else "not in use"
+
+
+def _become_io_flusher() -> None:
+    """Tell the kernel that it must not wait for us while it waits for memory that we are to free (prctl(2)); root
+    only."""
+    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+
+
+def _write_pid_file(path: str) -> None:
+    try:
+        with open(f"{path}.{os.getpid()}", "w") as file:
+            file.write(f"{os.getpid()}\n")
+        os.replace(f"{path}.{os.getpid()}", path)
+    except OSError as exc:
+        raise host_error(exc, path, "write the pid file") from exc
+
+
+def _remove_pid_file(path: str) -> None:
+    try:
+        with open(path) as file:
+            ours = file.read().strip() == str(os.getpid())
+        if ours:
+            os.unlink(path)
+    except OSError as exc:
+        log.debug("the pid file '%s' could not be removed: %s", path, exc)
+
+
+def _write_ready(fd: int) -> None:
+    try:
+        os.write(fd, b"ready\n")
+        os.close(fd)
+    except OSError as exc:
+        raise host_error(exc, f"/dev/fd/{fd}", "write to --ready-fd") from exc

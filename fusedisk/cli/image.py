@@ -1,0 +1,98 @@
+"""The image argument of commands that look at one image, and the options that say how to open it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from fusedisk.block.backend import Backend
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class ImageChoice(NamedTuple):
+    """Which image to open and how, as given on the command line."""
+
+    image: str
+    format: str | None
+    force_share: bool
+    allow_path: tuple[str, ...]
+    allow_any_reference: bool
+
+    @contextlib.asynccontextmanager
+    async def open(self, *, follow_backing: bool = True) -> AsyncIterator[Backend]:
+        """The image, open read-only; raises a FusediskError."""
+        from fusedisk.block.filenames import parse_argument
+        from fusedisk.block.gate import Gate
+        from fusedisk.block.graph import Graph
+        from fusedisk.block.node import NodeConfig
+        from fusedisk.drivers.table import DRIVERS
+
+        gate = Gate(self.allow_path, allow_any=self.allow_any_reference)
+        graph = Graph(DRIVERS, gate, follow_backing=follow_backing)
+        config = NodeConfig(force_share=self.force_share)
+        spec = parse_argument(self.image)
+        backend = await graph.open_backend(spec, name=self.image, format=self.format, config=config)
+        try:
+            yield backend
+        finally:
+            import trio
+
+            with trio.CancelScope(shield=True):
+                await graph.close()
+
+
+def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete file names."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_format(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of drivers that open images."""
+    from fusedisk.drivers.table import DRIVERS
+
+    return [CompletionItem(name) for name in DRIVERS.names if name.startswith(incomplete)]
+
+
+def gate_options(command: _Command) -> _Command:
+    """``--allow-path`` and ``--allow-any-reference``."""
+    command = click.option(
+        "--allow-any-reference",
+        is_flag=True,
+        help="Follow whatever files the image names. Only for images that you trust.",
+    )(command)
+    return click.option(
+        "--allow-path",
+        metavar="DIR",
+        multiple=True,
+        type=click.Path(),
+        help="A place outside the image's own directory where backing files may lie (may be repeated).",
+    )(command)
+
+
+def image_options(command: _Command) -> _Command:
+    """What :func:`one_image_options` gives, and the gate's options: an image with all that it refers to."""
+    return one_image_options(gate_options(command))
+
+
+def one_image_options(command: _Command) -> _Command:
+    """The IMAGE argument with ``--format`` and ``--force-share``."""
+    command = click.option(
+        "-U",
+        "--force-share",
+        is_flag=True,
+        help="Look at it even while another process writes to it; what is told may be out of date.",
+    )(command)
+    command = click.option(
+        "-f",
+        "--format",
+        metavar="FMT",
+        shell_complete=complete_format,
+        help="The image's format; found out by its first bytes if not given.",
+    )(command)
+    return click.argument("image", shell_complete=complete_file)(command)

@@ -1,0 +1,135 @@
+"""``fusedisk info``: what an image is."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from fusedisk.cli.image import ImageChoice, image_options
+from fusedisk.cli.output import exact_size_text, output_option, print_facts, print_json, say, size_text
+
+_TOLD = frozenset(
+    (
+        "filename",
+        "format",
+        "virtual-size",
+        "actual-size",
+        "cluster-size",
+        "dirty-flag",
+        "encrypted",
+        "backing-filename",
+        "backing-filename-format",
+        "full-backing-filename",
+        "format-specific",
+        "snapshots",
+    )
+)
+"""Keys that have a line of their own in :func:`_facts`; others are told by their name."""
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fusedisk info vm.qcow2
+  fusedisk info --backing-chain today.qcow2      # the image and everything it stands on
+  fusedisk info --output json vm.qcow2 | jq '."virtual-size"'
+  fusedisk info -U vm.qcow2                      # while a virtual machine runs on it
+  fusedisk info driver=raw,file.filename=disk.img,offset=1M""",
+)
+@image_options
+@click.option("--backing-chain", is_flag=True, help="Tell about the backing files too, from the top down.")
+@output_option
+def command(backing_chain: bool, output: str, **choice: Any) -> None:
+    """Tell the format, size and backing file of IMAGE.
+
+    The backing file is named, not opened, unless --backing-chain asks for it.
+    """
+    import trio
+
+    chain = trio.run(_gather, ImageChoice(**choice), backing_chain)
+    if output == "json":
+        print_json(chain if backing_chain else chain[0])
+        return
+    for index, image in enumerate(chain):
+        if index:
+            say()
+        _print_image(image)
+
+
+async def _gather(choice: ImageChoice, backing_chain: bool) -> list[dict[str, Any]]:
+    from fusedisk.block.information import chain_information
+
+    async with choice.open(follow_backing=backing_chain) as backend:
+        return await chain_information(backend.node)
+
+
+def _print_image(image: dict[str, Any]) -> None:
+    print_facts(_facts(image))
+    specific = image.get("format-specific")
+    if specific is not None:
+        say(f"{specific['type']}:")
+        print_facts(_specific_facts(specific["data"]), "  ")
+    if image.get("snapshots"):
+        say("snapshots:")
+        _print_snapshots(image["snapshots"])
+
+
+def _facts(image: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "image", image["filename"]
+    yield "format", image["format"]
+    yield "virtual size", exact_size_text(image["virtual-size"])
+    if "actual-size" in image:
+        yield "on the host", exact_size_text(image["actual-size"])
+    if "cluster-size" in image:
+        yield "cluster size", size_text(image["cluster-size"])
+    if image.get("encrypted"):
+        yield "encrypted", "yes"
+    if image.get("dirty-flag"):
+        yield "dirty", "yes, it was not closed properly"
+    if "backing-filename" in image:
+        yield "backing file", image["backing-filename"]
+        full = image.get("full-backing-filename")
+        if full not in (None, image["backing-filename"]):
+            yield "found at", full
+        if "backing-filename-format" in image:
+            yield "backing format", image["backing-filename-format"]
+    for key, value in image.items():
+        if key not in _TOLD:
+            yield key.replace("-", " "), _value_text(value)
+
+
+def _specific_facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in data.items():
+        yield key.replace("-", " "), _value_text(value)
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_value_text, value)) or "none"
+    return str(value)
+
+
+def _print_snapshots(snapshots: list[dict[str, Any]]) -> None:
+    rows = [("ID", "NAME", "VM STATE", "DATE", "VM CLOCK"), *map(_snapshot_row, snapshots)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        say("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _snapshot_row(snapshot: dict[str, Any]) -> tuple[str, ...]:
+    date = datetime.datetime.fromtimestamp(snapshot["date-sec"]).astimezone()
+    clock = datetime.timedelta(seconds=snapshot["vm-clock-sec"], milliseconds=snapshot["vm-clock-nsec"] // 1_000_000)
+    return (
+        snapshot["id"],
+        snapshot["name"],
+        size_text(snapshot["vm-state-size"]),
+        f"{date:%Y-%m-%d %H:%M:%S}",
+        str(clock),
+    )

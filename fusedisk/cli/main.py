@@ -1,0 +1,193 @@
+"""The ``fusedisk`` command: its subcommands and the border where exceptions become exit codes.
+
+A subcommand is a module of this package that exposes a click command named ``command``; it is imported when it is run,
+completed or asked for its help. None imports trio, pyfuse3 or rich before it works, so help and completion are quick.
+
+Exit codes: 0 done, 1 the operation failed (one sentence on stderr), 2 wrong usage, 70 a bug in fusedisk,
+130 interrupted, 141 whoever read our output went away.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import click
+from click.shell_completion import CompletionItem, shell_complete
+
+import fusedisk
+from fusedisk.cli.output import flush
+from fusedisk.core.errors import FusediskError
+
+COMMANDS = {
+    "mount": "Mount images as flat raw files.",
+    "umount": "Unmount, after everything is flushed.",
+    "list": "Show what is mounted.",
+    "create": "Make a new image.",
+    "info": "Tell an image's format, size and backing chain.",
+    "map": "Tell where the bytes of a disk lie.",
+    "check": "Tell whether an image's metadata is sound, and repair it.",
+    "completion": "Print the completion script for a shell.",
+}
+"""Every subcommand, in the order of the help; ``fusedisk/cli/NAME.py`` is its module."""
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+"""How click reads every command line."""
+
+COMPLETE_VARIABLE = "_FUSEDISK_COMPLETE"
+EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 70, 130, 141
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are the modules that :data:`COMMANDS` names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, without importing anything."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        found = importlib.import_module(f"fusedisk.cli.{cmd_name}").command
+        assert isinstance(found, click.Command)
+        found.context_settings = {**SETTINGS, **found.context_settings}  # whoever asks, and with whatever context
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Suggest what a mistyped name may have meant."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}."
+            raise click.UsageError(f"there is no command '{name}', {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table of commands from their literal descriptions."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Command names, then options."""
+        names = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings=SETTINGS,
+    epilog="""\b
+Examples:
+  fusedisk mount vm.qcow2 /mnt/disk       # /mnt/disk/vm is the disk, flat and writable
+  fusedisk umount /mnt/disk               # flushed when it returns
+  fusedisk create -f qcow2 new.qcow2 10G
+  fusedisk info --backing-chain vm.qcow2
+  fusedisk map --output json vm.qcow2
+
+'fusedisk COMMAND --help' shows more examples. An IMAGE is a path, PROTOCOL:NAME, json:{...}, or options such as
+driver=qcow2,file.driver=file,file.filename=vm.qcow2.""",
+)
+@click.version_option(fusedisk.__version__, prog_name="fusedisk", message="%(prog)s %(version)s")
+@click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, param, value: set_up_logging(value),
+    help="Say more on stderr; twice: everything. Shows tracebacks.",
+)
+def cli() -> None:
+    """Virtual disk images, mounted as flat raw files."""
+
+
+def set_up_logging(verbose: int) -> None:
+    """Warnings to stderr; with ``-v`` what happens, with ``-vv`` how."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(
+        level=level, format="fusedisk: %(message)s" if not verbose else "%(name)s: %(message)s", force=True
+    )
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """The program: run ``args`` (default: the process's own) and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names are bytes, whatever the locale says
+            stream.reconfigure(errors="surrogateescape")
+    code = run(sys.argv[1:] if args is None else args)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Told already, and the interpreter, which flushes once more at exit, must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; returns the exit code. Everything that escapes the command is told on stderr here."""
+    try:
+        if COMPLETE_VARIABLE in os.environ:
+            return shell_complete(cli, {}, "fusedisk", COMPLETE_VARIABLE, os.environ[COMPLETE_VARIABLE])
+        with cli.make_context("fusedisk", list(args)) as context:
+            cli.invoke(context)
+        flush()
+        return 0
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else EXIT_FAILED
+    except BaseException as exc:
+        return report(exc)
+
+
+def report(exc: BaseException) -> int:
+    """Tell what went wrong in one sentence; returns the exit code."""
+    if isinstance(exc, click.exceptions.Exit):
+        return exc.exit_code
+    causes = list(leaves(exc))
+    if any(isinstance(cause, KeyboardInterrupt | click.Abort) for cause in causes):
+        return EXIT_INTERRUPTED
+    if all(isinstance(cause, BrokenPipeError) for cause in causes):
+        return EXIT_BROKEN_PIPE
+    verbose = logging.getLogger().isEnabledFor(logging.INFO)
+    if isinstance(exc, click.ClickException):
+        return _report_usage(exc)
+    if all(isinstance(cause, FusediskError) for cause in causes):
+        for cause in causes:
+            assert isinstance(cause, FusediskError)
+            where = f" ({cause.where()})" if verbose and cause.where() else ""
+            _tell(f"{cause}{where}")
+        return EXIT_FAILED
+    bug = next(cause for cause in causes if not isinstance(cause, FusediskError))
+    if verbose:
+        traceback.print_exception(exc)
+    hint = "" if verbose else "; run with -v for the traceback (fusedisk -v COMMAND ...)"
+    _tell(f"internal error: {type(bug).__name__}: {bug}{hint}")
+    return EXIT_BUG
+
+
+def leaves(exc: BaseException) -> Iterator[BaseException]:
+    """The exceptions inside a group, however nested; an exception that is no group is its own leaf."""
+    if isinstance(exc, BaseExceptionGroup):
+        for inner in exc.exceptions:
+            yield from leaves(inner)
+    else:
+        yield exc
+
+
+def _report_usage(exc: click.ClickException) -> int:
+    _tell(" ".join(exc.format_message().split()))
+    if isinstance(exc, click.UsageError) and exc.ctx is not None:
+        sys.stderr.write(f"Try '{exc.ctx.command_path} --help' for help.\n")
+    return exc.exit_code
+
+
+def _tell(sentence: str) -> None:
+    sys.stderr.write(f"fusedisk: {sentence}\n")

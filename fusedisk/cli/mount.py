@@ -1,0 +1,218 @@
+"""``fusedisk mount``: images as flat raw files.
+
+Nothing heavy is imported before the daemon has forked: the command only checks what it was asked for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fusedisk.cli.image import complete_file, complete_format, gate_options
+
+if TYPE_CHECKING:
+    from fusedisk.cli.daemon import MountRequest
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fusedisk mount vm.qcow2 /mnt/disk                 # /mnt/disk/vm is the disk
+  fusedisk mount --read-only a.qcow2 b.raw /mnt/disks
+  fusedisk mount --overlay vm.qcow2 /mnt/disk       # writes are thrown away at the end
+  fusedisk mount --overlay-file try.qcow2 vm.qcow2 /mnt/disk
+  fusedisk mount --name data driver=raw,file.filename=disk.img,offset=1M /mnt/disk
+  fusedisk mount vm.qcow2 disk.raw                  # on a regular file: that file is the disk
+
+Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /mnt/disk"""
+)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, shell_complete=complete_file)
+@click.argument("mountpoint", shell_complete=complete_file)
+@click.option("-r", "--read-only", is_flag=True, help="Open the images read-only; the files have no write permission.")
+@click.option("--overlay", is_flag=True, help="A throw-away layer takes all writes; the image is never touched.")
+@click.option(
+    "--overlay-file",
+    metavar="FILE",
+    shell_complete=complete_file,
+    help="A qcow2 layer takes all writes; it is made if it is missing, and used again if it stands on IMAGE.",
+)
+@click.option(
+    "--name", metavar="NAME", help="Name of the file (for one image; 'name=NAME' in an image's options for each)."
+)
+@click.option(
+    "-f",
+    "--format",
+    metavar="FMT",
+    shell_complete=complete_format,
+    help="The images' format; found by their first bytes.",
+)
+@click.option("--copy-on-read", is_flag=True, help="Keep in the top layer what was read from its backing file.")
+@click.option(
+    "--detect-zeroes",
+    type=click.Choice(["off", "on", "unmap"]),
+    default="off",
+    show_default=True,
+    help="Store writes of zeroes compactly; unmap: give their space back.",
+)
+@click.option(
+    "--discard",
+    type=click.Choice(["ignore", "unmap"]),
+    default="unmap",
+    show_default=True,
+    help="Whether discarded ranges give their space back.",
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["writeback", "writethrough", "none", "directsync", "unsafe"]),
+    default="writeback",
+    show_default=True,
+    help="How the image is written; QEMU's modes.",
+)
+@click.option("--growable", is_flag=True, help="A write past the end makes the disk longer.")
+@click.option(
+    "--allow-other",
+    type=click.Choice(["off", "on", "auto"]),
+    default="auto",
+    show_default=True,
+    help="Let other users in, root among them; auto: where that is permitted.",
+)
+@click.option("--uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Owner of the files.")
+@click.option("--gid", type=click.IntRange(0, 2**32 - 2), metavar="GID", help="Group of the files.")
+@click.option("--mode", metavar="MODE", help="Permissions of the files, octal.  [default: 0600, or 0400 read-only]")
+@click.option(
+    "-U", "--force-share", is_flag=True, help="With --read-only: look at images even while somebody writes to them."
+)
+@gate_options
+@click.option("--foreground", is_flag=True, help="Stay; otherwise the command returns when the mount is ready.")
+@click.option(
+    "--pid-file", metavar="FILE", shell_complete=complete_file, help="Write the daemon's pid there when ready."
+)
+@click.option(
+    "--ready-fd", type=click.IntRange(0), metavar="N", help="Write a line to this file descriptor when ready."
+)
+def command(**given: Any) -> None:
+    """Mount each IMAGE as a flat raw file in the directory MOUNTPOINT.
+
+    The file is called as the image without the extension of its format. A regular file as MOUNTPOINT becomes the
+    one IMAGE itself. The command returns when the mount is ready; a daemon serves it until it is unmounted
+    (fusedisk umount).
+    """
+    request = _request(given)
+    _check(request)
+    from fusedisk.cli.daemon import run_daemon
+
+    if given["foreground"]:
+        code = run_daemon(request, _raise_failure)
+        raise click.exceptions.Exit(code)
+    from fusedisk.cli.background import run_in_background
+    from fusedisk.mount import runtime
+
+    log_path = runtime.log_path(request.mountpoint)
+    run_in_background(lambda report: run_daemon(request, report), log_path, request.ready_fd)
+
+
+def _request(given: dict[str, Any]) -> MountRequest:
+    """The request that the options make. Raises OptionError, or UsageError for options that contradict each other."""
+    from fusedisk.block.filenames import parse_argument
+    from fusedisk.cli.daemon import MountRequest
+    from fusedisk.export.export import FileSettings
+    from fusedisk.export.names import check_name
+    from fusedisk.export.opening import ImageRequest, OpenSettings, take_name
+    from fusedisk.mount import mountinfo, mountpoint
+
+    _check_combination(given)
+    images = []
+    for text in given["images"]:
+        spec, name = take_name(parse_argument(text))
+        images.append(ImageRequest(text, spec, name))
+    if given["name"] is not None:
+        images[0].name = check_name(given["name"])
+    settings = OpenSettings(
+        format=given["format"],
+        read_only=given["read_only"],
+        overlay=given["overlay"],
+        overlay_file=_absolute(given["overlay_file"]),
+        copy_on_read=given["copy_on_read"],
+        detect_zeroes=given["detect_zeroes"],
+        discard_unmap=given["discard"] == "unmap",
+        cache=given["cache"],
+        force_share=given["force_share"],
+        file=FileSettings(_mode(given["mode"]), given["uid"], given["gid"], given["growable"]),
+    )
+    return MountRequest(
+        images=images,
+        mountpoint=mountinfo.absolute(given["mountpoint"]),
+        settings=settings,
+        allow_other=mountpoint.allow_other(given["allow_other"]),
+        allow_paths=tuple(map(os.path.abspath, given["allow_path"])),
+        allow_any_reference=given["allow_any_reference"],
+        pid_file=_absolute(given["pid_file"]),
+        ready_fd=given["ready_fd"],
+    )
+
+
+def _check_combination(given: dict[str, Any]) -> None:
+    """Raise UsageError for options that do not go together."""
+    several = len(given["images"]) > 1
+    layered = given["overlay"] or given["overlay_file"] is not None
+    wrong = [
+        (given["overlay"] and given["overlay_file"] is not None, "--overlay and --overlay-file exclude each other."),
+        (layered and given["read_only"], "an overlay takes writes, which --read-only forbids: choose one of them."),
+        (several and given["overlay_file"] is not None, "--overlay-file is for one image, but several were given."),
+        (several and given["name"] is not None, "--name is for one image; give each of several its own with 'name='."),
+        (
+            given["force_share"] and not given["read_only"],
+            "--force-share is for looking at images that somebody else may write to: add --read-only.",
+        ),
+        (
+            given["copy_on_read"] and given["read_only"],
+            "--copy-on-read writes what it reads into the image, which --read-only forbids: choose one of them.",
+        ),
+        (given["growable"] and given["read_only"], "--growable is about writes, which --read-only forbids."),
+    ]
+    for is_wrong, sentence in wrong:
+        if is_wrong:
+            raise click.UsageError(sentence)
+
+
+def _mode(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise click.BadParameter(f"'{text}' is no permissions in octal, such as 0640.", param_hint="--mode")
+    return mode
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
+
+
+def _check(request: MountRequest) -> None:
+    """Everything that can be found wrong before an image is opened; cleans up after a daemon that died here."""
+    from fusedisk.mount import mountpoint, runtime
+
+    if request.ready_fd is not None:
+        try:
+            fcntl.fcntl(request.ready_fd, fcntl.F_GETFD)
+        except OSError as exc:
+            raise click.BadParameter(f"descriptor {request.ready_fd} is not open.", param_hint="--ready-fd") from exc
+    mountpoint.check_fuse()
+    if mountpoint.clean_stale(request.mountpoint):
+        click.echo(f"fusedisk: the mount of a daemon that died was cleaned up at '{request.mountpoint}'.", err=True)
+    mountpoint.check_mountpoint(request.mountpoint, len(request.images))
+    runtime.directory()
+
+
+def _raise_failure(failure: str | None) -> None:
+    """In the foreground a failure to start is the command's own."""
+    if failure is not None:
+        from fusedisk.core.errors import HostError
+
+        raise HostError(failure)

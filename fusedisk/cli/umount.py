@@ -1,0 +1,179 @@
+"""``fusedisk umount``: take a mount away, never from under somebody who uses it, and return when everything is
+flushed."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from fusedisk.cli.image import complete_file
+
+if TYPE_CHECKING:
+    from fusedisk.mount.mountinfo import Mount
+    from fusedisk.mount.runtime import MountRecord
+
+_POLL = 0.3
+"""Seconds between attempts with --wait."""
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fusedisk umount /mnt/disk                       # says who uses it if somebody does
+  fusedisk umount --wait --timeout 30 /mnt/disk   # gives them half a minute
+  fusedisk umount --force /mnt/disk               # flushes, then ends it; open handles get errors"""
+)
+@click.argument("mountpoint", shell_complete=complete_file)
+@click.option("--wait", is_flag=True, help="Wait until nobody uses it any more.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Wait no longer than S seconds.")
+@click.option("--force", is_flag=True, help="Flush and end it even if it is in use.")
+def command(mountpoint: str, wait: bool, timeout: float | None, force: bool) -> None:
+    """Unmount MOUNTPOINT. When this returns, everything is flushed and the daemon has ended."""
+    from fusedisk.mount import mountinfo
+
+    deadline = None if timeout is None else time.monotonic() + timeout
+    path = mountinfo.absolute(mountpoint)
+    mount = mountinfo.mount_at(path)
+    if mount is None:
+        _finish_unmounted(path, deadline)
+        return
+    _check_ours(mount)
+    daemon = _Daemon.of(mount)
+    if daemon is None:
+        _unmount_without_daemon(mount)
+        return
+    if force:
+        daemon.end_now()
+    else:
+        _unmount(mount, deadline if wait or timeout is not None else time.monotonic())
+    daemon.wait_ended(deadline)
+
+
+def _check_ours(mount: Mount) -> None:
+    from fusedisk.core.errors import OptionError
+    from fusedisk.mount.mountinfo import FSTYPE
+
+    if mount.fstype != FSTYPE:
+        raise OptionError(
+            f"'{mount.mountpoint}' is a mount of {mount.source} ({mount.fstype}), not of fusedisk: use umount."
+        )
+
+
+def _finish_unmounted(path: str, deadline: float | None) -> None:
+    """Nothing is mounted: a daemon may still be flushing, or may have left an error behind."""
+    from fusedisk.core.errors import OptionError
+    from fusedisk.mount import runtime
+
+    record = runtime.find(path)
+    if record is None:
+        raise OptionError(f"nothing is mounted at '{path}'.")
+    if record.alive:
+        _Daemon(record).wait_ended(deadline)
+        return
+    _tell_error(record)
+    record.remove()
+    raise OptionError(f"nothing is mounted at '{path}' any more.")
+
+
+def _unmount_without_daemon(mount: Mount) -> None:
+    """No record of a living daemon: either it died, or the record was lost."""
+    from fusedisk.mount import mountpoint, runtime, unmounting
+
+    record = runtime.find(mount.mountpoint, mount.user_id)
+    if mountpoint.is_stale(mount):
+        unmounting.detach(mount.mountpoint)
+        click.echo(f"fusedisk: the daemon of '{mount.mountpoint}' had died, its mount was cleaned up.", err=True)
+    else:
+        _unmount(mount, time.monotonic())
+    if record is not None:
+        record.remove()
+
+
+def _unmount(mount: Mount, deadline: float | None) -> None:
+    """Unmount, trying until the deadline; raises OperationBlockedError with the names of who uses it."""
+    from fusedisk.core.errors import OperationBlockedError
+    from fusedisk.mount import holders, unmounting
+
+    while not unmounting.unmount(mount.mountpoint):
+        if deadline is not None and time.monotonic() >= deadline:
+            raise OperationBlockedError(
+                f"'{mount.mountpoint}' is {holders.describe(mount)}: end that first, wait with --wait, or lose "
+                f"what they have not written with --force."
+            )
+        time.sleep(_POLL)
+
+
+def _tell_error(record: MountRecord) -> None:
+    """Raise what the daemon had to say at its end, once."""
+    from fusedisk.core.errors import HostError
+
+    if record.error is not None:
+        record.remove()
+        raise HostError(record.error)
+
+
+class _Daemon:
+    """The process behind a mount, held by a descriptor so that its number cannot come to mean another."""
+
+    def __init__(self, record: MountRecord) -> None:
+        self.record = record
+        try:
+            self._pidfd: int | None = os.pidfd_open(record.pid)
+        except ProcessLookupError:
+            self._pidfd = None
+        if not record.alive:  # the number had been taken by another process before we held it
+            self._pidfd = None
+
+    @classmethod
+    def of(cls, mount: Mount) -> _Daemon | None:
+        """The daemon of a mount, None if it is dead or unknown."""
+        from fusedisk.mount import runtime
+
+        record = runtime.find(mount.mountpoint, mount.user_id)
+        return cls(record) if record is not None and record.alive else None
+
+    def end_now(self) -> None:
+        """Let it flush and end although the mount is in use."""
+        from fusedisk.core.errors import HostError
+
+        if self._pidfd is None:
+            return
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGQUIT)
+        except ProcessLookupError:
+            pass
+        except PermissionError as exc:
+            raise HostError(
+                f"the daemon of '{self.record.mountpoint}' (pid {self.record.pid}) is another user's, only that user "
+                f"or root can end it.",
+                errno=exc.errno,
+            ) from exc
+
+    def wait_ended(self, deadline: float | None) -> None:
+        """Wait until the daemon has flushed, closed and ended; raises HostError with what went wrong there."""
+        from fusedisk.core.errors import HostError
+        from fusedisk.mount import runtime
+
+        if self._pidfd is not None:
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            if not poll.poll(left):
+                raise HostError(
+                    f"'{self.record.mountpoint}' is unmounted, but its daemon (pid {self.record.pid}) has not finished "
+                    f"flushing."
+                )
+            os.close(self._pidfd)
+        left_behind = runtime.reread(self.record)
+        if left_behind is not None:
+            _tell_error(left_behind)
+            left_behind.remove()
+            raise HostError(
+                f"the daemon of '{self.record.mountpoint}' (pid {self.record.pid}) died before it had flushed "
+                f"everything."
+            )

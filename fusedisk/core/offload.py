@@ -1,0 +1,45 @@
+"""Worker threads for what would stop the trio thread: host I/O and CPU work.
+
+The hop costs about 190 microseconds, so callers come here only when the call may take longer than that. A
+cancelled caller waits for its thread: the thread fills the caller's buffer, which may not be used again
+before it is done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
+
+import trio
+
+HOST_IO_THREADS = 16
+"""Host requests under way at once; more only queue up in the host's own scheduler."""
+
+_Args = TypeVarTuple("_Args")
+_Result = TypeVar("_Result")
+
+_host_io_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("host_io_limiter")
+_cpu_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("cpu_limiter")
+
+
+async def run_host_io(fn: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
+    """Run ``fn(*args)``, which may wait for the host's disks, in a worker thread and return its result."""
+    limiter = _limiter(_host_io_limiter, HOST_IO_THREADS)
+    return await trio.to_thread.run_sync(fn, *args, limiter=limiter)
+
+
+async def run_cpu(fn: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
+    """Run ``fn(*args)``, which computes with the GIL released (inflate, ciphers), in a worker thread."""
+    limiter = _limiter(_cpu_limiter, len(os.sched_getaffinity(0)))
+    return await trio.to_thread.run_sync(fn, *args, limiter=limiter)
+
+
+def _limiter(variable: trio.lowlevel.RunVar[trio.CapacityLimiter], threads: int) -> trio.CapacityLimiter:
+    """The limiter of this trio run; each run has its own."""
+    try:
+        return variable.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(threads)
+        variable.set(limiter)
+        return limiter

@@ -1,0 +1,1 @@
+"""Drivers that sit between a parent and one child and change how requests run."""

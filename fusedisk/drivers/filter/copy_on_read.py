@@ -1,0 +1,59 @@
+"""``copy-on-read``: whatever is read is kept in the node below, so that its backing file is asked once.
+
+Concurrent requests are safe: the node below makes such reads serialising over whole clusters. Source: QAPI's
+BlockdevOptionsCor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusedisk.block import io, permissions
+from fusedisk.block.child import Child
+from fusedisk.block.driver import COPY_ON_READ, Buffer, ChildSpec, FilterDriver, Role
+from fusedisk.block.extent import DATA, Extent
+from fusedisk.core.errors import OptionError
+
+
+class CopyOnReadDriver(FilterDriver):
+    """Passes everything through, reads with the copy-on-read flag."""
+
+    name = "copy-on-read"
+    child_specs = (ChildSpec("file", Role.FILTERED),)
+    moves_bytes = True
+
+    async def open(self) -> None:
+        """Raises OptionError over a read-only node: there would be nowhere to keep what is read."""
+        below = self.filtered.node
+        if below.config.read_only:
+            raise OptionError(f"copy-on-read writes into '{below.filename}', which is open read-only.")
+
+    def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
+        """What the parents need, and to write what reads the same."""
+        return perm | permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED, shared | permissions.WRITE_UNCHANGED
+
+    async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Read and keep."""
+        for buffer in buffers:
+            await io.read(self.filtered.node, offset, buffer, COPY_ON_READ)
+            offset += len(buffer)
+
+    async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
+        """Pass through."""
+        await io.write(self.filtered.node, offset, buffers, flags)
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """For block status: ask the node below."""
+        return Extent(DATA, length, self.filtered, offset, recurse=True)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        """Pass through."""
+        await io.write_zeroes(self.filtered.node, offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Pass through."""
+        await io.discard(self.filtered.node, offset, length)
+
+    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
+        """Pass through."""
+        await io.truncate(self.filtered.node, length, preallocation, flags)

@@ -1,0 +1,1 @@
+"""Drivers that give meaning to the bytes of their ``file`` child: raw, qcow2."""

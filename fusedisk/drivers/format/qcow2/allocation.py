@@ -1,0 +1,294 @@
+"""Writing to guest clusters that have no host clusters of their own yet: allocating, copying on write,
+publishing.
+
+Why concurrent requests are safe
+--------------------------------
+1. Everything here runs under the image's mutex, except :meth:`Allocator.abandon`, which is synchronous.
+2. An allocation is *in flight* from ``map_write`` until ``publish`` or ``abandon``. Others that want to write
+   its guest clusters wait, since the rest of the clusters is being copied. Nobody holds the mutex while it
+   waits for an allocation, and nobody who holds an allocation waits for another, so there is no deadlock.
+3. Copying a cluster on write never drops a refcount to zero under a reader: what is not COPIED although its
+   refcount is one (an interrupted snapshot deletion leaves that) is taken over in place. Compressed clusters
+   are the exception, so their readers look at the entry again after reading (:mod:`.compressed`).
+
+Order of writes: refcounts of the new clusters, then their data (by the core), then the L2 entries, then the
+refcounts of what they replaced. A new L2 table: its refcount, the table, the L1 entry, then the refcount of
+the shared table it was copied from.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+
+import trio
+
+from fusedisk.block.extent import WriteExtent
+from fusedisk.drivers.format.qcow2 import entries as bits
+from fusedisk.drivers.format.qcow2.cluster import ClusterMap
+from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, HostRun, empty_table, encode_table
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
+
+
+class Allocation:
+    """Guest clusters that a write request has host clusters for, but that the L2 table does not show yet."""
+
+    __slots__ = ("_done", "count", "first", "fresh", "host", "old", "owned")
+
+    def __init__(self, first: int, host: int, old: array[int], *, owned: bool = False, fresh: bool = False) -> None:
+        self.first = first
+        """First guest cluster, by number."""
+        self.count = len(old)
+        self.host = host
+        """Host offset of the first cluster."""
+        self.old = old
+        """The L2 entries that this will replace."""
+        self.owned = owned
+        """The L2 table refers to the host clusters already (preallocated zeroes)."""
+        self.fresh = fresh
+        """The host clusters read as zeroes."""
+        self._done: trio.Event | None = None
+
+    async def wait(self) -> None:
+        """Wait until it is published or abandoned."""
+        if self._done is None:
+            self._done = trio.Event()
+        await self._done.wait()
+
+    def finish(self) -> None:
+        """Wake who waited."""
+        if self._done is not None:
+            self._done.set()
+
+
+class Allocator:
+    """Allocations of one writable image."""
+
+    def __init__(
+        self, clusters: ClusterMap, refcounts: Refcounts, backing_length: Callable[[], int] = lambda: 0
+    ) -> None:
+        """``backing_length``: how long the backing file is now, 0 without one."""
+        self.clusters = clusters
+        self.refcounts = refcounts
+        self.image = clusters.image
+        self.geometry = self.image.geometry
+        self.backing_length = backing_length
+        self._in_flight: list[Allocation] = []
+
+    async def map_write(self, offset: int, length: int) -> WriteExtent:
+        """Where to write a prefix of the range, allocating; see
+        :meth:`fusedisk.block.driver.Driver.map_write`.
+        """
+        while True:
+            async with self.image.mutex:
+                conflict, length = self._in_flight_at(offset, length)
+                if conflict is None:
+                    return await self._prepare(offset, length)
+            await conflict.wait()
+
+    def _in_flight_at(self, offset: int, length: int) -> tuple[Allocation | None, int]:
+        """The allocation in flight over the first cluster, or how many bytes lie in front of the next."""
+        first = offset >> self.geometry.cluster_bits
+        for allocation in self._in_flight:
+            if allocation.first <= first < allocation.first + allocation.count:
+                return allocation, length
+            if allocation.first > first:
+                length = min(length, (allocation.first << self.geometry.cluster_bits) - offset)
+        return None, length
+
+    async def _prepare(self, offset: int, length: int) -> WriteExtent:
+        """Allocate for a prefix of the range, in which nothing is in flight."""
+        geometry = self.geometry
+        l1_index = offset >> geometry.span_bits
+        table = await self.table_for_write(l1_index)
+        extent = self.clusters.lookup_in_place(offset, length)
+        if extent is not None:
+            return extent
+        first = offset >> geometry.cluster_bits
+        index = first & geometry.l2_mask
+        entry = table[index]
+        await self._check_entry(offset, entry)
+        if not entry & COMPRESSED and entry & OFFSET_MASK and await self._is_ours(entry):
+            if not entry & bits.ZERO:
+                return await self._adopt(offset, length, entry)
+            count = _owned_zeroes(table, index, self._end(offset, length), geometry.cluster_size)
+            allocation = Allocation(first, entry & OFFSET_MASK, table[index : index + count], owned=True)
+        else:
+            count = await self._count_new(table, index, self._end(offset, length))
+            run = await self.refcounts.allocate(count)
+            old = table[index : index + run.clusters]
+            allocation = Allocation(first, run.first << geometry.cluster_bits, old, fresh=run.fresh)
+        return await self._register(offset, length, allocation)
+
+    def _end(self, offset: int, length: int) -> int:
+        """Index in the L2 table behind the range, or behind the table."""
+        geometry = self.geometry
+        inside = offset & geometry.cluster_mask
+        index = offset >> geometry.cluster_bits & geometry.l2_mask
+        return min(index + geometry.clusters(inside + length), geometry.l2_entries)
+
+    async def _check_entry(self, offset: int, entry: int) -> None:
+        """Raise CorruptImageError, after fencing the image, unless the cluster of ``entry`` may be replaced
+        or overwritten.
+        """
+        if entry & COMPRESSED:
+            return
+        if entry & self.geometry.l2_bad:
+            raise await self.clusters.bad_entry(offset, entry)
+        host = entry & OFFSET_MASK
+        what = self.image.occupied_at(host, self.geometry.cluster_size) if host else None
+        if what is not None:
+            raise await self.image.corruption(
+                f"the L2 entry for guest offset {offset & ~self.geometry.cluster_mask} leads to {host}, "
+                f"where its {what} lies"
+            )
+
+    async def _is_ours(self, entry: int) -> bool:
+        """Whether nobody but this L2 entry refers to its host cluster."""
+        if entry & COPIED:
+            return True
+        host = entry & OFFSET_MASK
+        refcount = await self.refcounts.get(host >> self.geometry.cluster_bits)
+        if not refcount:
+            raise await self.image.corruption(f"the host cluster at {host} is in use, but its refcount is 0")
+        return refcount == 1
+
+    async def _adopt(self, offset: int, length: int, entry: int) -> WriteExtent:
+        """Mark a cluster as ours that is, but was not marked, and overwrite it in place."""
+        geometry = self.geometry
+        index = offset >> geometry.cluster_bits & geometry.l2_mask
+        await self.image.put_l2_entries(offset >> geometry.span_bits, index, array("Q", [entry | COPIED]))
+        inside = offset & geometry.cluster_mask
+        count = min(length, geometry.cluster_size - inside)
+        return WriteExtent(count, self.clusters.edge, (entry & OFFSET_MASK) + inside)
+
+    async def _count_new(self, table: array[int], index: int, end: int) -> int:
+        """How many entries from ``index`` on need a new host cluster; the first does."""
+        at = index + 1
+        while at < end:
+            entry = table[at]
+            if not entry & COMPRESSED:
+                if entry & self.geometry.l2_bad:
+                    break
+                if entry & OFFSET_MASK and await self._is_ours(entry):
+                    break
+            at += 1
+        return at - index
+
+    async def _register(self, offset: int, length: int, allocation: Allocation) -> WriteExtent:
+        """Put an allocation in flight and say what to write there.
+
+        Where zeroes surround what is written and the host clusters read as zeroes, there is nothing to copy.
+        """
+        geometry, size = self.geometry, self.image.header.size
+        start = allocation.first << geometry.cluster_bits
+        end = start + (allocation.count << geometry.cluster_bits)
+        if end > size and not allocation.fresh:
+            # Behind the disk's end there are zeroes, also for whoever lets the disk grow later.
+            try:
+                await self.image.zero_host(allocation.host + size - start, end - size)
+            except BaseException:
+                self._take_back(allocation)
+                raise
+        stop = min(offset + length, end)
+        host = allocation.host + offset - start
+        head = offset - start
+        tail = max(min(end, size) - stop, 0)
+        if allocation.fresh:
+            if head and self._reads_as_zeroes(allocation.old[0], start):
+                head = 0
+            if tail and self._reads_as_zeroes(allocation.old[-1], stop):
+                tail = 0
+        self._in_flight.append(allocation)
+        return WriteExtent(stop - offset, self.clusters.edge, host, allocation, head, tail)
+
+    def _reads_as_zeroes(self, entry: int, offset: int) -> bool:
+        """Whether the rest of a cluster, from guest ``offset`` on, is known to be zero."""
+        if entry & COMPRESSED:
+            return False
+        if entry & bits.ZERO:
+            return True
+        return not entry & OFFSET_MASK and self.backing_length() <= offset
+
+    def abandon(self, allocation: Allocation) -> None:
+        """The data could not be written: nothing refers to the clusters, so the next allocations take them."""
+        self._in_flight.remove(allocation)
+        self._take_back(allocation)
+        allocation.finish()
+
+    def _take_back(self, allocation: Allocation) -> None:
+        if not allocation.owned:
+            self.refcounts.keep(HostRun(allocation.host >> self.geometry.cluster_bits, allocation.count))
+
+    async def publish(self, allocation: Allocation) -> None:
+        """Let the L2 table refer to written clusters, then drop the references to what they replace.
+
+        If the L2 entries cannot be written, nobody knows whether the file has them, and the clusters are
+        leaked.
+        """
+        geometry = self.geometry
+        try:
+            await self.image.mutex.acquire()
+        except BaseException:
+            self.abandon(allocation)
+            raise
+        try:
+            size, first = geometry.cluster_size, allocation.host | COPIED
+            entries = array("Q", range(first, first + allocation.count * size, size))
+            l1_index = allocation.first >> geometry.l2_bits
+            await self.image.put_l2_entries(l1_index, allocation.first & geometry.l2_mask, entries)
+            if not allocation.owned and max(allocation.old) > bits.ZERO:
+                await self.refcounts.free_entries(allocation.old)
+        finally:
+            self.image.mutex.release()
+            self._in_flight.remove(allocation)
+            allocation.finish()
+
+    # --- L2 tables --------------------------------------------------------------------------------------
+
+    async def table_for_write(self, l1_index: int) -> array[int]:
+        """The L2 table of an L1 entry, cached and not shared with a snapshot: allocated or copied where it
+        must be.
+
+        Under the mutex. To be used before the next await.
+        """
+        image, geometry = self.image, self.geometry
+        table = await self.clusters.table_at(l1_index)
+        entry = image.l1[l1_index]
+        if table is not None:
+            offset = entry & OFFSET_MASK
+            what = image.metadata_at(offset, geometry.cluster_size)
+            if what is not None:
+                raise await image.corruption(f"L1 entry {l1_index} leads to {offset}, where its {what} lies")
+            if entry & COPIED:
+                return table
+            if await self._is_ours(entry):
+                await image.put_l1_entry(l1_index, entry | COPIED)
+                return await image.l2.load(offset)
+        copy = table[:] if table is not None else empty_table(geometry.l2_entries)
+        if max(copy) & COPIED:
+            # What a shared table refers to is shared as well, whatever it says.
+            copy = array("Q", [item & ~COPIED for item in copy])
+        run = await self.refcounts.allocate(1)
+        offset = run.first << geometry.cluster_bits
+        try:
+            await image.announce("l2_alloc_write")
+            await image.put_new_table(offset, encode_table(copy))
+        except BaseException:
+            self.refcounts.keep(run)
+            raise
+        await image.put_l1_entry(l1_index, offset | COPIED)
+        if entry & OFFSET_MASK:
+            await self.refcounts.free([HostRun((entry & OFFSET_MASK) >> geometry.cluster_bits, 1)])
+        image.l2.put(offset, copy)
+        return copy
+
+
+def _owned_zeroes(table: array[int], index: int, end: int, cluster_size: int) -> int:
+    """How many preallocated zero clusters from ``index`` on are known to be ours and neighbours in the file."""
+    entry = table[index]
+    at = index + 1
+    if entry & COPIED:
+        while at < end and table[at] == entry + (at - index) * cluster_size:
+            at += 1
+    return at - index

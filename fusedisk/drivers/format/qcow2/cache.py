@@ -1,0 +1,120 @@
+"""Tables of one kind (L2 tables, refcount blocks), bounded in bytes, each loaded whole.
+
+The cache is clean: what is in it equals what was last written to the file. ``load`` may run concurrently;
+those who want the same table share one read. Changes go through
+:class:`~fusedisk.drivers.format.qcow2.image.Image`, which writes first and then calls :meth:`TableCache.put`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+import trio
+
+Table = TypeVar("Table")
+
+
+class _Loading:
+    """One read in flight."""
+
+    __slots__ = ("done", "stale")
+
+    def __init__(self) -> None:
+        self.done: trio.Event | None = None
+        self.stale = False
+        """The table was written or freed meanwhile: what was read must not be kept."""
+
+
+class TableCache(Generic[Table]):
+    """Least recently used tables by host offset.
+
+    ``tables`` may be read directly on the hot path (``tables.get(offset)``, then
+    ``tables.move_to_end(offset)``).
+    """
+
+    def __init__(self, read: Callable[[int], Awaitable[Table]], table_size: int, minimum: int) -> None:
+        self.tables: OrderedDict[int, Table] = OrderedDict()
+        self._read = read
+        self._table_size = table_size
+        self._minimum = minimum
+        self._capacity = minimum
+        self._loading: dict[int, _Loading] = {}
+
+    def set_size(self, size: int) -> None:
+        """Hold at most ``size`` bytes of tables, but not fewer than the minimum number of them."""
+        self._capacity = max(size // self._table_size, self._minimum)
+        self._evict()
+
+    @property
+    def size(self) -> int:
+        """The bound in bytes."""
+        return self._capacity * self._table_size
+
+    def get(self, offset: int) -> Table | None:
+        """The table at ``offset`` if it is cached."""
+        table = self.tables.get(offset)
+        if table is not None:
+            self.tables.move_to_end(offset)
+        return table
+
+    async def load(self, offset: int) -> Table:
+        """The table at ``offset``, read if it is not cached. Does not suspend where it is.
+
+        Whoever wants to rely on the table uses it before the next await. Raises what the read raises.
+        """
+        while True:
+            table = self.get(offset)
+            if table is not None:
+                return table
+            loading = self._loading.get(offset)
+            if loading is None:
+                table = await self._load(offset)
+                if table is not None:
+                    return table
+                continue
+            if loading.done is None:
+                loading.done = trio.Event()
+            await loading.done.wait()
+
+    async def _load(self, offset: int) -> Table | None:
+        loading = self._loading[offset] = _Loading()
+        try:
+            table = await self._read(offset)
+        finally:
+            if self._loading.get(offset) is loading:
+                del self._loading[offset]
+            if loading.done is not None:
+                loading.done.set()
+        if loading.stale:
+            return None
+        self.put(offset, table)
+        return table
+
+    def put(self, offset: int, table: Table) -> None:
+        """Keep what was just read or written as the content of the table at ``offset``."""
+        self._outdate(offset)
+        self.tables[offset] = table
+        self.tables.move_to_end(offset)
+        self._evict()
+
+    def drop(self, offset: int) -> None:
+        """Forget a table: it was freed, or a write of it failed and only the file knows its content."""
+        self._outdate(offset)
+        self.tables.pop(offset, None)
+
+    def clear(self) -> None:
+        """Forget all tables."""
+        for offset in list(self._loading):
+            self._outdate(offset)
+        self.tables.clear()
+
+    def _outdate(self, offset: int) -> None:
+        loading = self._loading.pop(offset, None)
+        if loading is not None:
+            loading.stale = True
+
+    def _evict(self) -> None:
+        while len(self.tables) > self._capacity:
+            self.tables.popitem(last=False)

@@ -1,0 +1,177 @@
+"""Counting references to host clusters, in memory that follows what is referred to rather than the file's length.
+
+A sparse file can be a million times longer than what it holds, so counters of a large file come in small chunks that
+are made when something in them is first referred to.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+
+WHOLE = 1 << 24
+"""Files with up to this many clusters have one chunk, which is fastest: 64 MiB."""
+_SMALL_CHUNK_BITS = 6
+_ONE_CHUNK_BITS = 40
+"""More clusters than any file has."""
+_TYPECODE = "I"
+_WIDTH = 4
+MOST = (1 << 32) - 1
+"""A counter that arrives here stays here."""
+
+
+class Counts:
+    """How often each of ``clusters`` host clusters is referred to."""
+
+    def __init__(self, clusters: int, *, whole: int = WHOLE) -> None:
+        self.clusters = clusters
+        self._one_chunk = clusters <= whole
+        self._chunk_bits = _ONE_CHUNK_BITS if self._one_chunk else _SMALL_CHUNK_BITS
+        self._chunk_size = 1 << self._chunk_bits
+        self._chunks: dict[int, array[int]] = {}
+        self._behind = 0
+        """Of the cluster behind the last one: what is not aligned may reach into it."""
+
+    # --- counting ---------------------------------------------------------------------------------------
+
+    def add_run(self, first: int, count: int, weight: int = 1) -> None:
+        """Count ``weight`` references to each of ``count`` neighbours, of which one may lie behind the file's end."""
+        end = first + count
+        if end > self.clusters:
+            self._behind += weight
+            end = self.clusters
+        while first < end:
+            chunk = self._chunk(first >> self._chunk_bits)
+            low = first & self._chunk_size - 1
+            high = min(low + end - first, self._chunk_size, len(chunk))
+            first += high - low
+            part = chunk[low:high]
+            if part == array(_TYPECODE, bytes(_WIDTH * len(part))):
+                chunk[low:high] = array(_TYPECODE, [min(weight, MOST)]) * len(part)
+            else:
+                chunk[low:high] = array(_TYPECODE, [min(value + weight, MOST) for value in part])
+
+    def add(self, clusters: Iterable[int], weight: int = 1) -> int:
+        """Count ``weight`` references to each of the clusters; returns how many of them the file does not have."""
+        if self._one_chunk:
+            return self._add_whole(iter(clusters), weight)
+        missing = 0
+        for cluster in clusters:
+            if cluster >= self.clusters:
+                missing += 1
+                continue
+            chunk = self._chunk(cluster >> self._chunk_bits)
+            index = cluster & self._chunk_size - 1
+            chunk[index] = min(chunk[index] + weight, MOST)
+        return missing
+
+    def _add_whole(self, clusters: Iterator[int], weight: int) -> int:
+        counters = self._chunk(0)
+        missing = cluster = 0
+        while True:
+            try:
+                for cluster in clusters:
+                    counters[cluster] += weight
+                return missing
+            except IndexError:
+                missing += 1
+            except OverflowError:
+                counters[cluster] = MOST
+
+    def _chunk(self, number: int) -> array[int]:
+        chunk = self._chunks.get(number)
+        if chunk is None:
+            size = min(self._chunk_size, self.clusters - (number << self._chunk_bits))
+            chunk = self._chunks[number] = array(_TYPECODE, bytes(_WIDTH * size))
+        return chunk
+
+    def grow(self, clusters: int) -> None:
+        """Let there be more clusters; the file has grown."""
+        if clusters <= self.clusters:
+            return
+        old, behind = self.clusters, self._behind
+        self.clusters, self._behind = clusters, 0
+        for number, chunk in self._chunks.items():
+            missing = min(self._chunk_size, clusters - (number << self._chunk_bits)) - len(chunk)
+            chunk.frombytes(bytes(_WIDTH * missing))
+        if behind:
+            self.add_run(old, 1, behind)
+
+    # --- looking ----------------------------------------------------------------------------------------
+
+    def end(self) -> int:
+        """Behind the last cluster that may have references: the file's end, or one more."""
+        return self.clusters + bool(self._behind)
+
+    def __getitem__(self, cluster: int) -> int:
+        if cluster >= self.clusters:
+            return self._behind if cluster == self.clusters else 0
+        chunk = self._chunks.get(cluster >> self._chunk_bits)
+        return chunk[cluster & self._chunk_size - 1] if chunk is not None else 0
+
+    def part(self, first: int, count: int) -> array[int] | None:
+        """The counters of ``count`` neighbours, zeroes behind :meth:`end`; None where all are zero as no chunk is
+        there."""
+        numbers = range(first >> self._chunk_bits, (first + count - 1 >> self._chunk_bits) + 1)
+        reaches_behind = self._behind and first <= self.clusters < first + count
+        if not reaches_behind and not any(number in self._chunks for number in numbers):
+            return None
+        found: array[int] = array(_TYPECODE)
+        for number in numbers:
+            start = number << self._chunk_bits
+            low = max(first - start, 0)
+            high = min(first + count - start, self._chunk_size)
+            chunk = self._chunks.get(number)
+            piece = chunk[low:high] if chunk is not None else found[:0]
+            found.extend(piece)
+            found.frombytes(bytes(_WIDTH * (high - low - len(piece))))
+        if reaches_behind:
+            found[self.clusters - first] = min(self._behind, MOST)
+        return found
+
+    def touched(self, size: int) -> set[int]:
+        """Which stretches of ``size`` clusters (a power of two), by number, may have references."""
+        if self._chunk_size >= size:
+            per_chunk = self._chunk_size // size
+            last = -(-self.clusters // size)
+            found = {
+                stretch
+                for number in self._chunks
+                for stretch in range(number * per_chunk, min((number + 1) * per_chunk, last))
+            }
+        else:
+            found = {(number << self._chunk_bits) // size for number in self._chunks}
+        if self._behind:
+            found.add(self.clusters // size)
+        return found
+
+    def first_free(self, start: int, count: int) -> int:
+        """The first of ``count`` neighbours without references, from ``start`` on; may lie behind the file's end."""
+        first = start
+        while first < self.end():
+            first = self._next_free(first)
+            used = self._last_used(first, count)
+            if used is None:
+                return first
+            first = used + 1
+        return first
+
+    def _next_free(self, cluster: int) -> int:
+        while cluster < self.clusters:
+            number = cluster >> self._chunk_bits
+            chunk = self._chunks.get(number)
+            if chunk is None:
+                return cluster
+            try:
+                return (number << self._chunk_bits) + chunk.index(0, cluster & self._chunk_size - 1)
+            except ValueError:
+                cluster = number + 1 << self._chunk_bits
+        return self.end()
+
+    def _last_used(self, first: int, count: int) -> int | None:
+        """The last of ``count`` neighbours that has references; None where none has."""
+        part = self.part(first, count)
+        if part is None:
+            return None
+        used = len(part.tobytes().rstrip(b"\0"))
+        return first + (used - 1) // _WIDTH if used else None

@@ -1,0 +1,286 @@
+"""An image as a check sees it: its header, believed no further than needed, and reads that are bounded.
+
+What a header must be here is less than what :mod:`.driver` asks for, since a table that lies in the wrong place is a
+finding and no reason to stop. Refused is what QEMU refuses in check mode, so that nothing is called clean that QEMU
+would not open.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from typing import NamedTuple
+
+from fusedisk.block import io
+from fusedisk.block.node import Node
+from fusedisk.core.errors import HostError, ImageError, UnsupportedFeatureError
+from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.entries import COMPRESSED, swap_table
+from fusedisk.drivers.format.qcow2.layout import Header
+
+SECTOR = 512
+MAX_READ_END = (1 << 63) - (1 << 30)
+"""No byte at or behind this can be read, as in QEMU."""
+MAX_CLUSTERS = (1 << 31) - 1
+MAX_L1_ENTRIES = layout.MAX_L1_SIZE // 8
+
+BITMAPS = 1 << 0
+RAW_EXTERNAL_DATA = 1 << 1
+KNOWN_AUTOCLEAR = BITMAPS | RAW_EXTERNAL_DATA
+_KNOWN_INCOMPATIBLE = (
+    layout.DIRTY | layout.CORRUPT | layout.EXTERNAL_DATA | layout.COMPRESSION_TYPE | layout.EXTENDED_L2
+)
+
+EXTENSION_CRYPTO = 0x0537BE77
+EXTENSION_BITMAPS = 0x23852875
+EXTENSION_DATA_FILE = 0x44415441
+_LUKS = 2
+_MAX_BACKING_FORMAT = 15
+
+_CRYPTO = struct.Struct(">QQ")
+_BITMAPS = struct.Struct(">IIQQ")
+
+
+class Region(NamedTuple):
+    """Bytes of the file."""
+
+    offset: int
+    length: int
+
+
+class BitmapDirectory(NamedTuple):
+    """Where the bitmaps extension says that the directory of bitmaps is."""
+
+    bitmaps: int
+    region: Region
+
+
+class CheckedImage:
+    """The storage of an image with the sizes that its header asks for. Offsets and lengths are in bytes."""
+
+    def __init__(self, file: Node, header: Header) -> None:
+        bits = header.cluster_bits
+        self.file = file
+        self.filename = file.filename
+        self.header = header
+        self.cluster_bits = bits
+        self.cluster_size = 1 << bits
+        self.cluster_mask = self.cluster_size - 1
+        self.extended_l2 = bool(header.incompatible_features & layout.EXTENDED_L2)
+        self.entry_size = 16 if self.extended_l2 else 8
+        self.table_entries = self.cluster_size // self.entry_size
+        """Entries in an L2 table."""
+        self.refcount_bits = 1 << header.refcount_order
+        self.refcount_maximum = (1 << self.refcount_bits) - 1
+        self.block_entries = self.cluster_size * 8 >> header.refcount_order
+        """Refcounts in a refcount block."""
+        self.data_file = bool(header.incompatible_features & layout.EXTERNAL_DATA)
+        """Guest clusters lie in another file, which has no refcounts."""
+        self._compressed_size_shift = 62 - (bits - 8)
+        self.crypto = self._crypto_header()
+        self.bitmaps = self._bitmap_directory()
+
+    # --- sizes ------------------------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """Of the file, in whole sectors."""
+        return -(-self.file.length // SECTOR) * SECTOR
+
+    @property
+    def clusters(self) -> int:
+        """Host clusters in the file; the last one may be cut short."""
+        return self.length + self.cluster_mask >> self.cluster_bits
+
+    def has_region(self, offset: int, length: int) -> bool:
+        """Whether a region lies in the file, apart from less than a cluster at its end."""
+        return offset + length - self.length < self.cluster_size
+
+    def inside(self, region: Region) -> Region:
+        """What of a region lies in the file; behind it everything reads as zeroes."""
+        return Region(region.offset, max(min(region.length, self.length - region.offset), 0))
+
+    def compressed_region(self, entry: int) -> Region:
+        """Where an L2 entry has compressed data. The length is an upper bound in whole sectors."""
+        shift = self._compressed_size_shift
+        offset = entry & (1 << shift) - 1
+        sectors = (entry & COMPRESSED - 1) >> shift
+        return Region(offset, (sectors + 1) * SECTOR - offset % SECTOR)
+
+    def compressed_entry(self, region: Region) -> int:
+        """The L2 entry for compressed data that starts with a cluster."""
+        sectors = -(-region.length // SECTOR)
+        return COMPRESSED | (sectors - 1) << self._compressed_size_shift | region.offset
+
+    # --- bytes ------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Bytes of the file; zeroes past its end. Raises HostError."""
+        if offset + length > MAX_READ_END:
+            raise HostError(f"'{self.filename}' has no bytes at {offset}, which is behind the end of any file.")
+        data = bytearray(length)
+        await io.read(self.file, offset, memoryview(data))
+        return data
+
+    async def read_table(self, region: Region) -> array[int]:
+        """A table of 64-bit numbers; zeroes past the file's end."""
+        return decode_table(await self.read(*region))
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Change bytes of the file."""
+        await io.write(self.file, offset, (memoryview(data),))
+
+    async def flush(self) -> None:
+        """What was written before is on stable storage before what is written later."""
+        await io.flush(self.file)
+
+    # --- places -----------------------------------------------------------------------------------------
+
+    @property
+    def l1_region(self) -> Region:
+        """The active L1 table."""
+        return Region(self.header.l1_table_offset, self.header.l1_size * 8)
+
+    @property
+    def refcount_table_region(self) -> Region:
+        """The refcount table."""
+        return Region(self.header.refcount_table_offset, self.header.refcount_table_size())
+
+    def _crypto_header(self) -> Region | None:
+        """Where the LUKS header is."""
+        for extension in self.header.extensions:
+            if extension.type == EXTENSION_CRYPTO:
+                return Region(*_CRYPTO.unpack(extension.data))
+        return None
+
+    def _bitmap_directory(self) -> BitmapDirectory | None:
+        """None also where the bitmaps have become invalid."""
+        if not self.header.autoclear_features & BITMAPS:
+            return None
+        for extension in self.header.extensions:
+            if extension.type == EXTENSION_BITMAPS:
+                count, _, size, offset = _BITMAPS.unpack(extension.data)
+                return BitmapDirectory(count, Region(offset, size))
+        return None
+
+
+def decode_table(data: bytes | bytearray) -> array[int]:
+    """A table of big-endian 64-bit numbers."""
+    table = array("Q", data)
+    swap_table(table)
+    return table
+
+
+async def open_image(file: Node) -> CheckedImage:
+    """Read the header of the image in ``file``.
+
+    Raises ImageError or UnsupportedFeatureError where not even a check makes sense.
+    """
+    filename = file.filename
+    header = layout.parse_header(await _read(file, layout.V3_HEADER_LENGTH), filename)
+    _check_sizes(header, filename)
+    layout.parse_header_area(header, await _read(file, header.cluster_size), filename)
+    _check_features(header, filename)
+    _check_extensions(header, filename)
+    image = CheckedImage(file, header)
+    _check_tables(image)
+    return image
+
+
+async def _read(file: Node, length: int) -> bytes:
+    data = bytearray(length)
+    await io.read(file, 0, memoryview(data))
+    return bytes(data)
+
+
+def _refuse(filename: str, what: str, found: object, wanted: str) -> ImageError:
+    return ImageError(f"'{filename}' cannot be checked: its {what} is {found}, but {wanted} was wanted.")
+
+
+def _check_sizes(header: Header, filename: str) -> None:
+    bits = header.cluster_bits
+    if not layout.MIN_CLUSTER_BITS <= bits <= layout.MAX_CLUSTER_BITS:
+        wanted = f"{layout.MIN_CLUSTER_BITS} to {layout.MAX_CLUSTER_BITS}"
+        raise _refuse(filename, "number of cluster bits", bits, wanted)
+    if header.refcount_order > layout.MAX_REFCOUNT_ORDER:
+        raise _refuse(filename, "refcount order", header.refcount_order, f"at most {layout.MAX_REFCOUNT_ORDER}")
+    if header.version > 2 and not layout.V3_MIN_HEADER_LENGTH <= header.header_length <= header.cluster_size:
+        wanted = f"{layout.V3_MIN_HEADER_LENGTH} to {header.cluster_size}"
+        raise _refuse(filename, "header length", header.header_length, wanted)
+    room = header.cluster_size - header.backing_file_offset
+    longest = min(layout.MAX_BACKING_NAME, room)
+    if room < 0 or (header.backing_file_offset and header.backing_file_size > longest):
+        found = f"{header.backing_file_size} bytes at {header.backing_file_offset}"
+        raise _refuse(filename, "backing file's name", found, "a name in the first cluster")
+    if header.size >> 63:
+        raise _refuse(filename, "virtual size", header.size, "less than 2^63")
+    if header.crypt_method > _LUKS:
+        raise _refuse(filename, "encryption method", header.crypt_method, "0, 1 or 2")
+
+
+def _check_features(header: Header, filename: str) -> None:
+    unknown = header.incompatible_features & ~_KNOWN_INCOMPATIBLE
+    if unknown:
+        names = layout.feature_names(header)
+        found = [names.get((layout.INCOMPATIBLE, bit), f"bit {bit}") for bit in range(64) if unknown >> bit & 1]
+        raise UnsupportedFeatureError(
+            f"'{filename}' cannot be checked: it uses incompatible features that are not known ({', '.join(found)})."
+        )
+    kind = header.compression_type
+    if kind not in layout.COMPRESSION_NAMES:
+        raise _refuse(filename, "compression type", kind, "zlib (0) or zstd (1)")
+    if bool(kind) != bool(header.incompatible_features & layout.COMPRESSION_TYPE):
+        raise _refuse(filename, "compression type", kind, "one that agrees with its feature bit")
+    if header.incompatible_features & layout.EXTENDED_L2 and header.cluster_size < 32 * SECTOR:
+        raise _refuse(filename, "cluster size", header.cluster_size, "at least 16384 for extended L2 entries")
+    types = {extension.type for extension in header.extensions}
+    if header.incompatible_features & layout.EXTERNAL_DATA:
+        if EXTENSION_DATA_FILE not in types:
+            raise _refuse(filename, "external data file", "not named", "its name")
+    elif header.autoclear_features & RAW_EXTERNAL_DATA:
+        raise _refuse(filename, "feature 'raw external data'", "set", "an external data file for it")
+    if header.crypt_method == _LUKS and EXTENSION_CRYPTO not in types:
+        raise _refuse(filename, "LUKS header", "not there", "the place of one")
+
+
+def _check_extensions(header: Header, filename: str) -> None:
+    for extension in header.extensions:
+        length = len(extension.data)
+        if extension.type == layout.EXTENSION_BACKING_FORMAT and length > _MAX_BACKING_FORMAT:
+            found, wanted = f"{length} bytes long", f"at most {_MAX_BACKING_FORMAT}"
+            raise _refuse(filename, "name of a backing format", found, wanted)
+        if extension.type == EXTENSION_CRYPTO:
+            if header.crypt_method != _LUKS or length != _CRYPTO.size:
+                raise _refuse(filename, "extension for a LUKS header", f"{length} bytes long", "LUKS and 16 bytes")
+            if _CRYPTO.unpack(extension.data)[0] % header.cluster_size:
+                raise _refuse(filename, "LUKS header", "not at the start of a cluster", "that")
+        if extension.type == EXTENSION_BITMAPS:
+            _check_bitmaps(header, extension.data, filename)
+
+
+def _check_bitmaps(header: Header, data: bytes, filename: str) -> None:
+    if len(data) != _BITMAPS.size:
+        raise _refuse(filename, "bitmaps extension", f"{len(data)} bytes long", f"{_BITMAPS.size}")
+    if not header.autoclear_features & BITMAPS:
+        return
+    count, reserved, size, offset = _BITMAPS.unpack(data)
+    if reserved or not 0 < count <= 65535 or offset % header.cluster_size or size > 1024 * 65535:
+        found = f"{count} bitmaps in {size} bytes at {offset}"
+        raise _refuse(filename, "bitmaps extension", found, "a directory of bitmaps")
+
+
+def _check_tables(image: CheckedImage) -> None:
+    header, filename = image.header, image.filename
+    for what, (offset, length), most in (
+        ("L1 table", image.l1_region, layout.MAX_L1_SIZE),
+        ("refcount table", image.refcount_table_region, layout.MAX_REFCOUNT_TABLE_SIZE),
+    ):
+        if length > most or offset & image.cluster_mask or offset + length >> 63:
+            found = f"{length} bytes at {offset}"
+            raise _refuse(filename, what, found, f"at most {most} bytes at a multiple of {image.cluster_size}")
+    span = image.cluster_size * image.table_entries
+    needed = -(-header.size // span)
+    if header.l1_size < needed:
+        raise _refuse(filename, "number of L1 entries", header.l1_size, f"at least {needed} for its size")
+    if image.clusters > MAX_CLUSTERS:
+        raise _refuse(filename, "number of clusters", image.clusters, f"at most {MAX_CLUSTERS}")

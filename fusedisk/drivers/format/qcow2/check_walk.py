@@ -1,0 +1,218 @@
+"""Walking everything that an image's metadata refers to: the references are counted, and what cannot be is found.
+
+A table that several L1 entries lead to (snapshots share most of theirs) is looked at once and counted as often as it
+is referred to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import trio
+
+from fusedisk.block.check import CheckResult, Progress
+from fusedisk.core.errors import FusediskError, ImageError
+from fusedisk.drivers.format.qcow2.check_bitmaps import TABLE_ENTRY_OFFSET, bitmap_tables, wrong_entry
+from fusedisk.drivers.format.qcow2.check_blocks import (
+    REFCOUNT_OFFSET_MASK,
+    REFCOUNT_TABLE_RESERVED,
+    DiskRefcounts,
+)
+from fusedisk.drivers.format.qcow2.check_counts import Counts
+from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region
+from fusedisk.drivers.format.qcow2.check_snapshots import SnapshotTable
+from fusedisk.drivers.format.qcow2.check_table import TableFindings, TableScanner
+from fusedisk.drivers.format.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK
+
+_TABLES_BETWEEN_CHECKPOINTS = 64
+
+
+class L1Table(NamedTuple):
+    """An L1 table of the image."""
+
+    region: Region
+    label: str
+    active: bool
+
+
+class TableUse:
+    """How many L1 entries lead to an L2 table."""
+
+    __slots__ = ("active", "weight")
+
+    def __init__(self) -> None:
+        self.weight = 0
+        """All of them."""
+        self.active = 0
+        """Those of the active L1 table."""
+
+
+class Walk:
+    """One walk over an image, and what it found."""
+
+    def __init__(self, image: CheckedImage, snapshots: SnapshotTable, disk: DiskRefcounts, counts: Counts) -> None:
+        self.image = image
+        self.snapshots = snapshots
+        self.disk = disk
+        self.counts = counts
+        self.result = CheckResult()
+        """Collects findings, and errors of reading."""
+        self.found = TableFindings()
+        self.corruptions = 0
+        """What is wrong outside of L2 tables, but for refcount blocks."""
+        self.block_corruptions = 0
+        """Wrong entries of the refcount table."""
+        self.rebuild = False
+        """The refcount structure cannot be repaired where it is."""
+        self.l1_tables: list[L1Table] = []
+        self.active_entries = 0
+        """Entries of the active L1 table that are not empty."""
+        self.active_wrong = 0
+        """How many of them cannot be."""
+        self.uses: dict[int, TableUse] = {}
+        """By host offset, the L2 tables."""
+        self.broken_tables: list[int] = []
+        """L2 tables in which something cannot be."""
+        self.miscopied_tables: list[int] = []
+        self.miscopied_l1 = 0
+        self._scanner = TableScanner(image, disk, counts, self.result.note)
+
+    async def run(self, progress: Progress) -> None:
+        """Walk. Raises ImageError, HostError or whatever reading the small tables raises."""
+        image = self.image
+        self._count("header", Region(0, image.cluster_size))
+        await self._read_l1("the L1 table", image.l1_region, 1, active=True)
+        await self._read_snapshots()
+        await self._scan_tables(progress)
+        self._count("snapshot table", Region(image.header.snapshots_offset, self.snapshots.length))
+        self._count("refcount table", image.refcount_table_region)
+        if image.crypto is not None:
+            self._count("LUKS header", image.crypto)
+        await self._walk_bitmaps()
+        self._walk_blocks()
+
+    def _count(self, what: str, region: Region) -> None:
+        for wrong in self._scanner.count_region(*region):
+            self._corrupt(f"{what}: {wrong}.")
+
+    def _corrupt(self, sentence: str, weight: int = 1) -> None:
+        self.corruptions += weight
+        self.result.note(sentence)
+
+    # --- L1 tables --------------------------------------------------------------------------------------
+
+    async def _read_l1(self, label: str, region: Region, users: int, *, active: bool) -> None:
+        if not region.length:
+            return
+        for what in self._scanner.count_region(*region, users):
+            self._corrupt(f"{label}: {what}.", users)
+        self.l1_tables.append(L1Table(region, label, active))
+        entries = await self.image.read_table(self.image.inside(region))
+        for entry, times in Counter(filter(None, entries)).items():
+            weight = times * users
+            offset = entry & OFFSET_MASK
+            use = self.uses.setdefault(offset, TableUse())
+            use.weight += weight
+            use.active += weight if active else 0
+            wrong = ["reserved bits are set"] if entry & L1_RESERVED else []
+            wrong += self._scanner.count_region(offset, self.image.cluster_size, weight)
+            if offset & self.image.cluster_mask:
+                wrong.append("its offset is not a multiple of the cluster size")
+            for what in wrong:
+                self._corrupt(f"{label}, entry {entry:#x}: {what}.", weight)
+            if active:
+                self.active_entries += weight
+                self.active_wrong += weight if wrong else 0
+            if active and offset:
+                refcount = await self.disk.get(offset >> self.image.cluster_bits)
+                if refcount is not None and (refcount == 1) != bool(entry & COPIED):
+                    self.miscopied_l1 += weight
+                    self.result.note(f"{label}: COPIED is wrong in entry {entry:#x}, whose table has {refcount} users.")
+
+    async def _read_snapshots(self) -> None:
+        if self.image.data_file and self.snapshots.entries:
+            self._corrupt(f"there are {len(self.snapshots.entries)} snapshots with an external data file.")
+        labels: dict[Region, str] = {}
+        for snapshot in self.snapshots.entries:
+            wrong = snapshot.wrong_l1(self.image)
+            if wrong is not None:
+                self._corrupt(f"{snapshot.label}: {wrong}.")
+            else:
+                labels.setdefault(snapshot.l1, f"the L1 table of {snapshot.label}")
+        users = Counter(snapshot.l1 for snapshot in self.snapshots.entries)
+        for region, label in labels.items():
+            await self._read_l1(label, region, users[region], active=False)
+
+    # --- L2 tables --------------------------------------------------------------------------------------
+
+    async def _scan_tables(self, progress: Progress) -> None:
+        for number, offset in enumerate(sorted(self.uses)):
+            if number % _TABLES_BETWEEN_CHECKPOINTS == 0:
+                progress(number, len(self.uses))
+                await trio.lowlevel.checkpoint()
+            if offset >= self.image.length:
+                continue  # reads as zeroes
+            await self._scan_table(offset, self.uses[offset])
+
+    async def _scan_table(self, offset: int, use: TableUse) -> None:
+        try:
+            raw = await self.image.read(offset, self.image.cluster_size)
+        except FusediskError as exc:
+            self.result.check_errors += use.weight
+            self.result.note(f"the L2 table at {offset:#x} could not be read: {exc}")
+            return
+        # QEMU looks at the flags of a table only if it knows the table's own refcount.
+        known = offset and await self.disk.get(offset >> self.image.cluster_bits) is not None
+        found = await self._scanner.scan(offset, raw, use.weight, copied=bool(use.active and known))
+        if found.corruptions:
+            self.broken_tables.append(offset)
+        if found.miscopied:
+            self.miscopied_tables.append(offset)
+            self.result.note(f"L2 table at {offset:#x}: COPIED is wrong in {found.miscopied} entries.")
+        self.found.add(found, use.weight, use.active)
+
+    # --- the rest ---------------------------------------------------------------------------------------
+
+    async def _walk_bitmaps(self) -> None:
+        image = self.image
+        if image.bitmaps is None:
+            return
+        self._count("directory of bitmaps", image.bitmaps.region)
+        for region in await bitmap_tables(image, image.bitmaps):
+            self._count("table of a bitmap", region)
+            entries = await image.read_table(region)
+            for entry in entries:
+                if wrong_entry(image, entry):
+                    raise ImageError(
+                        f"'{image.filename}' cannot be checked: the table of a bitmap at {region.offset} has the entry "
+                        f"{entry:#x}, which cannot be."
+                    )
+                if offset := entry & TABLE_ENTRY_OFFSET:
+                    self._count("bitmap", Region(offset, image.cluster_size))
+
+    def _walk_blocks(self) -> None:
+        """Refcount blocks come last: each must then have one reference, its own."""
+        image = self.image
+        for number, entry in enumerate(self.disk.table):
+            if not entry:
+                continue
+            offset = entry & REFCOUNT_OFFSET_MASK
+            wrong = None
+            if entry & REFCOUNT_TABLE_RESERVED:
+                wrong = "its entry in the refcount table has reserved bits set"
+            elif offset & image.cluster_mask:
+                wrong = "it does not start with a cluster"
+            elif offset >> image.cluster_bits >= self.counts.end():
+                self.block_corruptions += 1
+                self.result.note(f"refcount block {number} at {offset:#x}: it lies behind the end of the file.")
+                continue
+            else:
+                self._count(f"refcount block {number}", Region(offset, image.cluster_size))
+                users = min(self.counts[offset >> image.cluster_bits], image.refcount_maximum)
+                if users != 1:
+                    wrong = f"its cluster has {users} users"
+            if wrong is not None:
+                self.block_corruptions += 1
+                self.rebuild = True
+                self.result.note(f"refcount block {number} at {offset:#x}: {wrong}.")

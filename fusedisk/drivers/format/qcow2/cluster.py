@@ -1,0 +1,179 @@
+"""Mapping of guest clusters: what the active L1 and L2 tables say, without changing it.
+
+Why this is safe beside requests that change the mapping: lookups take no lock, use a table between two awaits
+only, and tables change between awaits only. A cluster that may be overwritten in place (COPIED) is answered
+without a lock too: whoever would free or move it does so from a request that is serialised against all others
+over the same guest range.
+
+Source: docs/interop/qcow2.txt, "Cluster mapping".
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+
+from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
+from fusedisk.core.errors import CorruptImageError
+from fusedisk.drivers.format.qcow2 import entries as bits
+from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK
+from fusedisk.drivers.format.qcow2.image import Image
+
+MAX_SPARSE_TABLES = 4096
+"""L1 entries without a table that one lookup answers at most."""
+
+
+_new = tuple.__new__
+
+
+class ClusterMap:
+    """The active mapping of one image, whose L1 table is loaded."""
+
+    def __init__(self, image: Image) -> None:
+        geometry = image.geometry
+        self.image = image
+        self.edge = image.storage
+        self._l1 = image.l1
+        self._tables = image.l2.tables
+        self._touch = image.l2.tables.move_to_end
+        self._cluster_bits = geometry.cluster_bits
+        self._cluster_size = geometry.cluster_size
+        self._cluster_mask = geometry.cluster_mask
+        self._span_bits = geometry.span_bits
+        self._l2_mask = geometry.l2_mask
+        self._bad = geometry.l2_bad
+        self._unusual = geometry.l2_bad | COMPRESSED | bits.ZERO
+        self.recurse = False
+        """Whether clusters may be holes in the file that block status should ask for."""
+
+    # --- looking up -------------------------------------------------------------------------------------
+
+    def lookup(self, offset: int, length: int) -> Extent | None:
+        """The extent at ``offset`` if that takes no I/O; None where the L2 table is not cached or the entry is
+        corrupt.
+        """
+        l2_offset = self._l1[offset >> self._span_bits] & OFFSET_MASK
+        table = self._tables.get(l2_offset)
+        if table is None:
+            return None if l2_offset else self._without_table(offset, length)
+        self._touch(l2_offset)
+        index = offset >> self._cluster_bits & self._l2_mask
+        entry = table[index]
+        host = entry & OFFSET_MASK
+        if not host or entry & self._unusual:
+            return self._unusual_extent(table, index, offset, length)
+        inside = offset & self._cluster_mask
+        if inside + length > self._cluster_size:
+            length = self._run(table, index, inside, length, self._cluster_size)
+        # Extent() itself costs twice as much.
+        return _new(Extent, (DATA, length, self.edge, host + inside, self.recurse, False, None))
+
+    def _run(self, table: array[int], index: int, inside: int, length: int, step: int) -> int:
+        """How many of ``length`` bytes lie in entries that continue the one at ``index``, each ``step`` more than
+        the one before it."""
+        covered = self._cluster_size - inside
+        expected = table[index]
+        for entry in table[index + 1 : index + (inside + length + self._cluster_mask >> self._cluster_bits)]:
+            expected += step
+            if entry != expected:
+                return covered
+            covered += self._cluster_size
+        return min(covered, length)
+
+    def _unusual_extent(self, table: array[int], index: int, offset: int, length: int) -> Extent | None:
+        """The extent of an entry that is not plain data; None where it is corrupt."""
+        entry = table[index]
+        inside = offset & self._cluster_mask
+        if entry & COMPRESSED:
+            place = entry & self.image.geometry.compressed_offset_mask
+            return Extent(SPECIAL, min(length, self._cluster_size - inside), self.edge, place, False, True, entry)
+        if entry & self._bad:
+            return None
+        host = entry & OFFSET_MASK
+        count = self._run(table, index, inside, length, self._cluster_size if host else 0)
+        if not entry & bits.ZERO:
+            return Extent(UNALLOCATED, count)
+        return Extent(ZERO, count, self.edge, host + inside) if host else Extent(ZERO, count)
+
+    def _without_table(self, offset: int, length: int) -> Extent:
+        """An extent over all neighbouring spans that have no L2 table."""
+        l1, span_bits = self._l1, self._span_bits
+        index = offset >> span_bits
+        stop = min(offset + length - 1 >> span_bits, index + MAX_SPARSE_TABLES)
+        while index < stop and not l1[index + 1] & OFFSET_MASK:
+            index += 1
+        return Extent(UNALLOCATED, min(length, (index + 1 << span_bits) - offset))
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """The extent at ``offset``. Raises CorruptImageError, after fencing the image, for entries that
+        cannot be.
+        """
+        while True:
+            extent = self.lookup(offset, length)
+            if extent is not None:
+                return extent
+            await self.table_at(offset >> self._span_bits)
+            await self.check_entry(offset)
+
+    async def table_at(self, l1_index: int) -> array[int] | None:
+        """The L2 table of an L1 entry, to be used before the next await; None where there is none."""
+        while True:
+            entry = self._l1[l1_index]
+            offset = entry & OFFSET_MASK
+            if entry & bits.L1_RESERVED or offset & self._cluster_mask:
+                raise await self.image.corruption(
+                    f"L1 entry {l1_index} is {entry:#018x}, but a multiple of {self._cluster_size} was wanted"
+                )
+            if not offset:
+                return None
+            table = await self.image.l2.load(offset)
+            if self._l1[l1_index] & OFFSET_MASK == offset:
+                return table
+
+    async def check_entry(self, offset: int) -> None:
+        """Raise CorruptImageError, after fencing the image, if the cached L2 entry for a guest offset cannot
+        be.
+        """
+        table = self._tables.get(self._l1[offset >> self._span_bits] & OFFSET_MASK)
+        entry = table[offset >> self._cluster_bits & self._l2_mask] if table is not None else 0
+        if not entry & COMPRESSED and entry & self._bad:
+            raise await self.bad_entry(offset, entry)
+
+    async def bad_entry(self, offset: int, entry: int) -> CorruptImageError:
+        """Fence the image for an L2 entry; returns the error to raise."""
+        return await self.image.corruption(
+            f"the L2 entry for guest offset {offset & ~self._cluster_mask} is {entry:#018x}, but a multiple of "
+            f"{self._cluster_size} without reserved bits was wanted"
+        )
+
+    def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
+        """Where to overwrite a prefix of the range without changing the mapping; None where that takes more
+        than a look.
+        """
+        l1_entry = self._l1[offset >> self._span_bits]
+        l2_offset = l1_entry & OFFSET_MASK
+        table = self._tables.get(l2_offset)
+        if table is None or not l1_entry & COPIED:
+            return None
+        self._touch(l2_offset)
+        index = offset >> self._cluster_bits & self._l2_mask
+        entry = table[index]
+        host = entry & OFFSET_MASK
+        if not entry & COPIED or not host or entry & self._unusual:
+            return None
+        inside = offset & self._cluster_mask
+        if inside + length > self._cluster_size:
+            length = self._run(table, index, inside, length, self._cluster_size)
+        # As image.occupied_at() says, but nearly always without a call.
+        image, end = self.image, host + inside + length
+        scattered, l2_places = image.scattered, image.l2_places
+        block, l2 = bisect_left(scattered, host), bisect_left(l2_places, host)
+        if (
+            (l2 < len(l2_places) and l2_places[l2] < end)
+            or (block < len(scattered) and scattered[block] < end)
+            or (host < image.fixed_end and image.fixed_at(host, end - host))
+        ):
+            length = min(length, self._cluster_size - inside)
+            if image.occupied_at(host, self._cluster_size):
+                return None
+        return _new(WriteExtent, (length, self.edge, host + inside, None, 0, 0))

@@ -1,0 +1,107 @@
+"""Making new images.
+
+A minimal image (header, refcount table, one refcount block) is written first; everything else is what an open
+image does when it grows.
+"""
+
+from __future__ import annotations
+
+from fusedisk.block import io
+from fusedisk.block.child import Child
+from fusedisk.block.driver import Role
+from fusedisk.block.node import Node
+from fusedisk.core.errors import OptionError
+from fusedisk.drivers.format.qcow2 import layout, resize
+from fusedisk.drivers.format.qcow2.allocation import Allocator
+from fusedisk.drivers.format.qcow2.cluster import ClusterMap
+from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.layout import EXTENSION_BACKING_FORMAT, Extension, Header
+from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.refcount_block import refcount_codec
+
+_FIRST_CLUSTERS = 3
+"""Header, refcount table, refcount block."""
+_SMALL_CLUSTER = 4096
+"""In clusters up to this size the room is left for the backing file's name, as QEMU does."""
+
+
+def new_header(options: Qcow2CreateOptions) -> Header:
+    """The header that the options ask for, of size 0 and without tables. Raises OptionError."""
+    version = 2 if options.compat in ("0.10", "v2") else 3
+    size, bits = options.cluster_size, options.refcount_bits
+    if size & (size - 1) or not 512 <= size <= 2 << 20:
+        raise OptionError(f"qcow2 cluster_size is {size}, but a power of two from 512 to 2097152 was wanted.")
+    if bits not in (1, 2, 4, 8, 16, 32, 64):
+        raise OptionError(f"qcow2 refcount_bits is {bits}, but 1, 2, 4, 8, 16, 32 or 64 was wanted.")
+    if version == 2:
+        _check_version_2(options)
+    if options.backing_fmt and not options.backing_file:
+        raise OptionError("qcow2 backing_fmt is set, but there is no backing_file.")
+    if options.backing_file and options.preallocation != "off":
+        raise OptionError(
+            f"qcow2 preallocation is '{options.preallocation}', but 'off' was wanted with a backing file, "
+            "which it would hide."
+        )
+    header = Header(version=version, cluster_bits=size.bit_length() - 1, backing_file=options.backing_file or "")
+    if len(header.backing_file.encode("utf-8", "surrogateescape")) > layout.MAX_BACKING_NAME:
+        raise OptionError(
+            f"qcow2 backing_file is longer than the {layout.MAX_BACKING_NAME} bytes that the header has room for."
+        )
+    if options.backing_fmt:
+        header.extensions.append(Extension(EXTENSION_BACKING_FORMAT, options.backing_fmt.encode()))
+    if version == 3:
+        zstd = options.compression_type == "zstd"
+        header.refcount_order = bits.bit_length() - 1
+        header.incompatible_features = layout.COMPRESSION_TYPE if zstd else 0
+        header.compatible_features = layout.LAZY_REFCOUNTS if options.lazy_refcounts else 0
+        header.extra = bytes([zstd, 0, 0, 0, 0, 0, 0, 0])
+        if size > _SMALL_CLUSTER:
+            header.extensions.append(layout.feature_name_table())
+    return header
+
+
+def _check_version_2(options: Qcow2CreateOptions) -> None:
+    for name, wrong in (
+        ("lazy_refcounts", options.lazy_refcounts),
+        ("refcount_bits", options.refcount_bits != 16),
+        ("compression_type", options.compression_type != "zlib"),
+    ):
+        if wrong:
+            raise OptionError(f"qcow2 {name} is '{getattr(options, name)}', which needs compat=1.1 (version 3).")
+
+
+async def create(file: Node, options: Qcow2CreateOptions) -> None:
+    """Write an empty image into the writable, empty node ``file``. The size is rounded up to 512 bytes.
+
+    Raises OptionError for options that do not fit together, ImageError for sizes that the cluster size does
+    not allow.
+    """
+    header = new_header(options)
+    length = -(-options.size // 512) * 512
+    image = await _write_minimal(file, header)
+    image.writable = True
+    refcounts = Refcounts(image)
+    allocator = Allocator(ClusterMap(image), refcounts)
+    resize.check_growth(allocator, length, zero_new=False)
+    await refcounts.load()
+    await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
+    if options.preallocation != "off":
+        await resize.preallocate(allocator, 0, length, options.preallocation)
+    await resize.set_size(allocator, length)
+
+
+async def _write_minimal(file: Node, header: Header) -> Image:
+    size = header.cluster_size
+    header.refcount_table_offset, header.refcount_table_clusters = size, 1
+    area = layout.encode_header_area(header, file.filename)
+    block = bytearray(size)
+    position, ones = refcount_codec(1 << header.refcount_order, size * 8 >> header.refcount_order).encoded(
+        block, 0, [1] * _FIRST_CLUSTERS
+    )
+    block[position : position + len(ones)] = ones
+    table = (2 * size).to_bytes(8, "big").ljust(size, b"\0")
+    for offset, data in ((2 * size, block), (size, table), (0, area.ljust(size, b"\0"))):
+        await io.write(file, offset, (memoryview(data),))
+    edge = Child("file", Role.FILE, None, file, f"'{file.filename}'")
+    return Image(edge, header, file.filename, fence=lambda reason: None, mapping_changed=lambda: None)

@@ -1,0 +1,342 @@
+"""The qcow2 driver: QEMU's copy-on-write format, versions 2 and 3.
+
+On disk: a header; an L1 table that leads to L2 tables, whose entries map guest clusters to host clusters; a
+refcount table that leads to blocks of refcounts, one for each host cluster; a table of internal snapshots,
+each with an L1 table of its own. All numbers are big-endian. What has no entry is read from the backing file.
+
+Concurrent requests: lookups take no lock, changes of metadata take the image's (:mod:`.cluster`,
+:mod:`.allocation`). Death of the process at any instant leaks clusters at worst (:mod:`.image`).
+
+Not supported: encryption, external data files, extended L2 entries (refused by name); writing to an image
+whose refcounts are dirty; shrinking; making or applying internal snapshots (images that have some are written
+to correctly).
+
+Specification: docs/interop/qcow2.txt of QEMU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fusedisk.block import io, transfer
+from fusedisk.block.driver import (
+    MAY_UNMAP,
+    ZERO_NEW,
+    BackingReference,
+    Buffer,
+    ChildSpec,
+    Driver,
+    Role,
+)
+from fusedisk.block.extent import DATA, UNALLOCATED, Extent, WriteExtent
+from fusedisk.block.limits import Limits
+from fusedisk.block.node import Node, NodeConfig
+from fusedisk.core.errors import ImageError
+from fusedisk.core.options import CreateOptions, Options
+from fusedisk.core.zeroes import is_zero, zero_fill
+from fusedisk.drivers.format.qcow2 import create, discard, layout, resize
+from fusedisk.drivers.format.qcow2.allocation import Allocation, Allocator
+from fusedisk.drivers.format.qcow2.cluster import ClusterMap
+from fusedisk.drivers.format.qcow2.compressed import CompressedReader
+from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
+from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions, Qcow2Options, cache_sizes
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.snapshot import Snapshot, l1_clusters, load_snapshots
+from fusedisk.drivers.format.qcow2.sparse import sparse_threshold, uses_clusters
+
+if TYPE_CHECKING:
+    from fusedisk.block.check import CheckResult, Progress, Repair
+
+
+class Qcow2Driver(Driver):
+    """One open qcow2 image."""
+
+    name = "qcow2"
+    supports_backing = True
+    options_type: ClassVar[type[Options]] = Qcow2Options
+    create_options_type: ClassVar[type[CreateOptions] | None] = Qcow2CreateOptions
+    child_specs = (ChildSpec("file", Role.FILE),)
+
+    image: Image
+    clusters: ClusterMap
+    refcounts: Refcounts
+    allocator: Allocator
+    snapshots: list[Snapshot]
+
+    _compressed: CompressedReader | None = None
+    _ready_to_write = False
+    _sparse_threshold: int | None = None
+    """Clusters in use that would make data extents possible holes of the file; None once that is known."""
+
+    # --- recognising and naming -------------------------------------------------------------------------
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        return 100 if head[:4] == layout.MAGIC and int.from_bytes(head[4:8], "big") >= 2 else 0
+
+    def backing_reference(self) -> BackingReference | None:
+        header = self.image.header
+        return BackingReference(header.backing_file, header.backing_format) if header.backing_file else None
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        node = self.node
+        edge = node.children["file"]
+        header = await read_header(edge.node, node.filename)
+        l2_size, refcount_size = cache_sizes(self.options, header)
+        if not node.config.read_only:
+            check_writable(header, node.filename)
+        image = Image(edge, header, node.filename, fence=node.fence, mapping_changed=node.change_mapping)
+        await image.load_l1()
+        self.snapshots, image.snapshot_table_size = await load_snapshots(image)
+        image.snapshot_tables = l1_clusters(self.snapshots, image.geometry)
+        image.place_fixed()
+        self.image = image
+        self.clusters = ClusterMap(image)
+        self._sparse_threshold = await sparse_threshold(edge.node, header)
+        self.clusters.recurse = self._sparse_threshold is not None
+        self.refcounts = Refcounts(image)
+        self.allocator = Allocator(self.clusters, self.refcounts, self._backing_length)
+        self._lookup = self.clusters.lookup
+        self._lookup_in_place = _nothing
+        image.l2.set_size(l2_size)
+        self.refcounts.blocks.set_size(refcount_size)
+        if not node.config.read_only:
+            await self._prepare_writing()
+
+    async def _prepare_writing(self) -> None:
+        """What the first write needs: the refcount table, and no autoclear bits whose promise we would break."""
+        if self._ready_to_write:
+            return
+        image, header = self.image, self.image.header
+        async with image.mutex:
+            if self._ready_to_write:
+                return
+            await self.refcounts.load()
+            image.place_l2()
+            kept = header.autoclear_features & layout.SUPPORTED_AUTOCLEAR
+            if kept != header.autoclear_features:
+                await image.put_header_fields(layout.AUTOCLEAR_FIELD, kept.to_bytes(8, "big"))
+                header.autoclear_features = kept
+            self._ready_to_write = image.writable = True
+            self._lookup_in_place = self.clusters.lookup_in_place
+
+    def _end_writing(self) -> None:
+        self._ready_to_write = self.image.writable = False
+        self._lookup_in_place = _nothing
+
+    async def close(self) -> None:
+        if self._ready_to_write and self.node.fenced is None:
+            async with self.image.mutex:
+                await self.refcounts.release_kept()
+        self._end_writing()
+
+    async def reopen_prepare(self, config: NodeConfig, options: Any) -> object:
+        sizes = cache_sizes(options, self.image.header)
+        if self.node.config.read_only and not config.read_only:
+            check_writable(self.image.header, self.image.filename)
+        if config.read_only and self._ready_to_write:
+            async with self.image.mutex:
+                await self.refcounts.release_kept()
+        return sizes
+
+    def reopen_commit(self, state: object) -> None:
+        assert isinstance(state, tuple)
+        l2_size, refcount_size = state
+        self.image.l2.set_size(l2_size)
+        self.refcounts.blocks.set_size(refcount_size)
+        if self.node.config.read_only:
+            self._end_writing()
+
+    # --- size and limits --------------------------------------------------------------------------------
+
+    async def length(self) -> int:
+        return self.image.header.size
+
+    def refresh_limits(self, limits: Limits) -> None:
+        size = self.image.geometry.cluster_size
+        limits.cluster_size = limits.zeroes_alignment = limits.discard_alignment = size
+
+    # --- data -------------------------------------------------------------------------------------------
+
+    async def map(self, offset: int, length: int) -> Extent:
+        extent = self._lookup(offset, length)
+        return extent if extent is not None else await self.clusters.map(offset, length)
+
+    async def has_holes(self) -> bool:
+        if self._sparse_threshold is not None:
+            storage = self.node.children["file"].node
+            self.clusters.recurse = await uses_clusters(storage, self.image.header, self._sparse_threshold)
+            self._sparse_threshold = None
+        return self.clusters.recurse
+
+    async def map_write(self, offset: int, length: int) -> WriteExtent:
+        extent = self._lookup_in_place(offset, length)
+        if extent is not None:
+            return extent
+        await self._prepare_writing()
+        return await self.allocator.map_write(offset, length)
+
+    async def publish(self, allocation: object) -> None:
+        assert isinstance(allocation, Allocation)
+        await self.allocator.publish(allocation)
+
+    def abandon(self, allocation: object) -> None:
+        assert isinstance(allocation, Allocation)
+        self.allocator.abandon(allocation)
+
+    async def read_special(self, extent: Extent, offset: int, buffer: Buffer) -> None:
+        if self._compressed is None:
+            self._compressed = CompressedReader(self.clusters)
+        instead = await self._compressed.read(extent, offset, buffer)
+        if instead is not None:
+            await self._read_plain(instead, offset, buffer)
+
+    async def _read_plain(self, extent: Extent, offset: int, buffer: Buffer) -> None:
+        """Fill ``buffer`` from an extent that needs no transformation."""
+        backing = self.node.backing
+        if extent.status == DATA:
+            assert extent.child is not None
+            await io.read(extent.child.node, extent.offset, buffer)
+        elif extent.status == UNALLOCATED and backing is not None:
+            await io.read(backing.node, offset, buffer)
+        else:
+            zero_fill(buffer)
+
+    # --- other requests ---------------------------------------------------------------------------------
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        await self._prepare_writing()
+        self.refcounts.discard_freed = self.node.config.discard_unmap
+        await discard.write_zeroes(
+            self.allocator, offset, length, may_unmap=bool(flags & MAY_UNMAP), has_backing=self._has_backing
+        )
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._prepare_writing()
+        self.refcounts.discard_freed = self.node.config.discard_unmap
+        await discard.discard(self.allocator, offset, length, has_backing=self._has_backing)
+
+    @property
+    def _has_backing(self) -> bool:
+        """Also where the backing file that the header names is not open: it must not show through later."""
+        return self.node.backing is not None or bool(self.image.header.backing_file)
+
+    def _backing_length(self) -> int:
+        backing = self.node.backing
+        return backing.node.length if backing is not None else 0
+
+    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
+        await self._prepare_writing()
+        allocator, zero_new = self.allocator, bool(flags & ZERO_NEW)
+        old = self.image.header.size
+        resize.check_growth(allocator, length, zero_new=zero_new)
+        if length == old:
+            return
+        await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
+        await self._zero_tail(zero_new)
+        await resize.clear_behind_end(allocator, length, zero_new=zero_new)
+        if preallocation != "off":
+            size = self.image.geometry.cluster_size
+            await resize.preallocate(allocator, -(-old // size) * size, length, preallocation)
+        await resize.set_size(allocator, length)
+
+    async def _zero_tail(self, zero_new: bool) -> None:
+        """Make what the last cluster holds behind the disk's end zero, before the disk grows over it."""
+        size = self.image.header.size
+        tail = memoryview(bytearray(-size % self.image.geometry.cluster_size))
+        if not tail:
+            return
+        extent = await self.map(size, len(tail))
+        if extent.compressed:
+            await self.read_special(extent, size, tail)
+        elif extent.status != UNALLOCATED or zero_new:
+            await self._read_plain(extent, size, tail)
+        if not is_zero(tail):
+            # As the guest would: in place, or by copying where the cluster is shared or compressed.
+            await transfer.write(self.node, size, (memoryview(bytes(len(tail))),), 0)
+
+    # --- information ------------------------------------------------------------------------------------
+
+    def information(self) -> dict[str, Any]:
+        header = self.image.header
+        information: dict[str, Any] = {
+            "cluster-size": header.cluster_size,
+            "dirty-flag": bool(header.incompatible_features & layout.DIRTY),
+        }
+        if self.snapshots:
+            information["snapshots"] = [snapshot.information() for snapshot in self.snapshots]
+        return information
+
+    def specific_information(self) -> dict[str, Any] | None:
+        header = self.image.header
+        compression = layout.COMPRESSION_NAMES[header.compression_type]
+        refcount_bits = self.image.geometry.refcount_bits
+        if header.version == 2:
+            return {"compat": "0.10", "compression-type": compression, "refcount-bits": refcount_bits}
+        return {
+            "compat": "1.1",
+            "compression-type": compression,
+            "lazy-refcounts": bool(header.compatible_features & layout.LAZY_REFCOUNTS),
+            "refcount-bits": refcount_bits,
+            "corrupt": bool(header.incompatible_features & layout.CORRUPT),
+            "extended-l2": False,
+        }
+
+    def has_zero_init(self) -> bool:
+        # A preallocated image's clusters are as the file's are.
+        preallocated = bool(self.image.l1) and bool(self.image.l1[0] & OFFSET_MASK)
+        return not preallocated or self.node.children["file"].node.driver.has_zero_init()
+
+    # --- checking and creation --------------------------------------------------------------------------
+
+    @classmethod
+    async def check(cls, file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
+        # Not with the rest: who opens an image seldom checks one.
+        from fusedisk.drivers.format.qcow2.check import check
+
+        return await check(file, repair, progress, dry_run=dry_run)
+
+    @classmethod
+    async def create(cls, file: Node, options: Any) -> None:
+        await create.create(file, options)
+
+
+async def read_header(file: Node, filename: str) -> Header:
+    """The validated header of the image in ``file``. Raises ImageError or UnsupportedFeatureError."""
+    head = await _read(file, layout.V3_HEADER_LENGTH)
+    header = layout.parse_header(head, filename)
+    layout.check_untrusted(header, filename)
+    layout.parse_header_area(header, await _read(file, header.cluster_size), filename)
+    layout.check_features(header, filename)
+    layout.check_tables(header, file.length, filename)
+    return header
+
+
+async def _read(file: Node, length: int) -> bytes:
+    data = bytearray(min(length, file.length))
+    await io.read(file, 0, memoryview(data))
+    return bytes(data)
+
+
+def check_writable(header: Header, filename: str) -> None:
+    """Refuse to write to images whose metadata cannot be relied on. Raises ImageError."""
+    if header.incompatible_features & layout.CORRUPT:
+        raise ImageError(
+            f"'{filename}' is marked corrupt and can only be opened read-only until it is repaired, as by "
+            f"'fusedisk check -r all'."
+        )
+    if header.incompatible_features & layout.DIRTY:
+        raise ImageError(
+            f"'{filename}' was not closed properly (its dirty bit is set), so its refcounts must be "
+            "repaired before it is "
+            f"written to, as by 'fusedisk check -r all'."
+        )
+
+
+def _nothing(offset: int, length: int) -> WriteExtent | None:
+    """Until writing is prepared no write is answered without a look."""
+    return None

@@ -1,0 +1,137 @@
+"""L1 and L2 entries: their bits, tables as arrays, and the sizes that follow from the header. Bytes only, no
+I/O.
+
+Source: docs/interop/qcow2.txt, "Cluster mapping".
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fusedisk.drivers.format.qcow2.layout import Header
+
+COPIED = 1 << 63
+"""The refcount of what the entry points to is exactly one: it may be overwritten in place."""
+COMPRESSED = 1 << 62
+ZERO = 1 << 0
+"""L2, version 3: reads as zeroes, whatever the host offset."""
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+L1_RESERVED = 0x7F00_0000_0000_01FF
+L2_RESERVED = 0x3F00_0000_0000_01FE
+MAX_HOST_OFFSET = 1 << 56
+"""Host offsets of clusters are below this."""
+
+_SECTOR = 512
+_SWAP = sys.byteorder == "little"
+
+
+class Geometry:
+    """Sizes derived from one header; constant while the image is open."""
+
+    __slots__ = (
+        "block_entries",
+        "cluster_bits",
+        "cluster_mask",
+        "cluster_size",
+        "compressed_offset_mask",
+        "compressed_size_shift",
+        "l2_bad",
+        "l2_bits",
+        "l2_entries",
+        "l2_mask",
+        "refcount_bits",
+        "span_bits",
+        "version",
+    )
+
+    def __init__(self, header: Header) -> None:
+        bits = header.cluster_bits
+        self.version = header.version
+        self.cluster_bits = bits
+        self.cluster_size = 1 << bits
+        self.cluster_mask = self.cluster_size - 1
+        self.l2_bits = bits - 3
+        self.l2_entries = 1 << self.l2_bits
+        self.l2_mask = self.l2_entries - 1
+        self.span_bits = bits + self.l2_bits
+        """Guest bytes that one L2 table maps, as a power of two."""
+        self.refcount_bits = 1 << header.refcount_order
+        self.block_entries = self.cluster_size * 8 >> header.refcount_order
+        """Refcounts in one refcount block."""
+        self.compressed_size_shift = 62 - (bits - 8)
+        self.compressed_offset_mask = (1 << self.compressed_size_shift) - 1
+        self.l2_bad = L2_RESERVED | self.cluster_mask & OFFSET_MASK | (ZERO if header.version == 2 else 0)
+        """Bits that no entry of an uncompressed cluster may have."""
+
+    def clusters(self, length: int) -> int:
+        """Clusters that ``length`` bytes take."""
+        return (length + self.cluster_mask) >> self.cluster_bits
+
+    def compressed_range(self, entry: int) -> tuple[int, int]:
+        """Host offset and length in bytes of a compressed cluster's data; the length is an upper bound, in
+        whole sectors of
+        the host file."""
+        offset = entry & self.compressed_offset_mask
+        sectors = (entry & (COMPRESSED - 1)) >> self.compressed_size_shift
+        return offset, (sectors + 1) * _SECTOR - (offset & (_SECTOR - 1))
+
+
+class HostRun(NamedTuple):
+    """Neighbouring host clusters, by number."""
+
+    first: int
+    clusters: int
+    fresh: bool = False
+    """Behind everything that was ever written: reads as zeroes."""
+
+
+def swap_table(table: array[int]) -> None:
+    """Turn big-endian entries, as a table's bytes were read into it, into numbers in place, or back."""
+    if _SWAP:
+        table.byteswap()
+
+
+def encode_table(table: array[int]) -> memoryview:
+    """The bytes of a table, or of a slice of one."""
+    table = table[:]
+    swap_table(table)
+    return memoryview(table).cast("B")
+
+
+def empty_table(entries: int) -> array[int]:
+    """A table of zeroes."""
+    return array("Q", [0]) * entries
+
+
+def plain_runs(entries: Iterable[int], geometry: Geometry) -> list[HostRun]:
+    """The host clusters of L2 entries that are not compressed, neighbours joined."""
+    runs: list[HostRun] = []
+    first = count = 0
+    for entry in entries:
+        cluster = (entry & OFFSET_MASK) >> geometry.cluster_bits
+        if not cluster or entry & COMPRESSED:
+            continue
+        if count and cluster == first + count:
+            count += 1
+            continue
+        if count:
+            runs.append(HostRun(first, count))
+        first, count = cluster, 1
+    if count:
+        runs.append(HostRun(first, count))
+    return runs
+
+
+def compressed_references(entries: Iterable[int], geometry: Geometry) -> dict[int, int]:
+    """How often compressed L2 entries refer to each host cluster, by its number, lowest first."""
+    references: dict[int, int] = {}
+    bits = geometry.cluster_bits
+    for entry in entries:
+        if entry & COMPRESSED:
+            offset, length = geometry.compressed_range(entry)
+            for cluster in range(offset >> bits, (offset + length - 1 >> bits) + 1):
+                references[cluster] = references.get(cluster, 0) + 1
+    return dict(sorted(references.items()))

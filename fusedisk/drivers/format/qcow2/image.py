@@ -1,0 +1,277 @@
+"""The state of one open image that all its parts share, and the only place that writes its metadata.
+
+Order of writes
+---------------
+Every change of metadata is written to the ``file`` child at once, by a small write of what changed, before the
+request that needed it is answered. The caches are clean. So a process that dies at any instant leaves
+
+1. refcounts that are at least as high as the references: they are raised before anything refers to a cluster,
+   and lowered after the last reference is gone (at worst clusters are leaked);
+2. mappings to complete data: an L2 entry is written after the data it leads to, an L1 entry after the whole
+   L2 table, the header's pointers after the whole table they lead to.
+
+A write that failed may still have reached the file. So whatever it was to change is forgotten in memory and
+read again, and clusters that it may have put to use are leaked, never reused.
+
+Everything that changes metadata holds ``mutex``; those who only look at it need not. Holding it across
+requests to the storage's door is safe, as nothing below calls back into the image.
+
+The ``put_`` methods are the places where write-back with dependencies, and host flushes between dependent
+writes, belong.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Callable
+
+from fusedisk.block import io
+from fusedisk.block.child import Child
+from fusedisk.block.node import Node
+from fusedisk.core.errors import CorruptImageError, FusediskError
+from fusedisk.core.locks import Mutex
+from fusedisk.core.zeroes import ZEROES
+from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.cache import TableCache
+from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, Geometry, empty_table, encode_table, swap_table
+from fusedisk.drivers.format.qcow2.layout import Header
+
+log = logging.getLogger(__name__)
+
+MIN_L2_TABLES = 2
+
+
+async def read_table(file: Node, offset: int, entries: int) -> array[int]:
+    """A table of 64-bit entries in ``file``."""
+    table = empty_table(entries)
+    await io.read(file, offset, memoryview(table).cast("B"))
+    swap_table(table)
+    return table
+
+
+class Image:
+    """One open image.
+
+    ``storage`` is the edge to the node that holds it, and may be moved to another node while the image is
+    open. ``fence`` stops writes once corruption is found, ``mapping_changed`` is called after every change of
+    what guest offsets lead to.
+    """
+
+    def __init__(
+        self,
+        storage: Child,
+        header: Header,
+        filename: str,
+        *,
+        fence: Callable[[str], None],
+        mapping_changed: Callable[[], None],
+    ) -> None:
+        self.storage = storage
+        self.header = header
+        self.filename = filename
+        self.fence = fence
+        self.mapping_changed = mapping_changed
+        self.writable = False
+        self.geometry = Geometry(header)
+        self.mutex = Mutex()
+        self.l1: array[int] = array("Q")
+        """Grows in place and is never replaced."""
+        self.l2: TableCache[array[int]] = TableCache(self._read_l2, self.geometry.cluster_size, MIN_L2_TABLES)
+        self.inflated: OrderedDict[int, bytes] = OrderedDict()
+        """Content of compressed clusters by L2 entry; an entry that loses its reference goes."""
+        self.fixed: list[tuple[int, int, str]] = []
+        """Host ranges with their names that no guest data may ever lie in."""
+        self.fixed_end = 0
+        """Nothing of ``fixed`` lies at or behind this."""
+        self.snapshot_table_size = 0
+        """Bytes."""
+        self.snapshot_tables: frozenset[int] = frozenset()
+        """Host offsets of clusters that hold L1 tables of snapshots."""
+        self.scattered: array[int] = array("Q")
+        """Host offsets of the clusters that hold refcount blocks or ``snapshot_tables``, sorted. For writing only."""
+        self.l2_places: array[int] = array("Q")
+        """Host offsets of the L2 tables that ``l1`` leads to, sorted. For writing only."""
+        self.place_fixed()
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Bytes of the storage; zeroes past its end."""
+        data = bytearray(length)
+        await io.read(self.storage.node, offset, memoryview(data))
+        return data
+
+    async def load_l1(self) -> None:
+        """Read the active L1 table."""
+        self.l1 = await self.read_table(self.header.l1_table_offset, self.header.l1_size)
+
+    async def read_table(self, offset: int, entries: int) -> array[int]:
+        """A table of 64-bit entries."""
+        return await read_table(self.storage.node, offset, entries)
+
+    async def _read_l2(self, offset: int) -> array[int]:
+        await self.announce("l2_load")
+        return await self.read_table(offset, self.geometry.l2_entries)
+
+    # --- fixed places -----------------------------------------------------------------------------------
+
+    def place_fixed(self) -> None:
+        """Take the places of the fixed metadata from the header."""
+        header, size = self.header, self.geometry.cluster_size
+        places = [
+            (0, size, "header"),
+            (header.l1_table_offset, header.l1_size * 8, "L1 table"),
+            (header.refcount_table_offset, header.refcount_table_size(), "refcount table"),
+            (header.snapshots_offset, self.snapshot_table_size, "snapshot table"),
+        ]
+        self.fixed = [(start, start + (-(-length // size) * size), what) for start, length, what in places if length]
+        self.fixed_end = max(end for _, end, _ in self.fixed)
+
+    def fixed_at(self, start: int, length: int) -> str | None:
+        """The name of the fixed metadata that a host range touches."""
+        end = start + length
+        for low, high, what in self.fixed:
+            if start < high and low < end:
+                return what
+        return None
+
+    def metadata_at(self, start: int, length: int) -> str | None:
+        """The name of the metadata other than L2 tables that a host range touches."""
+        at = bisect_left(self.scattered, start)
+        if at < len(self.scattered) and self.scattered[at] < start + length:
+            return "snapshot's L1 table" if self.scattered[at] in self.snapshot_tables else "refcount block"
+        return self.fixed_at(start, length)
+
+    def occupied_at(self, start: int, length: int) -> str | None:
+        """The name of the metadata that a host range touches, L2 tables included."""
+        at = bisect_left(self.l2_places, start)
+        if at < len(self.l2_places) and self.l2_places[at] < start + length:
+            return "L2 table"
+        return self.metadata_at(start, length)
+
+    def place_l2(self) -> None:
+        """Take the places of the L2 tables from the L1 table."""
+        self.l2_places = array("Q", sorted(entry & OFFSET_MASK for entry in self.l1 if entry & OFFSET_MASK))
+
+    # --- corruption -------------------------------------------------------------------------------------
+
+    async def corruption(self, reason: str) -> CorruptImageError:
+        """Fence the image, mark it corrupt on disk, and return the error to raise. ``reason`` has no full
+        stop.
+        """
+        message = f"'{self.filename}' is corrupt: {reason}; 'fusedisk check -r all' may repair it."
+        if self.writable:
+            self.writable = False
+            await self._mark_corrupt()
+        self.fence(f"{reason}.")
+        return CorruptImageError(message)
+
+    async def _mark_corrupt(self) -> None:
+        """Best effort: the error that is about to be raised matters more."""
+        header = self.header
+        if header.version < 3 or header.incompatible_features & layout.CORRUPT:
+            return
+        header.incompatible_features |= layout.CORRUPT
+        try:
+            await self._write(layout.INCOMPATIBLE_FIELD, header.incompatible_features.to_bytes(8, "big"))
+        except FusediskError as exc:
+            log.warning("%s: the corrupt bit could not be set: %s", self.filename, exc)
+
+    # --- writing metadata -------------------------------------------------------------------------------
+
+    async def announce(self, event: str) -> None:
+        """Tell the storage what is about to be done to it; see :meth:`fusedisk.block.driver.Driver.debug_event`."""
+        await self.storage.node.driver.debug_event(event)
+
+    async def _write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        await io.write(self.storage.node, offset, (memoryview(data),))
+
+    async def put_new_table(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write a whole table into clusters that nothing refers to yet."""
+        await self._write(offset, data)
+
+    async def put_l1_entry(self, index: int, entry: int) -> None:
+        """Change one L1 entry. If this fails, memory keeps the old entry and the file has either."""
+        await self.announce("l1_update")
+        await self._write(self.header.l1_table_offset + 8 * index, entry.to_bytes(8, "big"))
+        old, new = self.l1[index] & OFFSET_MASK, entry & OFFSET_MASK
+        if old != new:
+            if old:
+                del self.l2_places[bisect_left(self.l2_places, old)]
+            insort(self.l2_places, new)
+        self.l1[index] = entry
+        self.mapping_changed()
+
+    async def put_l2_entries(self, l1_index: int, index: int, entries: array[int]) -> None:
+        """Change L2 entries from ``index`` on in the table that the L1 entry leads to.
+
+        If the write fails, the file has any mixture of old and new, which is read again when needed.
+        """
+        offset = self.l1[l1_index] & (COPIED - 1)
+        table = await self.l2.load(offset)
+        await self.announce("l2_update")
+        try:
+            await self._write(offset + 8 * index, encode_table(entries))
+        except BaseException:
+            self.l2.drop(offset)
+            self.mapping_changed()
+            raise
+        table[index : index + len(entries)] = entries
+        self.l2.put(offset, table)
+        self.mapping_changed()
+
+    async def put_refcount_table_entry(self, index: int, block_offset: int) -> None:
+        """Let the refcount table refer to a block that is already written."""
+        await self.announce("reftable_update")
+        await self._write(self.header.refcount_table_offset + 8 * index, block_offset.to_bytes(8, "big"))
+
+    async def put_refcounts(self, block_offset: int, position: int, data: bytes) -> None:
+        """Change a run of bytes of a refcount block."""
+        await self.announce("refblock_update")
+        await self._write(block_offset + position, data)
+
+    async def put_header_fields(self, position: int, data: bytes) -> None:
+        """Change neighbouring fields of the header.
+
+        If the write fails the header is read back: where it holds the new fields all is well, where it holds
+        the old ones the error is raised, and where neither can be told the image is fenced.
+        """
+        old = await self.read(position, len(data))
+        try:
+            await self._write(position, data)
+        except FusediskError as exc:
+            try:
+                now = await self.read(position, len(data))
+            except FusediskError:
+                now = bytearray()
+            if now == data:
+                return
+            if now != old:
+                self.writable = False
+                self.fence(f"A write of its header failed half-way: {exc}.")
+            raise
+
+    async def zero_host(self, offset: int, length: int) -> None:
+        """Write zeroes into clusters of the file that nothing refers to yet."""
+        if length > len(ZEROES):
+            await io.write_zeroes(self.storage.node, offset, length)
+        elif length:
+            await io.write(self.storage.node, offset, (ZEROES[:length],))
+
+    # --- the L1 table -----------------------------------------------------------------------------------
+
+    async def put_l1_table(self, offset: int, entries: int) -> None:
+        """Move the active L1 table, as memory has it and filled up with zeroes, to new clusters and let the
+        header refer to it.
+        """
+        table = self.l1 + empty_table(entries - len(self.l1))
+        await self.announce("l1_grow_write_table")
+        await self.put_new_table(offset, encode_table(table))
+        await self.announce("l1_grow_activate_table")
+        await self.put_header_fields(layout.L1_FIELDS, entries.to_bytes(4, "big") + offset.to_bytes(8, "big"))
+        self.header.l1_size, self.header.l1_table_offset = entries, offset
+        self.l1.extend(table[len(self.l1) :])
+        self.place_fixed()

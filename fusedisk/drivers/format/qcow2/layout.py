@@ -1,0 +1,410 @@
+"""The qcow2 header, its extensions, and what must hold before anything it says is believed. Bytes only, no
+I/O.
+
+Source: docs/interop/qcow2.txt, "Header", "Header extensions", "Feature name table".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+from typing import NamedTuple
+
+from fusedisk.core.errors import ImageError, UnsupportedFeatureError
+
+MAGIC = b"QFI\xfb"
+
+MIN_CLUSTER_BITS = 9
+MAX_CLUSTER_BITS = 21
+MAX_REFCOUNT_ORDER = 6
+MAX_L1_SIZE = 32 << 20
+"""Bytes; QEMU's bound."""
+MAX_REFCOUNT_TABLE_SIZE = 8 << 20
+"""Bytes; QEMU's bound."""
+MAX_SNAPSHOTS = 65536
+MAX_BACKING_NAME = 1023
+
+V2_HEADER_LENGTH = 72
+V3_MIN_HEADER_LENGTH = 104
+V3_HEADER_LENGTH = 112
+"""What QEMU writes: up to the compression type, padded to a multiple of 8."""
+
+# Byte offsets of the fields that change while an image is in use.
+SIZE_FIELD = 24
+L1_FIELDS = 36
+"""l1_size (4 bytes), l1_table_offset (8)."""
+REFCOUNT_TABLE_FIELDS = 48
+"""refcount_table_offset (8 bytes), refcount_table_clusters (4)."""
+INCOMPATIBLE_FIELD = 72
+AUTOCLEAR_FIELD = 88
+
+DIRTY = 1 << 0
+CORRUPT = 1 << 1
+EXTERNAL_DATA = 1 << 2
+COMPRESSION_TYPE = 1 << 3
+EXTENDED_L2 = 1 << 4
+LAZY_REFCOUNTS = 1 << 0
+"""A compatible feature."""
+
+SUPPORTED_INCOMPATIBLE = DIRTY | CORRUPT | COMPRESSION_TYPE
+SUPPORTED_AUTOCLEAR = 0
+
+EXTENSION_END = 0x00000000
+EXTENSION_BACKING_FORMAT = 0xE2792ACA
+EXTENSION_FEATURE_NAMES = 0x6803F857
+
+INCOMPATIBLE, COMPATIBLE, AUTOCLEAR = range(3)
+"""Feature types of the feature name table."""
+
+FEATURE_NAMES = {
+    (INCOMPATIBLE, 0): "dirty bit",
+    (INCOMPATIBLE, 1): "corrupt bit",
+    (INCOMPATIBLE, 2): "external data file",
+    (INCOMPATIBLE, 3): "compression type",
+    (INCOMPATIBLE, 4): "extended L2 entries",
+    (COMPATIBLE, 0): "lazy refcounts",
+    (AUTOCLEAR, 0): "bitmaps",
+    (AUTOCLEAR, 1): "raw external data",
+}
+"""The table that QEMU writes into new images."""
+
+COMPRESSION_NAMES = {0: "zlib", 1: "zstd"}
+_CRYPT_NAMES = {1: "AES encryption", 2: "LUKS encryption"}
+
+_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3 = struct.Struct(">QQQII")
+_EXTENSION = struct.Struct(">II")
+_FEATURE = struct.Struct(">BB46s")
+
+
+class Extension(NamedTuple):
+    """One header extension, its data without padding."""
+
+    type: int
+    data: bytes
+
+
+@dataclasses.dataclass(slots=True)
+class Header:
+    """The header's fields by the specification's names; offsets and sizes in bytes unless said otherwise."""
+
+    version: int = 3
+    backing_file_offset: int = 0
+    backing_file_size: int = 0
+    cluster_bits: int = 16
+    size: int = 0
+    crypt_method: int = 0
+    l1_size: int = 0
+    """Number of entries."""
+    l1_table_offset: int = 0
+    refcount_table_offset: int = 0
+    refcount_table_clusters: int = 0
+    nb_snapshots: int = 0
+    snapshots_offset: int = 0
+    incompatible_features: int = 0
+    compatible_features: int = 0
+    autoclear_features: int = 0
+    refcount_order: int = 4
+    header_length: int = V3_HEADER_LENGTH
+    extra: bytes = b""
+    """What the header holds behind the refcount order and header length, byte for byte."""
+    extensions: list[Extension] = dataclasses.field(default_factory=list)
+    backing_file: str = ""
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes in a cluster."""
+        return 1 << self.cluster_bits
+
+    @property
+    def compression_type(self) -> int:
+        """0 is zlib, 1 is zstd."""
+        return self.extra[0] if self.extra else 0
+
+    @property
+    def backing_format(self) -> str | None:
+        """The format of the backing file, where the image names it."""
+        for extension in self.extensions:
+            if extension.type == EXTENSION_BACKING_FORMAT:
+                return os.fsdecode(extension.data.split(b"\0")[0]) or None
+        return None
+
+    def refcount_table_size(self) -> int:
+        """Bytes in the refcount table."""
+        return self.refcount_table_clusters << self.cluster_bits
+
+
+def parse_header(head: bytes, filename: str) -> Header:
+    """The fixed fields from the first bytes of an image (at least 112 where it has them).
+
+    Extensions and the backing file's name come later, by :func:`parse_header_area`. Raises ImageError where
+    the bytes are no qcow2 header, UnsupportedFeatureError for other versions.
+    """
+    if len(head) < V2_HEADER_LENGTH:
+        raise ImageError(
+            f"'{filename}' is {len(head)} bytes long, but a qcow2 header of at least {V2_HEADER_LENGTH} "
+            "bytes was wanted."
+        )
+    magic, version, *fields = _V2.unpack_from(head)
+    if magic != MAGIC:
+        raise ImageError(f"'{filename}' starts with the bytes {magic.hex()}, but qcow2's {MAGIC.hex()} were wanted.")
+    if version not in (2, 3):
+        raise UnsupportedFeatureError(f"'{filename}' is qcow2 of version {version}, but version 2 or 3 was wanted.")
+    header = Header(version, *fields)
+    if version == 2:
+        header.header_length = V2_HEADER_LENGTH
+        return header
+    if len(head) < V3_MIN_HEADER_LENGTH:
+        raise ImageError(
+            f"'{filename}' is {len(head)} bytes long, but a version 3 qcow2 header of at least "
+            f"{V3_MIN_HEADER_LENGTH} bytes "
+            f"was wanted."
+        )
+    (
+        header.incompatible_features,
+        header.compatible_features,
+        header.autoclear_features,
+        header.refcount_order,
+        header.header_length,
+    ) = _V3.unpack_from(head, V2_HEADER_LENGTH)
+    return header
+
+
+def check_untrusted(header: Header, filename: str) -> None:
+    """Bound what the fixed fields say about the header itself: cluster size, lengths and positions in the
+    first cluster.
+
+    Tables follow in :func:`check_tables`. Raises ImageError naming what was found and wanted.
+    """
+    bits = header.cluster_bits
+    if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
+        raise ImageError(
+            f"'{filename}' has qcow2 cluster bits of {bits}, but {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS} "
+            f"(clusters of 512 bytes to 2 MiB) were wanted."
+        )
+    if not header.refcount_order <= MAX_REFCOUNT_ORDER:
+        raise ImageError(
+            f"'{filename}' has a refcount order of {header.refcount_order}, but at most {MAX_REFCOUNT_ORDER} "
+            f"(refcounts of 64 bits) was wanted."
+        )
+    minimum = V2_HEADER_LENGTH if header.version == 2 else V3_MIN_HEADER_LENGTH
+    if not minimum <= header.header_length <= header.cluster_size:
+        raise ImageError(
+            f"'{filename}' has a header length of {header.header_length}, but {minimum} to "
+            f"{header.cluster_size} bytes were "
+            f"wanted."
+        )
+    if header.size >> 63:
+        raise ImageError(f"'{filename}' has a virtual size of {header.size} bytes, but less than 2^63 was wanted.")
+    if header.crypt_method not in (0, *_CRYPT_NAMES):
+        raise ImageError(f"'{filename}' has the encryption method {header.crypt_method}, but 0, 1 or 2 was wanted.")
+    _check_backing_position(header, filename)
+
+
+def _check_backing_position(header: Header, filename: str) -> None:
+    if not header.backing_file_offset:
+        return
+    start, size = header.backing_file_offset, header.backing_file_size
+    if size > MAX_BACKING_NAME:
+        raise ImageError(
+            f"'{filename}' has a backing file name of {size} bytes, but at most {MAX_BACKING_NAME} were wanted."
+        )
+    if start < header.header_length or start + size > header.cluster_size:
+        raise ImageError(
+            f"'{filename}' has its backing file name at {start} with {size} bytes, but it was wanted "
+            "between the header's end "
+            f"at {header.header_length} and the first cluster's at {header.cluster_size}."
+        )
+
+
+def check_tables(header: Header, file_length: int, filename: str) -> None:
+    """Bound sizes and places of the tables that the header leads to, before anything is sized by them.
+
+    ``file_length`` is the length of the storage. Raises ImageError naming what was found and wanted.
+    """
+    l1_bytes = header.l1_size * 8
+    span = header.cluster_size * (header.cluster_size // 8)
+    needed = -(-header.size // span)
+    if max(l1_bytes, needed * 8) > MAX_L1_SIZE:
+        raise ImageError(
+            f"'{filename}' has an L1 table of {header.l1_size} entries and needs {needed} for its size, but at most "
+            f"{MAX_L1_SIZE // 8} were wanted."
+        )
+    if header.l1_size < needed:
+        raise ImageError(
+            f"'{filename}' has an L1 table of {header.l1_size} entries, but its size of {header.size} bytes "
+            f"needs {needed}."
+        )
+    if not 0 < header.refcount_table_size() <= MAX_REFCOUNT_TABLE_SIZE:
+        raise ImageError(
+            f"'{filename}' has a refcount table of {header.refcount_table_clusters} clusters, but 1 to "
+            f"{MAX_REFCOUNT_TABLE_SIZE >> header.cluster_bits} were wanted."
+        )
+    if header.nb_snapshots > MAX_SNAPSHOTS:
+        raise ImageError(f"'{filename}' has {header.nb_snapshots} snapshots, but at most {MAX_SNAPSHOTS} were wanted.")
+    tables = [
+        ("L1 table", header.l1_table_offset, l1_bytes),
+        ("refcount table", header.refcount_table_offset, header.refcount_table_size()),
+        ("snapshot table", header.snapshots_offset, header.nb_snapshots and 1),
+    ]
+    placed: list[tuple[str, int, int]] = []
+    for what, start, length in tables:
+        if length:
+            check_table(filename, what, start, length, header.cluster_size, file_length)
+            _check_overlap(filename, what, start, length, placed)
+            placed.append((what, start, start + length))
+
+
+def check_table(filename: str, what: str, start: int, length: int, cluster_size: int, file_length: int) -> None:
+    """A table must be aligned, behind the header, and inside the storage (whose last cluster may be cut
+    short).
+
+    Raises ImageError.
+    """
+    end = -(-file_length // cluster_size) * cluster_size
+    if start % cluster_size or not cluster_size <= start or start + length > end:
+        raise ImageError(
+            f"'{filename}' has its {what} at {start} with {length} bytes, but a multiple of {cluster_size} "
+            "behind the header "
+            f"and inside the file of {file_length} bytes was wanted."
+        )
+
+
+def _check_overlap(filename: str, what: str, start: int, length: int, placed: list[tuple[str, int, int]]) -> None:
+    for other, low, high in placed:
+        if start < high and low < start + length:
+            raise ImageError(
+                f"'{filename}' has its {what} at {start} over its {other} at {low}, but tables that do not "
+                "overlap were wanted."
+            )
+
+
+def parse_header_area(header: Header, area: bytes, filename: str) -> None:
+    """Fill in ``extra``, ``extensions`` and ``backing_file`` from the first cluster (or what the file has of
+    it).
+
+    Raises ImageError for extensions that reach past their area.
+    """
+    if len(area) < header.header_length:
+        raise ImageError(f"'{filename}' is {len(area)} bytes long, but its header takes {header.header_length}.")
+    fixed = V2_HEADER_LENGTH if header.version == 2 else V3_MIN_HEADER_LENGTH
+    header.extra = area[fixed : header.header_length]
+    start, size = header.backing_file_offset, header.backing_file_size
+    end = start or header.cluster_size
+    header.extensions = _parse_extensions(area[:end], header.header_length, end, filename)
+    if start:
+        if start + size > len(area):
+            raise ImageError(
+                f"'{filename}' is {len(area)} bytes long, but the name of its backing file ends at {start + size}."
+            )
+        header.backing_file = os.fsdecode(area[start : start + size].split(b"\0")[0])
+
+
+def _parse_extensions(area: bytes, position: int, end: int, filename: str) -> list[Extension]:
+    found: list[Extension] = []
+    while position + _EXTENSION.size <= len(area):
+        kind, length = _EXTENSION.unpack_from(area, position)
+        position += _EXTENSION.size
+        if kind == EXTENSION_END:
+            break
+        if length > end - position or position + length > len(area):
+            raise ImageError(
+                f"'{filename}' has the header extension {kind:#010x} of {length} bytes at "
+                f"{position - _EXTENSION.size}, but "
+                f"extensions were wanted to end before {min(end, len(area))}."
+            )
+        found.append(Extension(kind, area[position : position + length]))
+        position += (length + 7) & -8
+    return found
+
+
+def check_features(header: Header, filename: str) -> None:
+    """Refuse by name what this driver does not know. Raises UnsupportedFeatureError, or ImageError where
+    feature bits and
+    fields contradict each other."""
+    if header.crypt_method:
+        raise UnsupportedFeatureError(
+            f"'{filename}' uses {_CRYPT_NAMES[header.crypt_method]}, which is not supported for qcow2 yet."
+        )
+    unknown = header.incompatible_features & ~SUPPORTED_INCOMPATIBLE
+    if unknown:
+        names = feature_names(header)
+        found = [names.get((INCOMPATIBLE, bit), f"bit {bit}") for bit in range(64) if unknown >> bit & 1]
+        raise UnsupportedFeatureError(
+            f"'{filename}' uses the incompatible qcow2 feature{'s' if len(found) > 1 else ''} "
+            f"{', '.join(found)}, which "
+            f"{'are' if len(found) > 1 else 'is'} not supported."
+        )
+    kind = header.compression_type
+    if kind not in COMPRESSION_NAMES:
+        raise UnsupportedFeatureError(
+            f"'{filename}' uses the compression type {kind}, but zlib (0) or zstd (1) was wanted."
+        )
+    if bool(kind) != bool(header.incompatible_features & COMPRESSION_TYPE):
+        raise ImageError(
+            f"'{filename}' has the compression type {COMPRESSION_NAMES[kind]}, but its compression type "
+            "feature bit is "
+            f"{'not ' if kind else ''}set; the two must agree."
+        )
+
+
+def feature_names(header: Header) -> dict[tuple[int, int], str]:
+    """Names by feature type and bit: ours, then those of the image's own feature name table."""
+    names: dict[tuple[int, int], str] = {}
+    for extension in header.extensions:
+        if extension.type == EXTENSION_FEATURE_NAMES:
+            whole = len(extension.data) // _FEATURE.size * _FEATURE.size
+            for kind, bit, name in _FEATURE.iter_unpack(extension.data[:whole]):
+                names[kind, bit] = "".join(filter(str.isprintable, name.split(b"\0")[0].decode("utf-8", "replace")))
+    return names | FEATURE_NAMES
+
+
+def feature_name_table() -> Extension:
+    """The feature name table that new images carry."""
+    data = b"".join(_FEATURE.pack(kind, bit, name.encode()) for (kind, bit), name in FEATURE_NAMES.items())
+    return Extension(EXTENSION_FEATURE_NAMES, data)
+
+
+def encode_header_area(header: Header, filename: str) -> bytes:
+    """The header with its extensions and backing file name as they stand at the start of the file.
+
+    Sets ``backing_file_offset``, ``backing_file_size`` and ``header_length``. Raises ImageError where all that does
+    not fit into the first cluster.
+    """
+    header.header_length = V2_HEADER_LENGTH if header.version == 2 else V3_MIN_HEADER_LENGTH + len(header.extra)
+    name = os.fsencode(header.backing_file)
+    encoded = b"".join(map(_encode_extension, header.extensions)) + _EXTENSION.pack(EXTENSION_END, 0)
+    end = header.header_length + len(encoded)
+    if end + len(name) > header.cluster_size:
+        raise ImageError(
+            f"the header of '{filename}' takes {end + len(name)} bytes with its extensions and the name of its "
+            f"backing file, but only {header.cluster_size} bytes, one cluster, were wanted."
+        )
+    header.backing_file_offset = end if name else 0
+    header.backing_file_size = len(name)
+    return encode_header(header) + encoded + name
+
+
+def encode_header(header: Header) -> bytes:
+    """The fixed fields."""
+    fields = [getattr(header, field.name) for field in dataclasses.fields(header)[1:12]]
+    encoded = _V2.pack(MAGIC, header.version, *fields)
+    if header.version == 2:
+        return encoded
+    return (
+        encoded
+        + _V3.pack(
+            header.incompatible_features,
+            header.compatible_features,
+            header.autoclear_features,
+            header.refcount_order,
+            header.header_length,
+        )
+        + header.extra
+    )
+
+
+def _encode_extension(extension: Extension) -> bytes:
+    padding = -len(extension.data) % 8
+    return _EXTENSION.pack(extension.type, len(extension.data)) + extension.data + bytes(padding)

@@ -1,0 +1,81 @@
+"""Options of the qcow2 driver, for open and create."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fusedisk.core.errors import OptionError
+from fusedisk.core.options import CreateOptions, Options, option
+from fusedisk.drivers.format.qcow2.entries import Geometry
+from fusedisk.drivers.format.qcow2.image import MIN_L2_TABLES
+from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.qcow2.refcount import MIN_BLOCKS
+
+DEFAULT_L2_CACHE = 32 << 20
+DEFAULT_REFCOUNT_CACHE = 256 << 10
+
+
+@dataclasses.dataclass(slots=True)
+class Qcow2Options(Options):
+    """Options at open."""
+
+    l2_cache_size: int | None = option(
+        None, kind="size", help="bytes of the L2 table cache (default: what covers the disk, up to 32M)"
+    )
+    refcount_cache_size: int | None = option(
+        None, kind="size", help="bytes of the refcount block cache (default: 4 clusters, at least 256k)"
+    )
+    cache_size: int | None = option(None, kind="size", help="bytes of both caches together")
+
+
+@dataclasses.dataclass(slots=True)
+class Qcow2CreateOptions(CreateOptions):
+    """Options at creation."""
+
+    size: int = option(0, kind="size", help="virtual disk size")
+    compat: str = option("1.1", help="compatibility level: v2 (0.10) or v3 (1.1)", choices=("0.10", "1.1", "v2", "v3"))
+    backing_file: str | None = option(None, help="image that this one is an overlay of")
+    backing_fmt: str | None = option(None, help="format of the backing file")
+    cluster_size: int = option(65536, kind="size", help="unit of allocation, 512 bytes to 2M")
+    preallocation: str = option(
+        "off",
+        help="space reserved at creation: off, metadata, falloc, full",
+        choices=("off", "metadata", "falloc", "full"),
+    )
+    lazy_refcounts: bool = option(False, kind="bool", help="let programs postpone refcount updates")
+    refcount_bits: int = option(16, kind="int", help="width of a refcount: 1, 2, 4, 8, 16, 32 or 64 bits")
+    compression_type: str = option("zlib", help="how clusters are compressed: zlib or zstd", choices=("zlib", "zstd"))
+    nocow: bool = option(False, kind="bool", help="turn copy-on-write of the host file off (btrfs)")
+
+
+def cache_sizes(options: Qcow2Options, header: Header) -> tuple[int, int]:
+    """Bytes for the L2 cache and the refcount cache. Raises OptionError where the options contradict each
+    other.
+    """
+    geometry = Geometry(header)
+    tables = max(-(-header.size // (1 << geometry.span_bits)), MIN_L2_TABLES)
+    covering = tables * geometry.cluster_size
+    fewest_blocks = MIN_BLOCKS * geometry.cluster_size
+    l2, refcounts, both = options.l2_cache_size, options.refcount_cache_size, options.cache_size
+    if both is None:
+        if l2 is None:
+            l2 = min(covering, DEFAULT_L2_CACHE)
+        if refcounts is None:
+            refcounts = max(fewest_blocks, DEFAULT_REFCOUNT_CACHE)
+        return l2, refcounts
+    if l2 is not None and refcounts is not None:
+        raise OptionError(
+            "qcow2 options 'cache-size', 'l2-cache-size' and 'refcount-cache-size' are all set, but two of "
+            "them are enough."
+        )
+    for name, size in (("l2-cache-size", l2), ("refcount-cache-size", refcounts)):
+        if size is not None and size > both:
+            raise OptionError(f"qcow2 option '{name}' is {size}, but at most the 'cache-size' of {both} was wanted.")
+    if l2 is not None:
+        return l2, both - l2
+    if refcounts is not None:
+        return both - refcounts, refcounts
+    if both >= covering + fewest_blocks:
+        return covering, both - covering
+    refcounts = min(both, fewest_blocks)
+    return both - refcounts, refcounts

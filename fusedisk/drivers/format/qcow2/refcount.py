@@ -1,0 +1,384 @@
+"""Refcounts of host clusters: the allocator, freeing, and growth of the refcount table.
+
+Everything here but :meth:`Refcounts.keep` runs under the image's mutex.
+
+Searching is first fit. Two cursors keep it short: nothing is free before ``_first_free``, and nothing before
+``_next_run`` was a run long enough for the last multi-cluster request. Blocks known to be full are skipped
+without being loaded. Where the table has no block, everything is free: behind the last used cluster the file
+just grows.
+
+A new block describes itself where its own cluster lies in the range it covers. A new table is placed behind
+everything that the old one covers, together with the blocks that cover the new table and themselves, and
+becomes active by one write to the header.
+
+Source: docs/interop/qcow2.txt, "Host cluster management".
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from array import array
+from bisect import insort
+from collections.abc import Sequence
+
+import trio
+
+from fusedisk.block import io
+from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
+from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.cache import TableCache
+from fusedisk.drivers.format.qcow2.entries import (
+    COMPRESSED,
+    MAX_HOST_OFFSET,
+    HostRun,
+    compressed_references,
+    empty_table,
+    encode_table,
+    plain_runs,
+)
+from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow, refcount_codec
+
+log = logging.getLogger(__name__)
+
+MIN_BLOCKS = 4
+
+
+class Refcounts:
+    """The refcount structure of one writable image."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self.geometry = image.geometry
+        self.codec = refcount_codec(self.geometry.refcount_bits, self.geometry.block_entries)
+        self.blocks: TableCache[bytearray] = TableCache(self._read_block, self.geometry.cluster_size, MIN_BLOCKS)
+        self.table: array[int] = array("Q")
+        self.discard_freed = False
+        """Whether host space of discarded clusters is given back to the host."""
+        self._full = bytearray()
+        """For each table entry, 1 where its block is known to have no free cluster."""
+        self._first_free = 0
+        self._next_run = 0
+        self._used_end = 0
+        """Clusters at or behind this host offset were not given out since the image was opened."""
+        self._kept: list[HostRun] = []
+        """Clusters with a refcount of one that nothing refers to."""
+
+    async def load(self) -> None:
+        """Read the refcount table. Raises ImageError where its entries cannot be."""
+        image, header = self.image, self.image.header
+        await image.announce("reftable_load")
+        self._take_table(await image.read_table(header.refcount_table_offset, header.refcount_table_size() // 8))
+        file_end = -(-image.storage.node.length // self.geometry.cluster_size) * self.geometry.cluster_size
+        previous = 0
+        for offset in sorted(entry for entry in self.table if entry):
+            if offset & self.geometry.cluster_mask or offset == previous or offset >= file_end:
+                raise ImageError(
+                    f"'{image.filename}' has a refcount block at {offset}, but distinct multiples of "
+                    f"{self.geometry.cluster_size} inside the file were wanted; 'fusedisk check -r all' may "
+                    "repair it."
+                )
+            previous = offset
+
+    def _take_table(self, table: array[int]) -> None:
+        self.table = table
+        self.image.scattered = array("Q", sorted({*filter(None, table), *self.image.snapshot_tables}))
+        self._full = bytearray(len(table))
+
+    async def _read_block(self, offset: int) -> bytearray:
+        await self.image.announce("refblock_load")
+        return await self.image.read(offset, self.geometry.cluster_size)
+
+    # --- looking ----------------------------------------------------------------------------------------
+
+    async def get(self, cluster: int) -> int:
+        """The refcount of a host cluster."""
+        block_index, index = divmod(cluster, self.geometry.block_entries)
+        offset = self.table[block_index] if block_index < len(self.table) else 0
+        if not offset:
+            return 0
+        return self.codec.get(await self.blocks.load(offset), index)
+
+    # --- allocating -------------------------------------------------------------------------------------
+
+    async def allocate(self, count: int, *, exact: bool = False) -> HostRun:
+        """Give out at least one and at most ``count`` neighbouring clusters, exactly ``count`` where
+        ``exact``. Their refcounts are one afterwards, in the file too.
+
+        Raises NoSpaceError or HostError, with nothing but possibly leaked clusters changed, and
+        CorruptImageError where the refcounts would have it overwrite metadata.
+        """
+        await self.image.announce("cluster_alloc")
+        if self._kept and (run := self._take_kept(count, exact)):
+            return run
+        while True:
+            first = await self._find(count, self._first_free if count == 1 else self._next_run)
+            missing = self._missing_block(first, count)
+            if missing is None:
+                break
+            await self._add_block(missing)
+        await self._check_free(first, count)
+        start, end = first << self.geometry.cluster_bits, first + count << self.geometry.cluster_bits
+        fresh = start >= max(self._used_end, self.image.storage.node.length)
+        self._used_end = max(self._used_end, end)
+        await self._add(first, [1] * count)
+        if count > 1:
+            self._next_run = first + count
+        if count == 1 or first == self._first_free:
+            self._first_free = first + count
+        return HostRun(first, count, fresh)
+
+    def keep(self, run: HostRun) -> None:
+        """Take back clusters of :meth:`allocate` to which nothing was made to refer, for the next allocation.
+        Synchronous.
+        """
+        self._kept.append(run)
+
+    def _take_kept(self, count: int, exact: bool) -> HostRun | None:
+        first, length, _ = self._kept[-1]
+        if exact and length < count:
+            return None
+        self._kept.pop()
+        if length > count:
+            self._kept.append(HostRun(first + count, length - count))
+        return HostRun(first, min(count, length))
+
+    async def release_kept(self) -> None:
+        """Free what :meth:`keep` holds."""
+        while self._kept:
+            await self.free([self._kept.pop()])
+
+    async def _find(self, count: int, cluster: int) -> int:
+        """The first of ``count`` free neighbours, the first such run from ``cluster`` on."""
+        per_block = self.geometry.block_entries
+        start = have = 0
+        while have < count:
+            block_index, index = divmod(cluster, per_block)
+            if block_index >= len(self.table):
+                break
+            offset = self.table[block_index]
+            if not offset:
+                at, run = index, min(count - have, per_block - index)
+            elif self._full[block_index]:
+                following = self._full.find(0, block_index)
+                cluster, have = (following if following >= 0 else len(self.table)) * per_block, 0
+                continue
+            else:
+                block = await self.blocks.load(offset)
+                if have:
+                    at, run = 0, self.codec.free_run(block, 0, min(count - have, per_block))
+                else:
+                    at, run = self._find_in_block(block, block_index, index, count)
+            if not have:
+                start = block_index * per_block + at
+            have += run
+            cluster = block_index * per_block + at + run
+            if have < count and at + run < per_block:
+                have = 0
+        first = start if have else cluster
+        if first + count > MAX_HOST_OFFSET >> self.geometry.cluster_bits:
+            raise NoSpaceError(
+                f"'{self.image.filename}' has reached the largest file that qcow2 can describe.", errno=errno.EFBIG
+            )
+        return first
+
+    def _find_in_block(self, block: bytearray, block_index: int, index: int, count: int) -> tuple[int, int]:
+        at, run = self.codec.find_free(block, index, count)
+        if not run and not index and not (count > 1 and self.codec.find_free(block, 0, 1)[1]):
+            self._full[block_index] = 1
+        return (at, run) if run else (self.geometry.block_entries, 0)
+
+    def _missing_block(self, first: int, count: int) -> int | None:
+        per_block = self.geometry.block_entries
+        for block_index in range(first // per_block, (first + count - 1) // per_block + 1):
+            if block_index >= len(self.table) or not self.table[block_index]:
+                return block_index
+        return None
+
+    async def _check_free(self, first: int, count: int) -> None:
+        """Refuse to overwrite metadata, whatever the refcounts say."""
+        bits = self.geometry.cluster_bits
+        start, end = first << bits, first + count << bits
+        what = self.image.occupied_at(start, end - start)
+        if what is not None:
+            raise await self.image.corruption(
+                f"its refcounts say that {count} clusters at {start} are free, but its {what} lies there"
+            )
+
+    # --- changing ---------------------------------------------------------------------------------------
+
+    async def free(
+        self, runs: list[HostRun], *, references: dict[int, int] | None = None, discarded: bool = False
+    ) -> None:
+        """Lower refcounts, after the references that they counted are gone from the file: by one in ``runs``, by what
+        ``references`` says for single clusters, lowest first.
+
+        A failure leaks the clusters and is logged only, as what the caller wanted is done. ``discarded``: the
+        guest gave the data up, so the host space may go too.
+        """
+        bits = self.geometry.cluster_bits
+        changes = [(run.first, [-1] * run.clusters) for run in runs]
+        for cluster, count in (references or {}).items():
+            if changes and changes[-1][0] + len(changes[-1][1]) == cluster:
+                changes[-1][1].append(-count)
+            else:
+                changes.append((cluster, [-count]))
+        try:
+            for start, deltas in changes:
+                await self.image.announce("cluster_free")
+                for first, count, _ in await self._add(start, deltas):
+                    if discarded and self.discard_freed:
+                        await self._release_host_range(first << bits, count << bits)
+        except FusediskError as exc:
+            log.warning("%s: clusters are leaked: %s", self.image.filename, exc)
+
+    async def free_entries(self, entries: Sequence[int], *, discarded: bool = False) -> None:
+        """:meth:`free` for what L2 entries refer to."""
+        for entry in entries:
+            if entry & COMPRESSED:
+                self.image.inflated.pop(entry, None)
+        references = compressed_references(entries, self.geometry)
+        await self.free(plain_runs(entries, self.geometry), references=references, discarded=discarded)
+
+    async def _release_host_range(self, offset: int, length: int) -> None:
+        """Give freed clusters back to the host. Under the mutex, so that nobody can have allocated them
+        again.
+        """
+        await io.discard(self.image.storage.node, offset, length)
+
+    async def _add(self, first: int, deltas: list[int]) -> list[HostRun]:
+        """Change refcounts of neighbouring clusters whose blocks exist; returns the runs that dropped to zero."""
+        per_block = self.geometry.block_entries
+        freed: list[HostRun] = []
+        while deltas:
+            block_index, index = divmod(first, per_block)
+            part = deltas[: per_block - index]
+            base = block_index * per_block
+            freed += [HostRun(base + at, run) for at, run in await self._add_in_block(block_index, index, part)]
+            first += len(part)
+            deltas = deltas[len(part) :]
+        return freed
+
+    async def _add_in_block(self, block_index: int, index: int, deltas: list[int]) -> list[tuple[int, int]]:
+        offset = self.table[block_index] if block_index < len(self.table) else 0
+        first = block_index * self.geometry.block_entries + index
+        try:
+            if not offset:
+                raise RefcountUnderflow
+            block = await self.blocks.load(offset)
+            position, data, freed = self.codec.added(block, index, deltas)
+        except RefcountUnderflow:
+            raise await self.image.corruption(
+                f"the refcount of one of {len(deltas)} clusters in use at {first << self.geometry.cluster_bits} is 0"
+            ) from None
+        except RefcountOverflow:
+            raise ImageError(
+                f"'{self.image.filename}' has refcounts of {self.codec.bits} bits, which cannot count one "
+                "more reference."
+            ) from None
+        try:
+            await self.image.put_refcounts(offset, position, data)
+        except BaseException:
+            self.blocks.drop(offset)
+            raise
+        block[position : position + len(data)] = data
+        self.blocks.put(offset, block)
+        if freed:
+            lowest = block_index * self.geometry.block_entries + freed[0][0]
+            self._full[block_index] = 0
+            self._first_free = min(self._first_free, lowest)
+            self._next_run = min(self._next_run, lowest)
+        return freed
+
+    # --- growing ----------------------------------------------------------------------------------------
+
+    async def _add_block(self, block_index: int) -> None:
+        """Make progress towards a block for ``block_index``: add it, or what it needs first."""
+        await self.image.announce("refblock_alloc")
+        per_block = self.geometry.block_entries
+        cluster = await self._find(1, self._first_free)
+        home, index = divmod(cluster, per_block)
+        beyond = max(home, block_index)
+        if beyond >= len(self.table):
+            await self._grow_table(beyond)
+            return
+        await self._check_free(cluster, 1)
+        block = bytearray(self.geometry.cluster_size)
+        if self.table[home]:
+            await self._add(cluster, [1])
+            home = block_index
+        else:
+            self._set_to_one(block, index, 1)
+        offset = cluster << self.geometry.cluster_bits
+        await self.image.announce("refblock_alloc_write")
+        await self.image.put_new_table(offset, block)
+        await self.image.announce("refblock_alloc_hookup")
+        await self.image.put_refcount_table_entry(home, offset)
+        self.table[home] = offset
+        insort(self.image.scattered, offset)
+        self.blocks.put(offset, block)
+
+    async def _grow_table(self, block_index: int) -> None:
+        """Move the refcount table to a larger place, so that it has an entry for ``block_index`` and covers
+        itself.
+        """
+        # Cancelled half-way, memory and header would disagree about which table is active.
+        with trio.CancelScope(shield=True):
+            await self._move_table(block_index)
+
+    async def _move_table(self, block_index: int) -> None:
+        geometry, header = self.geometry, self.image.header
+        await self.image.announce("reftable_grow")
+        per_block, size = geometry.block_entries, geometry.cluster_size
+        old_entries = len(self.table)
+        table_clusters, blocks = self._new_table_size(block_index)
+        if table_clusters * size > layout.MAX_REFCOUNT_TABLE_SIZE:
+            raise NoSpaceError(
+                f"'{self.image.filename}' needs a refcount table of {table_clusters * size} bytes to grow, "
+                "but at most "
+                f"{layout.MAX_REFCOUNT_TABLE_SIZE} are possible.",
+                errno=errno.EFBIG,
+            )
+        first = old_entries * per_block
+        offset = first << geometry.cluster_bits
+        blocks_offset = offset + table_clusters * size
+        await self._check_free(first, table_clusters + blocks)
+
+        content = bytearray(blocks * size)
+        self._set_to_one(content, 0, table_clusters + blocks)
+        table = self.table + empty_table(table_clusters * (size // 8) - old_entries)
+        for i in range(blocks):
+            table[old_entries + i] = blocks_offset + i * size
+        await self.image.announce("refblock_alloc_write_blocks")
+        await self.image.put_new_table(blocks_offset, content)
+        await self.image.announce("refblock_alloc_write_table")
+        await self.image.put_new_table(offset, encode_table(table))
+        await self.image.announce("refblock_alloc_switch_table")
+        await self.image.put_header_fields(
+            layout.REFCOUNT_TABLE_FIELDS, offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
+        )
+        old = HostRun(header.refcount_table_offset >> geometry.cluster_bits, header.refcount_table_clusters)
+        header.refcount_table_offset, header.refcount_table_clusters = offset, table_clusters
+        full = self._full
+        self._take_table(table)
+        self._full[: len(full)] = full
+        self.image.place_fixed()
+        await self.free([old])
+
+    def _set_to_one(self, content: bytearray, index: int, count: int) -> None:
+        position, data = self.codec.encoded(content, index, [1] * count)
+        content[position : position + len(data)] = data
+
+    def _new_table_size(self, block_index: int) -> tuple[int, int]:
+        """Clusters of the new table, and new blocks so that they cover the table and themselves."""
+        size, per_block = self.geometry.cluster_size, self.geometry.block_entries
+        old_entries = len(self.table)
+        blocks = 1
+        while True:
+            entries = max(block_index + 1, old_entries + blocks, old_entries * 3 // 2)
+            table_clusters = -(-entries * 8 // size)
+            needed = -(-(table_clusters + blocks) // per_block)
+            if needed <= blocks:
+                return table_clusters, blocks
+            blocks = needed

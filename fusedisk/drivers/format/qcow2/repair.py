@@ -1,0 +1,188 @@
+"""Repairing an image from what a check found.
+
+Rules
+-----
+Repairing makes the metadata agree with itself and with what the tables refer to: **references are the truth, refcounts
+follow them.** What could be read before reads the same afterwards:
+
+1. A table entry that leads to a cluster keeps doing so. Only reserved bits and flags change (a compressed cluster loses
+   a COPIED flag, a subcluster that is said to be both data and zeroes stays data).
+2. An entry that leads nowhere, since its offset is no cluster's or lies behind the end of the file, could not be read,
+   or read as zeroes. It becomes *zeroes* where the version has that (3), else *unallocated*; an L1 entry becomes empty.
+3. What most entries of a shared table say tells what it is: a cluster that is used otherwise too, and in which most
+   entries cannot be L2 entries, holds no L2 table. The L1 entry goes, and the cluster is not touched.
+4. A cluster with more references than its refcount can count is copied for those that are too many.
+5. An entry of the snapshot table goes only if its L1 table cannot be in the file; texts and times of the others stay.
+6. If the active L1 table itself is not in the file, or most certainly is something else, nothing is repaired: all that
+   the guest wrote would be given up.
+7. Nothing is repaired where something could not be read: what it refers to would be given up.
+
+Freed clusters are not discarded: until they are used again, their content is still there to be looked at.
+
+Order
+-----
+Dying at any point leaves an image that is not worse than it was; each step is flushed before the next:
+
+1. entries are mended where they are (references only vanish: at worst clusters are leaked);
+2. copies and new tables are written into clusters that nothing refers to and that lie behind everything in use;
+3. refcounts that are too low are raised, those of the new clusters included; where a refcount block is missing or
+   cannot be, a whole new refcount structure is written into free clusters and becomes active by one write to the
+   header;
+4. entries and header are switched to the copies, whose refcounts are there by now;
+5. refcounts that are too high are lowered, as nothing refers to those clusters any more;
+6. COPIED flags are corrected, as refcounts are exact by now;
+7. once a further look finds the image clean, the dirty and corrupt bits are cleared.
+"""
+
+from __future__ import annotations
+
+from fusedisk.block.check import CheckResult, Progress, Repair
+from fusedisk.core.errors import ImageError
+from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.check_analysis import Analysis, analyse
+from fusedisk.drivers.format.qcow2.check_open import KNOWN_AUTOCLEAR, CheckedImage, open_image
+from fusedisk.drivers.format.qcow2.check_snapshots import read_snapshot_table
+from fusedisk.drivers.format.qcow2.repair_copied import correct_copied
+from fusedisk.drivers.format.qcow2.repair_entries import mend_tables
+from fusedisk.drivers.format.qcow2.repair_moves import plan_moves
+from fusedisk.drivers.format.qcow2.repair_refcounts import lower_refcounts, raise_refcounts
+
+_MAX_ROUNDS = 6
+"""Mending may show what was hidden (a table that was dropped shared clusters with others), but soon no more."""
+
+_BAD_BITS = layout.DIRTY | layout.CORRUPT
+
+
+def plan(analysis: Analysis, repair: Repair) -> list[str]:
+    """What :func:`repair` would do, a sentence each; empty where there is nothing to do."""
+    done = []
+    if repair is Repair.ALL:
+        wrong = analysis.broken + analysis.overflows
+        snapshots = analysis.snapshots.dropped + analysis.snapshots.shortened + analysis.incomplete_snapshots
+        if wrong:
+            done.append(f"mend or drop {wrong} entries that cannot be")
+        if snapshots:
+            done.append(f"rewrite the snapshot table, of which {snapshots} entries cannot be")
+        if analysis.rebuild or analysis.walk.block_corruptions:
+            done.append("rebuild the refcounts")
+        elif analysis.too_low:
+            done.append(f"raise the refcounts of {analysis.too_low} clusters")
+    if analysis.leaks:
+        done.append(f"give {analysis.leaks} leaked clusters back")
+    others = analysis.result.corruptions - analysis.miscopied
+    if analysis.miscopied and (repair is Repair.ALL or not others):
+        done.append(f"correct {analysis.miscopied} COPIED flags")
+    if analysis.image.header.incompatible_features & _BAD_BITS and (repair is Repair.ALL or not others):
+        done.append("clear the marks for dirty and corrupt images")
+    return done
+
+
+async def repair(analysis: Analysis, repair: Repair, progress: Progress) -> CheckResult:
+    """Repair an image; returns what a further look found, with the numbers of what was repaired.
+
+    Raises ImageError, with nothing changed, where that cannot be done.
+    """
+    _check_repairable(analysis, repair)
+    await _clear_unknown_autoclear(analysis.image)
+    if repair is Repair.LEAKS:
+        return await _repair_leaks(analysis, progress)
+    return await _repair_all(analysis, progress)
+
+
+def _check_repairable(analysis: Analysis, repair: Repair) -> None:
+    image, walk = analysis.image, analysis.walk
+    if walk.result.check_errors > analysis.unreadable:
+        raise ImageError(f"'{image.filename}' is not repaired: parts of it could not be read.")
+    if repair is Repair.LEAKS:
+        if analysis.rebuild:
+            raise ImageError(
+                f"'{image.filename}' is not repaired: its refcounts must be rebuilt, which repairing leaks alone does "
+                "not do; repair all (-r all)."
+            )
+        return
+    if analysis.leaks and walk.active_wrong == walk.active_entries > 1:
+        raise ImageError(
+            f"'{image.filename}' is not repaired: what its header calls the L1 table, at {image.l1_region.offset}, "
+            "holds no entry that can be, and without it all data would be given up; correct the header first."
+        )
+    l1 = image.l1_region
+    if l1.length and (l1.offset < image.cluster_size or l1.offset >= image.length):
+        raise ImageError(
+            f"'{image.filename}' is not repaired: its header has the L1 table at {l1.offset}, where none can be, and "
+            "without it all data would be given up; correct the header first."
+        )
+
+
+async def _repair_leaks(analysis: Analysis, progress: Progress) -> CheckResult:
+    image, snapshots = analysis.image, analysis.snapshots
+    leaks = analysis.leaks
+    await lower_refcounts(analysis)
+    analysis = await analyse(image, snapshots, progress)
+    copied = analysis.miscopied
+    if copied and analysis.result.corruptions == copied:
+        await correct_copied(analysis)
+        analysis = await analyse(image, snapshots, progress)
+    result = analysis.result
+    result.leaks_fixed = leaks - analysis.leaks
+    result.corruptions_fixed = copied - analysis.miscopied
+    if not result.check_errors and not result.corruptions:
+        await _clear_bad_bits(image)
+    return result
+
+
+async def _repair_all(analysis: Analysis, progress: Progress) -> CheckResult:
+    image, snapshots = analysis.image, analysis.snapshots
+    leaks, corruptions = analysis.leaks, analysis.result.corruptions - analysis.miscopied
+    for _ in range(_MAX_ROUNDS):
+        if not await _repair_once(analysis, progress):
+            break
+        image = await open_image(image.file)
+        snapshots = await read_snapshot_table(image, repair=False)
+        analysis = await analyse(image, snapshots, progress)
+    await raise_refcounts(analysis)
+    analysis = await analyse(image, snapshots, progress)
+    await lower_refcounts(analysis)
+    analysis = await analyse(image, snapshots, progress)
+    copied = analysis.miscopied
+    await correct_copied(analysis)
+    result = (await analyse(image, snapshots, progress)).result
+    result.leaks_fixed = max(leaks - result.leaks, 0)
+    result.corruptions_fixed = max(corruptions + copied - result.corruptions, 0)
+    if not result.check_errors and not result.corruptions:
+        await _clear_bad_bits(image)
+    return result
+
+
+async def _repair_once(analysis: Analysis, progress: Progress) -> bool:
+    """Mend entries, then move what has to be moved; returns whether there was anything to do."""
+    image = analysis.image
+    mended = await mend_tables(analysis)
+    if mended:
+        analysis = await analyse(image, analysis.snapshots, progress)
+    moves = await plan_moves(analysis)
+    if not moves.needed:
+        return mended
+    await moves.write_copies()
+    covered = await analyse(image, analysis.snapshots, progress, moves.reserved)
+    await raise_refcounts(covered)
+    await moves.switch()
+    return True
+
+
+async def _clear_unknown_autoclear(image: CheckedImage) -> None:
+    """Unknown features whose data we change, or whose clusters we take for leaks, become invalid."""
+    header = image.header
+    known = header.autoclear_features & KNOWN_AUTOCLEAR
+    if known != header.autoclear_features:
+        await image.write(layout.AUTOCLEAR_FIELD, known.to_bytes(8, "big"))
+        header.autoclear_features = known
+
+
+async def _clear_bad_bits(image: CheckedImage) -> None:
+    header = image.header
+    if not header.incompatible_features & _BAD_BITS:
+        return
+    await image.flush()
+    header.incompatible_features &= ~_BAD_BITS
+    await image.write(layout.INCOMPATIBLE_FIELD, header.incompatible_features.to_bytes(8, "big"))
+    await image.flush()

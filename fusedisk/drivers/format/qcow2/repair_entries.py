@@ -1,0 +1,119 @@
+"""Mending table entries that cannot be, where they are. The rules are in :mod:`.repair`."""
+
+from __future__ import annotations
+
+from array import array
+
+from fusedisk.block import io
+from fusedisk.drivers.format.qcow2.check_analysis import Analysis
+from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region
+from fusedisk.drivers.format.qcow2.check_table import ALLOCATED_SUBCLUSTERS
+from fusedisk.drivers.format.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    ZERO,
+    encode_table,
+)
+
+_ALL_ZERO_SUBCLUSTERS = ALLOCATED_SUBCLUSTERS << 32
+
+
+async def mend_tables(analysis: Analysis) -> bool:
+    """Mend all tables; returns whether anything was changed. The analysis is out of date then."""
+    image = analysis.image
+    changed = await _grow_over_l1_tables(analysis)
+    foreign: set[int] = set()
+    for offset in analysis.walk.broken_tables:
+        if offset & image.cluster_mask or not offset:
+            continue  # goes with its L1 entries
+        before = await image.read_table(Region(offset, image.cluster_size))
+        after = _mended_table(image, before)
+        if _is_foreign(analysis, offset, before, after):
+            foreign.add(offset)
+        else:
+            changed |= await write_changes(image, offset, before, after)
+    for table in analysis.walk.l1_tables:
+        before = await image.read_table(image.inside(table.region))
+        after = array("Q", (_mended_l1_entry(image, entry, foreign) if entry else 0 for entry in before))
+        changed |= await write_changes(image, table.region.offset, before, after)
+    if changed:
+        await image.flush()
+    return changed
+
+
+async def write_changes(image: CheckedImage, offset: int, before: array[int], after: array[int]) -> bool:
+    """Write what changed of the table at ``offset``; returns whether anything did."""
+    if before == after:
+        return False
+    changed = [index for index, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    first, last = changed[0], changed[-1] + 1
+    await image.write(offset + 8 * first, encode_table(after[first:last]))
+    return True
+
+
+async def _grow_over_l1_tables(analysis: Analysis) -> bool:
+    """Let the file hold all of the L1 tables that start in it; what is added reads as before."""
+    image = analysis.image
+    ends = [
+        table.region.offset + table.region.length
+        for table in analysis.walk.l1_tables
+        if table.region.offset < image.length and not image.has_region(*table.region)
+    ]
+    if not ends:
+        return False
+    await io.truncate(image.file, max(ends))
+    return True
+
+
+def _is_foreign(analysis: Analysis, offset: int, before: array[int], after: array[int]) -> bool:
+    """Whether something else is in the cluster of what an L1 entry calls an L2 table."""
+    users = analysis.counts[offset >> analysis.image.cluster_bits]
+    if users <= analysis.walk.uses[offset].weight:
+        return False
+    wrong = sum(old != new for old, new in zip(before, after, strict=True))
+    return 2 * wrong > len(before) - before.count(0)
+
+
+def _mended_l1_entry(image: CheckedImage, entry: int, foreign: set[int]) -> int:
+    offset = entry & OFFSET_MASK
+    if not offset or offset & image.cluster_mask or offset in foreign:
+        return 0
+    if not image.has_region(offset, image.cluster_size):
+        return 0
+    return entry & ~L1_RESERVED
+
+
+def _mended_table(image: CheckedImage, table: array[int]) -> array[int]:
+    if not image.extended_l2:
+        return array("Q", (mended_entry(image, entry, 0)[0] if entry else 0 for entry in table))
+    mended = table[:]
+    for index in range(0, len(table), 2):
+        mended[index], mended[index + 1] = mended_entry(image, table[index], table[index + 1])
+    return mended
+
+
+def mended_entry(image: CheckedImage, entry: int, bitmap: int) -> tuple[int, int]:
+    """An L2 entry and its bitmap of subclusters (0 where there are none) as they should be."""
+    if entry & COMPRESSED:
+        if image.data_file or not image.has_region(*image.compressed_region(entry)):
+            return _zeroes(image, _ALL_ZERO_SUBCLUSTERS)
+        return entry & ~COPIED, 0
+    entry &= ~L2_RESERVED
+    offset = entry & OFFSET_MASK
+    if not offset and not (image.data_file and entry & COPIED):
+        return entry, bitmap & ~ALLOCATED_SUBCLUSTERS
+    allocated = bitmap & ALLOCATED_SUBCLUSTERS
+    present = image.data_file or image.has_region(offset, image.cluster_size)
+    if offset & image.cluster_mask or not present:
+        return _zeroes(image, (bitmap | allocated << 32) & _ALL_ZERO_SUBCLUSTERS)
+    return entry, bitmap & ~(allocated << 32)
+
+
+def _zeroes(image: CheckedImage, subclusters: int) -> tuple[int, int]:
+    """What leads nowhere and reads as zeroes, as far as the version allows."""
+    if image.extended_l2:
+        return 0, subclusters
+    return (ZERO if image.header.version >= 3 else 0), 0

@@ -1,0 +1,134 @@
+"""Growing an image: the L1 table, the tail of the last cluster, preallocation, then the size in the header.
+
+No request is in flight meanwhile. Whatever is done before the new size is in the header lies behind the
+disk's end, so stopping anywhere leaves the old disk.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import trio
+
+from fusedisk.block import io
+from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
+from fusedisk.drivers.format.qcow2 import discard, layout
+from fusedisk.drivers.format.qcow2.allocation import Allocator
+from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, HostRun
+from fusedisk.drivers.format.qcow2.image import Image
+
+PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+
+_SECTOR = 512
+
+
+async def set_size(allocator: Allocator, length: int) -> None:
+    """Put the virtual size into the header; the L1 table must cover it."""
+    header = allocator.image.header
+    await allocator.image.put_header_fields(layout.SIZE_FIELD, length.to_bytes(8, "big"))
+    header.size = length
+
+
+def check_growth(allocator: Allocator, length: int, *, zero_new: bool) -> None:
+    """Raise NotSupportedError or OptionError, with nothing changed, where the image cannot become ``length``
+    bytes.
+    """
+    image, header = allocator.image, allocator.image.header
+    if length < header.size:
+        raise NotSupportedError(
+            f"'{image.filename}' has {header.size} bytes and cannot shrink to {length}: qcow2 images can only grow yet."
+        )
+    if length % _SECTOR:
+        raise OptionError(f"'{image.filename}' cannot get {length} bytes, a multiple of {_SECTOR} was wanted.")
+    if header.version < 3 and header.nb_snapshots:
+        raise NotSupportedError(
+            f"'{image.filename}' is qcow2 of version 2 with snapshots, which cannot be resized: delete the "
+            "snapshots first."
+        )
+    if header.version < 3 and zero_new:
+        raise NotSupportedError(
+            f"'{image.filename}' is qcow2 of version 2 and cannot hide its longer backing file behind "
+            "zeroes; version 3 "
+            f"(compat=1.1) can."
+        )
+    needed = l1_entries(allocator, length)
+    if needed * 8 > layout.MAX_L1_SIZE:
+        raise ImageError(
+            f"'{image.filename}' would need an L1 table of {needed} entries for {length} bytes, but at most "
+            f"{layout.MAX_L1_SIZE // 8} are possible with its clusters of {header.cluster_size} bytes."
+        )
+
+
+def l1_entries(allocator: Allocator, length: int) -> int:
+    """L1 entries that a disk of ``length`` bytes needs."""
+    return -(-length // (1 << allocator.geometry.span_bits))
+
+
+async def grow_l1(allocator: Allocator, entries: int) -> None:
+    """Make the L1 table at least ``entries`` long."""
+    image, geometry = allocator.image, allocator.geometry
+    if entries <= len(image.l1):
+        return
+    header = image.header
+    async with image.mutex:
+        old_offset, old_size = header.l1_table_offset, geometry.clusters(header.l1_size * 8)
+        await image.announce("l1_grow_alloc_table")
+        run = await allocator.refcounts.allocate(geometry.clusters(entries * 8), exact=True)
+        # Cancelled half-way, memory and header would disagree about which table is active.
+        with trio.CancelScope(shield=True):
+            await image.put_l1_table(run.first << geometry.cluster_bits, entries)
+            if old_size:
+                await allocator.refcounts.free([HostRun(old_offset >> geometry.cluster_bits, old_size)])
+
+
+async def clear_behind_end(allocator: Allocator, length: int, *, zero_new: bool) -> None:
+    """Make what lies between the disk's end and ``length`` read as the new space of a growing disk must.
+
+    Old mappings there (VM state, leftovers of a shrink) go. ``zero_new``: hide a longer backing file.
+    """
+    size, geometry = allocator.image.header.size, allocator.geometry
+    start = -(-size // geometry.cluster_size) * geometry.cluster_size
+    if start < length:
+        transform = (lambda entry: ZERO) if zero_new else (lambda entry: 0)
+        await discard.change(allocator, start, length - start, transform, allocate=zero_new)
+
+
+async def preallocate(allocator: Allocator, start: int, end: int, mode: str) -> None:
+    """Give every cluster in ``[start, end)``, behind the disk's end, a host cluster that reads as zeroes.
+
+    ``mode``: metadata leaves the host file sparse, falloc reserves its space, full writes it.
+    """
+    geometry = allocator.geometry
+    cluster, last = start >> geometry.cluster_bits, geometry.clusters(end)
+    while cluster < last:
+        l1_index = cluster >> geometry.l2_bits
+        table_end = min(last, l1_index + 1 << geometry.l2_bits)
+        async with allocator.image.mutex:
+            await _preallocate_table(allocator, cluster, table_end, mode)
+        await trio.lowlevel.checkpoint()
+        cluster = table_end
+
+
+async def _preallocate_table(allocator: Allocator, cluster: int, end: int, mode: str) -> None:
+    geometry, image = allocator.geometry, allocator.image
+    l1_index = cluster >> geometry.l2_bits
+    table = (await allocator.table_for_write(l1_index))[:]
+    while cluster < end:
+        if table[cluster & geometry.l2_mask] & OFFSET_MASK:
+            cluster += 1
+            continue
+        run = await allocator.refcounts.allocate(end - cluster)
+        host, size = run.first << geometry.cluster_bits, run.clusters << geometry.cluster_bits
+        await _make_host_range(image, host, size, mode)
+        entries = array("Q", range(host | COPIED, (host | COPIED) + size, geometry.cluster_size))
+        await image.put_l2_entries(l1_index, cluster & geometry.l2_mask, entries)
+        cluster += run.clusters
+
+
+async def _make_host_range(image: Image, host: int, length: int, mode: str) -> None:
+    """Let a range of new clusters exist in the file and read as zeroes."""
+    node = image.storage.node
+    present = min(max(node.length - host, 0), length)
+    await image.zero_host(host, present)
+    if present < length:
+        await io.truncate(node, host + length, "off" if mode == "metadata" else mode)

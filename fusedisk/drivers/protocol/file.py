@@ -1,0 +1,443 @@
+"""``file``: a regular file of the host, the bottom of most graphs.
+
+Bytes move here: from the page cache inline, the rest in worker threads (:mod:`.host_file`). Requests need no
+order among themselves: the shared state is the host's file, and the request path serialises what overlaps
+and matters. QEMU's image locks keep other processes out, as far as the parents' permissions ask for it
+(:mod:`fusedisk.core.image_locks`).
+
+With ``cache.direct`` (O_DIRECT) everything is aligned, so a write to a file's unaligned last block makes the
+file longer than it is meant to be; it is cut back to the node's length at the next flush and at close.
+
+Not here: block devices (``host_device``), character devices, directories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+from fusedisk.block.driver import MAY_UNMAP, Buffer, Driver
+from fusedisk.block.extent import DATA, ZERO, Extent
+from fusedisk.block.filenames import has_protocol
+from fusedisk.block.limits import Limits
+from fusedisk.block.node import NodeConfig
+from fusedisk.core import image_locks
+from fusedisk.core.errors import FusediskError, HostError, NotSupportedError, OptionError, host_error
+from fusedisk.core.image_locks import ImageLocks
+from fusedisk.core.offload import run_host_io
+from fusedisk.core.options import Options, option
+from fusedisk.drivers.protocol.direct_io import Alignment, find_alignment
+from fusedisk.drivers.protocol.host_file import HostFile
+from fusedisk.drivers.protocol.host_io import total_length
+from fusedisk.drivers.protocol.hostcalls import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    fallocate,
+)
+from fusedisk.drivers.protocol.resize import create_regular_file, resize_file
+
+_READ_ONLY_ERRORS = (errno.EACCES, errno.EROFS, errno.EPERM)
+_UNSUPPORTED_ERRORS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EINVAL)
+_PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+
+@dataclasses.dataclass(slots=True)
+class FileOptions(Options):
+    """Options of ``file`` and ``host_device``."""
+
+    filename: str = option("", help="path of the file")
+    locking: str = option(
+        "auto",
+        help="QEMU's image locks, which keep other processes out: on, off, or auto (where the host has them)",
+        choices=("on", "off", "auto"),
+    )
+    aio: str = option(
+        "threads",
+        help="accepted for QEMU's sake: what would wait runs in worker threads, whatever this says",
+        choices=("threads", "native", "io_uring"),
+    )
+
+
+class _Reopened(NamedTuple):
+    """State between ``reopen_prepare`` and its end."""
+
+    file: HostFile
+    locks: ImageLocks | None
+
+
+class FileDriver(Driver):
+    """A regular file."""
+
+    name = "file"
+    prefixes = ("file",)
+    is_protocol = True
+    moves_bytes = True
+    options_type: ClassVar[type[Options]] = FileOptions
+
+    file: HostFile
+    """The open descriptor and how to use it."""
+    locks: ImageLocks | None = None
+
+    _can_discard = True
+    _can_punch = True
+    _can_zero_range = True
+    _flush_failure: OSError | None = None
+    """The first failed flush: the kernel may have dropped what it could not write, so no later flush may succeed."""
+    _padded = False
+    """The file may be longer than the node, by less than the alignment."""
+    _extending = 0
+    """O_DIRECT requests in flight that end past the node's length."""
+
+    # --- naming -----------------------------------------------------------------------------------------
+
+    @property
+    def filename(self) -> str:
+        """The path as given."""
+        return str(self.options.filename)
+
+    def exact_filename(self) -> str | None:
+        return f"./{self.filename}" if has_protocol(self.filename) else self.filename
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        if not self.filename:
+            raise OptionError(f"{self.name} needs the option 'filename', the path of the file.")
+        config = self.node.config
+        file = await run_host_io(self._open_file, self.filename, config)
+        try:
+            self.locks = self._make_locks(file.fd, config)
+        except BaseException:
+            file.close()
+            raise
+        self.file = file
+        config.read_only = file.read_only
+
+    async def close(self) -> None:
+        try:
+            self._cut_padding()
+        finally:
+            if self.locks is not None:
+                self.locks.release()
+            with self._errors("close"):
+                self.file.close()
+
+    def _open_file(self, path: str, config: NodeConfig) -> HostFile:
+        """Open ``path`` as ``config`` says and look at it; ``config`` is not changed. Blocks."""
+        self._check_kind(path)
+        read_only = config.read_only
+        flags = os.O_CLOEXEC | (os.O_DIRECT if config.cache_direct else 0)
+        try:
+            fd = self._open_descriptor(path, flags, read_only)
+        except OSError as exc:
+            if read_only or not config.auto_read_only or exc.errno not in _READ_ONLY_ERRORS:
+                self._refuse_open(exc, config)
+            read_only = True
+            try:
+                fd = self._open_descriptor(path, flags, read_only)
+            except OSError as again:
+                self._refuse_open(again, config)
+        try:
+            with self._errors("open"):
+                return HostFile(fd, read_only, self._alignment(fd) if config.cache_direct else None)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _check_kind(self, path: str) -> None:
+        """Raise unless ``path`` is something that this driver opens. Before the open, which can have effects or
+        wait for ever where it is not."""
+        with self._errors("open"):
+            try:
+                mode = os.stat(path).st_mode
+            except ValueError as exc:
+                raise OptionError(f"{self.filename!r} cannot be a path: {exc}.") from exc
+        if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
+            kind = "block" if stat.S_ISBLK(mode) else "character"
+            raise OptionError(
+                f"'{self.filename}' is a {kind} device, but '{self.name}' opens regular files: use the driver "
+                f"'host_device'."
+            )
+        if not stat.S_ISREG(mode):
+            raise OptionError(f"'{self.filename}' is {kind_name(mode)}, but a regular file was wanted.")
+
+    def _open_descriptor(self, path: str, flags: int, read_only: bool) -> int:
+        """Open for reading or for both. Blocks; raises OSError."""
+        return os.open(path, flags | (os.O_RDONLY if read_only else os.O_RDWR))
+
+    def _refuse_open(self, exc: OSError, config: NodeConfig) -> NoReturn:
+        if exc.errno == errno.EINVAL and config.cache_direct:
+            raise self._no_direct_io() from exc
+        raise host_error(exc, self.filename, "open") from exc
+
+    def _alignment(self, fd: int) -> Alignment:
+        """What O_DIRECT asks for. Blocks; raises OSError or NotSupportedError."""
+        found = find_alignment(fd)
+        if found is None:
+            raise self._no_direct_io()
+        return found
+
+    def _no_direct_io(self) -> FusediskError:
+        return NotSupportedError(
+            f"The filesystem of '{self.filename}' has no O_DIRECT, which cache.direct=on asks for: use a cache "
+            f"mode without it, such as writeback."
+        )
+
+    def _make_locks(self, fd: int, config: NodeConfig) -> ImageLocks | None:
+        locking = self.options.locking
+        if locking == "off" or config.force_share:
+            return None
+        with self._errors("lock"):
+            if image_locks.supported(fd):
+                return ImageLocks(fd, self.filename)
+        if locking == "on":
+            raise NotSupportedError(
+                f"The host cannot lock '{self.filename}' for us, which locking=on asks for: use locking=auto."
+            )
+        return None
+
+    # --- reopening --------------------------------------------------------------------------------------
+
+    async def reopen_prepare(self, config: NodeConfig, options: Any) -> object:
+        old = self.node.config
+        if options != self.options or config.force_share != old.force_share:
+            raise NotSupportedError(
+                f"'{self.filename}' is open, so its filename, locking, aio and force-share cannot change."
+            )
+        if config.read_only == old.read_only and config.cache_direct == old.cache_direct:
+            return None
+        # By way of the open descriptor: the path may lead to another file by now.
+        file = await run_host_io(self._open_file, f"/proc/self/fd/{self.file.fd}", config)
+        try:
+            locks = self.locks.moved_to(file.fd) if self.locks is not None else None
+        except BaseException:
+            file.close()
+            raise
+        config.read_only = file.read_only
+        return _Reopened(file, locks)
+
+    def reopen_commit(self, state: object) -> None:
+        if not isinstance(state, _Reopened):
+            return
+        with contextlib.suppress(FusediskError):
+            self._cut_padding()
+        if self.locks is not None:
+            self.locks.release()
+        with contextlib.suppress(OSError):
+            self.file.close()
+        self.file, self.locks = state
+        self._flush_failure = None
+        self.node.change_mapping()
+
+    def reopen_abort(self, state: object) -> None:
+        if isinstance(state, _Reopened):
+            with contextlib.suppress(OSError):
+                state.file.close()
+
+    # --- size, limits, permissions ----------------------------------------------------------------------
+
+    async def length(self) -> int:
+        with self._errors("look at"):
+            return os.fstat(self.file.fd).st_size
+
+    def refresh_limits(self, limits: Limits) -> None:
+        alignment = self.file.alignment
+        if alignment is not None:
+            limits.request_alignment = alignment.request
+            limits.memory_alignment = alignment.memory
+
+    def check_permissions(self, perm: int, shared: int) -> None:
+        if self.locks is not None:
+            self.locks.check(perm, shared)
+
+    def commit_permissions(self, perm: int, shared: int) -> None:
+        if self.locks is not None:
+            self.locks.commit()
+
+    def abort_permissions(self) -> None:
+        if self.locks is not None:
+            self.locks.abort()
+
+    # --- data -------------------------------------------------------------------------------------------
+
+    async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        file = self.file
+        try:
+            left = file.read_inline(buffers, offset)
+            if left:
+                await file.read(left, offset + total_length(buffers) - total_length(left))
+        except OSError as exc:
+            raise host_error(exc, self.filename, "read from") from exc
+
+    async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
+        file = self.file
+        try:
+            left = file.write_inline(buffers, offset)
+            if left:
+                end = offset + total_length(buffers)
+                with self._extension(end):
+                    await file.write(left, end - total_length(left))
+        except OSError as exc:
+            raise host_error(exc, self.filename, "write to") from exc
+
+    @contextlib.contextmanager
+    def _extension(self, end: int) -> Iterator[None]:
+        """Around a request that ends at ``end``, in a worker thread: with O_DIRECT it may leave the file longer
+        than the node."""
+        if self.file.alignment is None or end <= self.node.length:
+            yield
+            return
+        self._extending += 1
+        self._padded = True
+        try:
+            yield
+        finally:
+            self._extending -= 1
+
+    def _cut_padding(self) -> None:
+        """Take off what alignment added behind the node's end.
+
+        The node's length says what is meant only while no request extends the file; the last one of several leaves
+        the padding to the next flush.
+        """
+        alignment = self.file.alignment
+        if not self._padded or self._extending or alignment is None:
+            return
+        length = self.node.length
+        with self._errors("resize"):
+            if length < os.fstat(self.file.fd).st_size < length + alignment.request:
+                os.ftruncate(self.file.fd, length)
+        self._padded = False
+
+    async def map(self, offset: int, length: int) -> Extent:
+        fd, unit = self.file.fd, self.node.limits.request_alignment
+        try:
+            data = os.lseek(fd, offset, os.SEEK_DATA)
+            if data >= offset + unit:
+                return Extent(ZERO, min(length, (data - offset) & -unit), None, offset)
+            hole = os.lseek(fd, data, os.SEEK_HOLE)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # nothing but a hole up to the end of the file, or past it
+                return Extent(ZERO, length, None, offset)
+            if exc.errno == errno.EINVAL:  # the filesystem does not tell
+                return Extent(DATA, length, None, offset)
+            raise host_error(exc, self.filename, "look for holes in") from exc
+        return Extent(DATA, min(length, (hole - offset + unit - 1) & -unit), None, offset)
+
+    # --- other requests ---------------------------------------------------------------------------------
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        with self._extension(offset + length):
+            if flags & MAY_UNMAP and self.node.config.discard_unmap and self._can_punch:
+                try:
+                    await self._change_range(self._punch_hole, offset, length)
+                    return
+                except NotSupportedError:
+                    self._can_punch = False
+            if not self._can_zero_range:
+                raise self._no_fallocate()
+            try:
+                await self._change_range(self._zero_range, offset, length)
+            except NotSupportedError:
+                self._can_zero_range = False
+                raise
+
+    async def discard(self, offset: int, length: int) -> None:
+        if not self.node.config.discard_unmap:
+            return
+        if not self._can_discard:
+            raise self._no_fallocate()
+        try:
+            await self._change_range(self._free_range, offset, length)
+        except NotSupportedError:
+            self._can_discard = False
+            raise
+
+    def _punch_hole(self, offset: int, length: int) -> None:
+        """Zero a range and give its space back; the file grows to its end. Blocks; raises OSError."""
+        fd, end = self.file.fd, offset + length
+        size = os.fstat(fd).st_size
+        if offset < size:
+            fallocate(fd, _PUNCH, offset, length)
+        if end > size:
+            os.ftruncate(fd, end)
+
+    def _zero_range(self, offset: int, length: int) -> None:
+        """Zero a range and keep its space; the file grows to its end. Blocks; raises OSError."""
+        fallocate(self.file.fd, FALLOC_FL_ZERO_RANGE, offset, length)
+
+    def _free_range(self, offset: int, length: int) -> None:
+        """Give a range's space back. Blocks; raises OSError."""
+        fallocate(self.file.fd, _PUNCH, offset, length)
+
+    async def _change_range(self, fn: Callable[[int, int], None], offset: int, length: int) -> None:
+        """Run one of the above in a worker; what the host does not have becomes NotSupportedError."""
+        try:
+            await run_host_io(fn, offset, length)
+        except OSError as exc:
+            if exc.errno in _UNSUPPORTED_ERRORS:
+                raise self._no_fallocate() from exc
+            raise host_error(exc, self.filename, "zero or free a range of") from exc
+
+    def _no_fallocate(self) -> NotSupportedError:
+        return NotSupportedError(f"The host cannot zero or free a range of '{self.filename}' in place.")
+
+    async def flush_to_disk(self) -> None:
+        if self.node.config.cache_no_flush:
+            return
+        self._cut_padding()
+        if self._flush_failure is not None:
+            reason = os.strerror(self._flush_failure.errno or 0)
+            raise HostError(
+                f"Could not flush '{self.filename}': an earlier flush failed ({reason}) and may have lost data, "
+                f"reopen it to go on.",
+                errno=self._flush_failure.errno,
+            )
+        try:
+            await run_host_io(os.fdatasync, self.file.fd)
+        except OSError as exc:
+            if self.file.alignment is None:  # O_DIRECT leaves nothing in the page cache that could be dropped
+                self._flush_failure = exc
+            raise host_error(exc, self.filename, "flush") from exc
+
+    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
+        self._cut_padding()
+        await resize_file(self.file.fd, length, preallocation, self.filename)
+
+    # --- information ------------------------------------------------------------------------------------
+
+    async def allocated_size(self) -> int | None:
+        with self._errors("look at"):
+            return os.fstat(self.file.fd).st_blocks * 512
+
+    def has_zero_init(self) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """Turn OSError into ``Could not {doing} 'x': …``. Not for the hot path."""
+        try:
+            yield
+        except OSError as exc:
+            raise host_error(exc, self.filename, doing) from exc
+
+    # --- creation ---------------------------------------------------------------------------------------
+
+    @classmethod
+    async def create_file(cls, filename: str, size: int, preallocation: str, nocow: bool) -> None:
+        await create_regular_file(filename, size, preallocation, nocow)
+
+
+def kind_name(mode: int) -> str:
+    """What ``st_mode`` says a path is, for messages."""
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    if stat.S_ISREG(mode):
+        return "a regular file"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a character device"

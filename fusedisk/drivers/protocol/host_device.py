@@ -1,0 +1,151 @@
+"""``host_device``: a block device of the host.
+
+Like ``file`` in how bytes move, in locks and in reopening; size, block sizes, geometry, discarding and zeroing
+are the device's own. A device cannot be resized from here, but when it has changed its size by itself (a grown
+logical volume, ``losetup -c``), a truncate to that very size takes note of it.
+
+Not here: character devices, SCSI passthrough, zoned models.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Any
+
+from fusedisk.block import permissions
+from fusedisk.block.extent import DATA, Extent
+from fusedisk.block.limits import Limits
+from fusedisk.core.errors import NotSupportedError, OptionError, host_error
+from fusedisk.core.image_locks import ImageLocks
+from fusedisk.core.offload import run_host_io
+from fusedisk.core.zeroes import ZEROES
+from fusedisk.drivers.protocol.file import FileDriver, kind_name
+from fusedisk.drivers.protocol.host_io import write_vector
+from fusedisk.drivers.protocol.hostcalls import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    device_geometry,
+    device_read_only,
+    device_size,
+    discard_device,
+    discard_granularity,
+    fallocate,
+    logical_block_size,
+    physical_block_size,
+    zero_device,
+)
+
+_HEAD = 512
+"""Bytes at the start of a device that a new image replaces, so that nobody takes it for what was there before."""
+
+
+class HostDeviceDriver(FileDriver):
+    """A block device."""
+
+    name = "host_device"
+    prefixes = ("host_device",)
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    def _check_kind(self, path: str) -> None:
+        with self._errors("open"):
+            _check_block_device(path, self.filename)
+
+    def _open_descriptor(self, path: str, flags: int, read_only: bool) -> int:
+        fd = super()._open_descriptor(path, flags, read_only)
+        if not read_only and device_read_only(fd):  # the kernel lets it be opened, and fails every write
+            os.close(fd)
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return fd
+
+    # --- size and limits --------------------------------------------------------------------------------
+
+    async def length(self) -> int:
+        with self._errors("read the size of"):
+            return device_size(self.file.fd)
+
+    def refresh_limits(self, limits: Limits) -> None:
+        super().refresh_limits(limits)
+        block = logical_block_size(self.file.fd)
+        limits.zeroes_alignment = block
+        limits.discard_alignment = max(block, discard_granularity(self.file.fd))
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    async def map(self, offset: int, length: int) -> Extent:
+        return Extent(DATA, length, None, offset)
+
+    def _punch_hole(self, offset: int, length: int) -> None:
+        # Done only where the device zeroes by itself, and then it may give the space back.
+        fallocate(self.file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def _zero_range(self, offset: int, length: int) -> None:
+        zero_device(self.file.fd, offset, length)
+
+    def _free_range(self, offset: int, length: int) -> None:
+        discard_device(self.file.fd, offset, length)
+
+    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
+        size = await self.length()
+        if length != size:
+            raise NotSupportedError(
+                f"'{self.filename}' is a block device of {size} bytes, it cannot be resized to {length} from here."
+            )
+
+    # --- information ------------------------------------------------------------------------------------
+
+    def information(self) -> dict[str, Any]:
+        """Block sizes in bytes and, where the device claims one, its geometry."""
+        with self._errors("ask for the block sizes of"):
+            found: dict[str, Any] = {
+                "logical-block-size": logical_block_size(self.file.fd),
+                "physical-block-size": physical_block_size(self.file.fd),
+            }
+            geometry = device_geometry(self.file.fd)
+        if geometry is not None:
+            found["geometry"] = geometry._asdict()
+        return found
+
+    def has_zero_init(self) -> bool:
+        return False
+
+    # --- creation ---------------------------------------------------------------------------------------
+
+    @classmethod
+    async def create_file(cls, filename: str, size: int, preallocation: str, nocow: bool) -> None:
+        """Take an existing device that has room for ``size`` bytes, and wipe its first 512 bytes."""
+        if preallocation != "off":
+            raise NotSupportedError(f"'{filename}' is a block device, there is nothing to preallocate on it.")
+        await run_host_io(_take_device, filename, size)
+
+
+def _check_block_device(path: str, filename: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as exc:
+        raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
+    if not stat.S_ISBLK(mode):
+        raise OptionError(f"'{filename}' is {kind_name(mode)}, but 'host_device' opens block devices.")
+
+
+def _take_device(filename: str, size: int) -> None:
+    try:
+        _check_block_device(filename, filename)
+        fd = os.open(filename, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            room = device_size(fd)
+            if size > room:
+                raise NotSupportedError(
+                    f"'{filename}' is a block device of {room} bytes, an image of {size} does not fit on it."
+                )
+            ImageLocks(fd, filename).check(
+                permissions.WRITE | permissions.RESIZE, permissions.ALL & ~permissions.RESIZE
+            )
+            write_vector(fd, (ZEROES[: min(_HEAD, room)],), 0)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise host_error(exc, filename, "create") from exc

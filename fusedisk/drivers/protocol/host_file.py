@@ -1,0 +1,126 @@
+"""An open host file and the cheapest way to reach its bytes.
+
+What is in the page cache is read in the trio thread; what would wait goes to a worker thread, for which the
+hop costs far more than the copy. Why, with the numbers: ``docs/adr/0002-inline-host-writes.md``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+
+from fusedisk.core.offload import run_host_io
+from fusedisk.drivers.protocol.direct_io import Alignment, read_direct, write_direct
+from fusedisk.drivers.protocol.host_io import read_vector, total_length, write_vector
+from fusedisk.drivers.protocol.hostcalls import lives_in_memory
+
+INLINE_MAX = 1 << 20
+"""Longest transfer that the trio thread makes itself, in bytes: a copy of about 150 microseconds, which is what
+it spends on handing the copy to a worker."""
+
+
+class Pace:
+    """Whether calls that should be quick have been so lately.
+
+    After a slow one, calls go to threads for a pause, which doubles, up to a second, each time the first call
+    after it is slow again.
+    """
+
+    SLOW = 0.001
+    """Seconds: several times what the longest inline copy takes, and five hops."""
+    _FIRST_PAUSE = 0.01
+    _LONGEST_PAUSE = 1.0
+
+    __slots__ = ("_pause", "_until")
+
+    def __init__(self) -> None:
+        self._pause = 0.0
+        self._until = 0.0
+
+    def is_quick(self, now: float) -> bool:
+        """Whether the next call may run inline; ``now`` is ``time.perf_counter()``."""
+        return now >= self._until
+
+    def measured(self, now: float, seconds: float) -> None:
+        """An inline call that ended at ``now`` took this long."""
+        if seconds > self.SLOW:
+            self._pause = min(max(self._pause * 2, self._FIRST_PAUSE), self._LONGEST_PAUSE)
+            self._until = now + self._pause
+        elif self._pause:
+            self._pause = 0.0
+
+
+class HostFile:
+    """A descriptor with what is known about it. All methods raise OSError."""
+
+    __slots__ = ("alignment", "fd", "in_memory", "nowait_reads", "nowait_writes", "pace", "read_only")
+
+    def __init__(self, fd: int, read_only: bool, alignment: Alignment | None) -> None:
+        """Takes over ``fd``. ``alignment`` is given for descriptors opened with O_DIRECT."""
+        self.fd = fd
+        self.read_only = read_only
+        self.alignment = alignment
+        self.in_memory = lives_in_memory(fd)
+        self.nowait_reads = alignment is None and not self.in_memory
+        self.nowait_writes = alignment is None and not self.in_memory
+        self.pace = Pace()
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        fd, self.fd = self.fd, -1
+        os.close(fd)
+
+    def read_inline(self, buffers: Sequence[memoryview], offset: int) -> Sequence[memoryview]:
+        """Fill the buffers as far as that does not wait; returns what is left to read."""
+        if self.nowait_reads:
+            if total_length(buffers) > INLINE_MAX:
+                return buffers
+            try:
+                return read_vector(self.fd, buffers, offset, os.RWF_NOWAIT)
+            except OSError as exc:
+                if exc.errno != errno.EOPNOTSUPP:
+                    raise
+                self.nowait_reads = False
+        elif self.in_memory and total_length(buffers) <= INLINE_MAX:
+            start = time.perf_counter()
+            if self.pace.is_quick(start):
+                read_vector(self.fd, buffers, offset)
+                now = time.perf_counter()
+                self.pace.measured(now, now - start)
+                return ()
+        return buffers
+
+    def write_inline(self, buffers: Sequence[memoryview], offset: int) -> Sequence[memoryview]:
+        """Write the buffers as far as that should not wait; returns what is left to write."""
+        if self.alignment is not None or total_length(buffers) > INLINE_MAX:
+            return buffers
+        if self.nowait_writes:
+            try:
+                return write_vector(self.fd, buffers, offset, os.RWF_NOWAIT)
+            except OSError as exc:
+                if exc.errno != errno.EOPNOTSUPP:
+                    raise
+                self.nowait_writes = False
+        start = time.perf_counter()
+        if not self.pace.is_quick(start):
+            return buffers
+        write_vector(self.fd, buffers, offset)
+        now = time.perf_counter()
+        self.pace.measured(now, now - start)
+        return ()
+
+    async def read(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill all buffers in a worker thread; what lies past the end becomes zeroes."""
+        if self.alignment is not None:
+            await run_host_io(read_direct, self.fd, buffers, offset, self.alignment)
+        else:
+            await run_host_io(read_vector, self.fd, buffers, offset)
+
+    async def write(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Write all buffers in a worker thread."""
+        if self.alignment is not None:
+            await run_host_io(write_direct, self.fd, buffers, offset, self.alignment)
+        else:
+            await run_host_io(write_vector, self.fd, buffers, offset)

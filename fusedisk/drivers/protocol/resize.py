@@ -1,0 +1,150 @@
+"""Creating, growing, shrinking and preallocating host files.
+
+Long work goes to worker threads in steps, so that it can be cancelled between them; whatever ends it early
+leaves the file at its old length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+
+from fusedisk.block import permissions
+from fusedisk.core import image_locks
+from fusedisk.core.errors import NotSupportedError, OptionError, host_error
+from fusedisk.core.image_locks import ImageLocks
+from fusedisk.core.offload import run_host_io
+from fusedisk.core.zeroes import ZEROES
+from fusedisk.drivers.protocol.host_io import write_vector
+from fusedisk.drivers.protocol.hostcalls import fallocate, set_nocow
+
+PREALLOCATION_MODES = ("off", "falloc", "full")
+
+_FALLOCATE_STEP = 1 << 30
+_WRITE_STEP = 32 << 20
+
+
+def check_preallocation(preallocation: str, filename: str) -> None:
+    """Raise NotSupportedError for a mode that host files do not have."""
+    if preallocation not in PREALLOCATION_MODES:
+        raise NotSupportedError(
+            f"'{filename}' is a host file and has no preallocation mode '{preallocation}', one of "
+            f"{', '.join(PREALLOCATION_MODES)} was wanted."
+        )
+
+
+async def resize_file(fd: int, length: int, preallocation: str, filename: str) -> None:
+    """Set the length of the file in bytes; space added reads as zeroes and is reserved as ``preallocation`` says.
+
+    Raises NotSupportedError, NoSpaceError or HostError; the length is then the old one.
+    """
+    check_preallocation(preallocation, filename)
+    old = os.fstat(fd).st_size
+    if preallocation != "off" and length < old:
+        raise OptionError(
+            f"'{filename}' is to shrink from {old} to {length} bytes, so there is nothing to preallocate: "
+            f"leave preallocation off."
+        )
+    try:
+        if preallocation == "falloc":
+            await _fallocate(fd, old, length)
+        elif preallocation == "full":
+            await _write_out(fd, old, length)
+        else:
+            await run_host_io(os.ftruncate, fd, length)
+    except OSError as exc:
+        _restore(fd, old)
+        if preallocation == "falloc" and exc.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise NotSupportedError(
+                f"The filesystem of '{filename}' cannot reserve space (fallocate), preallocation=full writes it "
+                f"out instead."
+            ) from exc
+        raise host_error(exc, filename, "resize") from exc
+    except BaseException:
+        _restore(fd, old)
+        raise
+
+
+def _restore(fd: int, length: int) -> None:
+    # The first failure is the one to report; nothing beyond `length` is in use.
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, length)
+
+
+async def _fallocate(fd: int, start: int, end: int) -> None:
+    for offset in range(start, end, _FALLOCATE_STEP):
+        await run_host_io(fallocate, fd, 0, offset, min(_FALLOCATE_STEP, end - offset))
+
+
+async def _write_out(fd: int, start: int, end: int) -> None:
+    """Write real zeroes, through a descriptor of its own: ``fd`` may want aligned requests (O_DIRECT)."""
+    target = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for offset in range(start, end, _WRITE_STEP):
+            await run_host_io(_write_zeroes, target, offset, min(_WRITE_STEP, end - offset))
+        await run_host_io(os.fdatasync, target)
+    finally:
+        os.close(target)
+
+
+def _write_zeroes(fd: int, offset: int, length: int) -> None:
+    end = offset + length
+    while offset < end:
+        part = ZEROES[: end - offset]
+        write_vector(fd, (part,), offset)
+        offset += len(part)
+
+
+async def create_regular_file(filename: str, size: int, preallocation: str, nocow: bool) -> None:
+    """Make a file of ``size`` bytes that reads as zeroes.
+
+    What was there is replaced, unless another process uses it (LockConflictError). A file that was not there before
+    does not stay when this fails. ``nocow`` switches copy-on-write off where the filesystem has it.
+    """
+    check_preallocation(preallocation, filename)
+    fd, created = await run_host_io(_open_new, filename)
+    try:
+        await run_host_io(_empty, fd, filename, nocow)
+        await resize_file(fd, size, preallocation, filename)
+    except BaseException:
+        if created:
+            with contextlib.suppress(OSError):
+                os.unlink(filename)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _open_new(filename: str) -> tuple[int, bool]:
+    """A descriptor for the file to create, and whether it was not there before."""
+    # O_NONBLOCK: a pipe of that name must not make us wait for its other end.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    try:
+        try:
+            return os.open(filename, flags | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            fd = os.open(filename, flags, 0o644)
+    except OSError as exc:
+        raise host_error(exc, filename, "create") from exc
+    except ValueError as exc:
+        raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OptionError(f"'{filename}' is there and is not a regular file, so it cannot be replaced by one.")
+    return fd, False
+
+
+def _empty(fd: int, filename: str, nocow: bool) -> None:
+    """Empty the file, once it is sure that nobody uses it; the lock lasts as long as ``fd``."""
+    try:
+        if image_locks.supported(fd):
+            ImageLocks(fd, filename).check(
+                permissions.WRITE | permissions.RESIZE, permissions.ALL & ~permissions.RESIZE
+            )
+        os.ftruncate(fd, 0)
+        if nocow:
+            set_nocow(fd)
+    except OSError as exc:
+        raise host_error(exc, filename, "create") from exc

@@ -1,0 +1,318 @@
+"""One top-level node as a flat file: data, size, times, ownership, extended attributes.
+
+Free of FUSE, so that every face of the mount shares it. All methods run in the one trio thread; state changes only
+between awaits. Errors are :class:`~fusedisk.core.errors.FusediskError` with the errno that a POSIX caller sees.
+
+Times, so that backup tools skip a disk that did not change: mtime and ctime are the newest mtime of the files of
+the image's chain. They are looked up when the image is opened and again after a guest-visible write or the flush of
+one, not after other writes to the image (copy-on-read), and they are the same in the next mount. An image whose
+files do not show that they were written (a device node, a file without a name) gets the time of the last write from
+our clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import time
+from collections.abc import Callable
+
+from fusedisk.block.backend import Backend
+from fusedisk.block.driver import Role
+from fusedisk.block.node import Node
+from fusedisk.core.errors import NoSpaceError, ReadOnlyError
+from fusedisk.core.locks import Mutex
+from fusedisk.core.offload import run_host_io
+
+DEFAULT_BLOCK_SIZE = 4096
+_MAX_BLOCK_SIZE = 2 << 20
+_PERMISSION_BITS = 0o777
+_WRITE_BITS = 0o222
+
+
+@dataclasses.dataclass(slots=True)
+class Attributes:
+    """What ``stat`` tells; sizes in bytes, ``blocks`` in units of 512 bytes, times in nanoseconds since the epoch."""
+
+    inode: int
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    blocks: int
+    block_size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclasses.dataclass(slots=True)
+class FileSettings:
+    """How an export looks, as the user asked for it."""
+
+    mode: int | None = None
+    """Permission bits, 0600 unless given; a read-only export has no write bits."""
+    uid: int | None = None
+    """Owner; this process's unless given."""
+    gid: int | None = None
+    growable: bool = False
+    """Writes past the end make the disk longer."""
+
+
+class Export:
+    """A backend as a regular file. Made by :meth:`open`."""
+
+    def __init__(self, backend: Backend, name: str, inode: int, settings: FileSettings) -> None:
+        self.backend = backend
+        self.name = name
+        self.inode = inode
+        self.writable = backend.writable
+        self.growable = settings.growable
+        self.uid = os.geteuid() if settings.uid is None else settings.uid
+        self.gid = os.getegid() if settings.gid is None else settings.gid
+        self.mode = stat.S_IFREG
+        self.overlay: str | None = None
+        """What takes the writes in place of the image: ``throw-away`` or the name of a layer."""
+        self.on_change: Callable[[bool], None] | None = None
+        """Called when what a kernel may have cached is stale for a reason that it cannot know; True: the data too."""
+        self._mtime_ns = 0
+        self._ctime_ns = 0
+        self._own_clock = False
+        self._changed = False
+        """Guest-visible writes, or a flush of them, since the files' times were last looked at."""
+        self._unflushed = False
+        self._reported = False
+        """Attributes were told and no request since then has made the kernel forget them."""
+        self._resize = Mutex()
+        self._resizing = 0
+        self.set_mode(0o600 if settings.mode is None else settings.mode)
+        backend.on_resize.append(self._resized)
+
+    @classmethod
+    async def open(cls, backend: Backend, name: str, inode: int, settings: FileSettings | None = None) -> Export:
+        """An export of ``backend`` as the file ``name``; the caller keeps the backend and closes it."""
+        export = cls(backend, name, inode, settings or FileSettings())
+        storage = [node.exact_filename() for node in _storage(backend.node, backing=False)]
+        export._own_clock = not await run_host_io(_all_regular, storage)
+        await export._look_at_files()
+        return export
+
+    # --- data -------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytes | bytearray:
+        """Up to ``length`` bytes from ``offset``: fewer only at the end of the disk."""
+        length = min(length, self.backend.length - offset)
+        if length <= 0:
+            return b""
+        buffer = bytearray(length)
+        await self.backend.read_into(offset, memoryview(buffer))
+        return buffer
+
+    async def write(self, offset: int, data: bytes | memoryview) -> int:
+        """Write ``data``; returns how many bytes were written.
+
+        As on a block device, a write that crosses the end is cut there, and one that starts there raises NoSpaceError
+        (ENOSPC); a growable export grows first. Raises ReadOnlyError on a read-only export.
+        """
+        if not self.writable:
+            raise ReadOnlyError(f"'{self.name}' is read-only.")
+        end = offset + len(data)
+        if end > self.backend.length:
+            if self.growable:
+                await self._grow(end)
+            elif offset >= self.backend.length:
+                raise NoSpaceError(
+                    f"'{self.name}' is {self.backend.length} bytes long, a write at {offset} lies past its end."
+                )
+            else:
+                data = memoryview(data)[: self.backend.length - offset]
+        self._touch()
+        await self.backend.write(offset, data)
+        self._touch()
+        return len(data)
+
+    async def flush(self) -> None:
+        """Put every write answered before on stable storage."""
+        if not self._unflushed:
+            await self.backend.flush()
+            return
+        self._unflushed = False
+        try:
+            await self.backend.flush()
+        except BaseException:
+            self._unflushed = True
+            raise
+        self._changed = True
+        if self._reported and self.on_change is not None:
+            before = self._mtime_ns
+            await self._look_at_files()
+            if self._mtime_ns != before:
+                self.on_change(False)
+
+    async def truncate(self, length: int) -> None:
+        """Resize the disk; the size that it has already is no change, whatever the format can do."""
+        if not self.writable:
+            raise ReadOnlyError(f"'{self.name}' is read-only.")
+        async with self._resize:
+            if length != self.backend.length:
+                await self._set_length(length)
+
+    async def _grow(self, length: int) -> None:
+        async with self._resize:
+            if length > self.backend.length:
+                await self._set_length(length)
+
+    async def _set_length(self, length: int) -> None:
+        self._touch()
+        self._resizing += 1
+        try:
+            await self.backend.truncate(length)
+        finally:
+            self._resizing -= 1
+        self._touch()
+
+    def _touch(self) -> None:
+        """Guest-visible content has changed, or is about to. The kernel asks for the attributes anew after each
+        such request."""
+        self._unflushed = self._changed = True
+        self._reported = False
+        if self._own_clock:
+            self._mtime_ns = self._ctime_ns = time.time_ns()
+
+    def _resized(self, length: int) -> None:
+        if not self._resizing and self.on_change is not None:
+            self.on_change(True)
+
+    # --- attributes -------------------------------------------------------------------------------------
+
+    @property
+    def block_size(self) -> int:
+        """The unit in which the image allocates, in bytes: a power of two from 512 to 2 MiB."""
+        size = self.backend.node.limits.cluster_size or DEFAULT_BLOCK_SIZE
+        return max(512, min(1 << (size.bit_length() - 1), _MAX_BLOCK_SIZE))
+
+    async def allocated(self) -> int:
+        """Bytes that the top layer of the image takes up on its host; the virtual length where that is not known."""
+        size = await self.backend.node.driver.allocated_size()
+        return self.backend.length if size is None else size
+
+    async def attributes(self) -> Attributes:
+        """What ``stat`` tells."""
+        if self._changed and not self._own_clock:
+            await self._look_at_files()
+        allocated = await self.allocated()
+        self._reported = True
+        return Attributes(
+            inode=self.inode,
+            mode=self.mode,
+            uid=self.uid,
+            gid=self.gid,
+            size=self.backend.length,
+            blocks=-(-allocated // 512),
+            block_size=self.block_size,
+            mtime_ns=self._mtime_ns,
+            ctime_ns=self._ctime_ns,
+        )
+
+    def set_mode(self, mode: int) -> None:
+        """Take permission bits; other bits are dropped, and write bits too where nothing can be written."""
+        mode &= _PERMISSION_BITS
+        if not self.writable:
+            mode &= ~_WRITE_BITS
+        self.mode = stat.S_IFREG | mode
+        self._ctime_ns = time.time_ns()
+
+    def set_owner(self, uid: int | None, gid: int | None) -> None:
+        """Take an owner and a group; None leaves it. Kept for the life of the mount."""
+        self.uid = self.uid if uid is None else uid
+        self.gid = self.gid if gid is None else gid
+        self._ctime_ns = time.time_ns()
+
+    def set_mtime(self, mtime_ns: int) -> None:
+        """Take a modification time, which holds until the next write."""
+        self._changed = False
+        self._mtime_ns = mtime_ns
+        self._ctime_ns = time.time_ns()
+
+    async def _look_at_files(self) -> None:
+        """Take the newest mtime of the chain's files."""
+        self._changed = False
+        paths = [node.exact_filename() for node in _storage(self.backend.node)]
+        newest = await run_host_io(_newest_mtime, paths)
+        if newest:
+            self._mtime_ns = self._ctime_ns = newest
+
+    # --- extended attributes ----------------------------------------------------------------------------
+
+    @property
+    def image(self) -> Node:
+        """The node of the image that the user asked for, below filters and an overlay."""
+        chain = _backing_chain(self.backend.node)
+        return chain[1] if self.overlay is not None and len(chain) > 1 else chain[0]
+
+    async def xattrs(self) -> dict[str, str]:
+        """``user.fusedisk.*``: what the image is, for people and scripts."""
+        top = self.backend.node
+        chain = _backing_chain(top)
+        return {
+            "user.fusedisk.format": self.image.driver.name,
+            "user.fusedisk.node-name": top.name,
+            "user.fusedisk.image": self.image.filename,
+            "user.fusedisk.overlay": self.overlay or "no",
+            "user.fusedisk.chain": "\n".join(node.filename for node in chain),
+            "user.fusedisk.virtual-size": str(self.backend.length),
+            "user.fusedisk.allocated": str(await self.allocated()),
+            "user.fusedisk.cluster-size": str(top.limits.cluster_size),
+            "user.fusedisk.read-only": "no" if self.writable else "yes",
+        }
+
+    def chain_files(self) -> list[str]:
+        """Names of all local files that the image and its backing files are made of."""
+        return [name for node in _storage(self.backend.node) if (name := node.exact_filename()) is not None]
+
+
+def _backing_chain(top: Node) -> list[Node]:
+    """``top`` and what backs it; filters count as what they filter."""
+    chain: list[Node] = []
+    node: Node | None = top
+    while node is not None:
+        while node.driver.is_filter:
+            node = node.children["file"].node
+        chain.append(node)
+        node = node.backing.node if node.backing is not None else None
+    return chain
+
+
+def _storage(top: Node, *, backing: bool = True) -> list[Node]:
+    """The protocol nodes below ``top``; without ``backing`` only those that writes may reach."""
+    found: dict[Node, None] = {}
+    queue = [top]
+    while queue:
+        node = queue.pop()
+        if node.driver.is_protocol:
+            found[node] = None
+        queue.extend(edge.node for edge in node.children.values() if backing or edge.role is not Role.BACKING)
+    return list(found)
+
+
+def _newest_mtime(paths: list[str | None]) -> int:
+    """Newest mtime in nanoseconds, 0 where there is none; files that are gone or out of reach do not count. Blocks."""
+    newest = 0
+    for path in paths:
+        if path is not None:
+            try:
+                newest = max(newest, os.stat(path).st_mtime_ns)
+            except OSError:
+                continue
+    return newest
+
+
+def _all_regular(paths: list[str | None]) -> bool:
+    """Whether every path leads to a regular file, so that writes show in its mtime. Blocks."""
+    for path in paths:
+        try:
+            if path is None or not stat.S_ISREG(os.stat(path).st_mode):
+                return False
+        except OSError:
+            return False
+    return bool(paths)

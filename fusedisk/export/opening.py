@@ -1,0 +1,159 @@
+"""From what the user asked for to exports: image arguments, cache modes, overlays, names.
+
+The graph is the caller's: it closes it, whether this succeeds or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fusedisk.block.backend import Backend
+from fusedisk.block.cache_modes import CACHE_MODES
+from fusedisk.block.filenames import has_protocol, parse_filename
+from fusedisk.block.graph import Graph
+from fusedisk.block.node import NodeConfig
+from fusedisk.block.registry import Registry
+from fusedisk.core.errors import HostError, OptionError
+from fusedisk.core.options import parse_bool, parse_json
+from fusedisk.export import overlay
+from fusedisk.export.export import Export, FileSettings
+from fusedisk.export.names import check_name, check_unique, default_name, inode_numbers
+
+Spec = str | dict[str, Any]
+"""A file name or nested options."""
+
+
+@dataclasses.dataclass(slots=True)
+class ImageRequest:
+    """One image to export; ``text`` is how the user named it."""
+
+    text: str
+    spec: Spec
+    name: str | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class OpenSettings:
+    """How to open the images of a mount, and how their files look."""
+
+    format: str | None = None
+    read_only: bool = False
+    overlay: bool = False
+    """A throw-away layer takes the writes."""
+    overlay_file: str | None = None
+    """A named layer takes the writes; an absolute path."""
+    copy_on_read: bool = False
+    detect_zeroes: str = "off"
+    discard_unmap: bool = False
+    cache: str = "writeback"
+    force_share: bool = False
+    file: FileSettings = dataclasses.field(default_factory=FileSettings)
+
+    @property
+    def write_cache(self) -> bool:
+        """Whether writes may be answered before they are on stable storage."""
+        return CACHE_MODES[self.cache].write_cache
+
+    def config(self) -> NodeConfig:
+        """The settings of the top node."""
+        mode = CACHE_MODES[self.cache]
+        return NodeConfig(
+            force_share=self.force_share,
+            cache_direct=mode.direct,
+            cache_no_flush=mode.no_flush,
+            discard_unmap=self.discard_unmap,
+            detect_zeroes=self.detect_zeroes,
+            copy_on_read=self.copy_on_read,
+        )
+
+
+async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: OpenSettings) -> list[Export]:
+    """Open all images and make their files. Raises a FusediskError; what is open by then the graph's close closes."""
+    backends = [await _open(graph, image, settings) for image in images]
+    layer = "throw-away" if settings.overlay else settings.overlay_file
+    names = [
+        check_name(default_name(_image_name(backend, layer)) if image.name is None else image.name)
+        for image, backend in zip(images, backends, strict=True)
+    ]
+    check_unique(zip(names, (image.text for image in images), strict=True))
+    inodes = inode_numbers(names)
+    exports = []
+    for name, backend in zip(names, backends, strict=True):
+        export = await Export.open(backend, name, inodes[name], settings.file)
+        export.overlay = layer
+        exports.append(export)
+    return exports
+
+
+async def _open(graph: Graph, image: ImageRequest, settings: OpenSettings) -> Backend:
+    spec = absolute(image.spec, graph.drivers)
+    read_only = settings.read_only or parse_bool(spec.get("read-only", False), "option 'read-only'")
+    if settings.overlay or settings.overlay_file is not None:
+        layer = overlay.Layer(image.text, spec, settings.format, settings.config(), settings.write_cache)
+        if settings.overlay_file is None:
+            return await overlay.open_throw_away(graph, layer)
+        return await overlay.open_named(graph, layer, settings.overlay_file)
+    try:
+        return await graph.open_backend(
+            spec,
+            name=image.text,
+            writable=not read_only,
+            format=settings.format,
+            config=settings.config(),
+            write_cache=settings.write_cache,
+        )
+    except HostError as exc:
+        if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not settings.read_only:
+            exc.message += " (to look at it only, mount it with --read-only or --overlay)"
+        raise
+
+
+def _image_name(backend: Backend, layer: str | None) -> str | None:
+    """The file name that a default name comes from: the image's, not its overlay's."""
+    node = backend.node
+    if layer is not None and node.backing is not None:
+        node = node.backing.node
+    return node.exact_filename()
+
+
+def absolute(spec: Spec, drivers: Registry) -> dict[str, Any]:
+    """``spec`` as nested options whose file names do not depend on the working directory, which the daemon leaves."""
+    if isinstance(spec, Mapping):
+        return _absolute(spec)
+    if spec.startswith("json:"):
+        return _absolute(parse_json(spec[5:]))
+    return {"file": _absolute(parse_filename(spec, drivers))}
+
+
+def _absolute(options: Mapping[str, Any]) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            value = _absolute(value)
+        elif isinstance(value, list):
+            value = [_absolute(item) if isinstance(item, Mapping) else item for item in value]
+        elif key == "filename" and _is_local(value, options.get("driver")):
+            value = os.path.abspath(value)
+        changed[key] = value
+    return changed
+
+
+def _is_local(filename: object, driver: object) -> bool:
+    """Whether a file name is a path. With a driver for local files it is, whatever it looks like."""
+    if not isinstance(filename, str) or not filename:
+        return False
+    return driver in ("file", "host_device") or not has_protocol(filename)
+
+
+def take_name(spec: Spec) -> tuple[Spec, str | None]:
+    """Split the option ``name``, which is the mount's, off the options of an image. Raises OptionError."""
+    if isinstance(spec, str) or "name" not in spec:
+        return spec, None
+    name = spec["name"]
+    if not isinstance(name, str):
+        raise OptionError(f"the option 'name' is a {type(name).__name__}, but the name of a file was wanted.")
+    return {key: value for key, value in spec.items() if key != "name"}, check_name(name)

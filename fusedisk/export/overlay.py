@@ -1,0 +1,160 @@
+"""Layers that take the writes in place of an image, which is opened read-only as their backing file and never touched.
+
+A throw-away layer is a qcow2 file without a name: it is unlinked as soon as it is open, so that it goes away with the
+process, however that ends. A named layer is an ordinary qcow2 overlay, made if it is missing; one that is there already
+must stand on this very image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from typing import Any
+
+import trio
+
+from fusedisk.block.backend import Backend
+from fusedisk.block.create import create_image
+from fusedisk.block.driver import BackingReference
+from fusedisk.block.filenames import resolve_reference
+from fusedisk.block.graph import Graph
+from fusedisk.block.node import Node, NodeConfig
+from fusedisk.core.errors import ImageError, host_error
+
+_FORMAT = "qcow2"
+
+
+@dataclasses.dataclass(slots=True)
+class Layer:
+    """An image and how its top layer is to be opened."""
+
+    text: str
+    """How the user named the image."""
+    image: dict[str, Any]
+    """Nested options of the image."""
+    format: str | None
+    config: NodeConfig
+    write_cache: bool
+
+
+async def open_throw_away(graph: Graph, layer: Layer) -> Backend:
+    """The image under a layer that is gone with this process. Its file lies in $TMPDIR, /var/tmp by default, and is
+    sparse.
+
+    Raises a FusediskError; then nothing stays behind.
+    """
+    image = await _open_image(graph, layer)
+    try:
+        path = _temporary_file()
+        try:
+            await create_image(graph.drivers, _FORMAT, path, {"size": image.length})
+            options = {"driver": _FORMAT, "file": _file_options(path), "backing": image.node.name}
+            # Nobody will ever look for it on the disk, so nothing needs to get there.
+            config = dataclasses.replace(layer.config, cache_no_flush=True)
+            return await graph.open_backend(options, name=layer.text, writable=True, config=config)
+        finally:
+            os.unlink(path)
+    finally:
+        with trio.CancelScope(shield=True):
+            await image.close()
+
+
+def _temporary_file() -> str:
+    """An empty file of our own, for contents that may grow large. Raises HostError."""
+    place = os.environ.get("TMPDIR") or "/var/tmp"
+    try:
+        fd, path = tempfile.mkstemp(".qcow2", "fusedisk-overlay-", os.path.abspath(place))
+    except OSError as exc:
+        raise host_error(exc, place, "make an overlay in") from exc
+    os.close(fd)
+    return path
+
+
+def _file_options(path: str) -> dict[str, Any]:
+    return {"driver": "file", "filename": path}
+
+
+async def open_named(graph: Graph, layer: Layer, path: str) -> Backend:
+    """The image under the qcow2 layer ``path``, which is made if it is missing.
+
+    Raises ImageError if the layer that is there stands on something else; then it is not changed.
+    """
+    image = await _open_image(graph, layer)
+    try:
+        if os.path.lexists(path):
+            await _check_reference(graph, layer, path, image.node)
+        else:
+            await create_image(
+                graph.drivers,
+                _FORMAT,
+                path,
+                {
+                    "size": image.length,
+                    "backing_file": _reference(image.node, path),
+                    "backing_fmt": image.node.driver.name,
+                },
+                check_backing=False,
+            )
+        options = {"driver": _FORMAT, "file": _file_options(path), "backing": image.node.name}
+        return await graph.open_backend(
+            options, name=layer.text, writable=True, config=layer.config, write_cache=layer.write_cache
+        )
+    finally:
+        with trio.CancelScope(shield=True):
+            await image.close()
+
+
+async def _open_image(graph: Graph, layer: Layer) -> Backend:
+    config = dataclasses.replace(layer.config, copy_on_read=False, detect_zeroes="off", discard_unmap=False)
+    return await graph.open_backend(layer.image, name=layer.text, format=layer.format, config=config)
+
+
+def _reference(image: Node, path: str) -> str:
+    """How the layer's header names the image: by its name alone where they lie side by side."""
+    filename = image.exact_filename()
+    if filename is None:
+        return image.options_filename()
+    if os.path.dirname(filename) == os.path.dirname(path):
+        return os.path.basename(filename)
+    return filename
+
+
+async def _check_reference(graph: Graph, layer: Layer, path: str, image: Node) -> None:
+    reference = await _read_reference(graph, path)
+    if reference is not None and _leads_to(reference.filename, path, image):
+        if reference.format in (None, image.driver.name):
+            return
+        raise ImageError(
+            f"the overlay '{path}' takes '{layer.text}' for {reference.format}, but it was opened as "
+            f"{image.driver.name}: say --format {reference.format} if that is right."
+        )
+    found = f"stands on '{reference.filename}'" if reference is not None else "stands on nothing"
+    raise ImageError(
+        f"the overlay '{path}' {found}, not on '{layer.text}': choose another --overlay-file, or mount the "
+        f"overlay itself."
+    )
+
+
+async def _read_reference(graph: Graph, path: str) -> BackingReference | None:
+    """What the header of an overlay names, without opening that."""
+    alone = Graph(graph.drivers)
+    try:
+        # Looked at before it is opened for good, which is when its locks are taken.
+        options = {"driver": _FORMAT, "file": _file_options(path), "backing": None}
+        backend = await alone.open_backend(options, config=NodeConfig(force_share=True))
+        return backend.node.driver.backing_reference()
+    finally:
+        with trio.CancelScope(shield=True):
+            await alone.close()
+
+
+def _leads_to(reference: str, path: str, image: Node) -> bool:
+    filename = image.exact_filename()
+    resolved = resolve_reference(reference, path)
+    if filename is None:
+        return resolved == image.options_filename()
+    with contextlib.suppress(OSError):
+        return os.path.samefile(resolved, filename)
+    return False

@@ -1,0 +1,120 @@
+"""Who keeps a mount busy: processes, loop devices, other mounts. Blocks, and never touches the mount itself.
+
+Paths are read as links of /proc, so a mount whose daemon hangs does not hang us. Files of processes in other mount
+namespaces are found only if the path is the same there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fusedisk.mount.mountinfo import Mount, mounts, mounts_below
+
+_MOST = 8
+"""Holders that a message names."""
+
+
+def describe(mount: Mount) -> str:
+    """Who uses ``mount``, for the end of a sentence: ``in use by dd (pid 12, open file) and /dev/loop0``."""
+    found = holders(mount)
+    if not found:
+        return "in use by something that cannot be seen from here (another user's process or another namespace)"
+    if len(found) > _MOST:
+        found = [*found[: _MOST - 1], f"{len(found) - _MOST + 1} more"]
+    return "in use by " + (f"{', '.join(found[:-1])} and {found[-1]}" if found[1:] else found[0])
+
+
+def holders(mount: Mount) -> list[str]:
+    """Everything that can be found to use ``mount``, each in a few words."""
+    return [
+        *_loop_devices(mount),
+        *(f"the mount at '{other.mountpoint}'" for other in mounts_below(mount.mountpoint)),
+        *_processes(mount),
+    ]
+
+
+def _processes(mount: Mount) -> Iterator[str]:
+    import psutil
+
+    for process in psutil.process_iter(["name"]):
+        if process.pid == os.getpid():  # has what its parent left open, and ends soon
+            continue
+        uses = _uses(process.pid, mount)
+        if uses:
+            yield f"{process.info['name']} (pid {process.pid}, {', '.join(uses)})"
+
+
+def _uses(pid: int, mount: Mount) -> list[str]:
+    """How a process uses the mount, an empty list where it does not or where we may not look."""
+    proc = f"/proc/{pid}"
+    uses = []
+    for link, what in (("cwd", "working directory"), ("root", "root directory"), ("exe", "program")):
+        if _leads_into(f"{proc}/{link}", mount):
+            uses.append(what)
+    try:
+        fds = os.listdir(f"{proc}/fd")
+    except OSError:
+        return uses
+    opened = sum(_leads_into(f"{proc}/fd/{fd}", mount) or _on_mount(f"{proc}/fdinfo/{fd}", mount) for fd in fds)
+    if opened:
+        uses.append("open file" if opened == 1 else f"{opened} open files")
+    if not opened and _maps(proc, mount):
+        uses.append("mapped file")
+    return uses
+
+
+def _leads_into(link: str, mount: Mount) -> bool:
+    try:
+        target = os.readlink(link)
+    except OSError:
+        return False
+    return _is_inside(target, mount.mountpoint)
+
+
+def _is_inside(path: str, mountpoint: str) -> bool:
+    return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
+
+
+def _on_mount(fdinfo: str, mount: Mount) -> bool:
+    try:
+        with open(fdinfo) as lines:
+            return any(line.split() == ["mnt_id:", str(mount.mount_id)] for line in lines)
+    except OSError:
+        return False
+
+
+def _maps(proc: str, mount: Mount) -> bool:
+    major, _, minor = mount.device.partition(":")
+    device = f"{int(major):02x}:{int(minor):02x}"
+    try:
+        with open(f"{proc}/maps", errors="surrogateescape") as lines:
+            return any(fields[3:4] == [device] for fields in map(str.split, lines))
+    except OSError:
+        return False
+
+
+def _loop_devices(mount: Mount) -> Iterator[str]:
+    for entry in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        try:
+            backing = entry.read_text(errors="surrogateescape").rstrip("\n")
+        except OSError:  # detached while we looked
+            continue
+        if _is_inside(backing, mount.mountpoint):
+            name = entry.parent.parent.name
+            users = _device_users(name)
+            yield f"/dev/{name} ({', '.join(users)})" if users else f"/dev/{name}"
+
+
+def _device_users(name: str) -> list[str]:
+    """What is mounted from a loop device or its partitions, and which devices stand on it."""
+    device = f"/dev/{name}"
+    users = [
+        f"mounted at '{mount.mountpoint}'"
+        for mount in mounts()
+        if mount.source == device or mount.source.startswith(f"{device}p")
+    ]
+    block = Path("/sys/block") / name
+    above = [*block.glob("holders/*"), *block.glob(f"{name}p*/holders/*")]
+    return users + [f"used by /dev/{holder.name}" for holder in above]

@@ -1,0 +1,77 @@
+"""What is mounted where, from /proc/self/mountinfo (proc(5)). Never touches the filesystems themselves."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+FSTYPE = "fuse.fusedisk"
+"""The filesystem type of our mounts."""
+
+_MOUNTINFO = "/proc/self/mountinfo"
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo."""
+
+    mount_id: int
+    device: str
+    """``major:minor`` of files on it."""
+    mountpoint: str
+    fstype: str
+    source: str
+    options: str
+    """Of the superblock, separated by commas."""
+
+    @property
+    def user_id(self) -> int | None:
+        """Who mounted it, for a FUSE mount."""
+        for option in self.options.split(","):
+            if option.startswith("user_id="):
+                return int(option[8:])
+        return None
+
+
+def mounts() -> list[Mount]:
+    """Every mount of this mount namespace, in the order in which they were mounted."""
+    with open(_MOUNTINFO, errors="surrogateescape") as lines:
+        return [_parse(line) for line in lines]
+
+
+def mount_at(mountpoint: str) -> Mount | None:
+    """The topmost mount at an absolute path, None where nothing is mounted."""
+    found = None
+    for mount in mounts():
+        if mount.mountpoint == mountpoint:
+            found = mount
+    return found
+
+
+def mounts_below(mountpoint: str) -> list[Mount]:
+    """Mounts strictly below a path, innermost last."""
+    inside = mountpoint.rstrip("/") + "/"
+    return [mount for mount in mounts() if mount.mountpoint.startswith(inside)]
+
+
+def absolute(path: str) -> str:
+    """The absolute path without symbolic links, as mountinfo spells it.
+
+    The last part is looked at only if nothing is mounted there: looking at a mount whose daemon hangs would hang too.
+    """
+    parent, base = os.path.split(os.path.abspath(path))
+    plain = os.path.join(os.path.realpath(parent), base) if base else os.path.realpath(parent)
+    return plain if mount_at(plain) is not None else os.path.realpath(plain)
+
+
+def _parse(line: str) -> Mount:
+    left, _, right = line.rstrip("\n").partition(" - ")
+    fields = left.split(" ")
+    fstype, source, options = right.split(" ", 2)
+    return Mount(int(fields[0]), fields[2], _unescape(fields[4]), fstype, _unescape(source), options)
+
+
+def _unescape(text: str) -> str:
+    """Blanks, line ends and backslashes are written as octal numbers."""
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text

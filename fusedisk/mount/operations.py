@@ -1,0 +1,378 @@
+"""The handlers that pyfuse3 calls: FUSE's requests in terms of exports.
+
+An exception other than FUSEError would end pyfuse3's main loop and with it every disk of the mount, so each handler
+goes through :func:`_guarded`: an expected error becomes its errno, anything else is a bug, which is logged and
+costs EIO.
+
+Every handler is a task of its own, so one that waits for cold data holds up no other. Handles are small integers that
+count up; lookups need no counting since the files live as long as the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from fusedisk.core.errors import FusediskError
+from fusedisk.export.export import Attributes, Export
+from fusedisk.export.names import NAME_MAX, ROOT_INODE
+
+log = logging.getLogger(__name__)
+
+ATTR_TIMEOUT = 60.0
+"""Seconds for which the kernel may answer ``stat`` itself. It asks again after its own writes, and is told about
+everything else; whenever it asks and finds another mtime it drops the pages that it has cached, so it should not
+ask too often."""
+ENTRY_TIMEOUT = 3600.0
+"""Seconds for which the kernel may remember a name: names never change."""
+
+_Self = TypeVar("_Self")
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def _guarded(
+    handler: Callable[Concatenate[_Self, _Args], Coroutine[Any, Any, _Result]],
+) -> Callable[Concatenate[_Self, _Args], Coroutine[Any, Any, _Result]]:
+    """Translate what a handler raises; the mount's one border for errors."""
+
+    async def guard(self: _Self, /, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except FusediskError as exc:
+            log.debug("%s: %s", handler.__name__, exc)
+            raise FUSEError(exc.errno) from exc
+        except Exception as exc:
+            log.exception("a bug in fusedisk: %s failed", handler.__name__)
+            raise FUSEError(errno.EIO) from exc
+
+    return guard
+
+
+class _Handle:
+    """An open file."""
+
+    __slots__ = ("direct", "export", "writable")
+
+    def __init__(self, export: Export, flags: int) -> None:
+        self.export = export
+        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.direct = bool(flags & os.O_DIRECT)
+
+
+class Operations(pyfuse3.Operations):
+    """One directory with a file for each export, or with ``single`` the one export as the mount's root.
+
+    ``live``: the images may change without our doing (shared with another writer), so nothing is cached.
+    """
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, exports: Sequence[Export], *, single: bool = False, live: bool = False) -> None:
+        super().__init__()
+        self.exports = list(exports)
+        self._by_name = {os.fsencode(export.name): export for export in exports}
+        self._by_inode = {export.inode: export for export in exports}
+        self._single = single
+        if single:
+            (only,) = exports
+            self._by_inode = {ROOT_INODE: only}
+        self._live = live
+        self._attr_timeout = 0.0 if live else ATTR_TIMEOUT
+        self._handles: dict[int, _Handle] = {}
+        self._last_handle = 0
+        self.released = trio.Event()
+        """Set, and replaced, whenever a file is closed for good."""
+        first = exports[0]
+        self._root_mode = stat.S_IFDIR | _directory_bits(first.mode)
+        self._root_owner = (first.uid, first.gid)
+
+    @property
+    def open_files(self) -> int:
+        """How many file handles are open."""
+        return len(self._handles)
+
+    def inode_of(self, export: Export) -> int:
+        """The number by which the kernel knows an export."""
+        return ROOT_INODE if self._single else export.inode
+
+    # --- names and attributes ---------------------------------------------------------------------------
+
+    @_guarded
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        """Find a file by its name."""
+        if name in (b".", b".."):
+            return await self._attributes(parent_inode)
+        export = self._by_name.get(name) if parent_inode == ROOT_INODE and not self._single else None
+        if export is None:
+            raise FUSEError(errno.ENOENT)
+        return self._entry(await export.attributes(), export.inode)
+
+    @_guarded
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        """``stat``."""
+        return await self._attributes(inode)
+
+    @_guarded
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        """The kernel forgets inodes; ours stay."""
+
+    @_guarded
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """chmod, chown, utimes, truncate. The kernel has checked who may."""
+        if inode == ROOT_INODE and not self._single:
+            self._set_root(attr, fields)
+            return await self._attributes(inode)
+        export = self._export(inode)
+        if fields.update_size:
+            await export.truncate(attr.st_size)
+        if fields.update_mode:
+            export.set_mode(attr.st_mode)
+        if fields.update_uid or fields.update_gid:
+            export.set_owner(attr.st_uid if fields.update_uid else None, attr.st_gid if fields.update_gid else None)
+        if fields.update_mtime:
+            export.set_mtime(attr.st_mtime_ns)
+        return await self._attributes(inode)
+
+    def _set_root(self, attr: EntryAttributes, fields: SetattrFields) -> None:
+        if fields.update_mode:
+            self._root_mode = stat.S_IFDIR | (attr.st_mode & 0o777)
+        uid, gid = self._root_owner
+        self._root_owner = (
+            attr.st_uid if fields.update_uid else uid,
+            attr.st_gid if fields.update_gid else gid,
+        )
+
+    def _export(self, inode: int) -> Export:
+        export = self._by_inode.get(inode)
+        if export is None:
+            raise FUSEError(errno.EISDIR if inode == ROOT_INODE else errno.ENOENT)
+        return export
+
+    async def _attributes(self, inode: int) -> EntryAttributes:
+        if inode == ROOT_INODE and not self._single:
+            return await self._root_attributes()
+        return self._entry(await self._export(inode).attributes(), inode)
+
+    def _entry(self, found: Attributes, inode: int) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = inode
+        entry.st_mode = found.mode
+        entry.st_nlink = 1
+        entry.st_uid = found.uid
+        entry.st_gid = found.gid
+        entry.st_size = found.size
+        entry.st_blocks = found.blocks
+        entry.st_blksize = found.block_size
+        entry.st_atime_ns = entry.st_mtime_ns = found.mtime_ns
+        entry.st_ctime_ns = found.ctime_ns
+        entry.attr_timeout = self._attr_timeout
+        entry.entry_timeout = ENTRY_TIMEOUT
+        return entry
+
+    async def _root_attributes(self) -> EntryAttributes:
+        """The directory is as old as its newest file."""
+        mtime_ns = max([(await export.attributes()).mtime_ns for export in self.exports])
+        entry = EntryAttributes()
+        entry.st_ino = ROOT_INODE
+        entry.st_mode = self._root_mode
+        entry.st_nlink = 2
+        entry.st_uid, entry.st_gid = self._root_owner
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
+        entry.attr_timeout = self._attr_timeout
+        entry.entry_timeout = ENTRY_TIMEOUT
+        return entry
+
+    @_guarded
+    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        """The kernel checks permissions itself (``default_permissions``)."""
+        return True
+
+    @_guarded
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Sizes of all disks together. ``f_bsize`` is the smallest unit in which one of them allocates, which is what a
+        loop device takes for its discard granularity."""
+        unit = max(512, min(export.block_size for export in self.exports))
+        total = sum(export.backend.length for export in self.exports)
+        used = min(total, sum([await export.allocated() for export in self.exports]))
+        answer = StatvfsData()
+        answer.f_bsize = answer.f_frsize = unit
+        answer.f_blocks = -(-total // unit)
+        answer.f_bfree = answer.f_bavail = (total - used) // unit
+        answer.f_files = len(self.exports)
+        answer.f_ffree = answer.f_favail = 0
+        answer.f_namemax = NAME_MAX
+        return answer
+
+    # --- directory --------------------------------------------------------------------------------------
+
+    @_guarded
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        """There is one directory, and its handle says nothing."""
+        return FileHandleT(0)
+
+    @_guarded
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        """List the files; the position is the number of the next one."""
+        for position in range(start_id, len(self.exports)):
+            export = self.exports[position]
+            entry = self._entry(await export.attributes(), export.inode)
+            name = FileNameT(os.fsencode(export.name))
+            if not pyfuse3.readdir_reply(token, name, entry, position + 1):
+                return
+
+    @_guarded
+    async def releasedir(self, fh: FileHandleT) -> None:
+        """A directory handle is gone."""
+        self._wake()
+
+    @_guarded
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """The names are never written anywhere."""
+
+    # --- files ------------------------------------------------------------------------------------------
+
+    @_guarded
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        """Open a file. The page cache keeps its content over opens, since all changes come through the kernel.
+
+        O_TRUNC empties a growable disk; otherwise it is ignored, as block devices do: a disk that tools such as
+        ``cp`` and ``dd`` empty before they write it could never be filled again.
+        """
+        export = self._export(inode)
+        handle = _Handle(export, flags)
+        if handle.writable and not export.writable:
+            raise FUSEError(errno.EROFS)
+        if handle.writable and flags & os.O_TRUNC and export.growable:
+            await export.truncate(0)
+        self._last_handle += 1
+        self._handles[self._last_handle] = handle
+        return FileInfo(fh=FileHandleT(self._last_handle), direct_io=self._live, keep_cache=not self._live)
+
+    @_guarded
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        """Read; short only at the end."""
+        return await self._handles[fh].export.read(off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
+
+    @_guarded
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        """Write; short only at the end of a disk that may not grow.
+
+        Linux turns a short O_DIRECT write into EIO, so there the reason is told at once.
+        """
+        handle = self._handles[fh]
+        written = await handle.export.write(off, buf)
+        if written < len(buf) and handle.direct:
+            raise FUSEError(errno.ENOSPC)
+        return written
+
+    @_guarded
+    async def flush(self, fh: FileHandleT) -> None:
+        """close(): the last chance to tell the writer of an error, so what was written goes to disk now."""
+        handle = self._handles[fh]
+        if handle.writable:
+            await handle.export.flush()
+
+    @_guarded
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """Everything written before is on stable storage afterwards. The only barrier that a loop device has."""
+        await self._handles[fh].export.flush()
+
+    @_guarded
+    async def release(self, fh: FileHandleT) -> None:
+        """The last descriptor of a handle is closed."""
+        del self._handles[fh]
+        self._wake()
+
+    def _wake(self) -> None:
+        self.released.set()
+        self.released = trio.Event()
+
+    # --- extended attributes ----------------------------------------------------------------------------
+
+    @_guarded
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        """One of ``user.fusedisk.*``."""
+        export = self._by_inode.get(inode)
+        if export is None or not name.startswith(b"user.fusedisk."):
+            raise FUSEError(pyfuse3.ENOATTR)
+        value = (await export.xattrs()).get(os.fsdecode(name))
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return os.fsencode(value)
+
+    @_guarded
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        """Names of the attributes of a file; the directory has none."""
+        export = self._by_inode.get(inode)
+        if export is None:
+            return []
+        return [XAttrNameT(os.fsencode(name)) for name in await export.xattrs()]
+
+    @_guarded
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
+        """There is no place to keep them."""
+        raise FUSEError(errno.EOPNOTSUPP)
+
+    @_guarded
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        """There is no place to keep them."""
+        raise FUSEError(errno.EOPNOTSUPP)
+
+    # --- what a directory of disks does not do ----------------------------------------------------------
+
+    @_guarded
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        """No symbolic links here."""
+        raise FUSEError(errno.EINVAL)
+
+    async def _refuse(self, *request: Any) -> Any:
+        """Files come and go by the command line, not by system calls."""
+        raise FUSEError(errno.EPERM)
+
+    create: Any = _refuse
+    mknod: Any = _refuse
+    mkdir: Any = _refuse
+    unlink: Any = _refuse
+    rmdir: Any = _refuse
+    symlink: Any = _refuse
+    rename: Any = _refuse
+    link: Any = _refuse
+
+
+def _directory_bits(file_mode: int) -> int:
+    """Whoever may read or write the files may enter the directory; only the owner ever needs more."""
+    readable = (file_mode | file_mode << 1) & 0o444
+    return 0o700 | readable | readable >> 2

@@ -1,0 +1,230 @@
+"""One JSON record for each mount, so that other commands find the daemon behind a mountpoint.
+
+Records lie in ``/run/fusedisk`` for root, else in ``$XDG_RUNTIME_DIR/fusedisk``, else in ``/tmp/fusedisk-UID``.
+Root sees everybody's. A directory that others could write to is not believed. Everything here blocks for a moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fusedisk.core.errors import HostError, host_error
+
+log = logging.getLogger(__name__)
+
+_ROOT_DIRECTORY = "/run/fusedisk"
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+@dataclasses.dataclass(slots=True)
+class ExportRecord:
+    """One file of a mount. ``size`` is virtual, in bytes; ``overlay`` is None, ``throw-away`` or a file name."""
+
+    name: str
+    image: str
+    format: str
+    size: int
+    read_only: bool
+    overlay: str | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class MountRecord:
+    """One mount and the daemon that serves it."""
+
+    mountpoint: str
+    pid: int
+    started: str
+    """Identifies the process together with ``pid``, which is used again some day."""
+    exports: list[ExportRecord]
+    error: str | None = None
+    """Why closing the images failed; left behind by a daemon that has ended."""
+    path: str = ""
+    """Where the record lies; not part of it."""
+    owner: int = 0
+    """Whose runtime directory it lies in; not part of it."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the daemon is there still."""
+        return self.started == process_started(self.pid)
+
+    def write(self) -> None:
+        """Put the record in its place, all or nothing. Raises HostError."""
+        content = dataclasses.asdict(self)
+        del content["path"], content["owner"]
+        temporary = f"{self.path}.{os.getpid()}"
+        try:
+            with open(temporary, "w", errors="surrogateescape") as file:
+                json.dump(content, file)
+            os.replace(temporary, self.path)
+        except OSError as exc:
+            raise host_error(exc, self.path, "write the record") from exc
+
+    def remove(self) -> None:
+        """Take the record away, if it is there and not another daemon's by now."""
+        found = _load(Path(self.path))
+        if found is not None and (found.pid, found.started) == (self.pid, self.started):
+            _unlink(self.path)
+
+
+def process_started(pid: int) -> str | None:
+    """What tells a process from any other that had or will have its number; None where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b") ")[2].split()
+        with open(_BOOT_ID) as file:
+            boot = file.read().strip()
+    except OSError:
+        return None
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return f"{boot}:{fields[19].decode()}"
+
+
+def directory() -> str:
+    """This user's runtime directory, made if it is missing. Raises HostError where it cannot be trusted."""
+    uid = os.geteuid()
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if uid == 0 and _is_private(_ROOT_DIRECTORY, uid):
+        return _ROOT_DIRECTORY
+    if base and _is_private(f"{base}/fusedisk", uid):
+        return f"{base}/fusedisk"
+    place = f"/tmp/fusedisk-{_outer_uid(uid)}"
+    if not _is_private(place, uid):
+        raise HostError(
+            f"'{place}' is not a directory that only you can write to, which the record of a mount needs: remove it.",
+            errno=errno.EPERM,
+        )
+    return place
+
+
+def _outer_uid(uid: int) -> int:
+    """What ``uid`` is outside of this user namespace: root of a namespace is no root in /tmp."""
+    try:
+        with open("/proc/self/uid_map") as lines:
+            for line in lines:
+                inside, outside, count = map(int, line.split())
+                if inside <= uid < inside + count:
+                    return outside + uid - inside
+    except (OSError, ValueError):
+        pass
+    return uid
+
+
+def _is_private(place: str, uid: int) -> bool:
+    try:
+        os.mkdir(place, 0o700)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return _is_trusted(place, uid) and os.access(place, os.W_OK)
+
+
+def _is_trusted(place: str, uid: int) -> bool:
+    """Whether ``place`` is a directory that nobody but ``uid`` can write to."""
+    try:
+        found = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o022
+
+
+def record_path(mountpoint: str) -> str:
+    """Where the record of a mount of this user lies; the log lies beside it, with the suffix ``.log``."""
+    digest = hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
+    return f"{directory()}/{digest}.json"
+
+
+def log_path(mountpoint: str) -> str:
+    """Where the daemon of a mount logs to."""
+    return record_path(mountpoint).removesuffix(".json") + ".log"
+
+
+def new_record(mountpoint: str, exports: list[ExportRecord]) -> MountRecord:
+    """A record for a mount that this process serves; not yet written."""
+    pid = os.getpid()
+    return MountRecord(mountpoint, pid, process_started(pid) or "", exports, path=record_path(mountpoint))
+
+
+def records() -> list[MountRecord]:
+    """All records that this user may see, by mountpoint."""
+    found = [
+        record
+        for place, uid in _directories()
+        if _is_trusted(place, uid)
+        for path in sorted(Path(place).glob("*.json"))
+        if (record := _load(path, uid)) is not None and _belongs(record)
+    ]
+    return sorted(found, key=lambda record: record.mountpoint)
+
+
+def find(mountpoint: str, owner: int | None = None) -> MountRecord | None:
+    """The record of the mount at an absolute path; that of a living daemon first. ``owner``: only of that user."""
+    found = [
+        record for record in records() if record.mountpoint == mountpoint and (owner is None or record.owner == owner)
+    ]
+    return max(found, key=lambda record: record.alive, default=None)
+
+
+def reread(record: MountRecord) -> MountRecord | None:
+    """The record as the same daemon has left it, None if it took it away."""
+    found = _load(Path(record.path), record.owner)
+    if found is None or (found.pid, found.started) != (record.pid, record.started):
+        return None
+    return found
+
+
+def _directories() -> Iterator[tuple[str, int]]:
+    """(directory, owner) of every place where records of this user, or for root of anybody, may lie."""
+    uid = os.geteuid()
+    places: dict[tuple[str, int], None] = {(_ROOT_DIRECTORY, 0): None}
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base:
+        places[f"{base}/fusedisk", uid] = None
+    places[f"/tmp/fusedisk-{_outer_uid(uid)}", uid] = None
+    if uid == 0:
+        for pattern, parent in (("*/fusedisk", Path("/run/user")), ("fusedisk-*", Path("/tmp"))):
+            for path in parent.glob(pattern):
+                number = path.parent.name if parent.name == "user" else path.name.rpartition("-")[2]
+                if number.isdecimal():
+                    places[str(path), int(number)] = None
+    yield from places
+
+
+def _belongs(record: MountRecord) -> bool:
+    """A user's record may speak of that user's processes only, as long as they live."""
+    try:
+        return os.stat(f"/proc/{record.pid}").st_uid == record.owner
+    except OSError:
+        return True
+
+
+def _load(path: Path, owner: int = 0) -> MountRecord | None:
+    """The record in a file, None where there is none that can be read."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(errors="surrogateescape"))
+        exports = [ExportRecord(**export) for export in content.pop("exports")]
+        return MountRecord(**content, exports=exports, path=str(path), owner=owner)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
+        log.debug("the record '%s' cannot be read: %s", path, exc)
+        return None
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError as exc:
+        log.debug("the record '%s' could not be removed: %s", path, exc)

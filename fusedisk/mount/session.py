@@ -1,0 +1,149 @@
+"""One FUSE mount of this process (pyfuse3 has no more than one): mounting, serving, ending.
+
+pyfuse3's own unmounting is lazy and would pull disks from under open files, so it is never used: who wants to
+unmount uses :mod:`fusedisk.mount.unmounting`, the kernel then ends the connection, and :meth:`Session.serve`
+returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from fusedisk.core.errors import HostError
+from fusedisk.export.export import Export
+from fusedisk.mount import mountinfo, unmounting
+from fusedisk.mount.operations import Operations
+
+log = logging.getLogger(__name__)
+
+MAX_TASKS = 128
+"""Requests served at the same time."""
+READAHEAD_KIB = 1024
+"""What the kernel reads ahead on a mount, if we may say so (root): FUSE's default of 128 KiB makes eight requests
+of one."""
+
+
+class Session:
+    """A mount from ``start`` to ``close``."""
+
+    def __init__(self, mountpoint: str, operations: Operations, options: set[str]) -> None:
+        self.mountpoint = mountpoint
+        self.operations = operations
+        self._options = options
+        self._mount: mountinfo.Mount | None = None
+        self._stale: trio.MemorySendChannel[tuple[int, bool]] | None = None
+
+    def start(self) -> None:
+        """Mount. Blocks for a moment; raises HostError with what libfuse says."""
+        with _StderrCapture() as said:
+            try:
+                pyfuse3.init(self.operations, self.mountpoint, self._options)
+            except RuntimeError as exc:
+                reason = said.text() or str(exc)
+                raise HostError(f"Could not mount on '{self.mountpoint}': {reason}") from exc
+        self._mount = mountinfo.mount_at(self.mountpoint)
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Serve until the mount is gone. ``ready`` is called once a ``stat`` from outside has been answered."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._wait_ready, ready)
+            nursery.start_soon(self._invalidate)
+            try:
+                await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS)
+            finally:
+                nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """Let ``serve`` return although the mount is there still."""
+        pyfuse3.terminate()
+
+    def close(self) -> None:
+        """Let go of the connection. A mount that is still there loses its server by this, so it is taken away as
+        well."""
+        pyfuse3.close(unmount=False)
+        if self._mount is not None and self._is_ours(mountinfo.mount_at(self.mountpoint)):
+            unmounting.detach(self.mountpoint)
+
+    def _is_ours(self, found: mountinfo.Mount | None) -> bool:
+        return found is not None and self._mount is not None and found.device == self._mount.device
+
+    async def _wait_ready(self, ready: Callable[[], None]) -> None:
+        await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
+        self._raise_readahead()  # not before: the kernel sets it when it shakes hands with us
+        ready()
+
+    async def _invalidate(self) -> None:
+        """Tell the kernel what is stale, from a thread: it may wait for requests that we must serve meanwhile."""
+        self._stale, stale = trio.open_memory_channel[tuple[int, bool]](len(self.operations.exports) * 2)
+        for export in self.operations.exports:
+            export.on_change = self._watcher(export)
+        async for inode, data in stale:
+            try:
+                await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, not data, abandon_on_cancel=True)
+            except OSError as exc:  # ENOENT: the kernel does not know the inode
+                log.debug("invalidating inode %d: %s", inode, exc)
+
+    def _watcher(self, export: Export) -> Callable[[bool], None]:
+        inode = self.operations.inode_of(export)
+
+        def changed(data: bool) -> None:
+            assert self._stale is not None
+            try:
+                self._stale.send_nowait((inode, data))
+            except trio.WouldBlock:
+                log.warning("the kernel may show old attributes of '%s' for a while", export.name)
+
+        return changed
+
+    def _raise_readahead(self) -> None:
+        if self._mount is None:
+            return
+        try:
+            Path(f"/sys/class/bdi/{self._mount.device}/read_ahead_kb").write_text(str(READAHEAD_KIB))
+        except OSError:
+            pass
+
+
+def mount_options(images: list[str], *, read_only: bool, allow_other: bool) -> set[str]:
+    """Options for libfuse. The kernel checks permissions; ``images`` become the source that /proc/mounts shows."""
+    source = images[0] if len(images) == 1 else f"{images[0]} and {len(images) - 1} more"
+    options = {f"fsname={_option_value(source)}", "subtype=fusedisk", "default_permissions"}
+    if read_only:
+        options.add("ro")
+    if allow_other:
+        options.add("allow_other")
+    return options
+
+
+def _option_value(text: str) -> str:
+    """``text`` as libfuse's option parser wants it: commas and backslashes escaped, ASCII only."""
+    plain = "".join(char if " " <= char <= "~" else "?" for char in text)[:1000]
+    return plain.replace("\\", "\\\\").replace(",", "\\,")
+
+
+class _StderrCapture:
+    """Keeps what C code writes to descriptor 2, which is how libfuse tells why it failed."""
+
+    def __enter__(self) -> _StderrCapture:
+        sys.stderr.flush()
+        self._saved = os.dup(2)
+        self._kept = os.memfd_create("stderr")
+        os.dup2(self._kept, 2)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.dup2(self._saved, 2)
+        os.close(self._saved)
+        os.close(self._kept)
+
+    def text(self) -> str:
+        """What has been written, in one line."""
+        lines = os.pread(self._kept, 4096, 0).decode(errors="replace").splitlines()
+        return "; ".join(line.strip() for line in lines if line.strip())

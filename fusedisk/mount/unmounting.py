@@ -1,0 +1,90 @@
+"""Taking a mount away: with umount2(2) where that is allowed, by fusermount3 otherwise. Everything here blocks."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import subprocess
+import time
+
+from fusedisk.core.errors import HostError, NotSupportedError
+from fusedisk.mount import mountinfo
+
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+_ATTEMPTS = 5
+_PAUSE = 0.1
+"""Seconds between attempts: desktop indexers look into a new mount and leave again."""
+
+
+def unmount(mountpoint: str, *, attempts: int = _ATTEMPTS) -> bool:
+    """Take away the mount at an absolute path unless somebody uses it.
+
+    Returns False if it is busy, after a few attempts; True if nothing is mounted there any more. Dirty mapped pages
+    are written to the daemon first, so the daemon must be able to serve meanwhile. Raises HostError where it is not
+    allowed.
+    """
+    while True:
+        try:
+            _unmount(mountpoint, lazy=False)
+            return True
+        except OSError as exc:
+            if exc.errno in (errno.EINVAL, errno.ENOENT) and mountinfo.mount_at(mountpoint) is None:
+                return True
+            if exc.errno != errno.EBUSY:
+                raise _error(mountpoint, exc) from exc
+        attempts -= 1
+        if attempts <= 0:
+            return False
+        time.sleep(_PAUSE)
+
+
+def detach(mountpoint: str) -> None:
+    """Take away a mount that nobody serves, or that is taken by force: whoever has files open keeps their handles,
+    which fail from the moment the daemon is gone. Raises HostError where it is not allowed."""
+    try:
+        _unmount(mountpoint, lazy=True)
+    except OSError as exc:
+        if mountinfo.mount_at(mountpoint) is not None:
+            raise _error(mountpoint, exc) from exc
+
+
+def _unmount(mountpoint: str, *, lazy: bool) -> None:
+    try:
+        _umount2(mountpoint, _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0))
+    except PermissionError:
+        _fusermount(mountpoint, lazy=lazy)
+
+
+def _umount2(mountpoint: str, flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(mountpoint), flags):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), mountpoint)
+
+
+def _fusermount(mountpoint: str, *, lazy: bool) -> None:
+    program = find_fusermount()
+    command = [program, "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, "LC_ALL": "C"}
+    )
+    if done.returncode:
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        raise OSError(errno.EBUSY if "busy" in said else errno.EPERM, said, mountpoint)
+
+
+def find_fusermount() -> str:
+    """The path of fusermount3. Raises NotSupportedError where it is not installed."""
+    program = shutil.which("fusermount3") or shutil.which("fusermount3", path="/usr/bin:/bin:/usr/sbin:/sbin")
+    if program is None:
+        raise NotSupportedError(
+            "fusermount3 is not installed, which mounting without root needs: install the package fuse3."
+        )
+    return program
+
+
+def _error(mountpoint: str, exc: OSError) -> HostError:
+    return HostError(f"Could not unmount '{mountpoint}': {exc.strerror or exc}", errno=exc.errno)
