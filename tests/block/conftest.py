@@ -1,0 +1,30 @@
+"""A graph of test drivers that is checked and closed after each test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from fusedisk.block.graph import Graph
+from fusedisk.block.node import Node
+from tests.support.registry import TEST_DRIVERS
+
+
+@pytest.fixture
+async def graph() -> AsyncIterator[Graph]:
+    """An empty graph; afterwards nothing may be in flight, and everything must close."""
+    graph = Graph(TEST_DRIVERS)
+    yield graph
+    for node in graph.nodes.values():
+        assert_idle(node)
+    await graph.close()
+    assert not graph.nodes
+
+
+def assert_idle(node: Node) -> None:
+    """No request is in flight on a node, and nothing waits for one."""
+    assert not node.tracked
+    assert node.serialising == 0
+    assert not node.flush_mutex.locked
+    assert all(backend.in_flight == 0 for backend in node.backends())

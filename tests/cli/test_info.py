@@ -1,0 +1,152 @@
+"""``fusedisk info`` says what ``qemu-img info`` says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import qemu_img
+from tests.support.commands import fusedisk
+from tests.support.images import KIB, MIB, make_qcow2, make_sparse_raw, random_chain
+
+
+def _theirs(image: Path | str, *options: str) -> Any:
+    return json.loads(qemu_img("info", "--output=json", *options, image))
+
+
+def _ours(image: Path | str, *options: str) -> Any:
+    return fusedisk("info", "--output", "json", *options, image).json
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compat": "0.10"},
+        {"cluster_size": 512},
+        {"cluster_size": "2M", "lazy_refcounts": "on"},
+        {"refcount_bits": 1},
+        {"refcount_bits": 64},
+        {"compression_type": "zstd"},
+        {"preallocation": "metadata"},
+        {"preallocation": "falloc"},
+    ],
+    ids=str,
+)
+def test_qcow2(tmp_path: Path, options: dict[str, object]) -> None:
+    image = make_qcow2(tmp_path / "x.qcow2", 10 * MIB, "write 1M 64k", **options)
+    assert _ours(image) == _theirs(image)
+
+
+@pytest.mark.parametrize(("bit", "fact"), [(1, "dirty:"), (2, "corrupt:")])
+def test_images_that_are_marked(tmp_path: Path, bit: int, fact: str) -> None:
+    image = make_qcow2(tmp_path / "x.qcow2", MIB, lazy_refcounts="on")
+    with image.open("r+b") as file:
+        file.seek(79)  # the lowest incompatible features
+        file.write(bytes([bit]))
+    assert _ours(image) == _theirs(image)
+    (line,) = [line for line in fusedisk("info", image).out.splitlines() if fact in line]
+    assert "yes" in line
+
+
+def test_raw(tmp_path: Path) -> None:
+    image = make_sparse_raw(tmp_path / "x.raw", 3 * MIB, (100_000, 5000))
+    assert _ours(image) == _theirs(image)
+    assert _ours(image, "-f", "raw") == _theirs(image, "-f", "raw")
+
+
+def test_snapshots(tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "x.qcow2", MIB, "write 0 64k")
+    for name in ("before", "after an update", "ünïcode"):
+        qemu_img("snapshot", "-c", name, image)
+    ours = _ours(image)
+    assert [snapshot["name"] for snapshot in ours["snapshots"]] == ["before", "after an update", "ünïcode"]
+    assert ours == _theirs(image)
+
+
+def test_a_relative_backing_file(tmp_path: Path) -> None:
+    base = make_qcow2(tmp_path / "base.qcow2", MIB)
+    (tmp_path / "sub").mkdir()
+    image = make_qcow2(tmp_path / "sub" / "top.qcow2", None, backing=base)
+    ours = _ours(image)
+    assert ours["backing-filename"] == "../base.qcow2"
+    assert ours["full-backing-filename"] == f"{tmp_path}/sub/../base.qcow2"
+    assert ours == _theirs(image)
+
+
+def test_a_backing_file_that_is_missing_is_named_and_not_opened(tmp_path: Path) -> None:
+    base = make_qcow2(tmp_path / "base.qcow2", MIB)
+    image = make_qcow2(tmp_path / "top.qcow2", None, backing=base)
+    base.unlink()
+    assert _ours(image) == _theirs(image)
+
+
+def test_a_backing_file_of_unknown_format(tmp_path: Path) -> None:
+    image = tmp_path / "top.qcow2"
+    make_sparse_raw(tmp_path / "base.raw", MIB)
+    make_qcow2(image, MIB, backing=tmp_path / "base.raw", compat="0.10")
+    # The name of the format is the only extension: taking it out leaves a header as old versions wrote it.
+    content = bytearray(image.read_bytes())
+    place = content.index(b"\xe2\x79\x2a\xca")
+    content[place : place + 16] = bytes(16)
+    image.write_bytes(content)
+    ours = _ours(image)
+    assert "backing-filename-format" not in ours
+    assert ours == _theirs(image)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_chains(tmp_path: Path, seed: int) -> None:
+    image = random_chain(tmp_path, seed)
+    assert _ours(image, "--backing-chain") == _theirs(image, "--backing-chain")
+
+
+def test_an_image_given_by_options(tmp_path: Path) -> None:
+    make_qcow2(tmp_path / "x.qcow2", MIB)
+    options = f"driver=qcow2,file.driver=file,file.filename={tmp_path}/x.qcow2"
+    assert _ours(options) == json.loads(qemu_img("info", "--output=json", "--image-opts", options))
+
+
+def test_a_window_is_named_by_its_options(tmp_path: Path) -> None:
+    make_sparse_raw(tmp_path / "x.raw", MIB)
+    ours = _ours(f"driver=raw,file.driver=file,file.filename={tmp_path}/x.raw,offset=4096")
+    assert ours["filename"].startswith("json:{")
+    assert ours["virtual-size"] == MIB - 4096
+    assert _ours(ours["filename"]) == ours
+
+
+def test_for_people(tmp_path: Path) -> None:
+    base = make_qcow2(tmp_path / "base.qcow2", 10 * MIB, cluster_size="128k")
+    (tmp_path / "sub").mkdir()
+    image = make_qcow2(tmp_path / "sub" / "top.qcow2", None, backing=base)
+    qemu_img("snapshot", "-c", "first", base)
+    top, below = fusedisk("info", "--backing-chain", "--allow-path", tmp_path, image).out.split("\n\n")
+    facts = dict(line.split(":", 1) for line in top.splitlines())
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    assert facts["image"] == str(image)
+    assert facts["format"] == "qcow2"
+    assert facts["virtual size"] == "10 MiB (10485760 bytes)"
+    assert facts["cluster size"] == "64 KiB"
+    assert facts["backing file"] == "../base.qcow2"
+    assert facts["found at"] == f"{tmp_path}/sub/../base.qcow2"
+    assert facts["backing format"] == "qcow2"
+    assert facts["compat"] == "1.1"
+    assert facts["lazy refcounts"] == "no"
+    assert "128 KiB" in below
+    assert "first" in below.splitlines()[-1]
+
+
+def test_while_a_writer_holds_the_image(tmp_path: Path) -> None:
+    from tests.support.processes import qemu_io_holding
+
+    image = make_qcow2(tmp_path / "x.qcow2", 64 * KIB)
+    with qemu_io_holding(image):
+        refused = fusedisk("info", image)
+        assert refused.code == 1
+        assert refused.err.startswith('fusedisk: Failed to get shared "write" lock')
+        assert str(image) in refused.err
+        assert _ours(image, "-U") == _theirs(image, "-U")
+    assert fusedisk("info", image).code == 0

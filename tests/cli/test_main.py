@@ -1,0 +1,272 @@
+"""The command group: help, versions, lazy imports, and the border where exceptions become exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import fusedisk as package
+from fusedisk.cli import main
+from fusedisk.core.errors import FusediskError, ImageError, OptionError
+from tests.support.commands import (
+    ROOT,
+    fusedisk,
+    fusedisk_process,
+    process_command,
+    process_environment,
+)
+from tests.support.images import MIB, make_sparse_raw
+
+HEAVY = ("trio", "pyfuse3", "rich", "psutil", "fusedisk.block", "fusedisk.drivers", "fusedisk.mount")
+
+
+def _imported_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import fusedisk",
+        "from fusedisk.cli.main import run; run(['--help'])",
+        "from fusedisk.cli.main import run; run(['--version'])",
+        "from fusedisk.cli.main import run; run(['inof'])",
+        *[f"from fusedisk.cli.main import run; run(['{name}', '--help'])" for name in main.COMMANDS],
+    ],
+)
+def test_help_is_quick_since_it_imports_nothing_heavy(statement: str) -> None:
+    assert not _imported_by(statement) & set(HEAVY)
+
+
+def test_importing_the_package_imports_nothing_else_of_it() -> None:
+    assert {name for name in _imported_by("import fusedisk") if name.startswith("fusedisk")} == {"fusedisk"}
+
+
+def test_the_version_is_the_projects() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{package.__version__}"\n' in text
+    assert fusedisk("--version").out == f"fusedisk {package.__version__}\n"
+
+
+def test_help_lists_every_command_with_examples() -> None:
+    out = fusedisk("--help").out
+    for name, text in main.COMMANDS.items():
+        assert f"  {name}" in out
+        assert text in out
+    assert "Examples:" in out
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_every_command_teaches_by_example(name: str) -> None:
+    done = fusedisk(name, "--help")
+    assert done.code == 0
+    assert f"fusedisk {name}" in done.out.split("Examples:")[1], "an example that can be copied"
+    assert fusedisk(name, "-h").out == done.out
+    assert max(map(len, done.out.splitlines())) <= 120
+
+
+def test_every_option_has_its_help() -> None:
+    for name in main.COMMANDS:
+        command = main.cli.get_command(click.Context(main.cli), name)
+        assert command is not None
+        for param in command.params:
+            assert not isinstance(param, click.Option) or param.help, f"{name} {param.opts}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("inof", "info"), ("crate", "create"), ("unmount", "umount"), ("lst", "list")]
+)
+def test_a_mistyped_command_is_suggested(typed: str, meant: str) -> None:
+    done = fusedisk(typed, "x")
+    assert done.code == 2
+    assert done.err.splitlines() == [
+        f"fusedisk: there is no command '{typed}', did you mean '{meant}'?",
+        "Try 'fusedisk --help' for help.",
+    ]
+
+
+def test_an_unknown_command_names_the_known_ones() -> None:
+    done = fusedisk("frobnicate")
+    assert done.code == 2
+    assert f"there are {', '.join(main.COMMANDS)}." in done.err
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["info"], "Missing argument 'IMAGE'."),
+        (["info", "--bakcing-chain", "x"], "No such option '--bakcing-chain'"),
+        (["info", "--output", "xml", "x"], "'xml' is not one of 'human', 'json'"),
+        (["create"], "the name of the new image is missing."),
+        (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+        (["info", "a", "b"], "unexpected extra argument"),
+    ],
+)
+def test_wrong_usage(args: list[str], sentence: str) -> None:
+    done = fusedisk(*args)
+    assert done.code == 2
+    assert done.out == ""
+    first, second = done.err.splitlines()
+    assert first.startswith("fusedisk: ")
+    assert sentence in first
+    assert second.startswith("Try 'fusedisk")
+
+
+def test_no_arguments_show_the_help() -> None:
+    done = fusedisk()
+    assert done.code == 2
+    assert "Usage: fusedisk" in done.err + done.out
+
+
+# --- the border -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raising(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
+    """``fusedisk info x`` raises the one exception in the list."""
+    causes: list[BaseException] = []
+
+    @click.command()
+    @click.argument("image")
+    def command(image: str) -> None:
+        raise causes[0]
+
+    from fusedisk.cli import info
+
+    monkeypatch.setattr(info, "command", command)
+    return causes
+
+
+def test_an_expected_error_is_one_sentence(raising: list[BaseException]) -> None:
+    raising.append(ImageError("the image is odd."))
+    assert fusedisk("info", "x") == (1, "", "fusedisk: the image is odd.\n")
+
+
+def test_an_expected_error_inside_groups_is_the_same_sentence(raising: list[BaseException]) -> None:
+    inner = ImageError("the image is odd.")
+    raising.append(BaseExceptionGroup("outer", [ExceptionGroup("inner", [inner])]))
+    assert fusedisk("info", "x") == (1, "", "fusedisk: the image is odd.\n")
+
+
+def test_several_expected_errors_are_all_told(raising: list[BaseException]) -> None:
+    raising.append(ExceptionGroup("both", [OptionError("one."), ImageError("two.")]))
+    assert fusedisk("info", "x") == (1, "", "fusedisk: one.\nfusedisk: two.\n")
+
+
+def test_verbose_tells_where_it_happened(raising: list[BaseException]) -> None:
+    raising.append(FusediskError("no.").at("disk", "read", 512, 1024))
+    assert fusedisk("-v", "info", "x").err == "fusedisk: no. (node 'disk', read of 1024 bytes at 512)\n"
+
+
+def test_a_bug_is_told_as_one(raising: list[BaseException]) -> None:
+    raising.append(ExceptionGroup("both", [OptionError("one."), ZeroDivisionError("division by zero")]))
+    done = fusedisk("info", "x")
+    assert done.code == 70
+    assert done.err.startswith("fusedisk: internal error: ZeroDivisionError: division by zero; run with -v")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_verbose_shows_the_traceback_of_a_bug(raising: list[BaseException]) -> None:
+    raising.append(ZeroDivisionError("division by zero"))
+    done = fusedisk("-v", "info", "x")
+    assert done.code == 70
+    assert "Traceback (most recent call last)" in done.err
+    assert done.err.splitlines()[-1] == "fusedisk: internal error: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [KeyboardInterrupt(), BaseExceptionGroup("both", [KeyboardInterrupt(), OptionError("one.")]), click.Abort()],
+)
+def test_an_interrupt_is_quiet(raising: list[BaseException], cause: BaseException) -> None:
+    raising.append(cause)
+    assert fusedisk("info", "x") == (130, "", "")
+
+
+def test_an_exit_keeps_its_code(raising: list[BaseException]) -> None:
+    raising.append(SystemExit(3))
+    assert fusedisk("info", "x").code == 3
+
+
+# --- as a user runs it ----------------------------------------------------------------------------------
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    make_sparse_raw(tmp_path / "x.raw", MIB)
+    done = fusedisk_process("info", "x.raw", cwd=tmp_path)
+    assert done.code == 0
+    assert done.out.startswith("image:")
+    assert done.err == ""
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    image = make_sparse_raw(tmp_path / "x.raw", 64 * MIB, *((at * 8192, 1) for at in range(8000)))
+    process = subprocess.Popen(
+        process_command("map", "--output", "json", image),
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(1) == b"["
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+def test_an_output_that_is_full_is_an_error(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    image = make_sparse_raw(tmp_path / "x.raw", MIB)
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            process_command("info", image), env=process_environment(), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "fusedisk: Could not write the output: No space left on device\n"
+
+
+def test_a_signal_ends_it_quietly(tmp_path: Path) -> None:
+    image = make_sparse_raw(tmp_path / "x.raw", 256 * MIB, *((at * 8192, 1) for at in range(32000)))
+    process = subprocess.Popen(
+        process_command("map", "--output", "json", image),
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1) == b"["
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == b""
+
+
+def test_file_names_that_are_no_text(tmp_path: Path) -> None:
+    image = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.raw"))
+    make_sparse_raw(image, MIB)
+    for environment in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0"}):
+        human = fusedisk_process("info", image, env=environment)
+        assert human.code == 0, human.err
+        assert str(image) in human.out
+    assert fusedisk_process("info", "--output", "json", image).json["filename"] == str(image)
+    missing = fusedisk_process("info", f"{image}x")
+    assert missing.err == f"fusedisk: Could not open '{image}x': No such file or directory\n"

@@ -1,0 +1,1 @@
+"""What every driver promises, checked on every driver of the table."""

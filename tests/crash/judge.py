@@ -1,0 +1,153 @@
+"""Looking at what a crash left: it opens, ``qemu-img check`` finds no corruption, and the guest's data is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from fusedisk.block.graph import Graph
+from fusedisk.core.errors import FusediskError
+from tests.conftest import require_tool
+from tests.crash.oracle import views
+from tests.crash.recording import Recording
+from tests.crash.replay import Crash
+from tests.support.memory import Store, stores
+from tests.support.qcow2 import MEMORY_DRIVERS
+
+_MEMORY = Path("/dev/shm")
+
+
+class Verdict(NamedTuple):
+    """What ``qemu-img check`` says."""
+
+    corruptions: int
+    leaks: int
+    text: str
+
+
+class Checker:
+    """``qemu-img check`` in a few processes at a time, once for each different image."""
+
+    def __init__(self, processes: int | None = None) -> None:
+        self._tool = require_tool("qemu-img")
+        self._pool = ThreadPoolExecutor(processes or os.cpu_count() or 1)
+        self._known: dict[bytes, Future[Verdict]] = {}
+        self._folder = tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._folder.cleanup()
+
+    @property
+    def different(self) -> int:
+        """How many different images there were."""
+        return len(self._known)
+
+    def check(self, image: bytes) -> Future[Verdict]:
+        """Check ``image`` some time soon."""
+        key = hashlib.blake2b(image, digest_size=16).digest()
+        if key not in self._known:
+            self._known[key] = self._pool.submit(self._run, image, key.hex())
+        return self._known[key]
+
+    def _run(self, image: bytes, name: str) -> Verdict:
+        path = Path(self._folder.name) / name
+        path.write_bytes(image)
+        try:
+            command = [self._tool, "check", "-f", "qcow2", "--output=json", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        finally:
+            path.unlink()
+        try:
+            report: dict[str, Any] = json.loads(done.stdout)
+        except ValueError:
+            return Verdict(1, 0, done.stderr)
+        corruptions = int(report.get("corruptions", 0)) + int(report.get("check-errors", 0))
+        return Verdict(corruptions, int(report.get("leaks", 0)), done.stderr)
+
+
+async def content_of(image: bytes, backing: Path | None) -> bytes:
+    """What a guest reads in the image. Raises FusediskError where it does not open or cannot be read."""
+    graph = Graph(MEMORY_DRIVERS)
+    store = Store(0)
+    store.data = bytearray(image)
+    spec: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "memory", "filename": "image"}}
+    if backing is not None:
+        below = Store(0)
+        below.data = bytearray(backing.read_bytes())
+        spec["backing"] = {"driver": "raw", "file": {"driver": "memory", "filename": "backing"}}
+    else:
+        below = store
+    with stores(image=store, backing=below):
+        try:
+            backend = await graph.open_backend(spec)
+            return bytes(await backend.read(0, backend.length))
+        finally:
+            await graph.close()
+
+
+class Result(NamedTuple):
+    """What replaying crashes of one recording has shown."""
+
+    crashes: int
+    different: int
+    """Images that are not the same, byte for byte."""
+    leaks: int
+    """Most clusters leaked in one of them."""
+    failures: list[str]
+
+
+async def judge(
+    recording: Recording,
+    crashes: Iterable[Crash],
+    checker: Checker,
+    *,
+    power: bool,
+    zeroes_too: bool = False,
+    most_failures: int = 10,
+) -> Result:
+    """Look at every crash; see :meth:`Oracle.complaints` for ``zeroes_too``."""
+    allowed = views(recording.log, power=power)
+    failures: list[str] = []
+    pending: list[tuple[Crash, Future[Verdict]]] = []
+    contents: dict[bytes, bytes | FusediskError] = {}
+    count = 0
+    for crash in crashes:
+        count += 1
+        where = f"after operation {crash.cut}, {crash.what}"
+        key = hashlib.blake2b(crash.image, digest_size=16).digest()
+        pending.append((crash._replace(image=b""), checker.check(crash.image)))
+        if key not in contents:
+            try:
+                contents[key] = await content_of(crash.image, recording.backing)
+            except FusediskError as exc:
+                contents[key] = exc
+        found = contents[key]
+        if isinstance(found, FusediskError):
+            failures.append(f"{where}: {found}")
+        else:
+            complaints = list(recording.oracle.complaints(found, allowed[crash.cut], zeroes_too=zeroes_too))
+            if complaints:
+                failures.append(f"{where}: {complaints[0]} ({len(complaints)} like it)")
+        if len(failures) >= most_failures:
+            break
+    leaks = 0
+    for crash, future in pending:
+        verdict = future.result()
+        leaks = max(leaks, verdict.leaks)
+        if verdict.corruptions:
+            failures.append(f"after operation {crash.cut}, {crash.what}: qemu-img check: {verdict.text[:400]}")
+    return Result(count, len(contents), leaks, failures)

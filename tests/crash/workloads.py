@@ -1,0 +1,239 @@
+"""Workloads for crash tests: what a guest does, and the image that it does it to."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from tests.conftest import qemu_img, qemu_io
+from tests.crash.recording import Guest, Recording, record
+from tests.crash.replay import SECTOR
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+Run = Callable[[Guest, random.Random, int], Awaitable[None]]
+"""Called with the guest, a random source and the cluster size."""
+
+
+class Workload(NamedTuple):
+    """A workload and its image."""
+
+    name: str
+    run: Run
+    size: int = 256 * KIB
+    cluster_size: int = 4096
+    version: int = 3
+    options: str = ""
+    """More of qemu-img's creation options."""
+    prepare: tuple[str, ...] = ()
+    """qemu-io commands for the image, ``snapshot NAME`` for an internal snapshot between them."""
+    backing: bool = False
+
+    async def record(self, folder: Path, seed: int) -> Recording:
+        """Make the image, run the workload on it, and return what happened."""
+        image, below = folder / f"{self.name}.qcow2", folder / f"{self.name}.raw"
+        args: list[str | Path] = []
+        if self.backing:
+            random_ = random.Random(self.name)
+            below.write_bytes(
+                b"".join(b"base%08d" % random_.randrange(10**8) * 42 + b"....base" for _ in range(self.size // SECTOR))
+            )
+            args = ["-b", below, "-F", "raw"]
+        compat = "0.10" if self.version == 2 else "1.1"
+        options = f"cluster_size={self.cluster_size},compat={compat}" + (f",{self.options}" if self.options else "")
+        qemu_img("create", "-q", "-f", "qcow2", "-o", options, *args, image, str(self.size))
+        for is_snapshot, commands in itertools.groupby(self.prepare, lambda command: command.startswith("snapshot ")):
+            if is_snapshot:
+                for command in commands:
+                    qemu_img("snapshot", "-c", command.split()[1], image)
+            else:
+                qemu_io(image, *commands, fmt="qcow2", options="-d unmap")
+
+        async def run(guest: Guest) -> None:
+            await self.run(guest, random.Random(seed), self.cluster_size)
+
+        return await record(image, run, backing=below if self.backing else None)
+
+
+_stamps = itertools.count(1)
+
+
+def stamped(length: int) -> bytes:
+    """Bytes that no other request has written, sector by sector."""
+    stamp = b"w%07d" % (next(_stamps) % 10**7)
+    return b"".join((stamp + b"%08d" % index) * 32 for index in range(-(-length // SECTOR)))[:length]
+
+
+def places(random_: random.Random, size: int, unit: int, count: int) -> Iterator[tuple[int, int]]:
+    """``count`` ranges of sectors: some small, some whole units, some long, at random places."""
+    for _ in range(count):
+        length = random_.choice((SECTOR, unit, unit, 2 * unit, random_.randrange(1, 5 * unit // SECTOR) * SECTOR))
+        length = min(length, size)
+        offset = random_.randrange((size - length) // SECTOR + 1) * SECTOR
+        if random_.random() < 0.5:
+            offset = offset // unit * unit
+        yield offset, min(length, size - offset)
+
+
+async def allocation(guest: Guest, random_: random.Random, unit: int) -> None:
+    """First writes, of all sizes, everywhere."""
+    for index, (offset, length) in enumerate(places(random_, guest.length, unit, 40), 1):
+        await guest.write(offset, stamped(length))
+        if index % 8 == 0:
+            await guest.flush()
+
+
+async def sequential(guest: Guest, random_: random.Random, unit: int) -> None:
+    """From front to back, with a flush now and then."""
+    await _write_through(guest, random_, unit, 0)
+
+
+async def last_part(guest: Guest, random_: random.Random, unit: int) -> None:
+    """The last eighth, from front to back."""
+    await _write_through(guest, random_, unit, guest.length // 8 * 7)
+
+
+async def _write_through(guest: Guest, random_: random.Random, unit: int, offset: int) -> None:
+    while offset < guest.length:
+        length = min(random_.choice((unit // 2, unit, 3 * unit)), guest.length - offset)
+        await guest.write(offset, stamped(length))
+        offset += length
+        if random_.random() < 0.1:
+            await guest.flush()
+
+
+async def overwrite(guest: Guest, random_: random.Random, unit: int) -> None:
+    """The same few places again and again."""
+    few = list(places(random_, guest.length, unit, 5))
+    for index in range(1, 41):
+        offset, length = random_.choice(few)
+        await guest.write(offset, stamped(length))
+        if index % 7 == 0:
+            await guest.flush()
+
+
+async def small(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Writes of odd lengths at odd places."""
+    for index in range(1, 41):
+        length = random_.randrange(1, 2 * unit)
+        await guest.write(random_.randrange(guest.length - length), stamped(length))
+        if index % 9 == 0:
+            await guest.flush()
+
+
+async def discards(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Writes and discards by turns, so that freed clusters are used again."""
+    await _writes_and(guest, random_, unit, lambda offset, length: guest.discard(offset, length, unit))
+
+
+async def zeroes(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Writes and write-zeroes by turns, with and without unmapping."""
+
+    async def zero(offset: int, length: int) -> None:
+        await guest.write_zeroes(offset, length, may_unmap=random_.random() < 0.5)
+
+    await _writes_and(guest, random_, unit, zero)
+
+
+async def _writes_and(
+    guest: Guest, random_: random.Random, unit: int, other: Callable[[int, int], Awaitable[None]]
+) -> None:
+    for index, (offset, length) in enumerate(places(random_, guest.length, unit, 50), 1):
+        if random_.random() < 0.6:
+            await guest.write(offset, stamped(length))
+        else:
+            await other(offset, 2 * length if offset + 2 * length <= guest.length else length)
+        if index % 6 == 0:
+            await guest.flush()
+
+
+async def growth(guest: Guest, random_: random.Random, unit: int) -> None:
+    """The disk grows while it is written, its L1 table with it."""
+    for round_ in range(5):
+        for offset, length in places(random_, guest.length, unit, 6):
+            await guest.write(offset, stamped(length))
+        if round_ % 2:
+            await guest.flush()
+        await guest.resize(guest.length * 2 + random_.randrange(8) * SECTOR)
+        if random_.random() < 0.5:
+            await guest.flush()
+
+
+async def mixed(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Everything."""
+    for offset, length in places(random_, guest.length, unit, 60):
+        match random_.randrange(6):
+            case 0:
+                await guest.write_zeroes(offset, length, may_unmap=random_.random() < 0.5)
+            case 1:
+                await guest.discard(offset, length, unit)
+            case _:
+                await guest.write(offset, stamped(length))
+        if random_.random() < 0.15:
+            await guest.flush()
+
+
+async def parallel(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Four writers, each in sectors of its own that share clusters with the others', and one who flushes."""
+
+    async def writer(number: int) -> None:
+        for _ in range(12):
+            cluster = random_.randrange(guest.length // unit) * unit
+            await guest.write(cluster + number * unit // 4, stamped(unit // 4))
+            await trio.lowlevel.checkpoint()
+
+    async def flusher() -> None:
+        for _ in range(6):
+            await guest.flush()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(4):
+            nursery.start_soon(writer, number)
+        nursery.start_soon(flusher)
+
+
+FULL = ("write -P 17 0 128k", "write -P 19 160k 40k")
+SNAPSHOTS = ("write -P 17 0 160k", "snapshot one", "write -P 19 16k 64k", "snapshot two", "write -P 23 100k 9k")
+
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload("allocation", allocation),
+        Workload("allocation-v2", allocation, version=2),
+        Workload("allocation-64k", allocation, size=MIB, cluster_size=64 * KIB),
+        Workload("allocation-512", allocation, cluster_size=512, options="refcount_bits=1"),
+        Workload("sequential", sequential),
+        Workload("overwrite", overwrite, prepare=FULL),
+        Workload("small", small),
+        Workload("copy-on-write", allocation, backing=True),
+        Workload("copy-on-write-small", small, backing=True),
+        Workload("discard", discards, prepare=FULL),
+        Workload("discard-v2", discards, prepare=FULL, version=2),
+        Workload("discard-backing", discards, backing=True),
+        Workload("write-zeroes", zeroes, prepare=FULL),
+        Workload("write-zeroes-v2", zeroes, prepare=FULL, version=2),
+        Workload("preallocated", mixed, options="preallocation=metadata"),
+        Workload("growth", growth, size=16 * KIB, cluster_size=512),
+        Workload("growth-v2", growth, size=16 * KIB, cluster_size=512, version=2),
+        Workload(
+            "refcount-growth",
+            last_part,
+            size=2 * MIB,
+            cluster_size=512,
+            options="refcount_bits=64",
+            prepare=("write -P 17 0 1792k",),
+        ),
+        Workload("snapshots", mixed, prepare=SNAPSHOTS),
+        Workload("snapshots-v2", allocation, prepare=SNAPSHOTS, version=2),
+        Workload("compressed", mixed, prepare=tuple(f"write -c -P {n + 1} {n * 4}k 4k" for n in range(40))),
+        Workload("mixed-512", mixed, cluster_size=512),
+        Workload("parallel", parallel),
+        Workload("parallel-backing", parallel, backing=True),
+    )
+}

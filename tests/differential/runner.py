@@ -1,0 +1,192 @@
+"""One random run: build, open, work in batches, compare; and on failure the shortest prefix that shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from fusedisk.block.backend import Backend
+from fusedisk.block.graph import Graph
+from tests.conftest import qemu_img
+from tests.differential.oracle import Mismatch, Oracle, Request, random_request
+from tests.differential.scenario import MIB, Chain, Scenario, build, open_options
+from tests.support.jitter import JITTER_DRIVERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Requests that run at once, or a single other step: grow, reopen."""
+
+    kind: str
+    requests: tuple[Request, ...] = ()
+    length: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.length or ''}: " + "; ".join(map(str, self.requests))
+
+
+def batches(scenario: Scenario, oracle: Oracle, count: int) -> Iterator[Batch]:
+    """The steps of a run. Depends on the seed and on the oracle's windows and length only."""
+    rng = random.Random(f"batches {scenario.seed}")
+    for _ in range(count):
+        kind = rng.choices(("apart", "overlapping", "grow", "reopen"), (60, 30, 4, 3))[0]
+        if kind == "grow":
+            yield Batch(
+                kind, length=oracle.length + rng.choice((512, 3 * 512, scenario.cluster_size, rng.randrange(1, MIB)))
+            )
+        elif kind == "reopen":
+            yield Batch(kind)
+        else:
+            wanted = rng.choice((1, 2, 4, 8))
+            yield Batch(kind, tuple(_requests(rng, scenario, oracle, wanted, apart=kind == "apart")))
+
+
+def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: int, *, apart: bool) -> Iterator[Request]:
+    taken: list[Request] = []
+    windows = oracle.windows
+    if not apart:
+        # Close together, so that they meet.
+        start, count = rng.choice(windows)
+        span = min(count, max(4 * min(scenario.cluster_size, 64 << 10), 4096))
+        windows = ((start + rng.randrange(count - span + 1), span),)
+    for _ in range(wanted):
+        request = random_request(rng, windows, min(scenario.cluster_size, 256 << 10))
+        if apart and any(request.overlaps(other) and (request.changes or other.changes) for other in taken):
+            continue
+        taken.append(request)
+        yield request
+
+
+class Run:
+    """The state of one run."""
+
+    def __init__(self, scenario: Scenario, directory: Path) -> None:
+        self.scenario = scenario
+        self.directory = directory
+        self.scratch = directory / "scratch"
+        self.chain: Chain = build(scenario, directory)
+        self.fingerprints = self.chain.fingerprints()
+        self.oracle = Oracle.of_image(self.chain.top, scenario.windows, self.scratch)
+        self._opening = random.Random(f"opening {scenario.seed}")
+        self.graph: Graph
+        self.backend: Backend
+
+    async def open(self) -> None:
+        """Open the chain, with other options each time."""
+        self.graph = Graph(JITTER_DRIVERS)
+        options = open_options(self.scenario, self.chain, self._opening)
+        self.backend = await self.graph.open_backend(options, writable=True)
+
+    async def close(self) -> None:
+        """Close it, and leave nothing."""
+        await self.backend.close()
+        assert not self.graph.nodes
+
+    async def step(self, batch: Batch) -> None:
+        """Run one batch."""
+        if batch.kind == "apart":
+            await self.oracle.run_apart(self.backend, list(batch.requests))
+        elif batch.kind == "overlapping":
+            await self.oracle.run_overlapping(self.backend, list(batch.requests))
+        elif batch.kind == "grow":
+            await self._grow(-(-batch.length // 512) * 512)
+        else:
+            await self.close()
+            await self.open()
+
+    async def _grow(self, length: int) -> None:
+        backing = self.backend.node.backing
+        hides = backing is not None and backing.node.length > self.oracle.length
+        snapshots = "snapshots" in self.backend.node.driver.information()
+        if self.scenario.version == "0.10" and (hides or snapshots):
+            return  # version 2 has nothing to hide it with, nor a size for each snapshot
+        await self.backend.truncate(length)
+        self.oracle.grow(length)
+
+    def check_as_it_lies(self) -> None:
+        """Everything answered is in the file: a copy of it, taken while it is open, is no worse than leaky."""
+        copy = self.directory / "copy.qcow2"
+        shutil.copyfile(self.chain.top, copy)
+        try:
+            found = check_image(copy)
+            wrong = {key: found[key] for key in ("corruptions", "check-errors") if found.get(key)}
+            if wrong:
+                raise Mismatch(f"qemu-img check of the image as it lies: {wrong}")
+            windows = self.oracle.windows
+            self.oracle.compare(Oracle.of_image(copy, windows, self.scratch), "QEMU's reading of the image as it lies")
+        finally:
+            copy.unlink()
+
+    def check_closed(self) -> None:
+        """The image is whole, and QEMU reads from it what the oracle says; nothing below it has changed."""
+        found = check_image(self.chain.top)
+        wrong = {key: found[key] for key in ("corruptions", "leaks", "check-errors") if found.get(key)}
+        if wrong:
+            raise Mismatch(f"qemu-img check: {wrong}")
+        self.oracle.compare(Oracle.of_image(self.chain.top, self.oracle.windows, self.scratch), "QEMU's reading")
+        if self.chain.fingerprints() != self.fingerprints:
+            raise Mismatch("an image below the active one has changed")
+
+
+def check_image(path: Path) -> dict[str, Any]:
+    """What ``qemu-img check`` says."""
+    report: dict[str, Any] = json.loads(qemu_img("check", "--output=json", "-f", "qcow2", path, check=False))
+    return report
+
+
+async def run(scenario: Scenario, directory: Path, count: int, *, look_every: int) -> tuple[int, str] | None:
+    """Run ``count`` batches; every ``look_every`` of them the whole disk and the file as it lies are compared.
+
+    Returns None, or after how many batches something was wrong, and what.
+    """
+    state = Run(scenario, directory)
+    done, last = 0, ""
+    try:
+        await state.open()
+        await state.oracle.compare_backend(state.backend)
+        for batch in batches(scenario, state.oracle, count):
+            last = str(batch)
+            with trio.fail_after(120):
+                await state.step(batch)
+            done += 1
+            if done % look_every == 0:
+                await state.oracle.compare_backend(state.backend)
+                state.check_as_it_lies()
+        await state.oracle.compare_backend(state.backend)
+        await state.close()
+        state.check_closed()
+    except Exception as exc:
+        return done + 1, f"{_cause(exc)!r} in or after: {last}"
+    return None
+
+
+def _cause(exc: BaseException) -> BaseException:
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc
+
+
+async def run_or_explain(scenario: Scenario, directory: Path) -> None:
+    """Run; if it fails, find the shortest prefix that does and fail with the way to repeat it."""
+    count, look_every = scenario.batches, scenario.batches // 4
+    first = directory / "run"
+    first.mkdir()
+    failure = await run(scenario, first, count, look_every=look_every)
+    if failure is None:
+        shutil.rmtree(first)
+        return
+    again = directory / "again"
+    again.mkdir()
+    shorter = await run(scenario, again, failure[0], look_every=1)
+    prefix, why = shorter or failure
+    raise AssertionError(
+        f"{scenario}\nfails after {prefix} batches: {why}\n"
+        f"replay: pytest tests/differential --seed {scenario.seed}; the images are in {directory}"
+    )

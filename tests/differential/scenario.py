@@ -1,0 +1,247 @@
+"""What a seed stands for: a chain of images, made by qemu-img and qemu-io, and how it is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import qemu_img, qemu_io
+
+KIB, MIB = 1 << 10, 1 << 20
+CLUSTER_SIZES = tuple(512 << shift for shift in range(13))
+VERSIONS = ("0.10", "1.1")
+DEPTHS = tuple(range(1, 9))
+SYSTEMATIC = 10_000
+COMBINATIONS = len(CLUSTER_SIZES) * len(VERSIONS) * len(DEPTHS)
+
+Window = tuple[int, int]
+"""Offset and length of a part of the disk that is worked on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """The active image and what lies below it."""
+
+    seed: int
+    cluster_size: int
+    version: str
+    depth: int
+    """Images in the chain, the active one included."""
+    size: int
+    windows: tuple[Window, ...]
+
+    @classmethod
+    def of(cls, seed: int) -> Scenario:
+        """The scenario of a seed. Those from ``SYSTEMATIC`` on go through all cluster sizes, versions and depths."""
+        rng = random.Random(f"scenario {seed}")
+        depth: int
+        cluster_size, version, depth = (
+            rng.choice(CLUSTER_SIZES),
+            rng.choice(VERSIONS),
+            rng.choice((1, 1, 2, 2, *DEPTHS)),
+        )
+        if seed >= SYSTEMATIC:
+            number, depth_index = divmod(seed - SYSTEMATIC, len(DEPTHS))
+            number, version_index = divmod(number, len(VERSIONS))
+            cluster_size = CLUSTER_SIZES[number % len(CLUSTER_SIZES)]
+            version, depth = VERSIONS[version_index], DEPTHS[depth_index]
+        size, windows = _layout(rng, cluster_size)
+        return cls(seed, cluster_size, version, depth, size, windows)
+
+    @property
+    def batches(self) -> int:
+        """How long the run is."""
+        return 500 if self.seed >= SYSTEMATIC else 60
+
+    def __str__(self) -> str:
+        return (
+            f"seed {self.seed}: clusters of {self.cluster_size}, version {self.version}, depth {self.depth}, "
+            f"{self.size} bytes, windows {self.windows}"
+        )
+
+
+def _layout(rng: random.Random, cluster_size: int) -> tuple[int, tuple[Window, ...]]:
+    """Size of the disk and its windows: all of a small disk, or the borders of L2 tables of a large one."""
+    span = cluster_size * cluster_size // 8
+    if cluster_size < 16 * KIB or rng.random() < 0.6:
+        low, high = (128 * KIB, 2 * MIB) if cluster_size < 128 * KIB else (2 * MIB, 12 * MIB)
+        size = rng.randrange(low, high) // 512 * 512
+        return size, ((0, size),)
+    borders = sorted({0, span, span * rng.randrange(2, 6)})
+    size = (borders[-1] + rng.randrange(512 * KIB, 2 * MIB)) // 512 * 512
+    half = min(max(4 * cluster_size, 512 * KIB), span) // 2
+    return size, tuple((max(0, at - half), min(at + half, size) - max(0, at - half)) for at in borders)
+
+
+@dataclasses.dataclass
+class Chain:
+    """The files of a scenario, the base first."""
+
+    files: list[Path]
+    formats: list[str]
+
+    @property
+    def top(self) -> Path:
+        """The active image."""
+        return self.files[-1]
+
+    def fingerprints(self) -> list[tuple[int, int]]:
+        """Of everything below the active image, which nobody may change: lengths and times of the last write."""
+        return [(found.st_size, found.st_mtime_ns) for found in map(os.stat, self.files[:-1])]
+
+
+def build(scenario: Scenario, directory: Path) -> Chain:
+    """Make the chain with QEMU's tools."""
+    rng = random.Random(f"chain {scenario.seed}")
+    chain = Chain([], [])
+    for level in range(scenario.depth):
+        top = level == scenario.depth - 1
+        if level == 0 and not top:
+            _add_base(scenario, chain, directory, rng)
+        else:
+            _add_overlay(scenario, chain, directory, rng, top=top)
+    return chain
+
+
+def _length(scenario: Scenario, rng: random.Random) -> int:
+    """Of a lower layer: shorter than the disk, longer, or the same."""
+    factor = rng.choice((1.0, rng.uniform(0.3, 1.0), rng.uniform(1.0, 1.6)))
+    return max(int(scenario.size * factor) // 512 * 512, 512)
+
+
+def _windows(scenario: Scenario, length: int) -> list[Window]:
+    """The windows as far as an image of ``length`` bytes has them; what is behind the disk's end is the last one's."""
+    found = []
+    for offset, count in scenario.windows:
+        end = length if offset + count == scenario.size else min(offset + count, length)
+        if end > offset:
+            found.append((offset, min(end - offset, 2 * count)))
+    return found
+
+
+def _add_base(scenario: Scenario, chain: Chain, directory: Path, rng: random.Random) -> None:
+    kind = rng.choice(("raw", "raw-odd", "compressed", "qcow2", "snapshots"))
+    length = _length(scenario, rng)
+    if kind in ("qcow2", "snapshots"):
+        _add_overlay(scenario, chain, directory, rng, top=False)
+        return
+    raw = directory / "base.raw"
+    length += rng.randrange(1, 512) if kind == "raw-odd" else 0
+    with raw.open("wb") as file:
+        file.truncate(length)
+        for offset, count in _windows(scenario, length):
+            for _ in range(4):
+                start = offset + rng.randrange(count)
+                file.seek(start)
+                # Compressible, and no two blocks the same.
+                part = rng.randbytes(8 * KIB) + bytes(4 * KIB)
+                file.write((part * (count // len(part) + 1))[: min(count // 3 + 1, offset + count - start)])
+        file.truncate(length)
+    if kind != "compressed":
+        chain.files.append(raw)
+        chain.formats.append("raw")
+        return
+    path = directory / "base.qcow2"
+    version = rng.choice(VERSIONS)
+    options = f"compat={version},cluster_size={_cluster_size(scenario, rng)}"
+    if version == "1.1":
+        options += f",compression_type={rng.choice(('zlib', 'zstd'))}"
+    qemu_img("convert", "-q", "-c", "-O", "qcow2", "-o", options, raw, path)
+    raw.unlink()
+    chain.files.append(path)
+    chain.formats.append("qcow2")
+
+
+def _cluster_size(scenario: Scenario, rng: random.Random) -> int:
+    """Of a lower layer: its own, but not so small that the L1 table of a large disk gets too long."""
+    return rng.choice([size for size in CLUSTER_SIZES if size >= min(scenario.cluster_size, 64 * KIB) // 8])
+
+
+def _add_overlay(scenario: Scenario, chain: Chain, directory: Path, rng: random.Random, *, top: bool) -> None:
+    path = directory / f"layer{len(chain.files)}.qcow2"
+    version = scenario.version if top else rng.choice(VERSIONS)
+    cluster_size = scenario.cluster_size if top else _cluster_size(scenario, rng)
+    length = scenario.size if top else _length(scenario, rng)
+    options = [f"compat={version}", f"cluster_size={cluster_size}"]
+    if version == "1.1" and rng.random() < 0.3:
+        options.append(f"refcount_bits={rng.choice((8, 32, 64))}")
+    if version == "1.1" and rng.random() < 0.2:
+        options.append("compression_type=zstd")
+    if not chain.files and rng.random() < 0.2 and scenario.windows == ((0, scenario.size),):
+        options.append(f"preallocation={rng.choice(('metadata', 'falloc', 'full'))}")
+    args: list[str | os.PathLike[str]] = ["create", "-q", "-f", "qcow2", "-o", ",".join(options)]
+    if chain.files:
+        args += ["-b", chain.files[-1].name, "-F", chain.formats[-1]]
+    qemu_img(*args, path, str(length))
+    chain.files.append(path)
+    chain.formats.append("qcow2")
+    for number in range(rng.choice((1, 1, 2, 3))):
+        commands = qemu_commands(rng, _windows(scenario, length), cluster_size, count=rng.randrange(2, 14))
+        if "preallocation" not in options[-1]:
+            commands = _compressed(rng, _windows(scenario, length), cluster_size) + commands if not number else commands
+        qemu_io(path, *commands, fmt="qcow2", options="-d unmap")
+        if rng.random() < 0.3:
+            qemu_img("snapshot", "-q", "-c", f"s{number}", path)
+
+
+def qemu_commands(rng: random.Random, windows: list[Window], cluster_size: int, *, count: int) -> list[str]:
+    """Commands for qemu-io that change content or mapping."""
+    commands = []
+    for _ in range(count):
+        offset, length = random_range(rng, windows, cluster_size)
+        offset, end = offset // 512 * 512, -(-(offset + length) // 512) * 512
+        kind = rng.choice(("write -P {}", "write -P {}", "write -P {}", "write -z", "write -z -u", "discard"))
+        commands.append(f"{kind.format(rng.randrange(1, 256))} {offset} {end - offset}")
+    return [_inside(command, windows) for command in commands]
+
+
+def _inside(command: str, windows: list[Window]) -> str:
+    """Cut a command that was widened to sectors back to the disk's end."""
+    *words, offset, length = command.split()
+    end = max(start + count for start, count in windows)
+    return " ".join((*words, offset, str(max(min(int(length), end // 512 * 512 - int(offset)), 0))))
+
+
+def _compressed(rng: random.Random, windows: list[Window], cluster_size: int) -> list[str]:
+    """Commands that write whole compressed clusters, each once."""
+    clusters = {(offset + rng.randrange(count)) // cluster_size for offset, count in windows for _ in range(3)}
+    end = max(start + count for start, count in windows)
+    return [
+        f"write -c -P {rng.randrange(1, 256)} {cluster * cluster_size} {cluster_size}"
+        for cluster in sorted(clusters)
+        if (cluster + 1) * cluster_size <= end
+    ]
+
+
+def random_range(rng: random.Random, windows: list[Window] | tuple[Window, ...], unit: int) -> Window:
+    """A range inside a window: of all lengths, mostly short, often starting or ending at a border of ``unit``."""
+    offset, count = rng.choice(windows)
+    length = rng.choice(
+        (1, 511, 512, unit // 2, unit, unit + 1, rng.randrange(1, 3 * unit), rng.randrange(1, 8 * unit))
+    )
+    length = min(max(length, 1), count, 3 * MIB)
+    start = rng.randrange(count - length + 1)
+    if rng.random() < 0.4:
+        start = max(0, (offset + start) // unit * unit - offset)
+    if rng.random() < 0.1:
+        start = count - length
+    return offset + start, length
+
+
+def open_options(scenario: Scenario, chain: Chain, rng: random.Random) -> dict[str, Any]:
+    """Options to open the chain with fusedisk, each time others."""
+    options: dict[str, Any] = {
+        "driver": "qcow2",
+        "file": {"driver": "jitter", "seed": scenario.seed, "file": {"driver": "file", "filename": str(chain.top)}},
+        "discard": rng.choice(("unmap", "unmap", "unmap", "ignore")),
+        "detect-zeroes": rng.choice(("off", "off", "on", "unmap")),
+        "copy-on-read": rng.random() < 0.2,
+        "cache": {"no-flush": rng.random() < 0.9},
+    }
+    if rng.random() < 0.4:
+        # The fewest tables that the driver can do with.
+        options |= {"l2-cache-size": 0, "refcount-cache-size": 0}
+    return options

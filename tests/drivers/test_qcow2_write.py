@@ -1,0 +1,563 @@
+"""Allocating writes, step by step in memory: host writes and their order, concurrent requests, failures, corruption."""
+
+from __future__ import annotations
+
+import errno
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from fusedisk.block.backend import Backend
+from fusedisk.core.errors import CorruptImageError, FusediskError, HostError, NoSpaceError
+from tests.conftest import qemu_img, qemu_io
+from tests.support.memory import Store
+from tests.support.oracle import random_bytes
+from tests.support.qcow2 import (
+    Snapshots,
+    assert_clean,
+    assert_not_corrupt,
+    created_in_memory,
+    driver_of,
+    in_memory,
+    raw_content,
+)
+from tests.support.tasks import start
+
+CLUSTER = 65536
+SIZE = 64 << 20
+
+
+@pytest.fixture
+async def store() -> Store:
+    return await created_in_memory(Store(), size=SIZE)
+
+
+def saved(store: Store | bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(store if isinstance(store, bytes) else store.data)
+    return path
+
+
+def no_space() -> NoSpaceError:
+    return NoSpaceError("the test's disk is full.")
+
+
+# --- what reaches the host ------------------------------------------------------------------------------
+
+
+async def test_a_large_write_is_one_of_data_one_of_refcounts_and_one_of_entries(store: Store) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"t")  # makes the L2 table
+        store.steps.calls.clear()
+        await backend.write(1 << 20, b"x" * (1 << 20))
+        writes = [(call.operation, call.length) for call in store.steps.calls if call.operation != "written"]
+        assert writes == [("write", 16 * 2), ("write", 1 << 20), ("write", 16 * 8)]
+        store.steps.calls.clear()
+        await backend.write(1 << 20, b"y" * (1 << 20))
+        assert [(call.operation, call.length) for call in store.steps.of("read", "write")] == [("write", 1 << 20)]
+        store.steps.calls.clear()
+        assert await backend.read((1 << 20) + 5, 500000) == b"y" * 500000
+        assert len(store.steps.of("read")) == 1
+
+
+async def test_a_partial_cluster_behind_the_end_of_the_file_takes_nothing_but_the_data(store: Store) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"t")
+        store.steps.calls.clear()
+        await backend.write(5 * CLUSTER + 100, b"x")
+        assert [call.length for call in store.steps.of("write")] == [2, 1, 8]
+        assert await backend.read(5 * CLUSTER + 99, 3) == b"\0x\0"
+
+
+async def test_a_partial_cluster_in_used_space_is_written_once_with_what_surrounds_it(
+    store: Store, tmp_path: Path
+) -> None:
+    async with in_memory(store, discard="unmap", **{"file.discard": "ignore"}) as backend:
+        store.discard = False
+        await backend.write(0, b"old!" * (CLUSTER // 2))
+        await backend.discard(0, CLUSTER)
+        store.steps.calls.clear()
+        await backend.write(5 * CLUSTER + 100, b"x")
+        assert [call.length for call in store.steps.of("write")] == [2, CLUSTER, 8]
+        assert await backend.read(5 * CLUSTER, CLUSTER) == bytes(100) + b"x" + bytes(CLUSTER - 101)
+    assert_clean(saved(store, tmp_path))
+
+
+async def test_clusters_that_a_failed_write_may_have_touched_do_not_count_as_fresh(store: Store) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"t")
+        # The data reaches the file, but we are told that it did not.
+        store.steps.fail("written", no_space(), skip=1)
+        with pytest.raises(NoSpaceError):
+            await backend.write(3 * CLUSTER, b"junk" * 1000)
+        await backend.write(7 * CLUSTER + 8000, b"x")
+        assert await backend.read(7 * CLUSTER, CLUSTER) == bytes(8000) + b"x" + bytes(CLUSTER - 8001)
+
+
+async def test_an_l2_table_is_referred_to_after_it_is_complete(store: Store, tmp_path: Path) -> None:
+    async with in_memory(store) as backend:
+        header = driver_of(backend).image.header
+        await backend.write(0, b"t")
+        writes = [(call.offset, call.length) for call in store.steps.of("write")]
+        l2_offset = driver_of(backend).image.l1[0] & ~(1 << 63)
+        refcounts = writes[0][0] & -CLUSTER
+        assert writes == [
+            (refcounts + l2_offset // CLUSTER * 2, 2),
+            (l2_offset, CLUSTER),
+            (header.l1_table_offset, 8),
+            (refcounts + (l2_offset // CLUSTER + 1) * 2, 2),
+            (l2_offset + CLUSTER, 1),
+            (l2_offset, 8),
+        ]
+    assert_clean(saved(store, tmp_path))
+
+
+# --- the process dies -----------------------------------------------------------------------------------
+
+
+async def workload(backend: Backend, rng: random.Random, size: int, count: int) -> None:
+    for _ in range(count):
+        length = rng.choice((1, 512, 3000, 20000))
+        offset = rng.randrange(size - length)
+        kind = rng.random()
+        if kind < 0.6:
+            await backend.write(offset, random_bytes(rng, length))
+        elif kind < 0.8:
+            await backend.write_zeroes(offset, length, may_unmap=True)
+        else:
+            await backend.discard(offset, length)
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+async def test_death_between_any_two_host_writes_leaks_at_worst(tmp_path: Path, compat: str) -> None:
+    """With the smallest clusters, so that L2 tables, refcount blocks and the refcount table grow on the way."""
+    size = 512 << 10
+    store = await created_in_memory(Store(), size=size, cluster_size=512, refcount_bits=16, compat=compat)
+    snapshots = Snapshots()
+    snapshots.watch(store)
+    async with in_memory(store, discard="unmap") as backend:
+        await workload(backend, random.Random(5), size, 40)
+        await backend.write(0, b"f" * (200 << 10))
+        await backend.truncate(size + (300 << 10))
+        await workload(backend, random.Random(6), size + (300 << 10), 10)
+        assert driver_of(backend).image.header.refcount_table_clusters >= 1
+    chosen = snapshots.taken[:: max(1, len(snapshots.taken) // 150)]
+    assert len(chosen) >= 100
+    for content in chosen:
+        assert_not_corrupt(saved(content, tmp_path))
+    assert_clean(saved(store, tmp_path))
+
+
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+async def test_death_while_shared_and_compressed_clusters_are_replaced(tmp_path: Path, cluster_size: int) -> None:
+    store = await prepared(cluster_size, tmp_path)
+    snapshots = Snapshots()
+    snapshots.watch(store)
+    async with in_memory(store, discard="unmap") as backend:
+        await workload(backend, random.Random(8), 256 << 10, 25)
+    for content in snapshots.taken[:150]:
+        assert_not_corrupt(saved(content, tmp_path))
+    assert_clean(saved(store, tmp_path))
+
+
+async def test_death_during_growth_of_the_refcount_table(tmp_path: Path) -> None:
+    size = 20 << 20
+    store = await created_in_memory(Store(), size=size, cluster_size=512, refcount_bits=64)
+    snapshots = Snapshots()
+    async with in_memory(store) as backend:
+        image = driver_of(backend).image
+        grown = 0
+        for offset in range(0, size, 64 << 10):
+            before = image.header.refcount_table_clusters
+            snapshots.taken.clear()
+            if not snapshots.store:
+                snapshots.watch(store)
+            await backend.write(offset, b"x" * (64 << 10))
+            if image.header.refcount_table_clusters > before:
+                grown += 1
+                for content in snapshots.taken:
+                    assert_not_corrupt(saved(content, tmp_path))
+            if grown == 2:
+                break
+        assert grown == 2
+    assert_clean(saved(store, tmp_path))
+
+
+# --- failures -------------------------------------------------------------------------------------------
+
+
+async def prepared(cluster_size: int, tmp_path: Path) -> Store:
+    """An image of 256 KiB with a snapshot, and clusters of all kinds."""
+    path = saved(await created_in_memory(Store(), size=256 << 10, cluster_size=cluster_size), tmp_path)
+    qemu_io(path, "write -P 1 0 30k", "write -c -P 3 64k 64k", "write -c -P 4 192k 64k", fmt="qcow2")
+    qemu_img("snapshot", "-c", "one", path)
+    qemu_io(path, "write -P 2 10k 30k", fmt="qcow2")
+    return Store(path.read_bytes())
+
+
+@pytest.mark.parametrize("operation", ["write", "written"])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        lambda backend: backend.write(0, b"n" * 5000),
+        lambda backend: backend.write(60 << 10, b"n" * (40 << 10)),
+        lambda backend: backend.write_zeroes(0, 180 << 10, may_unmap=True),
+        lambda backend: backend.discard(0, 180 << 10),
+        lambda backend: backend.truncate(1 << 20),
+    ],
+    ids=["copy on write", "allocation", "zeroes", "discard", "growth"],
+)
+async def test_no_space_at_any_host_write(tmp_path: Path, request_: Any, operation: str) -> None:
+    """Before the host write had an effect, or (``written``) after it."""
+    original = await prepared(512, tmp_path)
+    failures = 0
+    for skip in range(10000):
+        store = Store(bytes(original.data))
+        async with in_memory(store, discard="unmap") as backend:
+            store.steps.fail(operation, no_space(), skip=skip)
+            error = None
+            try:
+                await request_(backend)
+            except NoSpaceError as exc:
+                error = exc
+            store.steps.heal()
+            failures += error is not None
+            # The node goes on: what was not asked for is as before, and the request works now.
+            assert await backend.read(192 << 10, 64 << 10) == b"\4" * (64 << 10)
+            await request_(backend)
+            await backend.write(250 << 10, b"after" * 1000)
+            assert await backend.read(250 << 10, 5000) == b"after" * 1000
+        if skip % 5 == 0 or error is None:
+            assert_not_corrupt(saved(store, tmp_path))
+        if len(store.steps.of(operation)) <= skip:
+            break
+    assert failures >= 2
+
+
+async def test_clusters_of_a_failed_write_are_used_by_the_next(store: Store, tmp_path: Path) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"t")
+        end = len(store.data)
+        store.steps.fail("write", no_space(), skip=1)
+        with pytest.raises(NoSpaceError):
+            await backend.write(10 * CLUSTER, b"x" * 3 * CLUSTER)
+        await backend.write(20 * CLUSTER, b"y" * 2 * CLUSTER)
+        assert len(store.data) == -(-end // CLUSTER) * CLUSTER + 2 * CLUSTER
+        store.steps.fail("write", no_space())
+        with pytest.raises(NoSpaceError):
+            await backend.write(30 * CLUSTER, b"x" * 5 * CLUSTER)
+    assert_clean(saved(store, tmp_path))
+
+
+async def test_clusters_that_a_failed_publication_may_have_used_are_leaked(store: Store, tmp_path: Path) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"t")
+        # The entry reaches the file, but we are told that it did not.
+        store.steps.fail("written", HostError("broken", errno=errno.EIO), skip=2)
+        with pytest.raises(HostError):
+            await backend.write(CLUSTER, b"a" * CLUSTER)
+        await backend.write(2 * CLUSTER, b"b" * CLUSTER)
+        assert await backend.read(CLUSTER, 2 * CLUSTER) == b"a" * CLUSTER + b"b" * CLUSTER
+    assert_clean(saved(store, tmp_path))
+
+
+async def test_a_failed_header_write_that_took_effect_counts(store: Store, tmp_path: Path) -> None:
+    async with in_memory(store) as backend:
+        header = driver_of(backend).image.header
+        old = header.l1_table_offset
+        writes = len(store.steps.of("written"))
+        store.steps.fail("written", HostError("broken", errno=errno.EIO), skip=2)
+        await backend.truncate(4 << 30)
+        assert header.l1_table_offset != old
+        assert len(store.steps.of("written")) > writes
+        await backend.write(3 << 30, b"far")
+    assert_clean(saved(store, tmp_path))
+
+
+async def test_a_header_write_that_fails_half_way_fences(store: Store) -> None:
+    class Half(Snapshots):
+        async def take(self, operation: str, offset: int = 0, length: int = 0, flags: int = 0) -> None:
+            if operation == "write" and offset == 36 and self.store is not None:
+                self.store.data[36:42] = (1 << 16).to_bytes(6, "little")
+                raise HostError("broken", errno=errno.EIO)
+            await super().take(operation, offset, length, flags)
+
+    async with in_memory(store) as backend:
+        half = Half()
+        half.watch(store)
+        with pytest.raises(HostError):
+            await backend.truncate(4 << 30)
+        with pytest.raises(CorruptImageError, match="half-way"):
+            await backend.write(0, b"x")
+        assert await backend.read(0, 10) == bytes(10)
+
+
+# --- concurrency ----------------------------------------------------------------------------------------
+
+
+async def test_two_writers_of_one_new_cluster(store: Store, tmp_path: Path) -> None:
+    async with in_memory(store) as backend, trio.open_nursery() as nursery:
+        await backend.write(0, b"t")
+        held = store.steps.hold("write", driver_of(backend).image.l1[0] % (1 << 63) + 2 * CLUSTER + 10)
+        first = await start(nursery, lambda: backend.write(CLUSTER + 10, b"1" * 10))
+        second = await start(nursery, lambda: backend.write(CLUSTER + 30, b"2" * 10))
+        beside = await start(nursery, lambda: backend.write(2 * CLUSTER, b"3" * CLUSTER))
+        assert held.reached.is_set()
+        assert not second.done
+        assert beside.done, "an allocation in flight stops nobody else"
+        held.release()
+        await first.join()
+        await second.join()
+        assert await backend.read(CLUSTER, 50) == bytes(10) + b"1" * 10 + bytes(10) + b"2" * 10 + bytes(10)
+    assert_clean(saved(store, tmp_path))
+
+
+async def test_a_writer_goes_up_to_an_allocation_in_flight_and_waits_there(store: Store, tmp_path: Path) -> None:
+    async with in_memory(store) as backend, trio.open_nursery() as nursery:
+        await backend.write(0, b"t")
+        held = store.steps.hold("write", driver_of(backend).image.l1[0] % (1 << 63) + 2 * CLUSTER + 100)
+        first = await start(nursery, lambda: backend.write(5 * CLUSTER + 100, b"1" * 10))
+        assert held.reached.is_set()
+        across = await start(nursery, lambda: backend.write(4 * CLUSTER, b"2" * 3 * CLUSTER))
+        assert not across.done
+        assert await backend.read(4 * CLUSTER, 10) == b"2" * 10
+        held.release()
+        await first.join()
+        await across.join()
+        found = await backend.read(4 * CLUSTER, 3 * CLUSTER)
+        assert found == b"2" * 3 * CLUSTER
+    assert_clean(saved(store, tmp_path))
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_who_waits_for_an_allocation_that_never_comes_goes_on(store: Store, tmp_path: Path, how: str) -> None:
+    async with in_memory(store) as backend, trio.open_nursery() as nursery:
+        await backend.write(0, b"t")
+        held = store.steps.hold("write", driver_of(backend).image.l1[0] % (1 << 63) + 2 * CLUSTER + 10)
+        first = await start(nursery, lambda: backend.write(CLUSTER + 10, b"1" * 10))
+        assert held.reached.is_set()
+        second = await start(nursery, lambda: backend.write(CLUSTER + 30, b"2" * 10))
+        if how == "fails":
+            store.steps.fail("write", no_space())
+            held.release()
+            await first.ended.wait()
+            assert isinstance(first.error, NoSpaceError)
+        else:
+            first.scope.cancel()
+        await second.join()
+        assert await backend.read(CLUSTER, 50) == bytes(30) + b"2" * 10 + bytes(10)
+    assert_clean(saved(store, tmp_path))
+
+
+async def test_requests_interleaved_everywhere(tmp_path: Path) -> None:
+    """Every host operation gives way to other tasks, and tables and blocks are evicted all the time."""
+    size, unit = 2 << 20, 8192
+    store = await created_in_memory(Store(), size=size, cluster_size=512)
+    oracle = bytearray(size)
+    rng = random.Random(11)
+
+    async def region(backend: Backend, start_: int, end: int) -> None:
+        # Each task has cells of its own, cluster by cluster between those of others.
+        for _ in range(60):
+            length = rng.randrange(1, 1500)
+            offset = rng.randrange(start_, end - length)
+            kind = rng.random()
+            if kind < 0.7:
+                data = random_bytes(rng, length)
+                await backend.write(offset, data)
+                oracle[offset : offset + length] = data
+            elif kind < 0.85:
+                await backend.write_zeroes(offset, length, may_unmap=True)
+                oracle[offset : offset + length] = bytes(length)
+            else:
+                assert await backend.read(offset, length) == oracle[offset : offset + length]
+
+    async with in_memory(store, **{"l2-cache-size": 1024, "refcount-cache-size": 2048, "discard": "unmap"}) as backend:
+        store.steps.eager = False
+        async with trio.open_nursery() as nursery:
+            for index in range(24):
+                # Regions meet in the middle of clusters.
+                nursery.start_soon(region, backend, index * unit + 100, (index + 1) * unit + 100)
+        assert await backend.read(0, size) == oracle
+    path = saved(store, tmp_path)
+    assert_clean(path)
+    assert raw_content(path, tmp_path) == oracle
+
+
+async def test_cancelled_writers_leave_a_consistent_image(tmp_path: Path) -> None:
+    size = 1 << 20
+    store = await created_in_memory(Store(), size=size, cluster_size=512)
+    rng = random.Random(12)
+
+    async def cancelled(backend: Backend, steps: int) -> None:
+        offset = rng.randrange(size - 40000)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(backend.write, offset, random_bytes(rng, rng.randrange(1, 40000)))
+                for _ in range(steps):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+
+    async with in_memory(store, **{"l2-cache-size": 1024, "refcount-cache-size": 2048}) as backend:
+        store.steps.eager = False
+        for steps in range(80):
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(cancelled, backend, steps)
+        store.steps.eager = True
+        data = random_bytes(rng, size)
+        await backend.write(0, data)
+        assert await backend.read(0, size) == data
+    path = saved(store, tmp_path)
+    assert_not_corrupt(path)
+    assert raw_content(path, tmp_path) == data
+
+
+# --- corruption -----------------------------------------------------------------------------------------
+
+
+def l2_entry_at(store: Store, backend: Backend, index: int) -> int:
+    return (driver_of(backend).image.l1[0] & ~(1 << 63)) + 8 * index
+
+
+BAD_ENTRIES = [
+    ("unaligned", (1 << 63 | 5 * CLUSTER + 512), "multiple of 65536"),
+    ("reserved bits", (1 << 63 | 1 << 60 | 5 * CLUSTER), "reserved bits"),
+]
+
+
+@pytest.mark.parametrize(("what", "entry", "found"), BAD_ENTRIES)
+@pytest.mark.parametrize(
+    "request_",
+    [
+        lambda backend: backend.read(2 * CLUSTER + 5, 10),
+        lambda backend: backend.write(2 * CLUSTER + 5, b"n"),
+        lambda backend: backend.discard(CLUSTER, 2 * CLUSTER),
+        lambda backend: backend.write_zeroes(0, 4 * CLUSTER),
+    ],
+    ids=["read", "write", "discard", "zeroes"],
+)
+async def test_bad_l2_entries_fence_the_image(store: Store, what: str, entry: int, found: str, request_: Any) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"x" * 4 * CLUSTER)
+        at = l2_entry_at(store, backend, 2)
+    store.data[at : at + 8] = entry.to_bytes(8, "big")
+    async with in_memory(store, discard="unmap") as backend:
+        with pytest.raises(CorruptImageError, match=found):
+            await request_(backend)
+        assert await backend.read(0, CLUSTER) == b"x" * CLUSTER, "the rest is readable"
+        with pytest.raises(CorruptImageError, match="no writes"):
+            await backend.write(0, b"n")
+    assert store.data[79] == 2, "the corrupt bit is set"
+    with pytest.raises(FusediskError, match="marked corrupt"):
+        async with in_memory(store):
+            pass
+    async with in_memory(store, writable=False) as backend:
+        assert await backend.read(0, CLUSTER) == b"x" * CLUSTER
+
+
+@pytest.mark.parametrize("entry", [1 << 63 | 512, 1 << 63 | 1, 1 << 62 | CLUSTER])
+async def test_bad_l1_entries_fence_the_image(store: Store, entry: int) -> None:
+    async with in_memory(store) as backend:
+        await backend.truncate(1 << 30)
+        await backend.write(600 << 20, b"x")
+        at = driver_of(backend).image.header.l1_table_offset
+    store.data[at : at + 8] = (entry | 4 * CLUSTER).to_bytes(8, "big")
+    async with in_memory(store) as backend:
+        with pytest.raises(CorruptImageError, match="L1 entry 0"):
+            await backend.read(0, 10)
+        assert await backend.read(600 << 20, 1) == b"x"
+
+
+async def test_an_l2_table_that_is_other_metadata_is_never_written(store: Store) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"x")
+        header = driver_of(backend).image.header
+        block = driver_of(backend).refcounts.table[0]
+    for place, what in ((header.l1_table_offset, "L1 table"), (block, "refcount block")):
+        hostile = Store(bytes(store.data))
+        at = header.l1_table_offset
+        hostile.data[at : at + 8] = (1 << 63 | place).to_bytes(8, "big")
+        async with in_memory(hostile) as backend:
+            with pytest.raises(CorruptImageError, match=f"L1 entry 0 leads to {place}, where its {what} lies"):
+                await backend.write(50 * CLUSTER, b"n")
+
+
+async def test_an_entry_that_leads_into_metadata_is_never_written_through(store: Store) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"x" * 4 * CLUSTER)
+        at = l2_entry_at(store, backend, 1)
+        l1_offset = driver_of(backend).image.header.l1_table_offset
+    store.data[at : at + 8] = (1 << 63 | l1_offset).to_bytes(8, "big")
+    async with in_memory(store) as backend:
+        await backend.write(0, b"y" * CLUSTER)
+        with pytest.raises(CorruptImageError, match=f"leads to {l1_offset}, where its L1 table lies"):
+            await backend.write(CLUSTER, b"evil" * 100)
+    assert store.data[l1_offset : l1_offset + 4] != b"evil"
+
+
+@pytest.mark.parametrize("what", ["header", "L1 table", "refcount table", "refcount block", "L2 table"])
+async def test_metadata_is_never_allocated_whatever_the_refcounts_say(store: Store, what: str) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"x")
+        driver = driver_of(backend)
+        header = driver.image.header
+        block = driver.refcounts.table[0]
+        place = {
+            "header": 0,
+            "L1 table": header.l1_table_offset,
+            "refcount table": header.refcount_table_offset,
+            "refcount block": block,
+            "L2 table": driver.image.l1[0] & ~(1 << 63),
+        }[what]
+    at = block + place // CLUSTER * 2
+    store.data[at : at + 2] = b"\0\0"
+    async with in_memory(store) as backend:
+        with pytest.raises(CorruptImageError, match=f"its {what} lies there"):
+            await backend.write(9 * CLUSTER, b"n")
+        with pytest.raises(CorruptImageError):
+            await backend.write(0, b"n")
+        assert await backend.read(0, 1) == b"x"
+
+
+async def test_a_cluster_in_use_with_a_refcount_of_zero(store: Store) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"x" * CLUSTER)
+        block = driver_of(backend).refcounts.table[0]
+        l2_offset = driver_of(backend).image.l1[0] & ~(1 << 63)
+    host = int.from_bytes(store.data[l2_offset : l2_offset + 8], "big") & ~(1 << 63)
+    store.data[l2_offset] &= 0x7F  # not COPIED: the refcount decides
+    at = block + host // CLUSTER * 2
+    store.data[at : at + 2] = b"\0\0"
+    async with in_memory(store) as backend:
+        with pytest.raises(CorruptImageError, match="refcount is 0"):
+            await backend.write(10, b"n")
+        assert await backend.read(0, 20) == b"x" * 20
+
+
+async def test_an_unmarked_cluster_of_ours_is_adopted(store: Store, tmp_path: Path) -> None:
+    async with in_memory(store) as backend:
+        await backend.write(0, b"x" * CLUSTER)
+        l2_offset = driver_of(backend).image.l1[0] & ~(1 << 63)
+        l1_offset = driver_of(backend).image.header.l1_table_offset
+    store.data[l2_offset] &= 0x7F
+    store.data[l1_offset] &= 0x7F
+    end = len(store.data)
+    async with in_memory(store) as backend:
+        await backend.write(10, b"n")
+        assert await backend.read(9, 3) == b"xnx"
+    assert len(store.data) == end
+    assert_clean(saved(store, tmp_path))
+
+
+async def test_autoclear_bits_go_at_the_first_opening_for_writing(store: Store) -> None:
+    store.data[88:96] = (3 | 1 << 50).to_bytes(8, "big")
+    async with in_memory(store, writable=False):
+        pass
+    assert store.data[88:96] == (3 | 1 << 50).to_bytes(8, "big")
+    async with in_memory(store):
+        pass
+    assert store.data[88:96] == bytes(8)

@@ -1,0 +1,84 @@
+"""Fixtures for tests with real mounts."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import Mounts, mounts_below
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[Mounts]:
+    """Makes mounts, and takes them away whatever happens."""
+    with mounts_below(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A sparse raw image of 4 MiB: random bytes in its first quarter, then a hole, and a few bytes at its very end."""
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.write(random.Random(1).randbytes(MIB))
+        file.seek(4 * MIB - 7)
+        file.write(b"the end")
+    return path
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> list[str]:
+    """A command line for fusedisk whose file driver misbehaves as the file ``broken`` says, one rule in a line:
+
+    ``error METHOD`` fails as an expected error does, ``bug METHOD`` as a bug does, ``hold METHOD OFFSET`` waits, in
+    requests at that offset, until the file is gone.
+    """
+    script = tmp_path / "breakable.py"
+    script.write_text(_BREAKABLE.format(rules=str(tmp_path / "broken")))
+    return [sys.executable, str(script)]
+
+
+_BREAKABLE = """
+import functools
+from pathlib import Path
+import trio
+from fusedisk.cli.main import main
+from fusedisk.core.errors import HostError
+from fusedisk.drivers.protocol.file import FileDriver
+
+RULES = Path({rules!r})
+
+
+def rules():
+    return [line.split() for line in RULES.read_text().splitlines()] if RULES.exists() else []
+
+
+def breakable(name):
+    method = getattr(FileDriver, name)
+
+    @functools.wraps(method)
+    async def wrapper(self, *args):
+        for kind, broken, *more in rules():
+            if broken != name:
+                continue
+            if kind == "error":
+                raise HostError("the disk is broken")
+            if kind == "bug":
+                raise RuntimeError("a bug for the test")
+            while kind == "hold" and args[0] == int(more[0]) and RULES.exists():
+                await trio.sleep(0.01)
+        return await method(self, *args)
+
+    setattr(FileDriver, name, wrapper)
+
+
+for name in ("preadv", "pwritev", "flush_to_disk", "allocated_size"):
+    breakable(name)
+main()
+"""

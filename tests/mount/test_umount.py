@@ -1,0 +1,198 @@
+"""``fusedisk umount`` never pulls a disk from under somebody who uses it, unless it is told to."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fusedisk.mount import runtime
+from tests.conftest import qemu_img, require_root, run_tool
+from tests.support.commands import fusedisk_process
+from tests.support.images import make_qcow2
+from tests.support.mounts import Mounts, daemon_of, has_ended, is_mounted, wait_until
+
+MIB = 1 << 20
+
+
+def test_an_open_file_is_named_and_kept(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount(raw)
+    with (on / "disk").open("r+b", buffering=0) as file:
+        done = fusedisk_process("umount", on)
+        assert done.code == 1
+        assert re.fullmatch(
+            rf"fusedisk: '{on}' is in use by \S+ \(pid {os.getpid()}, open file\): end that first, wait with --wait, "
+            rf"or lose what they have not written with --force\.\n",
+            done.err,
+        )
+        file.write(b"untroubled")
+    mounts.umount(on)
+    assert raw.read_bytes().startswith(b"untroubled")
+
+
+def test_a_mapping_keeps_a_disk_and_loses_nothing(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount(raw)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    with (on / "disk").open("r+b") as file:  # Python's mmap would keep a descriptor
+        place = libc.mmap(None, MIB, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file.fileno(), 0)
+    ctypes.memmove(place, b"mapped", 6)
+    done = fusedisk_process("umount", on)
+    assert f"(pid {os.getpid()}, mapped file)" in done.err
+    assert libc.munmap(ctypes.c_void_p(place), MIB) == 0
+    mounts.umount(on)
+    assert raw.read_bytes().startswith(b"mapped")
+
+
+def test_a_loop_device_and_what_is_mounted_from_it_are_named(mounts: Mounts, tmp_path: Path) -> None:
+    require_root()
+    image = tmp_path / "fs.img"
+    image.write_bytes(bytes(16 * MIB))
+    run_tool("mkfs.ext4", "-q", image)
+    on = mounts.mount("-f", "raw", image)
+    device = mounts.loop(on / "fs")
+    assert f"'{on}' is in use by {device}" in fusedisk_process("umount", on).err
+    filesystem = mounts.mount_filesystem(device)
+    done = fusedisk_process("umount", on)
+    assert (done.code, f"in use by {device} (mounted at '{filesystem}')" in done.err) == (1, True)
+    (filesystem / "file").write_bytes(b"content")
+    mounts.umount_filesystem(filesystem)
+    mounts.detach(device)
+    mounts.umount(on)
+    run_tool("e2fsck", "-fn", image)
+
+
+def test_a_mount_below_is_named(mounts: Mounts, raw: Path) -> None:
+    require_root()
+    on = mounts.mount(raw)
+    flat = mounts.mount(raw.parent / "disk.img", "-r", "-U", on=on / "disk")
+    done = fusedisk_process("umount", on)
+    assert f"in use by the mount at '{flat}'" in done.err
+    mounts.umount(flat)
+    mounts.umount(on)
+
+
+def test_wait_returns_when_the_last_user_is_done(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount(raw)
+    with (on / "disk").open("rb") as file:
+        holder = subprocess.Popen(["sleep", "60"], stdin=file)
+    found = []
+    waiter = threading.Thread(target=lambda: found.append(fusedisk_process("umount", "--wait", on)))
+    waiter.start()
+    assert fusedisk_process("umount", on).code == 1
+    assert waiter.is_alive()
+    holder.kill()
+    holder.wait()
+    waiter.join()
+    assert found[0].code == 0, found[0].err
+    assert not is_mounted(on)
+
+
+def test_wait_ends_at_the_timeout(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount(raw)
+    with (on / "disk").open("rb"):
+        start = time.monotonic()
+        done = fusedisk_process("umount", "--wait", "--timeout", "1", on)
+        assert time.monotonic() - start >= 1
+    assert done.code == 1
+    assert f"(pid {os.getpid()}, open file)" in done.err
+    assert is_mounted(on)
+
+
+def test_force_flushes_and_ends_open_handles(mounts: Mounts, tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "vm.qcow2", MIB)
+    on = mounts.mount(image)
+    daemon = daemon_of(on)
+    file = os.open(on / "vm", os.O_RDWR)
+    os.write(file, b"kept" * 1000)
+    mounts.umount(on, "--force")
+    assert not is_mounted(on)
+    assert has_ended(daemon)
+    with pytest.raises(OSError) as caught:
+        os.write(file, b"lost")
+    assert caught.value.errno in (errno.EIO, errno.ENOTCONN)
+    with pytest.raises(OSError, match="not connected"):
+        os.close(file)
+    qemu_img("check", image)
+    qemu_img("convert", "-O", "raw", image, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes().startswith(b"kept" * 1000)
+
+
+def test_force_ends_a_disk_under_a_loop_device(mounts: Mounts, tmp_path: Path) -> None:
+    require_root()
+    image = tmp_path / "fs.img"
+    image.write_bytes(bytes(4 * MIB))
+    on = mounts.mount("-f", "raw", image)
+    device = mounts.loop(on / "fs")
+    run_tool("dd", "if=/dev/urandom", f"of={device}", "bs=64k", "count=1", "conv=fsync", "status=none")
+    content = Path(device).read_bytes()[:65536]
+    mounts.umount(on, "--force")
+    done = subprocess.run(
+        ["dd", "if=/dev/zero", f"of={device}", "bs=4k", "count=1", "oflag=direct"], capture_output=True
+    )
+    assert b"Input/output error" in done.stderr
+    assert image.read_bytes()[:65536] == content
+
+
+def test_a_failed_flush_at_the_end_is_told(mounts: Mounts, tmp_path: Path, program: list[str]) -> None:
+    """The disk under the image fails when it is flushed for the last time."""
+    image = make_qcow2(tmp_path / "vm.qcow2", MIB)
+    on = mounts.directory()
+    process = mounts.start(image, on=on, program=program)
+    run_tool("dd", "if=/dev/zero", f"of={on / 'vm'}", "bs=64k", "count=2", "conv=notrunc", "status=none")
+    (tmp_path / "broken").write_text("error flush_to_disk")
+    with (on / "vm").open("r+b", buffering=0) as file:
+        file.write(b"x")
+        with pytest.raises(OSError, match="Input/output error"):
+            os.fsync(file.fileno())
+        held = os.dup(file.fileno())
+        with pytest.raises(OSError, match="Input/output error"):
+            file.close()
+    with pytest.raises(OSError, match="Input/output error"):
+        os.close(held)
+    done = fusedisk_process("umount", on)
+    assert done.code == 1
+    assert done.err == f"fusedisk: closing the images of '{on}' failed: the disk is broken\n"
+    assert process.wait(10) == 1
+    assert runtime.find(str(on)) is None
+
+
+def test_other_mounts_and_no_mounts_are_told_apart(mounts: Mounts, tmp_path: Path) -> None:
+    require_root()
+    done = fusedisk_process("umount", tmp_path / "none")
+    assert (done.code, done.err) == (1, f"fusedisk: nothing is mounted at '{tmp_path}/none'.\n")
+    done = fusedisk_process("umount", "/proc")
+    assert (done.code, done.err) == (1, "fusedisk: '/proc' is a mount of proc (proc), not of fusedisk: use umount.\n")
+
+
+def test_by_another_path(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
+    on = mounts.mount(raw)
+    (tmp_path / "link").symlink_to(on)
+    done = fusedisk_process("umount", "link/", cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert not is_mounted(on)
+
+
+def test_a_stopped_daemon_does_not_hang_those_who_ask(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount(raw)
+    daemon = daemon_of(on)
+    daemon.suspend()
+    try:
+        assert fusedisk_process("list").code == 0
+        _, done = mounts.try_mount(raw, on=on)
+        assert "is busy" in done.err
+        done = fusedisk_process("umount", "--timeout", "0.5", "--force", on)
+        assert done.code == 1
+        assert f"(pid {daemon.pid})" in done.err
+    finally:
+        daemon.resume()
+    wait_until(lambda: has_ended(daemon), "the daemon has ended")
+    assert not is_mounted(on)

@@ -1,0 +1,183 @@
+"""Mounting without root."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import require_fuse, require_root, require_tool
+from tests.support.commands import ROOT, fusedisk_process, process_environment
+from tests.support.mounts import is_mounted
+
+MIB = 1 << 20
+
+
+_BECOME = ["setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]
+_READ_ANYTHING = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+"""Where this Python lies below root's home, as with pyenv: the user may read everything, but write nothing more."""
+
+
+class User:
+    """Another user, with a directory of their own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.entry = pwd.getpwnam("nobody")
+        self.become = _BECOME
+        os.chown(home, self.entry.pw_uid, self.entry.pw_gid)
+        if self._reach().returncode:
+            self.become = [*_BECOME, *_READ_ANYTHING]
+            if (done := self._reach()).returncode:
+                pytest.skip(f"another user cannot reach this Python or /dev/fuse: {done.stderr}")
+
+    def _reach(self) -> subprocess.CompletedProcess[str]:
+        return self.run(
+            sys.executable, "-c", "import os, fusedisk, pyfuse3; os.open('/dev/fuse', os.O_RDWR)", check=False
+        )
+
+    def start(self, *command: str | Path, **keywords: Any) -> subprocess.Popen[str]:
+        """Start a command as that user."""
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "HOME": str(self.home)}
+        full = [*self.become, "--", *map(str, command)]
+        return subprocess.Popen(full, cwd=self.home, env=environment, text=True, **keywords)
+
+    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command as that user."""
+        process = self.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = process.communicate(timeout=60)
+        done = subprocess.CompletedProcess(command, process.returncode, out, err)
+        assert not check or done.returncode == 0, done
+        return done
+
+    def fusedisk(self, *args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run fusedisk as that user."""
+        return self.run(sys.executable, "-m", "fusedisk", *args, check=check)
+
+
+@pytest.fixture
+def user() -> Iterator[User]:
+    """``nobody``, who can reach this Python and /dev/fuse."""
+    require_root()
+    require_fuse()
+    require_tool("fusermount3")
+    require_tool("setpriv")
+    home = Path(tempfile.mkdtemp(prefix="fusedisk-test-"))
+    try:
+        yield User(home)
+    finally:
+        for on in (home / "mnt", home / "other"):
+            if is_mounted(on):
+                fusedisk_process("umount", "--force", on)
+        shutil.rmtree(home)
+
+
+@pytest.fixture
+def image(user: User) -> Path:
+    path = user.home / "disk.img"
+    path.write_bytes(os.urandom(MIB))
+    os.chown(path, user.entry.pw_uid, user.entry.pw_gid)
+    user.run("mkdir", "mnt", "other")
+    return path
+
+
+def test_mount_use_list_and_unmount(user: User, image: Path) -> None:
+    user.fusedisk("mount", "-f", "raw", "disk.img", "mnt")
+    user.run("dd", "if=/dev/zero", "of=mnt/disk", "bs=4096", "count=2", "conv=notrunc")
+    assert user.run("stat", "-c", "%U %a", "mnt/disk").stdout == "nobody 600\n"
+    assert str(image) in user.fusedisk("list").stdout
+    assert str(image) in fusedisk_process("list").out
+    with pytest.raises(PermissionError):
+        (user.home / "mnt" / "disk").stat()
+    user.fusedisk("umount", "mnt")
+    assert not is_mounted(user.home / "mnt")
+    assert image.read_bytes()[:8192] == bytes(8192)
+    assert str(image) not in user.fusedisk("list").stdout
+
+
+def test_busy_and_force(user: User, image: Path) -> None:
+    user.fusedisk("mount", "disk.img", "mnt")
+    script = "exec 3<mnt/disk; echo open; exec sleep 60"
+    holder = user.start("sh", "-c", script, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        done = user.fusedisk("umount", "mnt", check=False)
+        assert done.returncode == 1
+        assert f"(pid {holder.pid}, open file)" in done.stderr
+        user.fusedisk("umount", "--force", "mnt")
+        assert not is_mounted(user.home / "mnt")
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_mount_of_a_dead_daemon(user: User, image: Path) -> None:
+    user.fusedisk("mount", "--pid-file", "pid", "disk.img", "mnt")
+    user.run("kill", "-9", (user.home / "pid").read_text().strip())
+    done = user.fusedisk("mount", "disk.img", "mnt")
+    assert "was cleaned up" in done.stderr
+    user.run("kill", "-9", user.fusedisk("list", "--output", "json").stdout.split('"pid": ')[1].split(",")[0])
+    assert "was cleaned up" in user.fusedisk("umount", "mnt").stderr
+    assert not is_mounted(user.home / "mnt")
+
+
+def test_letting_others_in_is_refused_unless_permitted(user: User, image: Path) -> None:
+    if "\nuser_allow_other" in f"\n{Path('/etc/fuse.conf').read_text()}":
+        pytest.skip("this machine permits it")
+    done = user.fusedisk("mount", "--allow-other", "on", "disk.img", "mnt", check=False)
+    assert done.returncode == 1
+    assert "needs root, or a line 'user_allow_other' in /etc/fuse.conf" in done.stderr
+
+
+def test_another_users_mount_is_not_theirs_to_unmount(user: User, image: Path, tmp_path: Path) -> None:
+    assert fusedisk_process("mount", "-r", image, user.home / "mnt").code == 0
+    done = user.fusedisk("umount", "mnt", check=False)
+    assert done.returncode == 1
+    assert "Could not unmount" in done.stderr
+    assert user.fusedisk("umount", "--force", "mnt", check=False).returncode == 1
+    assert is_mounted(user.home / "mnt")
+    assert fusedisk_process("umount", user.home / "mnt").code == 0
+
+
+def test_an_image_without_write_permission(user: User, image: Path) -> None:
+    image.chmod(0o400)
+    done = user.fusedisk("mount", "disk.img", "mnt", check=False)
+    assert done.stderr == (
+        f"fusedisk: Could not open '{image}': Permission denied (to look at it only, mount it with --read-only or "
+        f"--overlay)\n"
+    )
+    user.fusedisk("mount", "--read-only", "disk.img", "mnt")
+    user.fusedisk("umount", "mnt")
+
+
+def test_root_of_a_user_namespace(tmp_path: Path) -> None:
+    """Root inside, nobody special outside: mounts and unmounts without fusermount3."""
+    require_fuse()
+    unshare = [require_tool("unshare"), "-Urm"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces here")
+    (tmp_path / "disk.img").write_bytes(os.urandom(MIB))
+    (tmp_path / "mnt").mkdir()
+    program = shlex.join([sys.executable, "-m", "fusedisk"])
+    script = f"{program} mount disk.img mnt && cmp mnt/disk disk.img && {program} list && {program} umount mnt"
+    done = subprocess.run(
+        [*unshare, "sh", "-c", script],
+        cwd=tmp_path,
+        env=process_environment() | {"XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    assert str(tmp_path / "disk.img") in done.stdout

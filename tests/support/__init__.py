@@ -1,0 +1,1 @@
+"""Drivers and helpers that tests share."""

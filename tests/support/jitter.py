@@ -1,0 +1,76 @@
+"""``jitter``: a filter for tests that lets other tasks run in the middle of every request.
+
+Requests on files in the page cache hardly ever suspend, so nothing would interleave; here each gives way a few times,
+before and after it acts. The choice is seeded, so runs can be repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import trio
+
+from fusedisk.block import io
+from fusedisk.block.driver import Buffer, ChildSpec, FilterDriver, Role
+from fusedisk.block.extent import DATA, Extent
+from fusedisk.block.registry import Registry
+from fusedisk.core.options import Options, option
+from fusedisk.drivers.table import DRIVERS
+
+
+@dataclasses.dataclass(slots=True)
+class JitterOptions(Options):
+    """Options of ``jitter``."""
+
+    seed: int = option(0, kind="int", help="of the random choices")
+
+
+class JitterDriver(FilterDriver):
+    """Passes everything through, not at once."""
+
+    name = "jitter"
+    options_type = JitterOptions
+    child_specs = (ChildSpec("file", Role.FILTERED),)
+    moves_bytes = True
+
+    async def open(self) -> None:
+        self._rng = random.Random(self.options.seed)
+
+    async def _give_way(self) -> None:
+        for _ in range(self._rng.choice((0, 0, 1, 1, 2, 5))):
+            await trio.lowlevel.checkpoint()
+
+    async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        await self._give_way()
+        for buffer in buffers:
+            await io.read(self.filtered.node, offset, buffer)
+            offset += len(buffer)
+        await self._give_way()
+
+    async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
+        await self._give_way()
+        await io.write(self.filtered.node, offset, buffers, flags)
+        await self._give_way()
+
+    async def map(self, offset: int, length: int) -> Extent:
+        return Extent(DATA, length, self.filtered, offset, recurse=True)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        await self._give_way()
+        await io.write_zeroes(self.filtered.node, offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._give_way()
+        await io.discard(self.filtered.node, offset, length)
+
+    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
+        await self._give_way()
+        await io.truncate(self.filtered.node, length, preallocation, flags)
+
+
+JITTER_DRIVERS = Registry(
+    {**DRIVERS._table, "jitter": "tests.support.jitter:JitterDriver"}, DRIVERS.prefixes, DRIVERS._probed
+)
+"""All real drivers and ``jitter``."""

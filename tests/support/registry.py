@@ -1,0 +1,18 @@
+"""Drivers for tests of the engine: the ones of the tests' own, and the smallest real ones."""
+
+from __future__ import annotations
+
+from fusedisk.block.registry import Registry
+
+TEST_DRIVERS = Registry(
+    {
+        "toy": "tests.support.toy:ToyDriver",
+        "qcow2": "fusedisk.drivers.format.qcow2.driver:Qcow2Driver",
+        "raw": "fusedisk.drivers.format.raw:RawDriver",
+        "memory": "tests.support.memory:MemoryDriver",
+        "file": "fusedisk.drivers.protocol.file:FileDriver",
+        "copy-on-read": "fusedisk.drivers.filter.copy_on_read:CopyOnReadDriver",
+    },
+    prefixes={"memory": "memory", "file": "file"},
+    probed=("toy", "raw"),
+)

@@ -1,0 +1,530 @@
+"""The library: `fusedisk.open` in trio, `fusedisk.open_sync` elsewhere, and the disk as a file."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import fusedisk
+from fusedisk.core.errors import (
+    GateError,
+    HostError,
+    ImageError,
+    LockConflictError,
+    NoMediumError,
+    OptionError,
+    OutOfRangeError,
+    ReadOnlyError,
+)
+from tests.conftest import qemu_img, qemu_io
+from tests.support.commands import process_environment
+from tests.support.images import KIB, MIB, make_qcow2, make_sparse_raw
+from tests.support.processes import qemu_io_holding
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A qcow2 image of 4 MiB over a shorter one; nines at 1 MiB."""
+    base = make_qcow2(tmp_path / "base.qcow2", 2 * MIB, "write -P 9 1M 64k")
+    return make_qcow2(tmp_path / "disk.qcow2", 4 * MIB, backing=base)
+
+
+@pytest.fixture
+async def disk(image: Path) -> AsyncIterator[fusedisk.Disk]:
+    """The image, open for writing."""
+    async with fusedisk.open(image, writable=True) as disk:
+        yield disk
+
+
+# --- in trio --------------------------------------------------------------------------------------------
+
+
+async def test_what_a_disk_is(disk: fusedisk.Disk, image: Path) -> None:
+    assert (disk.size, disk.format, disk.writable, disk.filename) == (4 * MIB, "qcow2", True, str(image))
+
+
+async def test_reading(disk: fusedisk.Disk) -> None:
+    data = await disk.read(MIB - 2, 4)
+    assert data == b"\0\0\x09\x09"
+    assert type(data) is bytes
+    buffer = bytearray(b"?" * 6)
+    await disk.read_into(MIB, memoryview(buffer)[1:5])
+    assert buffer == b"?\x09\x09\x09\x09?"
+    assert await disk.read(4 * MIB, 0) == b""
+
+
+async def test_writing(disk: fusedisk.Disk, image: Path) -> None:
+    await disk.write(10, b"bytes")
+    await disk.write(20, bytearray(b"bytearray"), fua=True)
+    await disk.write(40, memoryview(b"--view--")[2:6])
+    assert (await disk.read(8, 38)).replace(b"\0", b".") == b"..bytes.....bytearray...........view.."
+    await disk.write_zeroes(MIB, 64 * KIB)
+    assert not any(await disk.read(MIB, 64 * KIB))
+    await disk.write(2 * MIB, b"x" * 64 * KIB)
+    await disk.discard(2 * MIB, 64 * KIB)
+    assert not any(await disk.read(2 * MIB, 64 * KIB)), "unmapped: clusters behind the backing file read as zeroes"
+    await disk.flush()
+    await disk.truncate(5 * MIB)
+    assert disk.size == 5 * MIB
+    assert await disk.read(5 * MIB - 1, 1) == b"\0"
+    await disk.close()
+    qemu_img("check", "-q", image)
+    qemu_io(image, "read -P 0 1M 64k", "read -P 0 2M 64k")
+    assert json.loads(qemu_img("info", "--output=json", image))["virtual-size"] == 5 * MIB
+
+
+async def test_information_is_qemu_imgs(disk: fusedisk.Disk, image: Path) -> None:
+    await disk.write(0, b"x")
+    await disk.flush()
+    information, chain = await disk.info(), await disk.info_chain()
+    entries = [entry async for entry in disk.extents()]
+    await disk.close()
+    assert information == json.loads(qemu_img("info", "--output=json", image))
+    assert chain == json.loads(qemu_img("info", "--output=json", "--backing-chain", image))
+    theirs = json.loads(qemu_img("map", "--output=json", image))
+    assert [(e.start, e.length, e.depth, e.present, e.zero, e.data, e.offset) for e in entries] == [
+        (*(t[key] for key in ("start", "length", "depth", "present", "zero", "data")), t.get("offset")) for t in theirs
+    ]
+
+
+async def test_extents_of_a_part(disk: fusedisk.Disk) -> None:
+    entries = [entry async for entry in disk.extents(MIB + 512, 100)]
+    assert [(entry.start, entry.length, entry.data, entry.depth) for entry in entries] == [(MIB + 512, 100, True, 1)]
+    status = await disk.block_status(MIB, 4096)
+    assert (status.length, status.data, status.depth) == (4096, True, 1)
+    with pytest.raises(OptionError, match="the map was to start at"):
+        _ = [entry async for entry in disk.extents(5 * MIB)]
+
+
+@pytest.mark.parametrize(("offset", "length"), [(4 * MIB, 1), (4 * MIB - 1, 2), (-1, 1), (0, -1), (1 << 70, 1)])
+async def test_requests_that_are_not_on_the_disk(disk: fusedisk.Disk, offset: int, length: int) -> None:
+    with pytest.raises(OutOfRangeError):
+        await disk.read(offset, length)
+    with pytest.raises(OutOfRangeError):
+        await disk.write_zeroes(offset, length)
+    with pytest.raises(OutOfRangeError):
+        await disk.discard(offset, length)
+    if length > 0:
+        with pytest.raises(OutOfRangeError, match=r"disk.qcow2' is 4194304 bytes long"):
+            await disk.write(offset, bytes(length))
+
+
+async def test_a_closed_disk(image: Path) -> None:
+    async with fusedisk.open(image) as disk:
+        pass
+    with pytest.raises(NoMediumError):
+        await disk.read(0, 1)
+    await disk.close()
+
+
+async def test_a_disk_that_is_not_writable(image: Path) -> None:
+    before = image.read_bytes()
+    async with fusedisk.open(image) as disk:
+        assert not disk.writable
+        with pytest.raises(ReadOnlyError):
+            await disk.write(0, b"x")
+        with pytest.raises(ReadOnlyError):
+            await disk.write_zeroes(0, 1)
+        with pytest.raises(ReadOnlyError):
+            await disk.truncate(MIB)
+    assert image.read_bytes() == before
+
+
+async def test_each_way_to_name_an_image(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(image.parent)
+    nested = {"driver": "qcow2", "file": {"driver": "file", "filename": "disk.qcow2"}}
+    ways: list[Any] = [
+        str(image),
+        image,
+        "disk.qcow2",
+        "file:disk.qcow2",
+        f"json:{json.dumps(nested)}",
+        json.dumps(nested),
+        "driver=qcow2,file.filename=disk.qcow2",
+        nested,
+        {"driver": "qcow2", "file.filename": "disk.qcow2"},
+    ]
+    for way in ways:
+        async with fusedisk.open(way) as disk:
+            assert await disk.read(MIB, 2) == b"\x09\x09", way
+
+
+@pytest.mark.parametrize("name", ["json:x", "driver=raw", "{", "null-co:x"])
+async def test_a_path_object_is_a_path_and_nothing_else(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_sparse_raw(Path(name), KIB, (0, 1))
+    async with fusedisk.open(Path(name)) as disk:
+        assert disk.size == KIB
+
+
+async def test_options(image: Path, tmp_path: Path) -> None:
+    raw = make_sparse_raw(tmp_path / "x.raw", MIB)
+    async with fusedisk.open(raw, writable=True, format="raw", detect_zeroes="unmap", cache="unsafe") as disk:
+        await disk.write(0, b"x" * 4096)
+        await disk.write(0, bytes(4096))
+        assert not (await disk.block_status(0, 4096)).data
+    async with fusedisk.open(raw, writable=True, format="raw", discard="ignore") as disk:
+        await disk.write(0, b"x" * 4096)
+        await disk.discard(0, 4096)
+        assert await disk.read(0, 4096) == b"x" * 4096
+    async with fusedisk.open(image, writable=True, copy_on_read=True) as disk:
+        await disk.read(MIB, 1)
+        assert (await disk.block_status(MIB, 4096)).depth == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"cache": "fast"},
+            "cache is 'fast', but one of writeback, writethrough, none, directsync, unsafe was wanted.",
+        ),
+        ({"discard": "yes"}, "discard is 'yes', but one of unmap, ignore was wanted."),
+        ({"detect_zeroes": "yes"}, "detect_zeroes is 'yes', but one of off, on, unmap was wanted."),
+        ({"copy_on_read": True}, "copy_on_read keeps what is read in the image, so it needs writable=True."),
+        ({"format": "vhdy"}, "there is no driver 'vhdy'"),
+        ({"force_share": True, "writable": True}, "force-share is for read-only images"),
+    ],
+)
+async def test_wrong_options(image: Path, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        async with fusedisk.open(image, **options):
+            pass
+    assert str(caught.value).startswith(sentence)
+
+
+async def test_images_that_do_not_open(tmp_path: Path, image: Path) -> None:
+    with pytest.raises(HostError, match="No such file or directory") as missing:
+        async with fusedisk.open(tmp_path / "none"):
+            pass
+    assert missing.value.errno == errno.ENOENT
+    with pytest.raises(ImageError):
+        async with fusedisk.open(make_sparse_raw(tmp_path / "x.raw", MIB), format="qcow2"):
+            pass
+    with qemu_io_holding(image):
+        with pytest.raises(LockConflictError):
+            async with fusedisk.open(image):
+                pass
+        async with fusedisk.open(image, force_share=True) as disk:
+            assert disk.size == 4 * MIB
+
+
+async def test_the_gate(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    outside = make_qcow2(tmp_path / "sub" / "x.qcow2", None, backing=image)
+    with pytest.raises(GateError, match="lies outside the image's own directory"):
+        async with fusedisk.open(outside):
+            pass
+    for options in ({"allow_paths": [tmp_path]}, {"allow_paths": [str(image)]}, {"allow_any_reference": True}):
+        async with fusedisk.open(outside, **options) as disk:  # type: ignore[arg-type]
+            assert disk.size == 4 * MIB
+
+
+async def test_an_error_in_the_block_is_what_comes_out_and_the_disk_is_closed(image: Path) -> None:
+    async def work() -> None:
+        async with fusedisk.open(image, writable=True) as disk:
+            await disk.write(0, b"written before")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await work()
+    qemu_img("check", "-q", image)
+    async with fusedisk.open(image) as disk:
+        assert await disk.read(0, 14) == b"written before"
+
+
+async def test_cancelling_closes_the_disk(image: Path) -> None:
+    with trio.CancelScope() as scope:
+        async with fusedisk.open(image, writable=True) as disk:
+            await disk.write(0, b"written before")
+            scope.cancel()
+            await trio.sleep_forever()
+    async with fusedisk.open(image, writable=True) as disk:
+        assert await disk.read(0, 14) == b"written before"
+
+
+async def test_many_tasks_at_once(disk: fusedisk.Disk) -> None:
+    async def work(index: int) -> None:
+        random_ = random.Random(index)
+        start = index * 256 * KIB
+        for _ in range(20):
+            at = start + random_.randrange(200 * KIB)
+            data = bytes([index + 1]) * random_.randrange(1, 50 * KIB)
+            await disk.write(at, data)
+            assert await disk.read(at, len(data)) == data
+
+    async with trio.open_nursery() as nursery:
+        for index in range(16):
+            nursery.start_soon(work, index)
+
+
+async def test_creating(tmp_path: Path) -> None:
+    base = tmp_path / "base.qcow2"
+    await fusedisk.create(base, "qcow2", "3M", options={"cluster_size": "128k", "lazy_refcounts": True})
+    top = tmp_path / "top.qcow2"
+    await fusedisk.create(top, "qcow2", backing="base.qcow2", backing_format="qcow2")
+    information = json.loads(qemu_img("info", "--output=json", base))
+    assert information["cluster-size"] == 128 * KIB
+    assert information["format-specific"]["data"]["lazy-refcounts"] is True
+    async with fusedisk.open(top, writable=True) as disk:
+        assert disk.size == 3 * MIB
+    with pytest.raises(OptionError, match="add it with -F"):
+        await fusedisk.create(tmp_path / "x", "qcow2", backing="base.qcow2")
+    with pytest.raises(OptionError, match="given twice"):
+        await fusedisk.create(tmp_path / "x", "qcow2", 512, options={"size": 1024})
+    with pytest.raises(HostError):
+        await fusedisk.create(tmp_path / "none" / "x", "raw", 512)
+    assert not (tmp_path / "x").exists()
+
+
+# --- with blocking methods ------------------------------------------------------------------------------
+
+
+def test_a_synchronous_disk_does_what_the_other_one_does(image: Path) -> None:
+    with fusedisk.open_sync(image, writable=True) as disk:
+        assert (disk.size, disk.format, disk.writable, disk.filename) == (4 * MIB, "qcow2", True, str(image))
+        assert disk.read(MIB, 2) == b"\x09\x09"
+        buffer = bytearray(2)
+        disk.read_into(MIB, buffer)
+        assert buffer == b"\x09\x09"
+        disk.write(0, b"hello", fua=True)
+        disk.write_zeroes(MIB, 64 * KIB, may_unmap=False)
+        disk.discard(2 * MIB, 64 * KIB)
+        disk.flush()
+        disk.truncate(5 * MIB)
+        assert disk.block_status(0, 4096).data
+        ours = [(entry.start, entry.length, entry.data) for entry in disk.extents()]
+        information, chain = disk.info(), disk.info_chain()
+    assert information == json.loads(qemu_img("info", "--output=json", image))
+    assert [layer["format"] for layer in chain] == ["qcow2", "qcow2"]
+    theirs = json.loads(qemu_img("map", "--output=json", image))
+    assert ours == [(entry["start"], entry["length"], entry["data"]) for entry in theirs]
+    qemu_img("check", "-q", image)
+    qemu_io(image, "read -P 0 1M 64k")
+    with pytest.raises(NoMediumError):
+        disk.read(0, 1)
+    disk.close()
+
+
+def test_errors_are_the_same(image: Path, tmp_path: Path) -> None:
+    with pytest.raises(HostError):
+        fusedisk.open_sync(tmp_path / "none")
+    with pytest.raises(OptionError):
+        fusedisk.open_sync(image, cache="fast")
+    with fusedisk.open_sync(image) as disk, pytest.raises(OutOfRangeError):
+        disk.read(4 * MIB, 1)
+    with pytest.raises(ZeroDivisionError), fusedisk.open_sync(image) as disk:
+        raise ZeroDivisionError
+    with pytest.raises(NoMediumError):
+        disk.read(0, 1)
+
+
+def test_more_extents_than_are_fetched_at_once(tmp_path: Path) -> None:
+    raw = make_sparse_raw(tmp_path / "x.raw", 16 * MIB, *((at * 16 * KIB, 1) for at in range(1000)))
+    with fusedisk.open_sync(raw, format="raw") as disk:
+        entries = list(disk.extents())
+        assert len(entries) > 1500
+        assert sum(entry.length for entry in entries) == 16 * MIB
+        first = disk.extents()
+        assert next(first) == entries[0]
+        first.close()  # type: ignore[attr-defined]
+        assert disk.read(0, 1) == b"\xa5"
+
+
+def test_several_threads_share_disks(image: Path, tmp_path: Path) -> None:
+    raw = make_sparse_raw(tmp_path / "x.raw", 4 * MIB)
+    failures: list[BaseException] = []
+
+    def work(disk: fusedisk.SyncDisk, index: int) -> None:
+        try:
+            start = index * 512 * KIB
+            for round_ in range(30):
+                data = bytes([index + 1]) * (1 + round_ * 1000)
+                disk.write(start + round_ * 7, data)
+                assert disk.read(start + round_ * 7, len(data)) == data
+        except BaseException as exc:
+            failures.append(exc)
+
+    with fusedisk.open_sync(image, writable=True) as one, fusedisk.open_sync(raw, format="raw", writable=True) as two:
+        threads = [threading.Thread(target=work, args=(disk, index)) for disk in (one, two) for index in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    qemu_img("check", "-q", image)
+
+
+async def test_a_synchronous_disk_refuses_to_block_trio(image: Path) -> None:
+    with pytest.raises(RuntimeError, match="blocking function"):
+        fusedisk.open_sync(image)
+
+
+def test_creating_synchronously(tmp_path: Path) -> None:
+    fusedisk.create_sync(tmp_path / "x.qcow2", "qcow2", "1M", options={"compat": "0.10"})
+    fusedisk.create_sync(tmp_path / "y.qcow2", "qcow2", backing="x.qcow2", backing_format="qcow2")
+    with fusedisk.open_sync(tmp_path / "y.qcow2") as disk:
+        assert disk.size == MIB
+    with pytest.raises(OptionError):
+        fusedisk.create_sync(tmp_path / "z", "qcow2")
+
+
+def _run(script: str, *args: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, args)],
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_a_disk_left_open_is_closed_when_the_program_ends(image: Path) -> None:
+    out = _run(
+        "import fusedisk, sys\n"
+        "disk = fusedisk.open_sync(sys.argv[1], writable=True)\n"
+        "node = disk._disk._backend.node\n"
+        "node.close_notifiers.append(lambda node: print('closed', flush=True))\n"
+        "for at in range(0, 4 << 20, 65536): disk.write(at, b'\\7' * 65536)\n",
+        image,
+    )
+    assert out == "closed\n"
+    qemu_img("check", "-q", image)
+    qemu_io(image, "read -P 7 0 4M")
+
+
+def test_after_a_fork_the_child_can_open_disks_of_its_own(image: Path) -> None:
+    out = _run(
+        "import fusedisk, os, sys\n"
+        "with fusedisk.open_sync(sys.argv[1]) as disk:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        with fusedisk.open_sync(sys.argv[1]) as mine: print(mine.read(1 << 20, 2), flush=True)\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "    print(disk.read(1 << 20, 2))\n",
+        image,
+    )
+    assert out == "b'\\t\\t'\n" * 2
+
+
+def test_in_a_thread_of_its_own(image: Path) -> None:
+    out = _run(
+        "import fusedisk, sys, threading\n"
+        "def work():\n"
+        "    with fusedisk.open_sync(sys.argv[1]) as disk: print(disk.size)\n"
+        "thread = threading.Thread(target=work); thread.start(); thread.join()\n",
+        image,
+    )
+    assert out == f"{4 * MIB}\n"
+
+
+# --- as a file ------------------------------------------------------------------------------------------
+
+
+def test_a_file_reads_to_the_end_of_the_disk(image: Path) -> None:
+    with fusedisk.open_sync(image) as disk, disk.as_file() as file:
+        assert (file.readable(), file.writable(), file.seekable(), file.tell()) == (True, False, True, 0)
+        assert file.seek(MIB) == MIB
+        assert file.read(2) == b"\x09\x09"
+        assert file.tell() == MIB + 2
+        assert file.seek(-3, os.SEEK_CUR) == MIB - 1
+        assert file.read(2) == b"\0\x09"
+        assert file.seek(-2, os.SEEK_END) == 4 * MIB - 2
+        assert file.read(10) == b"\0\0"
+        assert file.read(10) == b""
+        file.seek(9 * MIB)
+        assert file.read(1) == b""
+        file.seek(0)
+        assert len(file.read()) == 4 * MIB
+        with pytest.raises(OSError, match="before the start"):
+            file.seek(-1)
+        with pytest.raises(ValueError, match="whence"):
+            file.seek(0, 9)
+        with pytest.raises(io.UnsupportedOperation):
+            file.write(b"x")
+        with pytest.raises(io.UnsupportedOperation):
+            file.truncate(5)
+    with pytest.raises(ValueError, match="closed"):
+        file.read(1)
+
+
+def test_a_file_writes_to_the_end_of_the_disk(image: Path) -> None:
+    with fusedisk.open_sync(image, writable=True) as disk:
+        file = disk.as_file()
+        assert file.writable()
+        file.seek(-2, os.SEEK_END)
+        assert file.write(b"abcd") == 2
+        assert file.write(b"") == 0
+        with pytest.raises(OSError, match="the disk ends at 4194304") as full:
+            file.write(b"cd")
+        assert full.value.errno == errno.ENOSPC
+        assert file.truncate(5 * MIB) == disk.size == 5 * MIB
+        assert file.write(b"cd") == 2
+        file.close()
+        assert disk.read(4 * MIB - 2, 4) == b"abcd", "closing the file leaves the disk open"
+
+
+def test_errors_of_a_file_are_oserrors(image: Path) -> None:
+    with fusedisk.open_sync(image) as disk:
+        file = disk.as_file()
+    with pytest.raises(OSError, match="closed") as caught:
+        file.read(1)
+    assert caught.value.errno == errno.ENOMEDIUM
+    assert isinstance(caught.value.__cause__, NoMediumError)
+
+
+def test_a_zip_archive_on_a_disk(tmp_path: Path) -> None:
+    image = make_sparse_raw(tmp_path / "x.raw", MIB)
+    with fusedisk.open_sync(image, format="raw", writable=True) as disk, io.BufferedRandom(disk.as_file()) as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for index in range(20):
+                archive.writestr(f"{index}.txt", f"file {index}\n" * 1000)
+        end = file.tell()
+        file.truncate(end)
+    with fusedisk.open_sync(image, format="raw") as disk, zipfile.ZipFile(io.BufferedReader(disk.as_file())) as archive:
+        assert archive.testzip() is None
+        assert archive.read("7.txt") == b"file 7\n" * 1000
+
+
+def test_a_disk_copied_by_way_of_files(image: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.raw"
+    with fusedisk.open_sync(image) as disk, copy.open("wb") as target:
+        shutil.copyfileobj(disk.as_file(), target)
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", image, copy)
+
+
+# --- the package ----------------------------------------------------------------------------------------
+
+
+def test_names() -> None:
+    assert set(fusedisk.__all__) <= set(dir(fusedisk))
+    for name in fusedisk.__all__:
+        assert getattr(fusedisk, name) is not None
+    assert fusedisk.errors.FusediskError is fusedisk.FusediskError
+    for name in ("open", "create"):
+        blocking = getattr(fusedisk, f"{name}_sync")
+        assert blocking.__name__ == f"{name}_sync"
+        assert inspect.signature(blocking).parameters == inspect.signature(getattr(fusedisk, name)).parameters
+    with pytest.raises(AttributeError, match="module 'fusedisk' has no attribute 'opne'"):
+        fusedisk.opne  # noqa: B018
