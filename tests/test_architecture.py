@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
+    frozenset({"crypto"}),
     frozenset({"block"}),
     frozenset({"drivers"}),
     frozenset({"export", "jobs"}),
@@ -112,7 +113,7 @@ def test_arrows_point_down() -> None:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A made-up tree in which every part exists and nothing is wrong."""
-    for part in ("core", "block", "drivers", "export", "jobs", "mount", "qmp", "cli"):
+    for part in ("core", "crypto", "block", "drivers", "export", "jobs", "mount", "qmp", "cli"):
         folder = tmp_path / "fusedisk" / part
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text("import fusedisk.core.errors\n")
@@ -139,6 +140,7 @@ def test_a_right_tree_passes(tree: Path) -> None:
             "import importlib\nimportlib.import_module('fusedisk.block')",
             "core must not import",
         ),
+        ("crypto/bad.py", "import fusedisk.block.node", "crypto must not import block"),
         ("core/bad.py", "from fusedisk import __version__", "core must not import __init__"),
         ("jobs/bad.py", "import fusedisk.export.disk", "jobs must not import export"),
         ("qmp/bad.py", "import fusedisk.mount.ops", "qmp must not import mount"),

@@ -122,6 +122,12 @@ class GateError(FusediskError):
     errno = _errno.EPERM
 
 
+class PassphraseError(FusediskError):
+    """No key slot of an encrypted image opens with the passphrase."""
+
+    errno = _errno.EACCES
+
+
 class ImageError(FusediskError):
     """The image's bytes are not what its format asks for."""
 
