@@ -306,14 +306,14 @@ def _parse_extensions(area: bytes, position: int, end: int, filename: str) -> li
     while position + _EXTENSION.size <= len(area):
         kind, length = _EXTENSION.unpack_from(area, position)
         position += _EXTENSION.size
-        if kind == EXTENSION_END:
-            break
         if length > end - position or position + length > len(area):
             raise ImageError(
                 f"'{filename}' has the header extension {kind:#010x} of {length} bytes at "
                 f"{position - _EXTENSION.size}, but "
                 f"extensions were wanted to end before {min(end, len(area))}."
             )
+        if kind == EXTENSION_END:
+            break
         found.append(Extension(kind, area[position : position + length]))
         position += (length + 7) & -8
     return found
