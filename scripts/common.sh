@@ -43,6 +43,7 @@ RUN_PACKAGES='
     util-linux:flock
 '
 TEST_PACKAGES='
+    cryptsetup-bin:cryptsetup
     dosfstools:mkfs.vfat
     fio:fio
     qemu-system-common:qemu-storage-daemon
