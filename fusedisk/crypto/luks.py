@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fusedisk.core.errors import OptionError, PassphraseError
+from fusedisk.core.errors import ImageError, OptionError, PassphraseError
 from fusedisk.crypto import af_splitter
 from fusedisk.crypto.ciphers import CipherSpec, SectorCipher, check_hash
 from fusedisk.crypto.libcrypto import SECTOR
@@ -45,6 +45,8 @@ MIN_ITERATIONS = 1000
 """The specification's lower bound for new headers."""
 DEFAULT_ITERATION_TIME = 2000
 """Milliseconds."""
+_CIPHER_KEY_BYTES = {"128": 16, "192": 24, "256": 32}
+"""The end of a cipher's name, and its key's length; XTS takes two keys."""
 _DIGEST_SHARE = 8
 """The master key's digest takes this fraction of a slot's time: every slot that is tried computes it."""
 _BENCHMARK_TIME = 0.1
@@ -113,11 +115,9 @@ def unlock(header: Header, materials: Materials, passphrase: bytes, filename: st
 def format(passphrase: bytes, options: Options) -> NewHeader:
     """A new header with a random master key, which ``passphrase`` opens, in slot 0.
 
-    Raises OptionError and UnsupportedFeatureError for options that make no cipher.
+    Raises OptionError for options that make no cipher.
     """
     spec, key_bytes = _cipher_of(options)
-    check_hash(options.hash_alg)
-    spec.check(key_bytes)
     master_key, salt = os.urandom(key_bytes), os.urandom(SALT_SIZE)
     iterations = _iterations(options, master_key, DIGEST_SIZE, _DIGEST_SHARE)
     header = Header(
@@ -223,15 +223,21 @@ def _cipher_material(header: Header, key: bytes, material: bytes, *, encrypt: bo
 
 def _cipher_of(options: Options) -> tuple[CipherSpec, int]:
     """The cipher and the length of its key in bytes."""
-    name, dash, bits = options.cipher_alg.rpartition("-")
-    if not dash or not bits.isdecimal():
-        raise OptionError(f"the cipher is '{options.cipher_alg}', but aes-128, aes-192 or aes-256 was wanted.")
+    name, _, bits = options.cipher_alg.rpartition("-")
+    if bits not in _CIPHER_KEY_BYTES:
+        raise OptionError(f"The cipher is '{options.cipher_alg}', but aes-128, aes-192 or aes-256 was wanted.")
     iv_hash = options.ivgen_hash_alg
     if options.ivgen_alg == "essiv" and iv_hash is None:
         iv_hash = "sha256"
     mode = f"{options.cipher_mode}-{options.ivgen_alg}" + (f":{iv_hash}" if iv_hash is not None else "")
-    spec = CipherSpec.parse(name, mode)
-    return spec, int(bits) // 8 * (2 if spec.mode == "xts" else 1)
+    try:
+        spec = CipherSpec.parse(name, mode)
+        key_bytes = _CIPHER_KEY_BYTES[bits] * (2 if spec.mode == "xts" else 1)
+        spec.check(key_bytes)
+        check_hash(options.hash_alg)
+    except ImageError as exc:
+        raise OptionError(f"The encryption options make no cipher: {exc.message}") from exc
+    return spec, key_bytes
 
 
 def _iterations(options: Options, secret: bytes, size: int, share: int, *, hash: str | None = None) -> int:

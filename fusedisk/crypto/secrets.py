@@ -36,9 +36,8 @@ class Secret:
         Raises OptionError for a secret that is missing, empty or malformed, HostError for an unreadable file.
         """
         if (self.data is None) == (self.file is None):
-            raise OptionError(
-                f"The secret has {'neither' if self.data is None else 'both'} data and file, one was wanted."
-            )
+            found = "neither data nor file" if self.data is None else "both data and file"
+            raise OptionError(f"The secret has {found}, but one of them was wanted.")
         if self.format not in FORMATS:
             raise OptionError(f"The secret's format is '{self.format}', but raw or base64 was wanted.")
         if self.file is not None:
