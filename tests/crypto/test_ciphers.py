@@ -218,6 +218,13 @@ def test_a_cipher_that_the_library_lacks_is_refused() -> None:
         libcrypto.Context("aes-192-xts", bytes(48), encrypt=True)
 
 
+def test_every_sector_needs_an_iv() -> None:
+    """The library would read on behind the IVs."""
+    context = libcrypto.Context("aes-128-xts", bytes(range(32)), encrypt=True)
+    with pytest.raises(ValueError, match="16 bytes of IVs for 2 sectors"):
+        context.run_sectors(memoryview(bytearray(1024)), bytearray(16))
+
+
 def test_a_key_that_the_library_refuses() -> None:
     """XTS with two equal halves is no encryption worth the name."""
     with pytest.raises(FusediskError, match="refuses the key for 'aes-128-xts'"):

@@ -14,6 +14,8 @@ from fusedisk.crypto.luks_layout import DISABLED, ENABLED, HEADER_SIZE, MAX_ITER
 from tests.hostile.sentence import assert_sentence
 
 AREA = 2068480
+MATERIAL_END = 2066432
+"""Where the key material of the last slot ends; it is padded to AREA."""
 GOOD = luks.format(b"x", luks.Options(iterations=1000)).header.pack()
 SLOT_1 = 208 + 48
 """Where key slot 1 is; it is not active."""
@@ -64,7 +66,8 @@ def test_the_base_of_these_tests_is_good() -> None:
         (_number(208 + 40, 1), ImageError, "slot 0 lies at 512 to"),
         (_number(SLOT_1 + 40, 0xFFFFFFFF), ImageError, "slot 1 lies at 2199023255040 to"),
         (_number(SLOT_1 + 40, 9), ImageError, "the key material of the slots 0 and 1 overlaps"),
-        (_number(208 + 40, 7 * 504 + 8), ImageError, "overlaps"),
+        (_number(SLOT_1 + 40, 507), ImageError, "the key material of the slots 0 and 1 overlaps"),
+        (_number(208 + 40, 7 * 504 + 8), ImageError, "the key material of the slots 0 and 7 overlaps"),
         (_number(208 + 44, 0), ImageError, "key slot 0 has 0 stripes, but 4000 were wanted"),
         (_number(SLOT_1 + 44, 0xFFFFFFFF), ImageError, "key slot 1 has 4294967295 stripes"),
     ],
@@ -76,10 +79,14 @@ def test_lies_are_refused(head: bytes, error: type[ImageError], text: str) -> No
     assert_sentence(caught.value, "disk.luks", text)
 
 
-@pytest.mark.parametrize("area", [0, HEADER_SIZE, AREA - 5000])
+@pytest.mark.parametrize("area", [0, HEADER_SIZE, MATERIAL_END - 1])
 def test_a_cut_off_area_is_refused(area: int) -> None:
     with pytest.raises(ImageError, match=f"the end of the header area at {area}"):
         luks_layout.parse(GOOD, area, "disk.luks")
+
+
+def test_an_area_may_end_with_the_key_material() -> None:
+    assert luks_layout.parse(GOOD, MATERIAL_END, "disk.luks").slots[7].material_offset + 256000 == MATERIAL_END
 
 
 def test_inactive_slots_may_ask_for_no_iterations() -> None:
@@ -87,6 +94,10 @@ def test_inactive_slots_may_ask_for_no_iterations() -> None:
     head = _with(SLOT_1, struct.pack(">II", ENABLED, 0))
     with pytest.raises(ImageError, match="key slot 1 takes 0 iterations"):
         luks_layout.parse(head, AREA, "disk.luks")
+
+
+def test_key_material_may_touch() -> None:
+    assert luks_layout.parse(_number(SLOT_1 + 40, 508), AREA, "x").slots[1].material_offset == 4096 + 256000
 
 
 def test_ignored_hashes_survive_a_rewrite() -> None:

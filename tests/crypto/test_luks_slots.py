@@ -92,14 +92,24 @@ def test_every_slot(made: luks.NewHeader, area: Area) -> None:
     assert _area(content).unlock("7").master_key == made.master_key
 
 
-def test_any_prefix_of_the_pieces_still_unlocks(made: luks.NewHeader, area: Area) -> None:
-    """Adding and erasing may stop after each piece: the other passphrase works throughout."""
+def test_every_prefix_of_the_pieces_is_sound(made: luks.NewHeader, area: Area) -> None:
+    """Adding and erasing may stop after each piece: what is active unlocks, the other passphrase all the time."""
     content, header = area.content, area.header
-    steps = [luks.add_passphrase(header, made.master_key, b"second", FAST, slot=3), luks.erase_slot(header, 3)]
-    for pieces in steps:
+    seen = []
+
+    def write(pieces: list[luks.Piece]) -> None:
+        nonlocal content
         for piece in pieces:
             content = _apply(content, [piece])
-            assert _area(content).unlock("first").master_key == made.master_key
+            now = _area(content)
+            assert now.unlock("first").master_key == made.master_key
+            if 3 in now.header.active_slots():
+                assert now.unlock("second").slot == 3
+            seen.append(now.header.active_slots())
+
+    write(luks.add_passphrase(header, made.master_key, b"second", FAST, slot=3))
+    write(luks.erase_slot(header, 3))
+    assert seen == [[0], [0, 3], [0], [0]]
 
 
 def test_erased_material_is_overwritten(made: luks.NewHeader, area: Area) -> None:
@@ -171,6 +181,20 @@ def test_iterations_follow_the_wanted_time(monkeypatch: pytest.MonkeyPatch) -> N
     assert header.mk_digest_iterations == 50_000
     header = luks.format(b"x", luks.Options(iter_time=1)).header
     assert (header.slots[0].iterations, header.mk_digest_iterations) == (1000, 1000)
+
+
+def test_a_new_passphrase_is_measured_with_the_header_s_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = luks.format(b"x", luks.Options(iterations=1000, hash_alg="sha512"))
+    measured = []
+
+    def speed(hash: str, secret: bytes, size: int) -> float:
+        measured.append((hash, size))
+        return 1e6
+
+    monkeypatch.setattr(luks, "_iterations_per_second", speed)
+    luks.add_passphrase(made.header, made.master_key, b"y", luks.Options(iter_time=5))
+    assert measured == [("sha512", 64)]
+    assert made.header.slots[1].iterations == 5000
 
 
 def test_the_benchmark_counts_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:

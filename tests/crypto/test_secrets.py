@@ -37,6 +37,7 @@ def test_a_newline_counts_in_a_file_and_not_on_standard_input(tmp_path: Path) ->
     assert Secret(file=str(path)).passphrase() == b"pw\n"
     assert read_line(io.BytesIO(b"pw\nmore\n")) == b"pw"
     assert read_line(io.BytesIO(b"pw")) == b"pw"
+    assert read_line(io.BytesIO(b" pw \r\n")) == b" pw \r"
 
 
 @pytest.mark.parametrize(
