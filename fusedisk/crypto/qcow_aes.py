@@ -1,7 +1,7 @@
 """qcow's and qcow2's old encryption, method 1: AES-128 in CBC mode with the passphrase itself as the key.
 
 There is no header, no key derivation and no check: with a wrong passphrase the guest sees noise. Sectors are
-numbered by guest offset. QEMU's emulator refuses such images and its tools still read them; nobody should make new ones.
+numbered by guest offset. QEMU's emulator refuses such images, its tools still read them; make no new ones.
 
 Source: docs/interop/qcow2.txt, "crypt_method" 1.
 """
