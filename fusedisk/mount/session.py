@@ -38,7 +38,7 @@ class Session:
         self.operations = operations
         self._options = options
         self._mount: mountinfo.Mount | None = None
-        self._stale: trio.MemorySendChannel[tuple[int, bool]] | None = None
+        self._stale: trio.MemorySendChannel[int] | None = None
 
     def start(self) -> None:
         """Mount. Blocks for a moment; raises HostError with what libfuse says."""
@@ -80,23 +80,24 @@ class Session:
         ready()
 
     async def _invalidate(self) -> None:
-        """Tell the kernel what is stale, from a thread: it may wait for requests that we must serve meanwhile."""
-        self._stale, stale = trio.open_memory_channel[tuple[int, bool]](len(self.operations.exports) * 2)
+        """Tell the kernel what data is stale, from a thread: it may wait for requests that we must serve meanwhile."""
+        self._stale, stale = trio.open_memory_channel[int](len(self.operations.exports) * 2)
         for export in self.operations.exports:
             export.on_change = self._watcher(export)
-        async for inode, data in stale:
-            try:
-                await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, not data, abandon_on_cancel=True)
-            except OSError as exc:  # ENOENT: the kernel does not know the inode
-                log.debug("invalidating inode %d: %s", inode, exc)
+        async for inode in stale:
+            await trio.to_thread.run_sync(_invalidate_inode, inode, False, abandon_on_cancel=True)
 
     def _watcher(self, export: Export) -> Callable[[bool], None]:
         inode = self.operations.inode_of(export)
 
         def changed(data: bool) -> None:
             assert self._stale is not None
+            if not data:
+                # Attributes alone take no waiting, and whoever is answered next shall see the new ones.
+                _invalidate_inode(inode, True)
+                return
             try:
-                self._stale.send_nowait((inode, data))
+                self._stale.send_nowait(inode)
             except trio.WouldBlock:
                 log.warning("the kernel may show old attributes of '%s' for a while", export.name)
 
@@ -109,6 +110,13 @@ class Session:
             Path(f"/sys/class/bdi/{self._mount.device}/read_ahead_kb").write_text(str(READAHEAD_KIB))
         except OSError:
             pass
+
+
+def _invalidate_inode(inode: int, attributes_only: bool) -> None:
+    try:
+        pyfuse3.invalidate_inode(inode, attributes_only)
+    except OSError as exc:  # ENOENT: the kernel does not know the inode
+        log.debug("invalidating inode %d: %s", inode, exc)
 
 
 def mount_options(images: list[str], *, read_only: bool, allow_other: bool) -> set[str]:

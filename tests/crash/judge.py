@@ -115,12 +115,11 @@ async def judge(
     crashes: Iterable[Crash],
     checker: Checker,
     *,
-    power: bool,
     zeroes_too: bool = False,
     most_failures: int = 10,
 ) -> Result:
     """Look at every crash; see :meth:`Oracle.complaints` for ``zeroes_too``."""
-    allowed = views(recording.log, power=power)
+    allowed = views(recording.log)
     failures: list[str] = []
     pending: list[tuple[Crash, Future[Verdict]]] = []
     contents: dict[bytes, bytes | FusediskError] = {}

@@ -1,8 +1,8 @@
 """What a guest did to a disk, and what it may find there after a crash.
 
 The guest's steps are numbered. A step is *started* when the request is made, *done* when it is answered, and *durable*
-once a flush is answered that began after it was done. After the death of the process everything done must be there,
-after a power cut everything durable. Of later steps that were started any part may be there, sector by sector.
+once a flush is answered that began after it was done. After a crash everything durable must be there. Of later steps
+that were started any part may be there, sector by sector.
 """
 
 from __future__ import annotations
@@ -108,19 +108,15 @@ def _show(sector: bytes) -> str:
     return sector[:8].hex()
 
 
-def views(log: Sequence[Operation], *, power: bool) -> list[View]:
-    """For each number of operations, from none to all, the steps that count after a crash there.
-
-    ``power``: the power goes; otherwise the process dies.
-    """
+def views(log: Sequence[Operation]) -> list[View]:
+    """For each number of operations, from none to all, the steps that count after a crash there."""
     started: set[int] = set()
     done: set[int] = set()
     durable: frozenset[int] = frozenset()
     covered: dict[int, frozenset[int]] = {}
 
     def view() -> View:
-        must = durable if power else frozenset(done)
-        return View(must, frozenset(started) - must)
+        return View(durable, frozenset(started) - durable)
 
     found = [view()]
     for operation in log:

@@ -1,4 +1,4 @@
-"""The process dies at any host write: nothing that was answered is lost, and no image is corrupt."""
+"""The process dies at any host write: nothing that was flushed is lost, and no image is corrupt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def check_prefixes(name: str, folder: Path, checker: Checker, seed: int, c
     recording = await WORKLOADS[name].record(folder, seed)
     changes = sum(operation.kind in ("write", "discard") for operation in recording.log)
     every = max(1, changes // count)
-    result = await judge(recording, prefixes(recording.base, recording.log, every), checker, power=False)
+    result = await judge(recording, prefixes(recording.base, recording.log, every), checker)
     assert not result.failures, "\n".join(result.failures)
     assert result.different > 30
 

@@ -110,8 +110,13 @@ class Run:
         await self.backend.truncate(length)
         self.oracle.grow(length)
 
-    def check_as_it_lies(self) -> None:
-        """Everything answered is in the file: a copy of it, taken while it is open, is no worse than leaky."""
+    async def check_as_it_lies(self) -> None:
+        """A copy of the file, taken while it is open, is no worse than leaky, and has everything once it is flushed."""
+        self._check_copy(compare=False)
+        await self.backend.flush()
+        self._check_copy(compare=True)
+
+    def _check_copy(self, *, compare: bool) -> None:
         copy = self.directory / "copy.qcow2"
         shutil.copyfile(self.chain.top, copy)
         try:
@@ -119,8 +124,9 @@ class Run:
             wrong = {key: found[key] for key in ("corruptions", "check-errors") if found.get(key)}
             if wrong:
                 raise Mismatch(f"qemu-img check of the image as it lies: {wrong}")
-            windows = self.oracle.windows
-            self.oracle.compare(Oracle.of_image(copy, windows, self.scratch), "QEMU's reading of the image as it lies")
+            if compare:
+                content = Oracle.of_image(copy, self.oracle.windows, self.scratch)
+                self.oracle.compare(content, "QEMU's reading of the image as it lies")
         finally:
             copy.unlink()
 
@@ -158,7 +164,7 @@ async def run(scenario: Scenario, directory: Path, count: int, *, look_every: in
             done += 1
             if done % look_every == 0:
                 await state.oracle.compare_backend(state.backend)
-                state.check_as_it_lies()
+                await state.check_as_it_lies()
         await state.oracle.compare_backend(state.backend)
         await state.close()
         state.check_closed()

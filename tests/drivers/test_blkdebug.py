@@ -221,12 +221,14 @@ async def test_passes_through_otherwise(raw: Path) -> None:
 
 
 async def test_error_at_an_event_of_qcow2(image: Path) -> None:
-    rule = {"event": "l2_update", "errno": errno.ENOSPC, "once": True}
+    rule = {"event": "l1_update", "errno": errno.ENOSPC, "once": True}
     async with opened(over_qcow2(image, **{"inject-error": [rule]})) as backend:
+        await backend.write(0, b"x" * 512)
         with pytest.raises(NoSpaceError):
-            await backend.write(0, b"x" * 512)
+            await backend.flush()
         await backend.write(0, b"y" * 512)
         assert await backend.read(0, 512) == b"y" * 512
+        await backend.flush()
 
 
 def qemu_fails_at(image: Path, file: dict[str, Any]) -> bool:
@@ -385,7 +387,7 @@ async def test_an_image_cannot_have_any_file_read_as_configuration(tmp_path: Pat
 async def test_breakpoint_suspends_once(image: Path) -> None:
     async with opened(over_qcow2(image)) as backend, trio.open_nursery() as nursery:
         driver = debug_node(backend)
-        driver.set_breakpoint("l2_update", "here")
+        driver.set_breakpoint("write_aio", "here")
         task = await tasks.start(nursery, lambda: backend.write(0, b"x" * 512))
         await driver.wait_suspended("here")
         assert not task.done

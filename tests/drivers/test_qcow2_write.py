@@ -48,13 +48,17 @@ def no_space() -> NoSpaceError:
 # --- what reaches the host ------------------------------------------------------------------------------
 
 
-async def test_a_large_write_is_one_of_data_one_of_refcounts_and_one_of_entries(store: Store) -> None:
+async def test_writes_are_of_data_alone_until_a_flush_writes_refcounts_and_entries_once(store: Store) -> None:
     async with in_memory(store) as backend:
         await backend.write(0, b"t")  # makes the L2 table
+        await backend.flush()
         store.steps.calls.clear()
         await backend.write(1 << 20, b"x" * (1 << 20))
-        writes = [(call.operation, call.length) for call in store.steps.calls if call.operation != "written"]
-        assert writes == [("write", 16 * 2), ("write", 1 << 20), ("write", 16 * 8)]
+        await backend.write(2 << 20, b"x" * (1 << 20))
+        assert [call.length for call in store.steps.of("write")] == [1 << 20, 1 << 20]
+        store.steps.calls.clear()
+        await backend.flush()
+        assert [call.length for call in store.steps.of("write")] == [32 * 2, 32 * 8]
         store.steps.calls.clear()
         await backend.write(1 << 20, b"y" * (1 << 20))
         assert [(call.operation, call.length) for call in store.steps.of("read", "write")] == [("write", 1 << 20)]
@@ -68,7 +72,7 @@ async def test_a_partial_cluster_behind_the_end_of_the_file_takes_nothing_but_th
         await backend.write(0, b"t")
         store.steps.calls.clear()
         await backend.write(5 * CLUSTER + 100, b"x")
-        assert [call.length for call in store.steps.of("write")] == [2, 1, 8]
+        assert [call.length for call in store.steps.of("write")] == [1]
         assert await backend.read(5 * CLUSTER + 99, 3) == b"\0x\0"
 
 
@@ -79,9 +83,10 @@ async def test_a_partial_cluster_in_used_space_is_written_once_with_what_surroun
         store.discard = False
         await backend.write(0, b"old!" * (CLUSTER // 2))
         await backend.discard(0, CLUSTER)
+        await backend.flush()
         store.steps.calls.clear()
         await backend.write(5 * CLUSTER + 100, b"x")
-        assert [call.length for call in store.steps.of("write")] == [2, CLUSTER, 8]
+        assert [call.length for call in store.steps.of("write")] == [CLUSTER]
         assert await backend.read(5 * CLUSTER, CLUSTER) == bytes(100) + b"x" + bytes(CLUSTER - 101)
     assert_clean(saved(store, tmp_path))
 
@@ -90,29 +95,45 @@ async def test_clusters_that_a_failed_write_may_have_touched_do_not_count_as_fre
     async with in_memory(store) as backend:
         await backend.write(0, b"t")
         # The data reaches the file, but we are told that it did not.
-        store.steps.fail("written", no_space(), skip=1)
+        store.steps.fail("written", no_space())
         with pytest.raises(NoSpaceError):
             await backend.write(3 * CLUSTER, b"junk" * 1000)
         await backend.write(7 * CLUSTER + 8000, b"x")
         assert await backend.read(7 * CLUSTER, CLUSTER) == bytes(8000) + b"x" + bytes(CLUSTER - 8001)
 
 
-async def test_an_l2_table_is_referred_to_after_it_is_complete(store: Store, tmp_path: Path) -> None:
+async def test_order_of_a_first_write_and_its_flush(store: Store, tmp_path: Path) -> None:
     async with in_memory(store) as backend:
         header = driver_of(backend).image.header
+        store.steps.calls.clear()
         await backend.write(0, b"t")
-        writes = [(call.offset, call.length) for call in store.steps.of("write")]
+        await backend.flush()
         l2_offset = driver_of(backend).image.l1[0] & ~(1 << 63)
-        refcounts = writes[0][0] & -CLUSTER
-        assert writes == [
-            (refcounts + l2_offset // CLUSTER * 2, 2),
-            (l2_offset, CLUSTER),
-            (header.l1_table_offset, 8),
-            (refcounts + (l2_offset // CLUSTER + 1) * 2, 2),
-            (l2_offset + CLUSTER, 1),
-            (l2_offset, 8),
+        refcounts = driver_of(backend).refcounts.table[0]
+        calls = store.steps.of("write", "flush")
+        assert [(call.operation, call.offset, call.length) for call in calls] == [
+            ("write", l2_offset + CLUSTER, 1),
+            ("write", refcounts + l2_offset // CLUSTER * 2, 4),
+            ("write", l2_offset, CLUSTER),
+            ("flush", 0, 0),
+            ("write", header.l1_table_offset, 8),
+            ("flush", 0, 0),
         ]
     assert_clean(saved(store, tmp_path))
+
+
+async def test_discards_and_overwrites_need_one_host_flush_for_each_of_the_guests(store: Store) -> None:
+    async with in_memory(store, discard="unmap", **{"file.discard": "ignore"}) as backend:
+        await backend.write(0, b"x" * 4 * CLUSTER)
+        await backend.flush()
+        store.steps.calls.clear()
+        await backend.write(CLUSTER, b"y")
+        await backend.flush()
+        assert len(store.steps.of("flush")) == 1
+        store.steps.calls.clear()
+        await backend.discard(0, CLUSTER)
+        await backend.flush()
+        assert len(store.steps.of("flush")) == 1
 
 
 # --- the process dies -----------------------------------------------------------------------------------
@@ -221,6 +242,7 @@ async def test_no_space_at_any_host_write(tmp_path: Path, request_: Any, operati
             error = None
             try:
                 await request_(backend)
+                await backend.flush()
             except NoSpaceError as exc:
                 error = exc
             store.steps.heal()
@@ -241,7 +263,7 @@ async def test_clusters_of_a_failed_write_are_used_by_the_next(store: Store, tmp
     async with in_memory(store) as backend:
         await backend.write(0, b"t")
         end = len(store.data)
-        store.steps.fail("write", no_space(), skip=1)
+        store.steps.fail("write", no_space())
         with pytest.raises(NoSpaceError):
             await backend.write(10 * CLUSTER, b"x" * 3 * CLUSTER)
         await backend.write(20 * CLUSTER, b"y" * 2 * CLUSTER)
@@ -252,15 +274,23 @@ async def test_clusters_of_a_failed_write_are_used_by_the_next(store: Store, tmp
     assert_clean(saved(store, tmp_path))
 
 
-async def test_clusters_that_a_failed_publication_may_have_used_are_leaked(store: Store, tmp_path: Path) -> None:
-    async with in_memory(store) as backend:
+async def test_a_commit_that_failed_is_made_again(store: Store, tmp_path: Path) -> None:
+    async with in_memory(store, discard="unmap") as backend:
         await backend.write(0, b"t")
-        # The entry reaches the file, but we are told that it did not.
-        store.steps.fail("written", HostError("broken", errno=errno.EIO), skip=2)
-        with pytest.raises(HostError):
-            await backend.write(CLUSTER, b"a" * CLUSTER)
-        await backend.write(2 * CLUSTER, b"b" * CLUSTER)
-        assert await backend.read(CLUSTER, 2 * CLUSTER) == b"a" * CLUSTER + b"b" * CLUSTER
+        await backend.flush()
+        for operation in ("write", "written", "flush"):
+            for skip in range(2):
+                await backend.write(CLUSTER, b"a" * CLUSTER)
+                await backend.discard(0, CLUSTER)
+                await backend.write((2 + skip) * CLUSTER, b"b" * CLUSTER)
+                store.steps.fail(operation, HostError("broken", errno=errno.EIO), skip=skip)
+                with pytest.raises(HostError):
+                    await backend.flush()
+                store.steps.heal()
+                await backend.flush()
+                assert await backend.read(CLUSTER, CLUSTER) == b"a" * CLUSTER
+                assert await backend.read((2 + skip) * CLUSTER, CLUSTER) == b"b" * CLUSTER
+                await backend.discard(CLUSTER, 3 * CLUSTER)
     assert_clean(saved(store, tmp_path))
 
 

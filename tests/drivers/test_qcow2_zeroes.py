@@ -58,6 +58,7 @@ async def test_zeroes_keep_the_space_unless_it_may_go() -> None:
         freed = host_of(kept) + CLUSTER
         await backend.write(100, b"n")
         assert entry(backend, 0) == kept
+        await backend.flush()
         await backend.write(20 * CLUSTER, b"n")
         assert host_of(entry(backend, 20)) == freed
         assert await backend.read(0, CLUSTER) == bytes(100) + b"n" + bytes(CLUSTER - 101)
@@ -129,8 +130,11 @@ async def test_discards_reach_the_host_file(tmp_path: Path) -> None:
     image = await create_image(tmp_path / "x.qcow2", size=SIZE)
     async with opened(image, discard="unmap") as backend:
         await backend.write(0, b"x" * (8 << 20))
+        await backend.flush()
         full = image.stat().st_blocks
         await backend.discard(CLUSTER, 6 << 20)
+        assert image.stat().st_blocks == full, "before a flush the file may need it still"
+        await backend.flush()
         assert image.stat().st_blocks * 512 <= full * 512 - (6 << 20)
         assert await backend.read(0, 8 << 20) == b"x" * CLUSTER + bytes(6 << 20) + b"x" * ((2 << 20) - CLUSTER)
     async with opened(image) as backend:

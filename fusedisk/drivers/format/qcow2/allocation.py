@@ -11,9 +11,7 @@ Why concurrent requests are safe
    refcount is one (an interrupted snapshot deletion leaves that) is taken over in place. Compressed clusters
    are the exception, so their readers look at the entry again after reading (:mod:`.compressed`).
 
-Order of writes: refcounts of the new clusters, then their data (by the core), then the L2 entries, then the
-refcounts of what they replaced. A new L2 table: its refcount, the table, the L1 entry, then the refcount of
-the shared table it was copied from.
+Metadata changes in memory; :mod:`.commit` orders what the file gets.
 """
 
 from __future__ import annotations
@@ -26,7 +24,8 @@ import trio
 from fusedisk.block.extent import WriteExtent
 from fusedisk.drivers.format.qcow2 import entries as bits
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
-from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, HostRun, empty_table, encode_table
+from fusedisk.drivers.format.qcow2.commit import Committer
+from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, HostRun, empty_table
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 
 
@@ -65,11 +64,16 @@ class Allocator:
     """Allocations of one writable image."""
 
     def __init__(
-        self, clusters: ClusterMap, refcounts: Refcounts, backing_length: Callable[[], int] = lambda: 0
+        self,
+        clusters: ClusterMap,
+        refcounts: Refcounts,
+        committer: Committer,
+        backing_length: Callable[[], int] = lambda: 0,
     ) -> None:
         """``backing_length``: how long the backing file is now, 0 without one."""
         self.clusters = clusters
         self.refcounts = refcounts
+        self.committer = committer
         self.image = clusters.image
         self.geometry = self.image.geometry
         self.backing_length = backing_length
@@ -79,6 +83,7 @@ class Allocator:
         """Where to write a prefix of the range, allocating; see
         :meth:`fusedisk.block.driver.Driver.map_write`.
         """
+        await self.committer.relieve()
         while True:
             async with self.image.mutex:
                 conflict, length = self._in_flight_at(offset, length)
@@ -221,11 +226,7 @@ class Allocator:
             self.refcounts.keep(HostRun(allocation.host >> self.geometry.cluster_bits, allocation.count))
 
     async def publish(self, allocation: Allocation) -> None:
-        """Let the L2 table refer to written clusters, then drop the references to what they replace.
-
-        If the L2 entries cannot be written, nobody knows whether the file has them, and the clusters are
-        leaked.
-        """
+        """Let the L2 table refer to written clusters, and drop the references to what they replace."""
         geometry = self.geometry
         try:
             await self.image.mutex.acquire()
@@ -238,7 +239,7 @@ class Allocator:
             l1_index = allocation.first >> geometry.l2_bits
             await self.image.put_l2_entries(l1_index, allocation.first & geometry.l2_mask, entries)
             if not allocation.owned and max(allocation.old) > bits.ZERO:
-                await self.refcounts.free_entries(allocation.old)
+                self.refcounts.free_entries(allocation.old)
         finally:
             self.image.mutex.release()
             self._in_flight.remove(allocation)
@@ -263,7 +264,7 @@ class Allocator:
             if entry & COPIED:
                 return table
             if await self._is_ours(entry):
-                await image.put_l1_entry(l1_index, entry | COPIED)
+                image.put_l1_entry(l1_index, entry | COPIED)
                 return await image.l2.load(offset)
         copy = table[:] if table is not None else empty_table(geometry.l2_entries)
         if max(copy) & COPIED:
@@ -271,16 +272,10 @@ class Allocator:
             copy = array("Q", [item & ~COPIED for item in copy])
         run = await self.refcounts.allocate(1)
         offset = run.first << geometry.cluster_bits
-        try:
-            await image.announce("l2_alloc_write")
-            await image.put_new_table(offset, encode_table(copy))
-        except BaseException:
-            self.refcounts.keep(run)
-            raise
-        await image.put_l1_entry(l1_index, offset | COPIED)
+        image.put_new_l2(offset, copy)
+        image.put_l1_entry(l1_index, offset | COPIED)
         if entry & OFFSET_MASK:
-            await self.refcounts.free([HostRun((entry & OFFSET_MASK) >> geometry.cluster_bits, 1)])
-        image.l2.put(offset, copy)
+            self.refcounts.free([HostRun((entry & OFFSET_MASK) >> geometry.cluster_bits, 1)])
         return copy
 
 

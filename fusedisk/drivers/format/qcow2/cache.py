@@ -1,8 +1,7 @@
 """Tables of one kind (L2 tables, refcount blocks), bounded in bytes, each loaded whole.
 
-The cache is clean: what is in it equals what was last written to the file. ``load`` may run concurrently;
-those who want the same table share one read. Changes go through
-:class:`~fusedisk.drivers.format.qcow2.image.Image`, which writes first and then calls :meth:`TableCache.put`.
+``load`` may run concurrently; those who want the same table share one read. Tables that are changed and not yet
+written are pinned by their owner: they stay, even if there are more of them than the cache shall hold.
 """
 
 from __future__ import annotations
@@ -41,11 +40,18 @@ class TableCache(Generic[Table]):
         self._minimum = minimum
         self._capacity = minimum
         self._loading: dict[int, _Loading] = {}
+        self.is_pinned: Callable[[int], bool] = _never
+        """Whether the table at an offset must stay."""
 
     def set_size(self, size: int) -> None:
         """Hold at most ``size`` bytes of tables, but not fewer than the minimum number of them."""
         self._capacity = max(size // self._table_size, self._minimum)
         self._evict()
+
+    @property
+    def capacity(self) -> int:
+        """The bound in tables."""
+        return self._capacity
 
     @property
     def size(self) -> int:
@@ -117,4 +123,19 @@ class TableCache(Generic[Table]):
 
     def _evict(self) -> None:
         while len(self.tables) > self._capacity:
-            self.tables.popitem(last=False)
+            victim = self._victim()
+            if victim is None:
+                return
+            del self.tables[victim]
+
+    def _victim(self) -> int | None:
+        """The table that was not used for longest and may go; never the one that was used last."""
+        last = next(reversed(self.tables))
+        for offset in self.tables:
+            if offset != last and not self.is_pinned(offset):
+                return offset
+        return None
+
+
+def _never(offset: int) -> bool:
+    return False

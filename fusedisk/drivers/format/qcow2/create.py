@@ -14,6 +14,7 @@ from fusedisk.core.errors import OptionError
 from fusedisk.drivers.format.qcow2 import layout, resize
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
+from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import EXTENSION_BACKING_FORMAT, Extension, Header
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
@@ -81,14 +82,17 @@ async def create(file: Node, options: Qcow2CreateOptions) -> None:
     length = -(-options.size // 512) * 512
     image = await _write_minimal(file, header)
     image.writable = True
+    image.barriers = False
     refcounts = Refcounts(image)
-    allocator = Allocator(ClusterMap(image), refcounts)
+    committer = Committer(image, refcounts)
+    allocator = Allocator(ClusterMap(image), refcounts, committer)
     resize.check_growth(allocator, length, zero_new=False)
     await refcounts.load()
     await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
     if options.preallocation != "off":
         await resize.preallocate(allocator, 0, length, options.preallocation)
     await resize.set_size(allocator, length)
+    await committer.finish()
 
 
 async def _write_minimal(file: Node, header: Header) -> Image:

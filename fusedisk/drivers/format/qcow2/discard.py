@@ -1,9 +1,8 @@
 """Making whole clusters read as zeroes: write-zeroes and discard.
 
 The caller's request is serialised against all others over its guest range, so nothing in it is in flight, and
-host clusters may be freed. One L2 table is changed at a time under the image's mutex: first the entries, by
-one write, then the refcounts of what they referred to. So an interrupted request leaves a prefix done and at
-worst leaked clusters.
+host clusters may be freed. One L2 table is changed at a time under the image's mutex, so an interrupted request
+leaves a prefix done.
 
 What QEMU does, done here: version 3 uses zero entries; version 2 has none, so its clusters can only be
 dropped, and only where no backing file would show through.
@@ -92,6 +91,7 @@ async def change(allocator: Allocator, offset: int, length: int, transform: Tran
         table_end = min(end, l1_index + 1 << geometry.l2_bits)
         worked = allocate or l1[l1_index] & OFFSET_MASK
         if worked:
+            await allocator.committer.relieve()
             async with allocator.image.mutex:
                 await _change_table(allocator, l1_index, cluster, table_end, transform)
         if table_end < end and (worked or not l1_index % _SKIPS_AT_ONCE):
@@ -123,8 +123,8 @@ async def _change_table(allocator: Allocator, l1_index: int, cluster: int, end: 
     dropped = [old[i] for i in differing if _loses_reference(old[i], new[i])]
     await _check_dropped(allocator, dropped)
     first, last = differing[0], differing[-1] + 1
-    await image.put_l2_entries(l1_index, index + first, new[first:last])
-    await allocator.refcounts.free_entries(dropped, discarded=True)
+    await image.put_l2_entries(l1_index, index + first, new[first:last], ordered=False)
+    allocator.refcounts.free_entries(dropped, discarded=True)
 
 
 async def _check_dropped(allocator: Allocator, dropped: list[int]) -> None:

@@ -37,6 +37,7 @@ from fusedisk.core.zeroes import is_zero, zero_fill
 from fusedisk.drivers.format.qcow2 import create, discard, layout, resize
 from fusedisk.drivers.format.qcow2.allocation import Allocation, Allocator
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
+from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.image import Image
@@ -62,6 +63,7 @@ class Qcow2Driver(Driver):
     image: Image
     clusters: ClusterMap
     refcounts: Refcounts
+    committer: Committer
     allocator: Allocator
     snapshots: list[Snapshot]
 
@@ -99,7 +101,8 @@ class Qcow2Driver(Driver):
         self._sparse_threshold = await sparse_threshold(edge.node, header)
         self.clusters.recurse = self._sparse_threshold is not None
         self.refcounts = Refcounts(image)
-        self.allocator = Allocator(self.clusters, self.refcounts, self._backing_length)
+        self.committer = Committer(image, self.refcounts)
+        self.allocator = Allocator(self.clusters, self.refcounts, self.committer, self._backing_length)
         self._lookup = self.clusters.lookup
         self._lookup_in_place = _nothing
         image.l2.set_size(l2_size)
@@ -121,6 +124,8 @@ class Qcow2Driver(Driver):
             if kept != header.autoclear_features:
                 await image.put_header_fields(layout.AUTOCLEAR_FIELD, kept.to_bytes(8, "big"))
                 header.autoclear_features = kept
+                # Nothing may change before the promise is gone.
+                await image.barrier()
             self._ready_to_write = image.writable = True
             self._lookup_in_place = self.clusters.lookup_in_place
 
@@ -129,18 +134,21 @@ class Qcow2Driver(Driver):
         self._lookup_in_place = _nothing
 
     async def close(self) -> None:
-        if self._ready_to_write and self.node.fenced is None:
-            async with self.image.mutex:
-                await self.refcounts.release_kept()
-        self._end_writing()
+        try:
+            if self._ready_to_write and self.node.fenced is None:
+                await self.committer.finish()
+        finally:
+            self._end_writing()
+
+    async def flush_to_os(self) -> None:
+        await self.committer.commit()
 
     async def reopen_prepare(self, config: NodeConfig, options: Any) -> object:
         sizes = cache_sizes(options, self.image.header)
         if self.node.config.read_only and not config.read_only:
             check_writable(self.image.header, self.image.filename)
         if config.read_only and self._ready_to_write:
-            async with self.image.mutex:
-                await self.refcounts.release_kept()
+            await self.committer.finish()
         return sizes
 
     def reopen_commit(self, state: object) -> None:
@@ -167,10 +175,12 @@ class Qcow2Driver(Driver):
         return extent if extent is not None else await self.clusters.map(offset, length)
 
     async def has_holes(self) -> bool:
-        if self._sparse_threshold is not None:
-            storage = self.node.children["file"].node
-            self.clusters.recurse = await uses_clusters(storage, self.image.header, self._sparse_threshold)
-            self._sparse_threshold = None
+        threshold = self._sparse_threshold
+        if threshold is not None:
+            # What is counted is in the file.
+            await self.committer.commit()
+            found = await uses_clusters(self.node.children["file"].node, self.image.header, threshold)
+            self.clusters.recurse, self._sparse_threshold = found, None
         return self.clusters.recurse
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:

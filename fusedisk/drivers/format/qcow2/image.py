@@ -1,23 +1,11 @@
-"""The state of one open image that all its parts share, and the only place that writes its metadata.
+"""The state of one open image that all its parts share, and the only place that changes its metadata.
 
-Order of writes
----------------
-Every change of metadata is written to the ``file`` child at once, by a small write of what changed, before the
-request that needed it is answered. The caches are clean. So a process that dies at any instant leaves
-
-1. refcounts that are at least as high as the references: they are raised before anything refers to a cluster,
-   and lowered after the last reference is gone (at worst clusters are leaked);
-2. mappings to complete data: an L2 entry is written after the data it leads to, an L1 entry after the whole
-   L2 table, the header's pointers after the whole table they lead to.
-
-A write that failed may still have reached the file. So whatever it was to change is forgotten in memory and
-read again, and clusters that it may have put to use are leaked, never reused.
+Changes of the L1 table and of L2 tables are made in memory; :mod:`.commit` brings them to the file in the order that
+a power cut asks for, and refcounts with them (:mod:`.refcount`). What is written at once: whole tables into clusters
+that nothing refers to, and fields of the header, around which the caller puts barriers. See docs/durability.md.
 
 Everything that changes metadata holds ``mutex``; those who only look at it need not. Holding it across
 requests to the storage's door is safe, as nothing below calls back into the image.
-
-The ``put_`` methods are the places where write-back with dependencies, and host flushes between dependent
-writes, belong.
 """
 
 from __future__ import annotations
@@ -36,12 +24,45 @@ from fusedisk.core.locks import Mutex
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.cache import TableCache
-from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, Geometry, empty_table, encode_table, swap_table
+from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK, Geometry, empty_table, encode_table, swap_table
 from fusedisk.drivers.format.qcow2.layout import Header
 
 log = logging.getLogger(__name__)
 
 MIN_L2_TABLES = 2
+
+
+class DirtyTables:
+    """What of the L1 and L2 tables the file does not have yet."""
+
+    def __init__(self) -> None:
+        self.l1: set[int] = set()
+        """Indices of entries."""
+        self.l2: dict[int, tuple[int, int]] = {}
+        """For each L2 table, by host offset, the first entry that is changed and the one behind the last."""
+        self.new_l2: set[int] = set()
+        """Those of ``l2`` that nothing in the file refers to."""
+        self.on_their_way: frozenset[int] = frozenset()
+        """L2 tables with entries that are about to be written."""
+        self.ordered = False
+        """Whether anything before must be durable before these entries are."""
+
+    def __bool__(self) -> bool:
+        return bool(self.l1 or self.l2)
+
+    def pins(self, offset: int) -> bool:
+        """Whether the L2 table must stay in memory."""
+        return offset in self.l2 or offset in self.on_their_way
+
+    def touch_l2(self, offset: int, first: int, end: int) -> None:
+        """Entries from ``first`` to ``end`` were changed."""
+        low, high = self.l2.get(offset, (first, end))
+        self.l2[offset] = min(low, first), max(high, end)
+
+    def forget_l2(self, offset: int) -> None:
+        """The table is gone."""
+        self.l2.pop(offset, None)
+        self.new_l2.discard(offset)
 
 
 async def read_table(file: Node, offset: int, entries: int) -> array[int]:
@@ -77,9 +98,13 @@ class Image:
         self.writable = False
         self.geometry = Geometry(header)
         self.mutex = Mutex()
+        self.barriers = True
+        """False where nobody cares about power cuts: an image that is being created."""
+        self.dirty = DirtyTables()
         self.l1: array[int] = array("Q")
         """Grows in place and is never replaced."""
         self.l2: TableCache[array[int]] = TableCache(self._read_l2, self.geometry.cluster_size, MIN_L2_TABLES)
+        self.l2.is_pinned = self.dirty.pins
         self.inflated: OrderedDict[int, bytes] = OrderedDict()
         """Content of compressed clusters by L2 entry; an entry that loses its reference goes."""
         self.fixed: list[tuple[int, int, str]] = []
@@ -193,45 +218,42 @@ class Image:
         """Write a whole table into clusters that nothing refers to yet."""
         await self._write(offset, data)
 
-    async def put_l1_entry(self, index: int, entry: int) -> None:
-        """Change one L1 entry. If this fails, memory keeps the old entry and the file has either."""
-        await self.announce("l1_update")
-        await self._write(self.header.l1_table_offset + 8 * index, entry.to_bytes(8, "big"))
+    async def put_bytes(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write a part of a table; the order is the caller's business."""
+        await self._write(offset, data)
+
+    def put_l1_entry(self, index: int, entry: int) -> None:
+        """Change one L1 entry in memory."""
         old, new = self.l1[index] & OFFSET_MASK, entry & OFFSET_MASK
         if old != new:
             if old:
                 del self.l2_places[bisect_left(self.l2_places, old)]
-            insort(self.l2_places, new)
+            if new:
+                insort(self.l2_places, new)
         self.l1[index] = entry
+        self.dirty.l1.add(index)
+        self.dirty.ordered = True
         self.mapping_changed()
 
-    async def put_l2_entries(self, l1_index: int, index: int, entries: array[int]) -> None:
-        """Change L2 entries from ``index`` on in the table that the L1 entry leads to.
+    def put_new_l2(self, offset: int, table: array[int]) -> None:
+        """Make an L2 table in a cluster that nothing refers to yet, in memory."""
+        self.dirty.new_l2.add(offset)
+        self.dirty.touch_l2(offset, 0, len(table))
+        self.l2.put(offset, table)
 
-        If the write fails, the file has any mixture of old and new, which is read again when needed.
+    async def put_l2_entries(self, l1_index: int, index: int, entries: array[int], *, ordered: bool = True) -> None:
+        """Change L2 entries, in memory, from ``index`` on in the table that the L1 entry leads to.
+
+        ``ordered``: refcounts or data that were written before must be durable before these entries are; not so where
+        entries only lose something.
         """
-        offset = self.l1[l1_index] & (COPIED - 1)
+        offset = self.l1[l1_index] & OFFSET_MASK
         table = await self.l2.load(offset)
-        await self.announce("l2_update")
-        try:
-            await self._write(offset + 8 * index, encode_table(entries))
-        except BaseException:
-            self.l2.drop(offset)
-            self.mapping_changed()
-            raise
         table[index : index + len(entries)] = entries
+        self.dirty.touch_l2(offset, index, index + len(entries))
+        self.dirty.ordered |= ordered
         self.l2.put(offset, table)
         self.mapping_changed()
-
-    async def put_refcount_table_entry(self, index: int, block_offset: int) -> None:
-        """Let the refcount table refer to a block that is already written."""
-        await self.announce("reftable_update")
-        await self._write(self.header.refcount_table_offset + 8 * index, block_offset.to_bytes(8, "big"))
-
-    async def put_refcounts(self, block_offset: int, position: int, data: bytes) -> None:
-        """Change a run of bytes of a refcount block."""
-        await self.announce("refblock_update")
-        await self._write(block_offset + position, data)
 
     async def put_header_fields(self, position: int, data: bytes) -> None:
         """Change neighbouring fields of the header.
@@ -261,17 +283,24 @@ class Image:
         elif length:
             await io.write(self.storage.node, offset, (ZEROES[:length],))
 
+    async def barrier(self) -> None:
+        """Everything written so far is on the disk before anything that is written from now on."""
+        if self.barriers:
+            await io.flush(self.storage.node)
+
     # --- the L1 table -----------------------------------------------------------------------------------
 
     async def put_l1_table(self, offset: int, entries: int) -> None:
-        """Move the active L1 table, as memory has it and filled up with zeroes, to new clusters and let the
-        header refer to it.
+        """Move the active L1 table, which has no changes that the file lacks, filled up with zeroes, to new clusters
+        whose refcounts the file has, and let the header refer to it.
         """
         table = self.l1 + empty_table(entries - len(self.l1))
         await self.announce("l1_grow_write_table")
         await self.put_new_table(offset, encode_table(table))
+        await self.barrier()
         await self.announce("l1_grow_activate_table")
         await self.put_header_fields(layout.L1_FIELDS, entries.to_bytes(4, "big") + offset.to_bytes(8, "big"))
         self.header.l1_size, self.header.l1_table_offset = entries, offset
         self.l1.extend(table[len(self.l1) :])
         self.place_fixed()
+        await self.barrier()

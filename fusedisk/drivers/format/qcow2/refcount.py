@@ -2,6 +2,11 @@
 
 Everything here but :meth:`Refcounts.keep` runs under the image's mutex.
 
+Blocks change in memory. What memory has of them may be written at any time: references are counted before they are
+made, and what is freed is counted down only when the file has lost the reference (:meth:`Refcounts.take_freed`), so
+that until then nobody gets the clusters either. A new block is written before the table refers to it, with a barrier
+between.
+
 Searching is first fit. Two cursors keep it short: nothing is free before ``_first_free``, and nothing before
 ``_next_run`` was a run long enough for the last multi-cluster request. Blocks known to be full are skipped
 without being loaded. Where the table has no block, everything is free: behind the last used cluster the file
@@ -21,6 +26,7 @@ import logging
 from array import array
 from bisect import insort
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import trio
 
@@ -45,6 +51,17 @@ log = logging.getLogger(__name__)
 MIN_BLOCKS = 4
 
 
+class Freed(NamedTuple):
+    """References that are gone."""
+
+    first: int
+    """First host cluster, by number."""
+    deltas: list[int]
+    """What to add to the refcounts from there on; negative."""
+    discard: bool
+    """Whether the host space may go with the last reference."""
+
+
 class Refcounts:
     """The refcount structure of one writable image."""
 
@@ -53,6 +70,7 @@ class Refcounts:
         self.geometry = image.geometry
         self.codec = refcount_codec(self.geometry.refcount_bits, self.geometry.block_entries)
         self.blocks: TableCache[bytearray] = TableCache(self._read_block, self.geometry.cluster_size, MIN_BLOCKS)
+        self.blocks.is_pinned = self._is_dirty
         self.table: array[int] = array("Q")
         self.discard_freed = False
         """Whether host space of discarded clusters is given back to the host."""
@@ -64,6 +82,14 @@ class Refcounts:
         """Clusters at or behind this host offset were not given out since the image was opened."""
         self._kept: list[HostRun] = []
         """Clusters with a refcount of one that nothing refers to."""
+        self._dirty: dict[int, tuple[int, int]] = {}
+        """For each block that was changed, by host offset, the first such byte and the one behind the last."""
+        self._unhooked: dict[int, int] = {}
+        """Entries of ``table`` that the file's does not have yet."""
+        self._freed: list[Freed] = []
+        """References that memory has lost, but the file perhaps not."""
+        self.freed_clusters = 0
+        """How many clusters wait in there."""
 
     async def load(self) -> None:
         """Read the refcount table. Raises ImageError where its entries cannot be."""
@@ -122,7 +148,7 @@ class Refcounts:
         start, end = first << self.geometry.cluster_bits, first + count << self.geometry.cluster_bits
         fresh = start >= max(self._used_end, self.image.storage.node.length)
         self._used_end = max(self._used_end, end)
-        await self._add(first, [1] * count)
+        await self.add(first, [1] * count)
         if count > 1:
             self._next_run = first + count
         if count == 1 or first == self._first_free:
@@ -144,10 +170,10 @@ class Refcounts:
             self._kept.append(HostRun(first + count, length - count))
         return HostRun(first, min(count, length))
 
-    async def release_kept(self) -> None:
+    def release_kept(self) -> None:
         """Free what :meth:`keep` holds."""
-        while self._kept:
-            await self.free([self._kept.pop()])
+        kept, self._kept = self._kept, []
+        self.free(kept)
 
     async def _find(self, count: int, cluster: int) -> int:
         """The first of ``count`` free neighbours, the first such run from ``cluster`` on."""
@@ -208,38 +234,55 @@ class Refcounts:
 
     # --- changing ---------------------------------------------------------------------------------------
 
-    async def free(
-        self, runs: list[HostRun], *, references: dict[int, int] | None = None, discarded: bool = False
+    def free(
+        self, runs: Sequence[HostRun], *, references: dict[int, int] | None = None, discarded: bool = False
     ) -> None:
-        """Lower refcounts, after the references that they counted are gone from the file: by one in ``runs``, by what
-        ``references`` says for single clusters, lowest first.
-
-        A failure leaks the clusters and is logged only, as what the caller wanted is done. ``discarded``: the
-        guest gave the data up, so the host space may go too.
+        """Lower refcounts once the file has lost the references: by one in ``runs``, by what ``references`` says for
+        single clusters, lowest first. ``discarded``: the guest gave the data up, so the host space may go too.
         """
-        bits = self.geometry.cluster_bits
-        changes = [(run.first, [-1] * run.clusters) for run in runs]
+        discard = discarded and self.discard_freed
+        freed = [Freed(run.first, [-1] * run.clusters, discard) for run in runs]
         for cluster, count in (references or {}).items():
-            if changes and changes[-1][0] + len(changes[-1][1]) == cluster:
-                changes[-1][1].append(-count)
+            if freed and freed[-1].first + len(freed[-1].deltas) == cluster:
+                freed[-1].deltas.append(-count)
             else:
-                changes.append((cluster, [-count]))
-        try:
-            for start, deltas in changes:
-                await self.image.announce("cluster_free")
-                for first, count, _ in await self._add(start, deltas):
-                    if discarded and self.discard_freed:
-                        await self._release_host_range(first << bits, count << bits)
-        except FusediskError as exc:
-            log.warning("%s: clusters are leaked: %s", self.image.filename, exc)
+                freed.append(Freed(cluster, [-count], discard))
+        self._freed += freed
+        self.freed_clusters += sum(len(item.deltas) for item in freed)
 
-    async def free_entries(self, entries: Sequence[int], *, discarded: bool = False) -> None:
+    def free_entries(self, entries: Sequence[int], *, discarded: bool = False) -> None:
         """:meth:`free` for what L2 entries refer to."""
         for entry in entries:
             if entry & COMPRESSED:
                 self.image.inflated.pop(entry, None)
         references = compressed_references(entries, self.geometry)
-        await self.free(plain_runs(entries, self.geometry), references=references, discarded=discarded)
+        self.free(plain_runs(entries, self.geometry), references=references, discarded=discarded)
+
+    def take_freed(self) -> list[Freed]:
+        """What was freed so far, to be given to :meth:`drop` when the file has lost these references, or back to
+        :meth:`put_back` where that fails."""
+        freed, self._freed, self.freed_clusters = self._freed, [], 0
+        return freed
+
+    def put_back(self, freed: list[Freed]) -> None:
+        """Undo :meth:`take_freed`."""
+        self._freed = freed + self._freed
+        self.freed_clusters += sum(len(item.deltas) for item in freed)
+
+    async def drop(self, freed: list[Freed]) -> None:
+        """Lower refcounts, which lets the clusters be used again.
+
+        A failure leaks the clusters and is logged only, as what the caller wanted is done.
+        """
+        bits = self.geometry.cluster_bits
+        for item in freed:
+            try:
+                await self.image.announce("cluster_free")
+                for first, count, _ in await self.add(item.first, item.deltas):
+                    if item.discard:
+                        await self._release_host_range(first << bits, count << bits)
+            except FusediskError as exc:
+                log.warning("%s: clusters are leaked: %s", self.image.filename, exc)
 
     async def _release_host_range(self, offset: int, length: int) -> None:
         """Give freed clusters back to the host. Under the mutex, so that nobody can have allocated them
@@ -247,7 +290,7 @@ class Refcounts:
         """
         await io.discard(self.image.storage.node, offset, length)
 
-    async def _add(self, first: int, deltas: list[int]) -> list[HostRun]:
+    async def add(self, first: int, deltas: list[int]) -> list[HostRun]:
         """Change refcounts of neighbouring clusters whose blocks exist; returns the runs that dropped to zero."""
         per_block = self.geometry.block_entries
         freed: list[HostRun] = []
@@ -277,12 +320,8 @@ class Refcounts:
                 f"'{self.image.filename}' has refcounts of {self.codec.bits} bits, which cannot count one "
                 "more reference."
             ) from None
-        try:
-            await self.image.put_refcounts(offset, position, data)
-        except BaseException:
-            self.blocks.drop(offset)
-            raise
         block[position : position + len(data)] = data
+        self._touch(offset, position, position + len(data))
         self.blocks.put(offset, block)
         if freed:
             lowest = block_index * self.geometry.block_entries + freed[0][0]
@@ -290,6 +329,50 @@ class Refcounts:
             self._first_free = min(self._first_free, lowest)
             self._next_run = min(self._next_run, lowest)
         return freed
+
+    # --- writing ----------------------------------------------------------------------------------------
+
+    def _is_dirty(self, offset: int) -> bool:
+        return offset in self._dirty
+
+    def _touch(self, offset: int, first: int, end: int) -> None:
+        low, high = self._dirty.get(offset, (first, end))
+        self._dirty[offset] = min(low, first), max(high, end)
+
+    @property
+    def dirty_blocks(self) -> int:
+        """How many blocks the file does not have as memory has them."""
+        return len(self._dirty)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the file lacks anything."""
+        return bool(self._dirty or self._unhooked)
+
+    async def write_blocks(self) -> list[int]:
+        """Write what was changed in blocks, new ones too.
+
+        Returns the entries of the table that :meth:`hook_up` may write behind a barrier.
+        """
+        new = set(self._unhooked.values())
+        for offset in sorted(self._dirty):
+            first, end = self._dirty[offset]
+            block = self.blocks.tables[offset]
+            await self.image.announce("refblock_alloc_write" if offset in new else "refblock_update")
+            await self.image.put_bytes(offset + first, block[first:end])
+            # Nobody can have changed the block meanwhile: this runs under the mutex.
+            del self._dirty[offset]
+        return sorted(self._unhooked)
+
+    async def hook_up(self, indices: list[int]) -> None:
+        """Let the file's table refer to new blocks, which are durable."""
+        for index in indices:
+            if index in self._unhooked:
+                await self.image.announce("refblock_alloc_hookup")
+                await self.image.announce("reftable_update")
+                position = self.image.header.refcount_table_offset + 8 * index
+                await self.image.put_bytes(position, self._unhooked[index].to_bytes(8, "big"))
+                del self._unhooked[index]
 
     # --- growing ----------------------------------------------------------------------------------------
 
@@ -306,17 +389,14 @@ class Refcounts:
         await self._check_free(cluster, 1)
         block = bytearray(self.geometry.cluster_size)
         if self.table[home]:
-            await self._add(cluster, [1])
+            await self.add(cluster, [1])
             home = block_index
         else:
             self._set_to_one(block, index, 1)
         offset = cluster << self.geometry.cluster_bits
-        await self.image.announce("refblock_alloc_write")
-        await self.image.put_new_table(offset, block)
-        await self.image.announce("refblock_alloc_hookup")
-        await self.image.put_refcount_table_entry(home, offset)
-        self.table[home] = offset
+        self.table[home] = self._unhooked[home] = offset
         insort(self.image.scattered, offset)
+        self._touch(offset, 0, len(block))
         self.blocks.put(offset, block)
 
     async def _grow_table(self, block_index: int) -> None:
@@ -344,6 +424,8 @@ class Refcounts:
         offset = first << geometry.cluster_bits
         blocks_offset = offset + table_clusters * size
         await self._check_free(first, table_clusters + blocks)
+        # The new table refers to all blocks, so the file must have them.
+        await self.write_blocks()
 
         content = bytearray(blocks * size)
         self._set_to_one(content, 0, table_clusters + blocks)
@@ -354,6 +436,7 @@ class Refcounts:
         await self.image.put_new_table(blocks_offset, content)
         await self.image.announce("refblock_alloc_write_table")
         await self.image.put_new_table(offset, encode_table(table))
+        await self.image.barrier()
         await self.image.announce("refblock_alloc_switch_table")
         await self.image.put_header_fields(
             layout.REFCOUNT_TABLE_FIELDS, offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
@@ -364,7 +447,9 @@ class Refcounts:
         self._take_table(table)
         self._full[: len(full)] = full
         self.image.place_fixed()
-        await self.free([old])
+        self._unhooked.clear()
+        await self.image.barrier()
+        self.free([old])
 
     def _set_to_one(self, content: bytearray, index: int, count: int) -> None:
         position, data = self.codec.encoded(content, index, [1] * count)

@@ -1,7 +1,7 @@
 """Growing an image: the L1 table, the tail of the last cluster, preallocation, then the size in the header.
 
 No request is in flight meanwhile. Whatever is done before the new size is in the header lies behind the
-disk's end, so stopping anywhere leaves the old disk.
+disk's end, so stopping anywhere, or losing power, leaves the old disk.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ _SECTOR = 512
 
 async def set_size(allocator: Allocator, length: int) -> None:
     """Put the virtual size into the header; the L1 table must cover it."""
-    header = allocator.image.header
-    await allocator.image.put_header_fields(layout.SIZE_FIELD, length.to_bytes(8, "big"))
-    header.size = length
+    async with allocator.committer.exclusive():
+        # What the new size uncovers must be there before.
+        await allocator.image.barrier()
+        await allocator.image.put_header_fields(layout.SIZE_FIELD, length.to_bytes(8, "big"))
+        allocator.image.header.size = length
 
 
 def check_growth(allocator: Allocator, length: int, *, zero_new: bool) -> None:
@@ -70,15 +72,14 @@ async def grow_l1(allocator: Allocator, entries: int) -> None:
     if entries <= len(image.l1):
         return
     header = image.header
-    async with image.mutex:
+    async with allocator.committer.exclusive():
         old_offset, old_size = header.l1_table_offset, geometry.clusters(header.l1_size * 8)
         await image.announce("l1_grow_alloc_table")
         run = await allocator.refcounts.allocate(geometry.clusters(entries * 8), exact=True)
-        # Cancelled half-way, memory and header would disagree about which table is active.
-        with trio.CancelScope(shield=True):
-            await image.put_l1_table(run.first << geometry.cluster_bits, entries)
-            if old_size:
-                await allocator.refcounts.free([HostRun(old_offset >> geometry.cluster_bits, old_size)])
+        await allocator.committer.write_refcounts()
+        await image.put_l1_table(run.first << geometry.cluster_bits, entries)
+        if old_size:
+            allocator.refcounts.free([HostRun(old_offset >> geometry.cluster_bits, old_size)])
 
 
 async def clear_behind_end(allocator: Allocator, length: int, *, zero_new: bool) -> None:
@@ -103,6 +104,7 @@ async def preallocate(allocator: Allocator, start: int, end: int, mode: str) -> 
     while cluster < last:
         l1_index = cluster >> geometry.l2_bits
         table_end = min(last, l1_index + 1 << geometry.l2_bits)
+        await allocator.committer.relieve()
         async with allocator.image.mutex:
             await _preallocate_table(allocator, cluster, table_end, mode)
         await trio.lowlevel.checkpoint()
