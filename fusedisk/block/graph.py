@@ -132,6 +132,8 @@ class Graph:
     def attach_child(self, parent: Node, node: Node, name: str, role: Role) -> Child:
         if name in parent.children:
             raise OptionError(f"node '{parent.name}' has a child '{name}' already.")
+        if _reaches(node, parent):
+            raise OptionError(f"node '{node.name}' cannot be below '{parent.name}': the graph would have a loop.")
         if parent.config.auto_read_only and node.config.read_only and role is not Role.BACKING:
             parent.config.read_only = True
         edge = Child(name, role, parent, node, f"node '{parent.name}'")
