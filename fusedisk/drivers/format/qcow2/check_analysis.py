@@ -24,7 +24,7 @@ from fusedisk.drivers.format.qcow2.check_blocks import DiskRefcounts
 from fusedisk.drivers.format.qcow2.check_counts import WHOLE, Counts
 from fusedisk.drivers.format.qcow2.check_open import SECTOR, CheckedImage
 from fusedisk.drivers.format.qcow2.check_snapshots import SnapshotTable
-from fusedisk.drivers.format.qcow2.check_walk import Walk
+from fusedisk.drivers.format.qcow2.check_walk import L1Table, Walk
 from fusedisk.drivers.format.qcow2.entries import HostRun
 
 
@@ -74,6 +74,10 @@ class Analysis:
     def broken(self) -> int:
         """What is wrong in tables and headers, apart from refcounts and COPIED flags."""
         return self.walk.corruptions + self.walk.found.corruptions
+
+    def is_shared(self, table: L1Table, index: int) -> bool:
+        """Whether something else is in the cluster of an L1 table's entry, too."""
+        return self.counts[table.region.offset + 8 * index >> self.image.cluster_bits] > table.users
 
     def _sum_up(self) -> None:
         walk, result, image = self.walk, self.result, self.image

@@ -28,11 +28,14 @@ async def bitmap_tables(image: CheckedImage, directory: BitmapDirectory) -> list
     """Where the tables of the bitmaps are. Raises ImageError where the directory or an entry of it cannot be."""
     data = await image.read(*directory.region)
     tables: list[Region] = []
+    names: set[bytes] = set()
     position = 0
     while position < len(data):
         if position + _ENTRY.size > len(data) or len(tables) == directory.bitmaps:
             raise _broken(image, "does not hold what the header says")
         offset, entries, flags, kind, granularity, name_size, extra_size = _ENTRY.unpack_from(data, position)
+        name_at = position + _ENTRY.size + extra_size
+        name = bytes(data[name_at : name_at + name_size]).split(b"\0")[0]
         position += (_ENTRY.size + name_size + extra_size + 7) & -8
         size = entries << image.cluster_bits
         if (
@@ -44,14 +47,22 @@ async def bitmap_tables(image: CheckedImage, directory: BitmapDirectory) -> list
             or name_size > _MAX_NAME
             or kind != _TRACKING
             or extra_size
+            or name in names
             or size > _MAX_BITMAP_SIZE
-            or (not flags & _IN_USE and image.header.size > size * 8 << granularity)
+            or (not flags & _IN_USE and entries != _table_entries(image, granularity))
         ):
             raise _broken(image, f"has an entry {len(tables)} that cannot be")
         tables.append(Region(offset, entries * 8))
+        names.add(name)
     if position != len(data) or len(tables) != directory.bitmaps:
         raise _broken(image, "does not hold what the header says")
     return tables
+
+
+def _table_entries(image: CheckedImage, granularity: int) -> int:
+    """Entries in the table of a bitmap of the whole disk; it is stored in whole words of 64 bits."""
+    bits = image.header.size + (1 << granularity) - 1 >> granularity
+    return -(-(bits + 63 >> 6 << 3) // image.cluster_size)
 
 
 def wrong_entry(image: CheckedImage, entry: int) -> bool:

@@ -15,7 +15,7 @@ from fusedisk.block import io
 from fusedisk.block.node import Node
 from fusedisk.core.errors import HostError, ImageError, UnsupportedFeatureError
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.entries import COMPRESSED, swap_table
+from fusedisk.drivers.format.qcow2.entries import COMPRESSED, encode_table, swap_table
 from fusedisk.drivers.format.qcow2.layout import Header
 
 SECTOR = 512
@@ -129,6 +129,15 @@ class CheckedImage:
     async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Change bytes of the file."""
         await io.write(self.file, offset, (memoryview(data),))
+
+    async def write_changes(self, offset: int, before: array[int], after: array[int]) -> bool:
+        """Write what changed of the table at ``offset``; returns whether anything did."""
+        if before == after:
+            return False
+        changed = [index for index, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+        first, last = changed[0], changed[-1] + 1
+        await self.write(offset + 8 * first, encode_table(after[first:last]))
+        return True
 
     async def flush(self) -> None:
         """What was written before is on stable storage before what is written later."""

@@ -34,6 +34,8 @@ class L1Table(NamedTuple):
     region: Region
     label: str
     active: bool
+    users: int
+    """Of the disk and the snapshots, how many have it."""
 
 
 class TableUse:
@@ -76,6 +78,7 @@ class Walk:
         """L2 tables in which something cannot be."""
         self.miscopied_tables: list[int] = []
         self.miscopied_l1 = 0
+        self.bitmap_tables: list[Region] = []
         self._scanner = TableScanner(image, disk, counts, self.result.note)
 
     async def run(self, progress: Progress) -> None:
@@ -87,7 +90,7 @@ class Walk:
         await self._scan_tables(progress)
         self._count("snapshot table", Region(image.header.snapshots_offset, self.snapshots.length))
         self._count("refcount table", image.refcount_table_region)
-        if image.crypto is not None:
+        if image.crypto is not None and not image.crypto.length >> 63:  # QEMU's lengths have a sign
             self._count("LUKS header", image.crypto)
         await self._walk_bitmaps()
         self._walk_blocks()
@@ -107,7 +110,7 @@ class Walk:
             return
         for what in self._scanner.count_region(*region, users):
             self._corrupt(f"{label}: {what}.", users)
-        self.l1_tables.append(L1Table(region, label, active))
+        self.l1_tables.append(L1Table(region, label, active, users))
         entries = await self.image.read_table(self.image.inside(region))
         for entry, times in Counter(filter(None, entries)).items():
             weight = times * users
@@ -179,7 +182,8 @@ class Walk:
         if image.bitmaps is None:
             return
         self._count("directory of bitmaps", image.bitmaps.region)
-        for region in await bitmap_tables(image, image.bitmaps):
+        self.bitmap_tables = await bitmap_tables(image, image.bitmaps)
+        for region in self.bitmap_tables:
             self._count("table of a bitmap", region)
             entries = await image.read_table(region)
             for entry in entries:

@@ -9,13 +9,19 @@ follow them.** What could be read before reads the same afterwards:
    a COPIED flag, a subcluster that is said to be both data and zeroes stays data).
 2. An entry that leads nowhere, since its offset is no cluster's or lies behind the end of the file, could not be read,
    or read as zeroes. It becomes *zeroes* where the version has that (3), else *unallocated*; an L1 entry becomes empty.
-3. What most entries of a shared table say tells what it is: a cluster that is used otherwise too, and in which most
-   entries cannot be L2 entries, holds no L2 table. The L1 entry goes, and the cluster is not touched.
+3. What its entries say tells what a shared table is: a cluster that is used otherwise too, in which most entries cannot
+   be L2 entries and none leads to a cluster of its own, holds no L2 table. The L1 entry goes, and the cluster is not
+   touched. Nor is a part of an L1 table that is used otherwise too.
 4. A cluster with more references than its refcount can count is copied for those that are too many.
 5. An entry of the snapshot table goes only if its L1 table cannot be in the file; texts and times of the others stay.
-6. If the active L1 table itself is not in the file, or most certainly is something else, nothing is repaired: all that
-   the guest wrote would be given up.
-7. Nothing is repaired where something could not be read: what it refers to would be given up.
+6. A part of a persistent bitmap that is not in the file says that everything has changed, so that a backup copies too
+   much rather than too little. Where the directory or a table is not in the file, all bitmaps become invalid.
+7. If the active L1 table itself is not in the file, or most certainly is something else, nothing is repaired: all that
+   the guest wrote would be given up. The same holds for a LUKS header, and for an L1 table so long that it runs into
+   other tables: what looks wrong in it may be right there.
+8. Where LUKS is used, clusters are not copied, since they could not be decrypted in another place: what rule 4 is for
+   stays as it is, and is told.
+9. Nothing is repaired where something could not be read: what it refers to would be given up.
 
 Freed clusters are not discarded: until they are used again, their content is still there to be looked at.
 
@@ -35,6 +41,8 @@ Dying at any point leaves an image that is not worse than it was; each step is f
 """
 
 from __future__ import annotations
+
+import bisect
 
 from fusedisk.block.check import CheckResult, Progress, Repair
 from fusedisk.core.errors import ImageError
@@ -93,6 +101,12 @@ def _check_repairable(analysis: Analysis, repair: Repair) -> None:
     image, walk = analysis.image, analysis.walk
     if walk.result.check_errors > analysis.unreadable:
         raise ImageError(f"'{image.filename}' is not repaired: parts of it could not be read.")
+    if image.crypto is not None and not image.has_region(*image.crypto):
+        raise ImageError(
+            f"'{image.filename}' is not repaired: its LUKS header has {image.crypto.length} bytes at "
+            f"{image.crypto.offset}, where none can be, and without it all data would be given up; correct the header "
+            "first."
+        )
     if repair is Repair.LEAKS:
         if analysis.rebuild:
             raise ImageError(
@@ -100,17 +114,31 @@ def _check_repairable(analysis: Analysis, repair: Repair) -> None:
                 "not do; repair all (-r all)."
             )
         return
+    reason = _hopeless(analysis)
+    if reason is not None:
+        raise ImageError(f"'{image.filename}' is not repaired: {reason}.")
+
+
+def _hopeless(analysis: Analysis) -> str | None:
+    """Why repairing everything would give up more than it saves; None where it would not."""
+    image, walk, l1 = analysis.image, analysis.walk, analysis.image.l1_region
     if analysis.leaks and walk.active_wrong == walk.active_entries > 1:
-        raise ImageError(
-            f"'{image.filename}' is not repaired: what its header calls the L1 table, at {image.l1_region.offset}, "
-            "holds no entry that can be, and without it all data would be given up; correct the header first."
+        return (
+            f"what its header calls the L1 table, at {l1.offset}, holds no entry that can be, and without it all data "
+            "would be given up; correct the header first"
         )
-    l1 = image.l1_region
     if l1.length and (l1.offset < image.cluster_size or l1.offset >= image.length):
-        raise ImageError(
-            f"'{image.filename}' is not repaired: its header has the L1 table at {l1.offset}, where none can be, and "
-            "without it all data would be given up; correct the header first."
+        return (
+            f"its header has the L1 table at {l1.offset}, where none can be, and without it all data would be given "
+            "up; correct the header first"
         )
+    if analysis.broken:
+        places = sorted(walk.uses)
+        for table in walk.l1_tables:
+            after = bisect.bisect_right(places, table.region.offset)
+            if after < len(places) and places[after] < table.region.offset + table.region.length:
+                return f"{table.label}, of {table.region.length // 8} entries, runs into an L2 table at {places[after]}"
+    return None
 
 
 async def _repair_leaks(analysis: Analysis, progress: Progress) -> CheckResult:

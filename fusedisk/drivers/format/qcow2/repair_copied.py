@@ -5,7 +5,6 @@ from __future__ import annotations
 from fusedisk.drivers.format.qcow2.check_analysis import Analysis
 from fusedisk.drivers.format.qcow2.check_open import Region
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK
-from fusedisk.drivers.format.qcow2.repair_entries import write_changes
 
 
 async def correct_copied(analysis: Analysis) -> None:
@@ -33,4 +32,4 @@ async def _correct(analysis: Analysis, region: Region, *, words: int, data_file:
             continue
         refcount = 1 if data_file else await disk.get(offset >> image.cluster_bits)
         after[index] = entry | COPIED if refcount == 1 else entry & ~COPIED
-    await write_changes(image, region.offset, before, after)
+    await image.write_changes(region.offset, before, after)

@@ -15,8 +15,8 @@ from fusedisk.drivers.format.qcow2.entries import (
     L2_RESERVED,
     OFFSET_MASK,
     ZERO,
-    encode_table,
 )
+from fusedisk.drivers.format.qcow2.repair_bitmaps import mend_bitmaps
 
 _ALL_ZERO_SUBCLUSTERS = ALLOCATED_SUBCLUSTERS << 32
 
@@ -25,6 +25,7 @@ async def mend_tables(analysis: Analysis) -> bool:
     """Mend all tables; returns whether anything was changed. The analysis is out of date then."""
     image = analysis.image
     changed = await _grow_over_l1_tables(analysis)
+    changed |= await mend_bitmaps(analysis)
     foreign: set[int] = set()
     for offset in analysis.walk.broken_tables:
         if offset & image.cluster_mask or not offset:
@@ -34,24 +35,17 @@ async def mend_tables(analysis: Analysis) -> bool:
         if _is_foreign(analysis, offset, before, after):
             foreign.add(offset)
         else:
-            changed |= await write_changes(image, offset, before, after)
+            changed |= await image.write_changes(offset, before, after)
     for table in analysis.walk.l1_tables:
         before = await image.read_table(image.inside(table.region))
-        after = array("Q", (_mended_l1_entry(image, entry, foreign) if entry else 0 for entry in before))
-        changed |= await write_changes(image, table.region.offset, before, after)
+        after = before[:]
+        for index, entry in enumerate(before):
+            if entry and not analysis.is_shared(table, index):
+                after[index] = _mended_l1_entry(image, entry, foreign)
+        changed |= await image.write_changes(table.region.offset, before, after)
     if changed:
         await image.flush()
     return changed
-
-
-async def write_changes(image: CheckedImage, offset: int, before: array[int], after: array[int]) -> bool:
-    """Write what changed of the table at ``offset``; returns whether anything did."""
-    if before == after:
-        return False
-    changed = [index for index, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-    first, last = changed[0], changed[-1] + 1
-    await image.write(offset + 8 * first, encode_table(after[first:last]))
-    return True
 
 
 async def _grow_over_l1_tables(analysis: Analysis) -> bool:
@@ -70,11 +64,22 @@ async def _grow_over_l1_tables(analysis: Analysis) -> bool:
 
 def _is_foreign(analysis: Analysis, offset: int, before: array[int], after: array[int]) -> bool:
     """Whether something else is in the cluster of what an L1 entry calls an L2 table."""
-    users = analysis.counts[offset >> analysis.image.cluster_bits]
-    if users <= analysis.walk.uses[offset].weight:
+    weight = analysis.walk.uses[offset].weight
+    if analysis.counts[offset >> analysis.image.cluster_bits] <= weight:
         return False
     wrong = sum(old != new for old, new in zip(before, after, strict=True))
-    return 2 * wrong > len(before) - before.count(0)
+    return 2 * wrong > len(before) - before.count(0) and not _has_own_clusters(analysis, before, weight)
+
+
+def _has_own_clusters(analysis: Analysis, table: array[int], weight: int) -> bool:
+    """Whether an entry leads to a cluster that nothing else refers to, as only those of real tables do."""
+    image, bits = analysis.image, analysis.image.cluster_bits
+    wrong = COMPRESSED | L2_RESERVED | image.cluster_mask & OFFSET_MASK
+    for entry in table[:: image.entry_size // 8]:
+        offset = entry & OFFSET_MASK
+        if offset and not entry & wrong and offset < image.length and analysis.counts[offset >> bits] <= weight:
+            return True
+    return False
 
 
 def _mended_l1_entry(image: CheckedImage, entry: int, foreign: set[int]) -> int:

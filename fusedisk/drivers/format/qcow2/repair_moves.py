@@ -71,7 +71,7 @@ async def plan_moves(analysis: Analysis) -> Moves:
     if analysis.crowded:
         crowded = dict(analysis.crowded)
         await _copy_tables(analysis, crowded, moves)
-        if not moves.copies:
+        if not moves.copies and image.crypto is None:
             await _copy_clusters(analysis, crowded, moves)
     return moves
 
@@ -114,7 +114,7 @@ async def _copy_tables(analysis: Analysis, crowded: dict[int, int], moves: Moves
         for index, entry in enumerate(entries):
             offset = entry & OFFSET_MASK
             cluster = offset >> image.cluster_bits
-            if not offset or crowded.get(cluster, 0) <= 0:
+            if not offset or crowded.get(cluster, 0) <= 0 or analysis.is_shared(table, index):
                 continue
             crowded[cluster] -= 1
             target = moves.place(image.cluster_size)

@@ -1,0 +1,55 @@
+"""``scripts/mutate``: long runs of damaged images, a line for each feature set."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+
+import trio
+
+from tests.mutation.images import FEATURE_SETS
+from tests.mutation.judge import Verdict
+from tests.mutation.runs import MEMORY, Tally, run
+
+
+def main() -> int:
+    """Run; 1 where we were wrong."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/mutate", description="Damage qcow2 images and compare fusedisk check with qemu-img check."
+    )
+    parser.add_argument("--set", action="append", choices=[*FEATURE_SETS], help="a feature set (default: all)")
+    parser.add_argument("--count", type=int, default=1000, help="images of each set (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first image's (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="for images (default: %(default)s)")
+    args = parser.parse_args()
+    wrong = False
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
+        for name in args.set or FEATURE_SETS:
+            seeds = range(args.seed, args.seed + args.count)
+            shares = [pool.submit(_run, name, seeds[job :: args.jobs], args.folder) for job in range(args.jobs)]
+            tally = Tally()
+            for share in shares:
+                tally.add(share.result())
+            print(f"{name}: {tally}", flush=True)
+            wrong = wrong or tally.agreeing < tally.images or tally.grown > MEMORY
+    return int(wrong)
+
+
+def _run(name: str, seeds: range, folder: Path) -> Tally:
+    with tempfile.TemporaryDirectory(prefix="mutate-", dir=folder) as made:
+        return trio.run(run, name, seeds, Path(made), functools.partial(_report, name))
+
+
+def _report(name: str, seed: int, done: list[str], verdict: Verdict) -> None:
+    print(f"{name} --seed {seed} --count 1: {'; '.join(done)}", *verdict.wrong, sep="\n    ", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
