@@ -41,7 +41,8 @@ def read_log(path: Path) -> list[Operation]:
     log = memoryview(path.read_bytes())
     superblock = layout.parse_superblock(log, str(path))
     size = superblock.sector_size
-    operations, sector, sectors = [], 1, -(-len(log) // size)
+    operations: list[Operation] = []
+    sector, sectors = 1, -(-len(log) // size)
     for number in range(superblock.entries):
         start = sector * size
         entry = layout.parse_entry(log[start : start + size], number, sectors - sector - 1, str(path))

@@ -233,6 +233,9 @@ WORKLOADS: dict[str, Workload] = {
         Workload("snapshots-v2", allocation, prepare=SNAPSHOTS, version=2),
         Workload("compressed", mixed, prepare=tuple(f"write -c -P {n + 1} {n * 4}k 4k" for n in range(40))),
         Workload("mixed-512", mixed, cluster_size=512),
+        Workload("lazy-refcounts", mixed, options="lazy_refcounts=on"),
+        Workload("lazy-refcounts-growth", growth, size=16 * KIB, cluster_size=512, options="lazy_refcounts=on"),
+        Workload("lazy-refcounts-snapshots", mixed, options="lazy_refcounts=on", prepare=SNAPSHOTS),
         Workload("parallel", parallel),
         Workload("parallel-backing", parallel, backing=True),
     )

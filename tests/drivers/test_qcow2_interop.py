@@ -281,20 +281,3 @@ async def test_qemu_goes_on_with_our_image_and_we_with_its(tmp_path: Path) -> No
         assert_clean(image)
     async with opened(image) as backend:
         assert await backend.read(0, size) == oracle
-
-
-async def test_dirty_images_are_read_but_not_written(tmp_path: Path) -> None:
-    image = by_qemu(tmp_path / "x.qcow2", "1M", "lazy_refcounts=on")
-    # qemu-io leaves the dirty bit behind when it is killed before it can close.
-    run_tool("qemu-io", "-f", "qcow2", "-c", "write -P 9 0 64k", "-c", "sigraise 9", image, check=False)
-    with pytest.raises(ImageError, match=r"dirty bit is set.*fusedisk check -r all"):
-        async with opened(image):
-            pass
-    async with opened(image, writable=False) as backend:
-        assert await backend.read(0, 65536) == b"\x09" * 65536
-        assert driver_of(backend).information()["dirty-flag"] is True
-    copy = shutil.copy(image, tmp_path / "y.qcow2")
-    qemu_img("check", "-r", "all", copy)
-    async with opened(copy) as backend:
-        await backend.write(0, b"x")
-    assert_clean(Path(copy))

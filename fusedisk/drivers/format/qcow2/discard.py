@@ -18,6 +18,7 @@ import trio
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, OFFSET_MASK, ZERO, compressed_references, plain_runs
+from fusedisk.drivers.format.qcow2.refcount import Reason
 
 _SKIPS_AT_ONCE = 1024
 """L1 entries without a table that one step skips."""
@@ -124,7 +125,7 @@ async def _change_table(allocator: Allocator, l1_index: int, cluster: int, end: 
     await _check_dropped(allocator, dropped)
     first, last = differing[0], differing[-1] + 1
     await image.put_l2_entries(l1_index, index + first, new[first:last], ordered=False)
-    allocator.refcounts.free_entries(dropped, discarded=True)
+    allocator.refcounts.free_entries(dropped, reason=Reason.REQUEST)
 
 
 async def _check_dropped(allocator: Allocator, dropped: list[int]) -> None:

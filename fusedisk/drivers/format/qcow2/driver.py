@@ -16,6 +16,7 @@ Specification: docs/interop/qcow2.txt of QEMU.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedisk.block import io, transfer
@@ -31,7 +32,7 @@ from fusedisk.block.driver import (
 from fusedisk.block.extent import DATA, UNALLOCATED, Extent, WriteExtent
 from fusedisk.block.limits import Limits
 from fusedisk.block.node import Node, NodeConfig
-from fusedisk.core.errors import ImageError
+from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import is_zero, zero_fill
 from fusedisk.drivers.format.qcow2 import create, discard, layout, resize
@@ -43,9 +44,11 @@ from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions, Qcow2Options, cache_sizes
-from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.refcount import Reason, Refcounts
 from fusedisk.drivers.format.qcow2.snapshot import Snapshot, l1_clusters, load_snapshots
 from fusedisk.drivers.format.qcow2.sparse import sparse_threshold, uses_clusters
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult, Progress, Repair
@@ -89,19 +92,30 @@ class Qcow2Driver(Driver):
         edge = node.children["file"]
         header = await read_header(edge.node, node.filename)
         l2_size, refcount_size = cache_sizes(self.options, header)
+        _check_lazy(self.options, header, node.filename)
         if not node.config.read_only:
             check_writable(header, node.filename)
-        image = Image(edge, header, node.filename, fence=node.fence, mapping_changed=node.change_mapping)
+            if header.incompatible_features & layout.DIRTY:
+                header = await self._recount(edge.node)
+        image = Image(
+            edge,
+            header,
+            node.filename,
+            fence=node.fence,
+            mapping_changed=node.change_mapping,
+            overlap_check=self.options.overlap_check,
+        )
         await image.load_l1()
         self.snapshots, image.snapshot_table_size = await load_snapshots(image)
-        image.snapshot_tables = l1_clusters(self.snapshots, image.geometry)
-        image.place_fixed()
         self.image = image
+        await self.place_snapshots()
+        image.place_fixed()
         self.clusters = ClusterMap(image)
         self._sparse_threshold = await sparse_threshold(edge.node, header)
         self.clusters.recurse = self._sparse_threshold is not None
         self.refcounts = Refcounts(image)
         self.committer = Committer(image, self.refcounts)
+        self._take_options(self.options)
         self.allocator = Allocator(self.clusters, self.refcounts, self.committer, self._backing_length)
         self._lookup = self.clusters.lookup
         self._lookup_in_place = _nothing
@@ -109,6 +123,47 @@ class Qcow2Driver(Driver):
         self.refcounts.blocks.set_size(refcount_size)
         if not node.config.read_only:
             await self._prepare_writing()
+
+    def _take_options(self, options: Qcow2Options) -> None:
+        """What may change while the image is open."""
+        lazy = options.lazy_refcounts
+        if lazy is None:
+            lazy = bool(self.image.header.compatible_features & layout.LAZY_REFCOUNTS)
+        self.committer.lazy_refcounts = lazy
+        request = options.pass_discard_request
+        wanted = {
+            Reason.REQUEST: self.node.config.discard_unmap if request is None else request,
+            Reason.SNAPSHOT: options.pass_discard_snapshot,
+            Reason.OTHER: options.pass_discard_other,
+        }
+        self.refcounts.pass_discard = frozenset(reason for reason, passes in wanted.items() if passes)
+
+    async def place_snapshots(self) -> None:
+        """Tell the overlap checks where the snapshots' tables lie, as ``self.snapshots`` says."""
+        image = self.image
+        tables = dict.fromkeys(l1_clusters(self.snapshots, image.geometry), "snapshot's L1 table")
+        if image.overlap_check == "all" and not self.node.config.read_only:
+            for snapshot in self.snapshots:
+                if snapshot.l1_size * 8 <= layout.MAX_L1_SIZE:
+                    l1 = await image.read_table(snapshot.l1_table_offset, snapshot.l1_size)
+                    tables |= {entry & OFFSET_MASK: "snapshot's L2 table" for entry in l1 if entry & OFFSET_MASK}
+        image.snapshot_tables = tables
+
+    async def _recount(self, file: Node) -> Header:
+        """Whoever used the image before did not close it: its refcounts must be counted again before it is written
+        to."""
+        from fusedisk.block.check import Repair
+        from fusedisk.drivers.format.qcow2.check import check
+
+        log.warning("%s was not closed properly, its refcounts are repaired.", self.node.filename)
+        result = await check(file, Repair.ALL, lambda done, total: None)
+        if result.corruptions or result.check_errors:
+            raise ImageError(
+                f"'{self.node.filename}' was not closed properly, and its refcounts could not be repaired; "
+                "'fusedisk check' tells more."
+            )
+        await io.flush(file)
+        return await read_header(file, self.node.filename)
 
     async def _prepare_writing(self) -> None:
         """What the first write needs: the refcount table, and no autoclear bits whose promise we would break."""
@@ -145,17 +200,26 @@ class Qcow2Driver(Driver):
 
     async def reopen_prepare(self, config: NodeConfig, options: Any) -> object:
         sizes = cache_sizes(options, self.image.header)
+        if options.overlap_check != self.options.overlap_check:
+            raise NotSupportedError(f"node '{self.node.name}': qcow2's overlap-check cannot change while it is open.")
+        _check_lazy(options, self.image.header, self.node.filename)
         if self.node.config.read_only and not config.read_only:
             check_writable(self.image.header, self.image.filename)
+            if self.image.header.incompatible_features & layout.DIRTY:
+                raise ImageError(
+                    f"'{self.image.filename}' was not closed properly: its refcounts must be repaired before it is "
+                    "written to, by opening it writable at once or by 'fusedisk check -r all'."
+                )
         if config.read_only and self._ready_to_write:
             await self.committer.finish()
-        return sizes
+        return *sizes, options
 
     def reopen_commit(self, state: object) -> None:
         assert isinstance(state, tuple)
-        l2_size, refcount_size = state
+        l2_size, refcount_size, options = state
         self.image.l2.set_size(l2_size)
         self.refcounts.blocks.set_size(refcount_size)
+        self._take_options(options)
         if self.node.config.read_only:
             self._end_writing()
 
@@ -220,14 +284,12 @@ class Qcow2Driver(Driver):
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self._prepare_writing()
-        self.refcounts.discard_freed = self.node.config.discard_unmap
         await discard.write_zeroes(
             self.allocator, offset, length, may_unmap=bool(flags & MAY_UNMAP), has_backing=self._has_backing
         )
 
     async def discard(self, offset: int, length: int) -> None:
         await self._prepare_writing()
-        self.refcounts.discard_freed = self.node.config.discard_unmap
         await discard.discard(self.allocator, offset, length, has_backing=self._has_backing)
 
     @property
@@ -332,18 +394,17 @@ async def _read(file: Node, length: int) -> bytes:
     return bytes(data)
 
 
+def _check_lazy(options: Qcow2Options, header: Header, filename: str) -> None:
+    if options.lazy_refcounts and header.version < 3:
+        raise OptionError(f"'{filename}' is qcow2 of version 2, but lazy-refcounts needs version 3 (compat=1.1).")
+
+
 def check_writable(header: Header, filename: str) -> None:
     """Refuse to write to images whose metadata cannot be relied on. Raises ImageError."""
     if header.incompatible_features & layout.CORRUPT:
         raise ImageError(
             f"'{filename}' is marked corrupt and can only be opened read-only until it is repaired, as by "
             f"'fusedisk check -r all'."
-        )
-    if header.incompatible_features & layout.DIRTY:
-        raise ImageError(
-            f"'{filename}' was not closed properly (its dirty bit is set), so its refcounts must be "
-            "repaired before it is "
-            f"written to, as by 'fusedisk check -r all'."
         )
 
 

@@ -14,7 +14,7 @@ import logging
 from array import array
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fusedisk.block import io
 from fusedisk.block.child import Child
@@ -89,12 +89,14 @@ class Image:
         *,
         fence: Callable[[str], None],
         mapping_changed: Callable[[], None],
+        overlap_check: str = "cached",
     ) -> None:
         self.storage = storage
         self.header = header
         self.filename = filename
         self.fence = fence
         self.mapping_changed = mapping_changed
+        self.overlap_check = overlap_check
         self.writable = False
         self.geometry = Geometry(header)
         self.mutex = Mutex()
@@ -113,8 +115,8 @@ class Image:
         """Nothing of ``fixed`` lies at or behind this."""
         self.snapshot_table_size = 0
         """Bytes."""
-        self.snapshot_tables: frozenset[int] = frozenset()
-        """Host offsets of clusters that hold L1 tables of snapshots."""
+        self.snapshot_tables: dict[int, str] = {}
+        """Host offsets of clusters that hold tables of snapshots, with what to call them."""
         self.scattered: array[int] = array("Q")
         """Host offsets of the clusters that hold refcount blocks or ``snapshot_tables``, sorted. For writing only."""
         self.l2_places: array[int] = array("Q")
@@ -152,8 +154,10 @@ class Image:
             (header.refcount_table_offset, header.refcount_table_size(), "refcount table"),
             (header.snapshots_offset, self.snapshot_table_size, "snapshot table"),
         ]
+        if self.overlap_check == "none":
+            places = []
         self.fixed = [(start, start + (-(-length // size) * size), what) for start, length, what in places if length]
-        self.fixed_end = max(end for _, end, _ in self.fixed)
+        self.fixed_end = max((end for _, end, _ in self.fixed), default=0)
 
     def fixed_at(self, start: int, length: int) -> str | None:
         """The name of the fixed metadata that a host range touches."""
@@ -167,7 +171,7 @@ class Image:
         """The name of the metadata other than L2 tables that a host range touches."""
         at = bisect_left(self.scattered, start)
         if at < len(self.scattered) and self.scattered[at] < start + length:
-            return "snapshot's L1 table" if self.scattered[at] in self.snapshot_tables else "refcount block"
+            return self.snapshot_tables.get(self.scattered[at], "refcount block")
         return self.fixed_at(start, length)
 
     def occupied_at(self, start: int, length: int) -> str | None:
@@ -177,8 +181,24 @@ class Image:
             return "L2 table"
         return self.metadata_at(start, length)
 
+    @property
+    def _guards_scattered(self) -> bool:
+        return self.overlap_check in ("cached", "all")
+
+    def place_blocks(self, blocks: Iterable[int]) -> None:
+        """Take the places of the refcount blocks, and of the snapshots' tables."""
+        if self._guards_scattered:
+            self.scattered = array("Q", sorted({*filter(None, blocks), *self.snapshot_tables}))
+
+    def place_block(self, offset: int) -> None:
+        """There is a new refcount block."""
+        if self._guards_scattered:
+            insort(self.scattered, offset)
+
     def place_l2(self) -> None:
         """Take the places of the L2 tables from the L1 table."""
+        if not self._guards_scattered:
+            return
         self.l2_places = array("Q", sorted(entry & OFFSET_MASK for entry in self.l1 if entry & OFFSET_MASK))
 
     # --- corruption -------------------------------------------------------------------------------------
@@ -225,7 +245,7 @@ class Image:
     def put_l1_entry(self, index: int, entry: int) -> None:
         """Change one L1 entry in memory."""
         old, new = self.l1[index] & OFFSET_MASK, entry & OFFSET_MASK
-        if old != new:
+        if old != new and self._guards_scattered:
             if old:
                 del self.l2_places[bisect_left(self.l2_places, old)]
             if new:

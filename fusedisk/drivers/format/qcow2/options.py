@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
 
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import CreateOptions, Options, option
@@ -13,6 +15,7 @@ from fusedisk.drivers.format.qcow2.refcount import MIN_BLOCKS
 
 DEFAULT_L2_CACHE = 32 << 20
 DEFAULT_REFCOUNT_CACHE = 256 << 10
+OVERLAP_CHECKS = ("none", "constant", "cached", "all")
 
 
 @dataclasses.dataclass(slots=True)
@@ -26,6 +29,30 @@ class Qcow2Options(Options):
         None, kind="size", help="bytes of the refcount block cache (default: 4 clusters, at least 256k)"
     )
     cache_size: int | None = option(None, kind="size", help="bytes of both caches together")
+    lazy_refcounts: bool | None = option(
+        None, kind="bool", help="write refcounts when the image is closed only (default: what the image asks for)"
+    )
+    pass_discard_request: bool | None = option(
+        None, kind="bool", help="give the host the space that the guest discards (default: as the discard option says)"
+    )
+    pass_discard_snapshot: bool = option(
+        True, kind="bool", help="give the host the space that a snapshot alone had used"
+    )
+    pass_discard_other: bool = option(False, kind="bool", help="give the host the space that is freed in other ways")
+    overlap_check: str = option(
+        "cached",
+        help="metadata that no write may touch: none, constant (header, L1, refcount and snapshot tables), "
+        "cached (also refcount blocks, L2 tables and snapshots' L1 tables), all (also snapshots' L2 tables)",
+        choices=OVERLAP_CHECKS,
+    )
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any], owner: str) -> Self:
+        # QMP has both "overlap-check": "all" and "overlap-check": {"template": "all"}.
+        check = given.get("overlap-check")
+        if isinstance(check, Mapping) and check.keys() == {"template"}:
+            given = {**given, "overlap-check": check["template"]}
+        return super(Qcow2Options, cls).parse(given, owner)
 
 
 @dataclasses.dataclass(slots=True)

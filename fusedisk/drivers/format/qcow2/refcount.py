@@ -21,10 +21,10 @@ Source: docs/interop/qcow2.txt, "Host cluster management".
 
 from __future__ import annotations
 
+import enum
 import errno
 import logging
 from array import array
-from bisect import insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +51,17 @@ log = logging.getLogger(__name__)
 MIN_BLOCKS = 4
 
 
+class Reason(enum.Enum):
+    """Why references go; decides whether the host gets its space back (the pass-discard options)."""
+
+    REQUEST = "request"
+    """The guest discarded the data."""
+    SNAPSHOT = "snapshot"
+    """A snapshot was deleted or applied."""
+    OTHER = "other"
+    """Something else took its place."""
+
+
 class Freed(NamedTuple):
     """References that are gone."""
 
@@ -72,8 +83,8 @@ class Refcounts:
         self.blocks: TableCache[bytearray] = TableCache(self._read_block, self.geometry.cluster_size, MIN_BLOCKS)
         self.blocks.is_pinned = self._is_dirty
         self.table: array[int] = array("Q")
-        self.discard_freed = False
-        """Whether host space of discarded clusters is given back to the host."""
+        self.pass_discard: frozenset[Reason] = frozenset()
+        """For what reasons of freeing the host space is given back to the host."""
         self._full = bytearray()
         """For each table entry, 1 where its block is known to have no free cluster."""
         self._first_free = 0
@@ -109,7 +120,7 @@ class Refcounts:
 
     def _take_table(self, table: array[int]) -> None:
         self.table = table
-        self.image.scattered = array("Q", sorted({*filter(None, table), *self.image.snapshot_tables}))
+        self.image.place_blocks(table)
         self._full = bytearray(len(table))
 
     async def _read_block(self, offset: int) -> bytearray:
@@ -235,12 +246,12 @@ class Refcounts:
     # --- changing ---------------------------------------------------------------------------------------
 
     def free(
-        self, runs: Sequence[HostRun], *, references: dict[int, int] | None = None, discarded: bool = False
+        self, runs: Sequence[HostRun], *, references: dict[int, int] | None = None, reason: Reason = Reason.OTHER
     ) -> None:
         """Lower refcounts once the file has lost the references: by one in ``runs``, by what ``references`` says for
-        single clusters, lowest first. ``discarded``: the guest gave the data up, so the host space may go too.
+        single clusters, lowest first.
         """
-        discard = discarded and self.discard_freed
+        discard = reason in self.pass_discard
         freed = [Freed(run.first, [-1] * run.clusters, discard) for run in runs]
         for cluster, count in (references or {}).items():
             if freed and freed[-1].first + len(freed[-1].deltas) == cluster:
@@ -250,13 +261,13 @@ class Refcounts:
         self._freed += freed
         self.freed_clusters += sum(len(item.deltas) for item in freed)
 
-    def free_entries(self, entries: Sequence[int], *, discarded: bool = False) -> None:
+    def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
         """:meth:`free` for what L2 entries refer to."""
         for entry in entries:
             if entry & COMPRESSED:
                 self.image.inflated.pop(entry, None)
         references = compressed_references(entries, self.geometry)
-        self.free(plain_runs(entries, self.geometry), references=references, discarded=discarded)
+        self.free(plain_runs(entries, self.geometry), references=references, reason=reason)
 
     def take_freed(self) -> list[Freed]:
         """What was freed so far, to be given to :meth:`drop` when the file has lost these references, or back to
@@ -395,7 +406,7 @@ class Refcounts:
             self._set_to_one(block, index, 1)
         offset = cluster << self.geometry.cluster_bits
         self.table[home] = self._unhooked[home] = offset
-        insort(self.image.scattered, offset)
+        self.image.place_block(offset)
         self._touch(offset, 0, len(block))
         self.blocks.put(offset, block)
 
