@@ -81,18 +81,22 @@ def image_options(command: _Command) -> _Command:
 
 
 def one_image_options(command: _Command) -> _Command:
-    """The IMAGE argument with ``--format`` and ``--force-share``."""
+    """The IMAGE argument with :func:`opening_options`."""
+    return click.argument("image", shell_complete=complete_file)(opening_options(command))
+
+
+def opening_options(command: _Command) -> _Command:
+    """``--format`` and ``--force-share``."""
     command = click.option(
         "-U",
         "--force-share",
         is_flag=True,
         help="Look at it even while another process writes to it; what is told may be out of date.",
     )(command)
-    command = click.option(
+    return click.option(
         "-f",
         "--format",
         metavar="FMT",
         shell_complete=complete_format,
         help="The image's format; found out by its first bytes if not given.",
     )(command)
-    return click.argument("image", shell_complete=complete_file)(command)

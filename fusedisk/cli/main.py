@@ -32,6 +32,7 @@ COMMANDS = {
     "create": "Make a new image.",
     "info": "Tell an image's format, size and backing chain.",
     "map": "Tell where the bytes of a disk lie.",
+    "measure": "Tell how much space an image would take.",
     "check": "Tell whether an image's metadata is sound, and repair it.",
     "completion": "Print the completion script for a shell.",
 }

@@ -6,6 +6,7 @@ Source: docs/interop/qcow2.txt, "Bitmaps".
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from fusedisk.core.errors import ImageError
 from fusedisk.drivers.format.qcow2.check_open import BitmapDirectory, CheckedImage, Region
@@ -24,14 +25,24 @@ TABLE_ENTRY_OFFSET = 0x00FFFFFFFFFFFE00
 TABLE_ENTRY_ONES = 1
 
 
-async def bitmap_tables(image: CheckedImage, directory: BitmapDirectory) -> list[Region]:
-    """Where the tables of the bitmaps are. Raises ImageError where the directory or an entry of it cannot be."""
+class Bitmap(NamedTuple):
+    """An entry of the directory."""
+
+    table: Region
+    name: bytes
+    granularity_bits: int
+    in_use: bool
+    """Whoever wrote it last did not finish: its bits mean nothing."""
+
+
+async def bitmap_directory(image: CheckedImage, directory: BitmapDirectory) -> list[Bitmap]:
+    """The bitmaps. Raises ImageError where the directory or an entry of it cannot be."""
     data = await image.read(*directory.region)
-    tables: list[Region] = []
+    bitmaps: list[Bitmap] = []
     names: set[bytes] = set()
     position = 0
     while position < len(data):
-        if position + _ENTRY.size > len(data) or len(tables) == directory.bitmaps:
+        if position + _ENTRY.size > len(data) or len(bitmaps) == directory.bitmaps:
             raise _broken(image, "does not hold what the header says")
         offset, entries, flags, kind, granularity, name_size, extra_size = _ENTRY.unpack_from(data, position)
         name_at = position + _ENTRY.size + extra_size
@@ -51,12 +62,12 @@ async def bitmap_tables(image: CheckedImage, directory: BitmapDirectory) -> list
             or size > _MAX_BITMAP_SIZE
             or (not flags & _IN_USE and entries != _table_entries(image, granularity))
         ):
-            raise _broken(image, f"has an entry {len(tables)} that cannot be")
-        tables.append(Region(offset, entries * 8))
+            raise _broken(image, f"has an entry {len(bitmaps)} that cannot be")
+        bitmaps.append(Bitmap(Region(offset, entries * 8), name, granularity, bool(flags & _IN_USE)))
         names.add(name)
-    if position != len(data) or len(tables) != directory.bitmaps:
+    if position != len(data) or len(bitmaps) != directory.bitmaps:
         raise _broken(image, "does not hold what the header says")
-    return tables
+    return bitmaps
 
 
 def _table_entries(image: CheckedImage, granularity: int) -> int:

@@ -13,7 +13,7 @@ import trio
 
 from fusedisk.block.check import CheckResult, Progress
 from fusedisk.core.errors import FusediskError, ImageError
-from fusedisk.drivers.format.qcow2.check_bitmaps import TABLE_ENTRY_OFFSET, bitmap_tables, wrong_entry
+from fusedisk.drivers.format.qcow2.check_bitmaps import TABLE_ENTRY_OFFSET, bitmap_directory, wrong_entry
 from fusedisk.drivers.format.qcow2.check_blocks import (
     REFCOUNT_OFFSET_MASK,
     REFCOUNT_TABLE_RESERVED,
@@ -182,7 +182,7 @@ class Walk:
         if image.bitmaps is None:
             return
         self._count("directory of bitmaps", image.bitmaps.region)
-        self.bitmap_tables = await bitmap_tables(image, image.bitmaps)
+        self.bitmap_tables = [bitmap.table for bitmap in await bitmap_directory(image, image.bitmaps)]
         for region in self.bitmap_tables:
             self._count("table of a bitmap", region)
             entries = await image.read_table(region)

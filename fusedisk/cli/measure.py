@@ -1,0 +1,110 @@
+"""``fusedisk measure``: how much space an image would take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fusedisk.cli.image import ImageChoice, complete_file, complete_format, gate_options, opening_options
+from fusedisk.cli.map import parse_size_option
+from fusedisk.cli.output import exact_size_text, output_option, print_facts, print_json
+
+if TYPE_CHECKING:
+    from fusedisk.block.measure import Measurement
+    from fusedisk.drivers.format.qcow2.measure import MeasureOptions
+
+TARGETS = ("raw", "qcow2")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fusedisk measure --size 100G -O qcow2
+  fusedisk measure -O qcow2 vm.raw                               # a copy of this one
+  fusedisk measure -O qcow2 -o cluster_size=2M,extended_l2=on vm.qcow2
+  fusedisk measure -O qcow2 -o help                              # which options are there
+  fusedisk measure --output json -O raw vm.qcow2
+
+The required size is what the file takes at first, with the data of IMAGE if one is given; the fully allocated size what
+it takes once everything was written. The numbers are those of qemu-img measure.""",
+)
+@click.argument("image", required=False, shell_complete=complete_file)
+@opening_options
+@gate_options
+@click.option("-s", "--size", callback=parse_size_option, metavar="SIZE", help="A new disk of this size.")
+@click.option(
+    "-O",
+    "--target-format",
+    default="raw",
+    show_default=True,
+    metavar="FMT",
+    shell_complete=complete_format,
+    help="The format of the image to be.",
+)
+@click.option("-o", "options", multiple=True, metavar="KEY=VALUE,...", help="Its creation options; 'help' lists them.")
+@output_option
+def command(
+    image: str | None, size: int | None, target_format: str, options: tuple[str, ...], output: str, **choice: Any
+) -> None:
+    """Tell how much space a new image takes: one with a disk of --size, or a copy of the disk in IMAGE."""
+    import trio
+
+    if "help" in options:
+        _print_options(target_format)
+        return
+    if (image is None) is (size is None):
+        raise click.UsageError("either IMAGE or --size is wanted.")
+    found = trio.run(_measure, image, size, target_format, options, choice)
+    if output == "json":
+        print_json(found.information())
+        return
+    facts = [("required size", found.required), ("fully allocated size", found.fully_allocated)]
+    if found.bitmaps is not None:
+        facts.append(("bitmaps size", found.bitmaps))
+    print_facts((name, exact_size_text(value)) for name, value in facts)
+
+
+async def _measure(
+    image: str | None, size: int | None, target: str, texts: tuple[str, ...], choice: dict[str, Any]
+) -> Measurement:
+    from fusedisk.block.measure import measure_raw
+    from fusedisk.drivers.format.qcow2.measure import measure_copy, measure_size
+
+    options = _options(target, texts)
+    if image is None:
+        assert size is not None
+        return measure_raw(size) if options is None else measure_size(options, size)
+    async with ImageChoice(image, **choice).open() as backend:
+        return measure_raw(backend.length) if options is None else await measure_copy(options, backend)
+
+
+def _options(target: str, texts: tuple[str, ...]) -> MeasureOptions | None:
+    """The creation options of qcow2; None for raw, which has none that matter."""
+    from fusedisk.core.errors import NotSupportedError, OptionError
+    from fusedisk.core.options import split_dotted
+    from fusedisk.drivers.format.qcow2.measure import MeasureOptions
+    from fusedisk.drivers.table import DRIVERS
+
+    kind = DRIVERS.load(target)
+    if target not in TARGETS:
+        raise NotSupportedError(f"{target} images cannot be measured, known are {', '.join(TARGETS)}.")
+    given: dict[str, str] = {}
+    for part in map(split_dotted, texts):
+        for name in part.keys() & given.keys():
+            raise OptionError(f"the option '{name}' of the new image is given twice.")
+        given |= part
+    if target == "qcow2":
+        return MeasureOptions.parse(given, target)
+    assert kind.create_options_type is not None
+    kind.create_options_type.parse(given, target)
+    return None
+
+
+def _print_options(target: str) -> None:
+    from fusedisk.block.create import describe_options
+    from fusedisk.drivers.format.qcow2.measure import MeasureOptions
+    from fusedisk.drivers.table import DRIVERS
+
+    kind = MeasureOptions if target == "qcow2" else DRIVERS.load(target).create_options_type
+    print_facts(describe_options(kind) if kind is not None else [])
