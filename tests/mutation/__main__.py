@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
 import multiprocessing
 import sys
-import tempfile
 from pathlib import Path
 
-import trio
-
 from tests.mutation.images import FEATURE_SETS
-from tests.mutation.judge import Verdict
-from tests.mutation.runs import MEMORY, Tally, run
+from tests.mutation.runs import MEMORY, Tally, run_alone
 
 
 def main() -> int:
@@ -33,22 +28,13 @@ def main() -> int:
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
         for name in args.set or FEATURE_SETS:
             seeds = range(args.seed, args.seed + args.count)
-            shares = [pool.submit(_run, name, seeds[job :: args.jobs], args.folder) for job in range(args.jobs)]
+            shares = [pool.submit(run_alone, name, seeds[job :: args.jobs], args.folder) for job in range(args.jobs)]
             tally = Tally()
             for share in shares:
                 tally.add(share.result())
             print(f"{name}: {tally}", flush=True)
             wrong = wrong or tally.agreeing < tally.images or tally.grown > MEMORY
     return int(wrong)
-
-
-def _run(name: str, seeds: range, folder: Path) -> Tally:
-    with tempfile.TemporaryDirectory(prefix="mutate-", dir=folder) as made:
-        return trio.run(run, name, seeds, Path(made), functools.partial(_report, name))
-
-
-def _report(name: str, seed: int, done: list[str], verdict: Verdict) -> None:
-    print(f"{name} --seed {seed} --count 1: {'; '.join(done)}", *verdict.wrong, sep="\n    ", flush=True)
 
 
 if __name__ == "__main__":

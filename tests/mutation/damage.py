@@ -21,7 +21,7 @@ class Places:
         _, self.version, _, _, bits, _, _, l1_size, l1, table, table_clusters, snapshots, snapshot_table = (
             _HEADER.unpack_from(image)
         )
-        self.cluster_size = 1 << bits
+        self.cluster_size: int = 1 << bits
         self._step = 16 if self.version == 3 and self.word(72) & 16 else 8
         self.kinds: dict[str, list[tuple[int, int]]] = {"header": self._header()}
         self.kinds["extensions"] = self._extensions()
@@ -155,7 +155,7 @@ def _new_value(old: int, broken: bytearray, places: Places, length: int, rng: ra
         case 4:  # to some cluster, perhaps just behind the end
             return rng.choice((0, 1 << 63)) | rng.randrange(len(broken) // size + 2) * size
         case 5:  # to a cluster that something else uses
-            return 1 << 63 | rng.choice(places.clusters)
+            return 1 << 63 | int(rng.choice(places.clusters))
         case 6:  # swapped with another field
             other, other_length = rng.choice(places.kinds[rng.choice(("l1", "used_l2", "table", "blocks"))])
             value = int.from_bytes(broken[other : other + other_length], "big")
@@ -170,4 +170,4 @@ def _new_value(old: int, broken: bytearray, places: Places, length: int, rng: ra
             return (1 << 8 * length) - 1
         case _:
             shift = 8 * rng.randrange(length)
-            return old & ~(0xFF << shift) | rng.randrange(256) << shift
+            return (old & ~(0xFF << shift)) | (rng.randrange(256) << shift)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import resource
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import trio
 
 from tests.mutation.damage import Places, damage
 from tests.mutation.images import FEATURE_SETS
@@ -81,6 +84,16 @@ async def run(name: str, seeds: Iterable[int], folder: Path, report: Report) -> 
             report(seed, done, verdict)
     tally.grown = _most_memory() - start
     return tally
+
+
+def run_alone(name: str, seeds: range, folder: Path) -> Tally:
+    """:func:`run` for a process of its own, which prints what is wrong."""
+
+    def report(seed: int, done: list[str], verdict: Verdict) -> None:
+        print(f"{name} --seed {seed} --count 1: {'; '.join(done)}", *verdict.wrong, sep="\n    ", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="mutate-", dir=folder) as made:
+        return trio.run(run, name, seeds, Path(made), report)
 
 
 def _most_memory() -> int:

@@ -20,6 +20,8 @@ V3_EXTRA_DATA = 16
 _FIXED = struct.Struct(">QIHHIIQII")
 _SIZES = struct.Struct(">QQ")
 _READ_AHEAD = 64 << 10
+_LONGEST_LABEL = 64
+"""Letters of an id or a name in a message."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,7 +40,7 @@ class SnapshotEntry:
     @property
     def label(self) -> str:
         """For messages."""
-        return f"snapshot {self.id.decode(errors='replace')} ('{self.name.decode(errors='replace')}')"
+        return f"snapshot {_readable(self.id)} ('{_readable(self.name)}')"
 
     def is_incomplete(self, image: CheckedImage) -> bool:
         """Whether the extra data lacks what version 3 asks for."""
@@ -63,6 +65,12 @@ class SnapshotEntry:
         fixed = _FIXED.pack(self.l1.offset, *lengths, seconds, nanoseconds, clock, self.vm_state_size, len(extra))
         encoded = fixed + extra + self.id + self.name
         return encoded + bytes(-len(encoded) % 8)
+
+
+def _readable(text: bytes) -> str:
+    """What can be printed of a text, as far as it is not too long."""
+    whole = "".join(filter(str.isprintable, text.decode(errors="replace")))
+    return whole if len(whole) <= _LONGEST_LABEL else f"{whole[:_LONGEST_LABEL]}..."
 
 
 @dataclasses.dataclass(slots=True)
