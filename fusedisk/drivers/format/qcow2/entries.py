@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.qcow2.layout import EXTENDED_L2, Header
 
 COPIED = 1 << 63
 """The refcount of what the entry points to is exactly one: it may be overwritten in place."""
@@ -21,6 +21,12 @@ ZERO = 1 << 0
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 L1_RESERVED = 0x7F00_0000_0000_01FF
 L2_RESERVED = 0x3F00_0000_0000_01FE
+SUBCLUSTERS = 32
+"""Parts of a cluster that an extended L2 entry maps on their own."""
+ALL_ALLOCATED = (1 << SUBCLUSTERS) - 1
+"""The bitmap of an extended L2 entry whose subclusters all have data: the lower half, bit by bit."""
+ALL_ZEROES = ALL_ALLOCATED << SUBCLUSTERS
+"""The bitmap of an extended L2 entry whose subclusters all read as zeroes: the upper half."""
 MAX_HOST_OFFSET = 1 << 56
 """Host offsets of clusters are below this."""
 
@@ -38,12 +44,17 @@ class Geometry:
         "cluster_size",
         "compressed_offset_mask",
         "compressed_size_shift",
+        "entry_words",
+        "extended_l2",
         "l2_bad",
         "l2_bits",
         "l2_entries",
         "l2_mask",
+        "l2_words",
         "refcount_bits",
         "span_bits",
+        "subcluster_bits",
+        "subcluster_size",
         "version",
     )
 
@@ -53,7 +64,15 @@ class Geometry:
         self.cluster_bits = bits
         self.cluster_size = 1 << bits
         self.cluster_mask = self.cluster_size - 1
-        self.l2_bits = bits - 3
+        self.extended_l2 = bool(header.incompatible_features & EXTENDED_L2)
+        self.entry_words = 2 if self.extended_l2 else 1
+        """Numbers in an L2 entry: an extended one has a bitmap behind what an ordinary one has."""
+        self.subcluster_bits = bits - 5 if self.extended_l2 else bits
+        self.subcluster_size = 1 << self.subcluster_bits
+        """Bytes that are mapped on their own; without extended L2 entries that is a cluster."""
+        self.l2_words = self.cluster_size >> 3
+        """Numbers in an L2 table."""
+        self.l2_bits = bits - 2 - self.entry_words
         self.l2_entries = 1 << self.l2_bits
         self.l2_mask = self.l2_entries - 1
         self.span_bits = bits + self.l2_bits
@@ -69,6 +88,10 @@ class Geometry:
     def clusters(self, length: int) -> int:
         """Clusters that ``length`` bytes take."""
         return (length + self.cluster_mask) >> self.cluster_bits
+
+    def descriptors(self, words: array[int]) -> array[int]:
+        """The entries proper of an L2 table, or of whole entries of one, without their bitmaps."""
+        return words[::2] if self.extended_l2 else words
 
     def compressed_range(self, entry: int) -> tuple[int, int]:
         """Host offset and length in bytes of a compressed cluster's data; the length is an upper bound, in

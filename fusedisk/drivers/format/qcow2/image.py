@@ -141,7 +141,7 @@ class Image:
 
     async def _read_l2(self, offset: int) -> array[int]:
         await self.announce("l2_load")
-        return await self.read_table(offset, self.geometry.l2_entries)
+        return await self.read_table(offset, self.geometry.l2_words)
 
     # --- fixed places -----------------------------------------------------------------------------------
 
@@ -262,13 +262,15 @@ class Image:
         self.l2.put(offset, table)
 
     async def put_l2_entries(self, l1_index: int, index: int, entries: array[int], *, ordered: bool = True) -> None:
-        """Change L2 entries, in memory, from ``index`` on in the table that the L1 entry leads to.
+        """Change L2 entries, in memory, from entry ``index`` on in the table that the L1 entry leads to. An extended
+        entry is two numbers in ``entries``.
 
         ``ordered``: refcounts or data that were written before must be durable before these entries are; not so where
         entries only lose something.
         """
         offset = self.l1[l1_index] & OFFSET_MASK
         table = await self.l2.load(offset)
+        index *= self.geometry.entry_words
         table[index : index + len(entries)] = entries
         self.dirty.touch_l2(offset, index, index + len(entries))
         self.dirty.ordered |= ordered

@@ -224,7 +224,7 @@ def check_tables(header: Header, file_length: int, filename: str) -> None:
     ``file_length`` is the length of the storage. Raises ImageError naming what was found and wanted.
     """
     l1_bytes = header.l1_size * 8
-    span = header.cluster_size * (header.cluster_size // 8)
+    span = header.cluster_size * (header.cluster_size // (16 if header.incompatible_features & EXTENDED_L2 else 8))
     needed = -(-header.size // span)
     if max(l1_bytes, needed * 8) > MAX_L1_SIZE:
         raise ImageError(
