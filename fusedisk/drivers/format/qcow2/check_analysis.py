@@ -16,6 +16,7 @@ Specification: docs/interop/qcow2.txt of QEMU.
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Sequence
 
@@ -144,7 +145,7 @@ class Analysis:
     def _clip(self, first: int, wanted: array[int]) -> None:
         """References beyond what the refcounts' width can count are corruptions, and cannot be asked for."""
         maximum = self.image.refcount_maximum
-        if self.image.refcount_bits > 16 or max(wanted) <= maximum:
+        if self.image.refcount_bits > 16 or (maximum == 0xFFFF and _fit_16_bits(wanted)) or max(wanted) <= maximum:
             return
         for index, references in enumerate(wanted):
             if references > maximum:
@@ -172,7 +173,17 @@ class Analysis:
 
 def _used(values: array[int]) -> int:
     """How many values there are up to the last that is not 0."""
+    if values and values[-1]:
+        return len(values)
     return -(-len(values.tobytes().rstrip(b"\0")) // values.itemsize)
+
+
+def _fit_16_bits(values: array[int]) -> bool:
+    """Whether no value is larger than 65535; much faster than looking for the largest."""
+    planes = values.tobytes()
+    first = 0 if sys.byteorder == "big" else 2
+    zeroes = bytes(len(values))
+    return planes[first::4] == zeroes == planes[first + 1 :: 4]
 
 
 async def analyse(

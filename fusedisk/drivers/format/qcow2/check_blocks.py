@@ -164,7 +164,7 @@ def _are_one(values: array[int]) -> bytes:
     found = planes[lowest::_WIDTH].translate(_ONE)
     for plane in range(_WIDTH):
         higher = planes[plane::_WIDTH]
-        if plane != lowest and higher.strip(b"\0"):
+        if plane != lowest and higher != bytes(len(higher)):
             both = int.from_bytes(found, "big") & int.from_bytes(higher.translate(_ZERO), "big")
             found = both.to_bytes(len(found), "big")
     return found

@@ -77,9 +77,8 @@ class TableScanner:
         entries = min(_STRIP, image.table_entries)
         self._strip_size = 8 * entries
         self._zeroes = bytes(self._strip_size)
-        self._ones = int.from_bytes((1).to_bytes(8, "big") * entries, "big")
-        steps = array("Q", range(0, entries << image.cluster_bits, image.cluster_size))
-        self._steps = int.from_bytes(encode_table(steps), "big")
+        self._sequences = {count: _sequence(count, image.cluster_bits) for count in (entries, image.table_entries)}
+        """By the number of entries: a 1 in each of them, and how much each is more than the first."""
         self._allowed = _allowed_bytes(self._bad)
         self._next_offset = 0
         """Where the next entry's cluster would lie if it were not fragmented; 0 where there was no entry yet."""
@@ -96,6 +95,9 @@ class TableScanner:
         if self.image.extended_l2:
             words = decode_table(raw)
             entries, bitmaps = bytes(encode_table(words[0::2])), words[1::2]
+        whole = _Strip(0, bytes(entries), bitmaps)
+        if int.from_bytes(entries[:8], "big") and await self._scan_sequence(whole, weight, copied, found):
+            return found
         for at in range(0, len(entries), self._strip_size):
             start, end = at // 8, (at + self._strip_size) // 8
             part = bytes(entries[at : at + self._strip_size])
@@ -121,7 +123,8 @@ class TableScanner:
         host = first & OFFSET_MASK
         if (first | last) & self._bad or not host or last - first != count - 1 << image.cluster_bits:
             return False
-        if (self._ones * first + self._steps).to_bytes(len(raw), "big") != raw or not _bitmaps_fit(strip.bitmaps):
+        ones_each, steps = self._sequences[count]
+        if (ones_each * first + steps).to_bytes(len(raw), "big") != raw or not _bitmaps_fit(strip.bitmaps):
             return False
         cluster = host >> image.cluster_bits
         if image.data_file:
@@ -252,6 +255,12 @@ class TableScanner:
             refcount = await self.disk.get((entry & OFFSET_MASK) >> self.image.cluster_bits)
         if refcount is not None and (refcount == 1) != bool(entry & COPIED):
             found.miscopied += 1
+
+
+def _sequence(count: int, cluster_bits: int) -> tuple[int, int]:
+    """See ``_sequences``; a table's bytes are taken as one number."""
+    steps = array("Q", range(0, count << cluster_bits, 1 << cluster_bits))
+    return int.from_bytes((1).to_bytes(8, "big") * count, "big"), int.from_bytes(encode_table(steps), "big")
 
 
 def _bitmaps_fit(bitmaps: array[int] | None) -> bool:
