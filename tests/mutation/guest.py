@@ -31,6 +31,8 @@ class Metadata(NamedTuple):
 
     bits: int
     clusters: frozenset[int]
+    l2_tables: frozenset[int]
+    """Those of them that hold L2 tables."""
 
 
 class Guest:
@@ -49,8 +51,9 @@ class Guest:
         self.zstd = bool(incompatible & 8)
         self.data = data if incompatible & 4 else None
         self.tables: set[int] = set()
+        self.l2_tables: set[int] = set()
         """Host clusters that hold metadata."""
-        self.known = metadata.clusters if metadata is not None and metadata.bits == self.bits else None
+        self.known = metadata if metadata is not None and metadata.bits == self.bits else None
         self._mark(0, self.size)
         self._mark(self.l1, 8 * self.l1_size)
         self._mark(self.table, self.table_clusters << self.bits)
@@ -61,7 +64,7 @@ class Guest:
     def metadata(self) -> Metadata:
         """What holds metadata in an image that is whole."""
         self.disks()
-        return Metadata(self.bits, frozenset(self.tables))
+        return Metadata(self.bits, frozenset(self.tables), frozenset(self.l2_tables))
 
     def disks(self) -> Disks:
         """All that can be read."""
@@ -70,6 +73,7 @@ class Guest:
             for entry in self._words(offset, 8 * entries):
                 if entry & _OFFSET:
                     self._mark(entry & _OFFSET, self.size)
+                    self.l2_tables.add((entry & _OFFSET) >> self.bits)
         return {name: dict(self._disk(offset, entries)) for name, offset, entries in tables}
 
     def _mark(self, start: int, length: int) -> None:
@@ -104,7 +108,7 @@ class Guest:
             offset = entry & _OFFSET
             if not offset:
                 continue
-            if offset & self.size - 1 or (self.known is not None and offset >> self.bits not in self.known):
+            if offset & self.size - 1 or (self.known is not None and offset >> self.bits not in self.known.l2_tables):
                 yield index * span, UNREADABLE
                 continue
             words = self._words(offset, self.size)
@@ -152,7 +156,7 @@ class Guest:
         return content if content.strip(b"\0") else "zeroes"
 
     def _is_metadata(self, offset: int) -> bool:
-        return self.known is not None and offset >> self.bits in self.known
+        return self.known is not None and offset >> self.bits in self.known.clusters
 
     def _inflate(self, entry: int) -> Content:
         shift = 62 - (self.bits - 8)
