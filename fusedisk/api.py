@@ -188,6 +188,11 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
             write_cache=self._write_cache,
         )
         backend.name = backend.node.filename  # what errors call it
+        try:
+            await backend.require_keys()
+        except BaseException:
+            await backend.close()
+            raise
         self._disk = Disk(backend)
         return self._disk
 

@@ -133,6 +133,14 @@ class Backend:
             self._end()
         self.accounting.discards += 1
 
+    async def require_keys(self) -> None:
+        """Raise PassphraseError now, not at the first request, where the key of an encrypted node is missing or
+        wrong."""
+        nodes = [self.node]
+        for node in nodes:
+            await node.driver.require_key()
+            nodes += [child.node for child in node.children.values() if child.node not in nodes]
+
     async def flush(self) -> None:
         """Put every write answered before on stable storage."""
         node = await self._begin(0, 0)

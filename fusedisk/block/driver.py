@@ -208,6 +208,19 @@ class Driver:
 
     supports_fua: ClassVar[bool] = False
 
+    # --- data: what is stored otherwise than the guest sees it ------------------------------------------
+
+    encodes = False
+    """Whether the core gives what it writes to ``encode`` first. Extents are SPECIAL then, and requests aligned to what
+    ``encode`` can take. Set by ``open``."""
+
+    async def require_key(self) -> None:
+        """Raise PassphraseError where the data cannot be read for want of the right key."""
+
+    async def encode(self, offset: int, host_offset: int, data: bytes) -> Buffer:
+        """What to store at ``host_offset`` of the child for the guest's ``data`` at ``offset``; as long as that."""
+        raise NotImplementedError
+
     # --- data: drivers that say where bytes lie ---------------------------------------------------------
 
     async def map(self, offset: int, length: int) -> Extent:
@@ -250,9 +263,10 @@ class Driver:
     # --- other requests ---------------------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        """Make an aligned range read as zeroes without writing it out. Serialised. Raises NotSupportedError, with
-        nothing changed, where it cannot; the core then writes zeroes. ``flags``: MAY_UNMAP, and NO_FALLBACK, which
-        asks to refuse rather than to be slow."""
+        """Make an aligned range read as zeroes without writing it out. Where ``zeroes_alignment`` is less than a
+        cluster, it is a range of whole clusters (or up to the disk's end) or a part of one. Serialised. Raises
+        NotSupportedError, with nothing changed, where it cannot; the core then writes zeroes. ``flags``: MAY_UNMAP, and
+        NO_FALLBACK, which asks to refuse rather than to be slow."""
         raise NotSupportedError(f"{self.name} has no write-zeroes operation.")
 
     async def discard(self, offset: int, length: int) -> None:

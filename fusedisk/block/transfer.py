@@ -121,6 +121,8 @@ async def _write_extent(node: Node, offset: int, buffer: Buffer, flags: int) -> 
         if allocation is not None:
             await extent.child.node.driver.debug_event("write_aio")
         if not extent.copy_head and not extent.copy_tail:
+            if driver.encodes:
+                part = await driver.encode(offset, extent.offset, bytes(part))
             await io.write(extent.child.node, extent.offset, (part,), flags)
         else:
             parts = [part]
@@ -131,6 +133,9 @@ async def _write_extent(node: Node, offset: int, buffer: Buffer, flags: int) -> 
             if extent.copy_tail:
                 parts.append(await _old_bytes(node, offset + count, extent.copy_tail))
             await below.debug_event("cow_write")
+            if driver.encodes:
+                start, host = offset - extent.copy_head, extent.offset - extent.copy_head
+                parts = [await driver.encode(start, host, b"".join(parts))]
             await io.write(extent.child.node, extent.offset - extent.copy_head, parts, flags)
     except BaseException:
         if allocation is not None:
@@ -176,11 +181,16 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int) -> None
 
 
 async def _zero_units(node: Node, offset: int, end: int, flags: int) -> None:
+    """Zero whole units, by the driver: whole clusters, or a part of one."""
     limits = node.limits
     unit = max(limits.zeroes_alignment, limits.request_alignment)
-    step = max(limits.max_write_zeroes // unit * unit, unit)
+    cluster = max(limits.cluster_size, unit)
+    step = max(limits.max_write_zeroes // cluster * cluster, cluster)
     while offset < end:
         count = min(step, end - offset)
+        if unit < cluster:
+            inside = offset % cluster
+            count = min(count, cluster - inside) if inside or count < cluster else count // cluster * cluster
         try:
             with trio.CancelScope(shield=True):
                 await node.driver.write_zeroes(offset, count, flags & (MAY_UNMAP | NO_FALLBACK))

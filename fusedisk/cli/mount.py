@@ -49,6 +49,12 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
     shell_complete=complete_format,
     help="The images' format; found by their first bytes.",
 )
+@click.option(
+    "--key-file",
+    metavar="FILE",
+    shell_complete=complete_file,
+    help="The passphrase of an encrypted image; - reads it from standard input's first line.",
+)
 @click.option("--copy-on-read", is_flag=True, help="Keep in the top layer what was read from its backing file.")
 @click.option(
     "--detect-zeroes",
@@ -140,6 +146,7 @@ def _request(given: dict[str, Any]) -> MountRequest:
         discard_unmap=given["discard"] == "unmap",
         cache=given["cache"],
         force_share=given["force_share"],
+        key_file=_key_file(given["key_file"]),
         file=FileSettings(_mode(given["mode"]), given["uid"], given["gid"], given["growable"]),
     )
     return MountRequest(
@@ -192,6 +199,15 @@ def _mode(text: str | None) -> int | None:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else os.path.abspath(path)
+
+
+def _key_file(path: str | None) -> str | None:
+    if path == "-":
+        from fusedisk.crypto import secrets
+
+        secrets.from_standard_input()  # the daemon has none
+        return path
+    return _absolute(path)
 
 
 def _check(request: MountRequest) -> None:

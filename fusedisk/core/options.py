@@ -127,9 +127,12 @@ def parse_json(text: str) -> dict[str, Any]:
     raise OptionError(f"the JSON options are a {type(value).__name__}, but an object was wanted.")
 
 
-def option(default: Any = None, *, help: str, kind: str = "str", choices: tuple[str, ...] = ()) -> Any:
-    """A field of an options dataclass; ``kind`` is one of str, int, bool, size."""
-    return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "choices": choices})
+def option(
+    default: Any = None, *, help: str, kind: str = "str", choices: tuple[str, ...] = (), name: str | None = None
+) -> Any:
+    """A field of an options dataclass; ``kind`` is one of str, int, bool, size. ``name``: what the option is called
+    where the field's name does not say it, as with dots."""
+    return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "name": name})
 
 
 @dataclasses.dataclass(slots=True)
@@ -141,7 +144,10 @@ class Options:
     @classmethod
     def names(cls) -> dict[str, dataclasses.Field[Any]]:
         """Option name (QMP's spelling) to its field."""
-        return {field.name.replace("_", cls.name_separator): field for field in dataclasses.fields(cls)}
+        return {
+            field.metadata.get("name") or field.name.replace("_", cls.name_separator): field
+            for field in dataclasses.fields(cls)
+        }
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], owner: str) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import sys
 from typing import BinaryIO
 
 from fusedisk.core.errors import OptionError, host_error
@@ -44,6 +45,16 @@ class Secret:
             return _decoded(_read_file(self.file), self.format, f"The secret file '{self.file}'")
         assert self.data is not None
         return _decoded(self.data.encode(errors="surrogateescape"), self.format, "The secret's data")
+
+
+_said: list[bytes] = []
+
+
+def from_standard_input() -> bytes:
+    """The passphrase from standard input's first line, which is read once; later calls give the same."""
+    if not _said:
+        _said.append(read_line(sys.stdin.buffer))
+    return _said[0]
 
 
 def read_line(stream: BinaryIO) -> bytes:

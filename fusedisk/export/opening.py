@@ -51,6 +51,8 @@ class OpenSettings:
     discard_unmap: bool = False
     cache: str = "writeback"
     force_share: bool = False
+    key_file: str | None = None
+    """Where the passphrase of encrypted images is; - is standard input."""
     file: FileSettings = dataclasses.field(default_factory=FileSettings)
 
     @property
@@ -74,6 +76,8 @@ class OpenSettings:
 async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: OpenSettings) -> list[Export]:
     """Open all images and make their files. Raises a FusediskError; what is open by then the graph's close closes."""
     backends = [await _open(graph, image, settings) for image in images]
+    for backend in backends:
+        await backend.require_keys()
     layer = "throw-away" if settings.overlay else settings.overlay_file
     names = [
         check_name(default_name(_image_name(backend, layer)) if image.name is None else image.name)
@@ -91,6 +95,8 @@ async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: O
 
 async def _open(graph: Graph, image: ImageRequest, settings: OpenSettings) -> Backend:
     spec = absolute(image.spec, graph.drivers)
+    if settings.key_file is not None:
+        spec["encrypt"] = {"key-file": settings.key_file} | spec.get("encrypt", {})
     read_only = settings.read_only or parse_bool(spec.get("read-only", False), "option 'read-only'")
     if settings.overlay or settings.overlay_file is not None:
         layer = overlay.Layer(image.text, spec, settings.format, settings.config(), settings.write_cache)
@@ -136,10 +142,16 @@ def _absolute(options: Mapping[str, Any]) -> dict[str, Any]:
             value = _absolute(value)
         elif isinstance(value, list):
             value = [_absolute(item) if isinstance(item, Mapping) else item for item in value]
-        elif key == "filename" and _is_local(value, options.get("driver")):
+        elif _is_path(key, value, options.get("driver")):
             value = os.path.abspath(value)
         changed[key] = value
     return changed
+
+
+def _is_path(key: str, value: object, driver: object) -> bool:
+    if key == "key-file":
+        return isinstance(value, str) and value != "-"
+    return key == "filename" and _is_local(value, driver)
 
 
 def _is_local(filename: object, driver: object) -> bool:

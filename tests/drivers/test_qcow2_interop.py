@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fusedisk.block.backend import Backend
-from fusedisk.core.errors import ImageError
-from tests.conftest import qemu_img, qemu_io, run_tool
+from tests.conftest import qemu_img, qemu_io
 from tests.support.oracle import random_bytes
 from tests.support.qcow2 import (
     CLUSTER_SIZES,

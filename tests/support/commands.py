@@ -42,13 +42,14 @@ def fusedisk(*args: str | os.PathLike[str]) -> Outcome:
 
 
 def fusedisk_process(
-    *args: str | os.PathLike[str], cwd: Path | None = None, env: dict[str, str] | None = None
+    *args: str | os.PathLike[str], cwd: Path | None = None, env: dict[str, str] | None = None, stdin: str = ""
 ) -> Outcome:
     """Run ``python -m fusedisk`` with ``args`` and wait for it; file names in its output may hold any byte."""
     done = subprocess.run(
         process_command(*args),
         cwd=cwd,
         env=process_environment() | (env or {}),
+        input=stdin.encode(),
         capture_output=True,
         timeout=TIMEOUT,
         check=False,

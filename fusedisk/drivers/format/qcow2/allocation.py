@@ -112,7 +112,7 @@ class Allocator:
         first = offset >> geometry.cluster_bits
         index = first & geometry.l2_mask
         entry = table[index]
-        await self._check_entry(offset, entry)
+        await self._check_entry(offset, table[index : index + 1])
         if not entry & COMPRESSED and entry & OFFSET_MASK and await self._is_ours(entry):
             if not entry & bits.ZERO:
                 return await self._adopt(offset, length, entry)
@@ -123,7 +123,9 @@ class Allocator:
             run = await self.refcounts.allocate(count)
             old = table[index : index + run.clusters]
             allocation = Allocation(first, run.first << geometry.cluster_bits, old, fresh=run.fresh)
-        return await self._register(offset, length, allocation)
+        start = first << geometry.cluster_bits
+        end = start + (allocation.count << geometry.cluster_bits)
+        return await self._register(offset, length, allocation, start, end)
 
     def _end(self, offset: int, length: int) -> int:
         """Index in the L2 table behind the range, or behind the table."""
@@ -132,14 +134,15 @@ class Allocator:
         index = offset >> geometry.cluster_bits & geometry.l2_mask
         return min(index + geometry.clusters(inside + length), geometry.l2_entries)
 
-    async def _check_entry(self, offset: int, entry: int) -> None:
-        """Raise CorruptImageError, after fencing the image, unless the cluster of ``entry`` may be replaced
+    async def _check_entry(self, offset: int, words: array[int]) -> None:
+        """Raise CorruptImageError, after fencing the image, unless the cluster of the entry ``words`` may be replaced
         or overwritten.
         """
+        entry = words[0]
+        if self.clusters.find_bad(words) is not None:
+            raise await self.clusters.bad_entry(offset, words)
         if entry & COMPRESSED:
             return
-        if entry & self.geometry.l2_bad:
-            raise await self.clusters.bad_entry(offset, entry)
         host = entry & OFFSET_MASK
         what = self.image.occupied_at(host, self.geometry.cluster_size) if host else None
         if what is not None:
@@ -180,35 +183,36 @@ class Allocator:
             at += 1
         return at - index
 
-    async def _register(self, offset: int, length: int, allocation: Allocation) -> WriteExtent:
-        """Put an allocation in flight and say what to write there.
+    async def _register(self, offset: int, length: int, allocation: Allocation, start: int, end: int) -> WriteExtent:
+        """Put an allocation in flight and say what to write there: the guest range from ``start`` to ``end``, which is
+        what its clusters will hold.
 
         Where zeroes surround what is written and the host clusters read as zeroes, there is nothing to copy.
         """
-        geometry, size = self.geometry, self.image.header.size
-        start = allocation.first << geometry.cluster_bits
-        end = start + (allocation.count << geometry.cluster_bits)
+        size = self.image.header.size
+        base = allocation.host - (allocation.first << self.geometry.cluster_bits)
         if end > size and not allocation.fresh:
             # Behind the disk's end there are zeroes, also for whoever lets the disk grow later.
+            behind = max(size, start)
             try:
-                await self.image.zero_host(allocation.host + size - start, end - size)
+                await self.image.zero_host(base + behind, end - behind)
             except BaseException:
                 self._take_back(allocation)
                 raise
         stop = min(offset + length, end)
-        host = allocation.host + offset - start
         head = offset - start
         tail = max(min(end, size) - stop, 0)
         if allocation.fresh:
-            if head and self._reads_as_zeroes(allocation.old[0], start):
+            if head and self._reads_as_zeroes(allocation, 0, start):
                 head = 0
-            if tail and self._reads_as_zeroes(allocation.old[-1], stop):
+            if tail and self._reads_as_zeroes(allocation, -1, stop):
                 tail = 0
         self._in_flight.append(allocation)
-        return WriteExtent(stop - offset, self.clusters.edge, host, allocation, head, tail)
+        return WriteExtent(stop - offset, self.clusters.edge, base + offset, allocation, head, tail)
 
-    def _reads_as_zeroes(self, entry: int, offset: int) -> bool:
-        """Whether the rest of a cluster, from guest ``offset`` on, is known to be zero."""
+    def _reads_as_zeroes(self, allocation: Allocation, index: int, offset: int) -> bool:
+        """Whether what is copied of the first or last cluster, from guest ``offset`` on, is known to be zero."""
+        entry = allocation.old[index]
         if entry & COMPRESSED:
             return False
         if entry & bits.ZERO:
@@ -234,9 +238,8 @@ class Allocator:
             self.abandon(allocation)
             raise
         try:
-            size, first = geometry.cluster_size, allocation.host | COPIED
-            entries = array("Q", range(first, first + allocation.count * size, size))
             l1_index = allocation.first >> geometry.l2_bits
+            entries = self._new_entries(allocation)
             await self.image.put_l2_entries(l1_index, allocation.first & geometry.l2_mask, entries)
             if not allocation.owned and max(allocation.old) > bits.ZERO:
                 self.refcounts.free_entries(allocation.old)
@@ -244,6 +247,11 @@ class Allocator:
             self.image.mutex.release()
             self._in_flight.remove(allocation)
             allocation.finish()
+
+    def _new_entries(self, allocation: Allocation) -> array[int]:
+        """The L2 entries that replace the old ones."""
+        size, first = self.geometry.cluster_size, allocation.host | COPIED
+        return array("Q", range(first, first + allocation.count * size, size))
 
     # --- L2 tables --------------------------------------------------------------------------------------
 
@@ -266,10 +274,10 @@ class Allocator:
             if await self._is_ours(entry):
                 image.put_l1_entry(l1_index, entry | COPIED)
                 return await image.l2.load(offset)
-        copy = table[:] if table is not None else empty_table(geometry.l2_entries)
+        copy = table[:] if table is not None else empty_table(geometry.l2_words)
         if max(copy) & COPIED:
             # What a shared table refers to is shared as well, whatever it says.
-            copy = array("Q", [item & ~COPIED for item in copy])
+            copy[:: geometry.entry_words] = array("Q", [item & ~COPIED for item in geometry.descriptors(copy)])
         run = await self.refcounts.allocate(1)
         offset = run.first << geometry.cluster_bits
         image.put_new_l2(offset, copy)

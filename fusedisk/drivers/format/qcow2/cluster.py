@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Callable
 
 from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
 from fusedisk.core.errors import CorruptImageError
@@ -22,6 +23,8 @@ from fusedisk.drivers.format.qcow2.image import Image
 MAX_SPARSE_TABLES = 4096
 """L1 entries without a table that one lookup answers at most."""
 
+Transform = Callable[[int], int]
+"""From an L2 entry to what it shall become: unallocated or zeroes, with or without its host cluster."""
 
 _new = tuple.__new__
 
@@ -137,14 +140,31 @@ class ClusterMap:
         table = self._tables.get(self._l1[offset >> self._span_bits] & OFFSET_MASK)
         entry = table[offset >> self._cluster_bits & self._l2_mask] if table is not None else 0
         if not entry & COMPRESSED and entry & self._bad:
-            raise await self.bad_entry(offset, entry)
+            raise await self.bad_entry(offset, array("Q", [entry]))
 
-    async def bad_entry(self, offset: int, entry: int) -> CorruptImageError:
-        """Fence the image for an L2 entry; returns the error to raise."""
+    async def bad_entry(self, offset: int, words: array[int]) -> CorruptImageError:
+        """Fence the image for an L2 entry, whose numbers are ``words``; returns the error to raise."""
+        entry = words[0]
         return await self.image.corruption(
             f"the L2 entry for guest offset {offset & ~self._cluster_mask} is {entry:#018x}, but a multiple of "
             f"{self._cluster_size} without reserved bits was wanted"
         )
+
+    def find_bad(self, words: array[int]) -> int | None:
+        """The index of the first of some L2 entries that cannot be; None if all can."""
+        for entry in set(words):
+            if entry & self._bad and not entry & COMPRESSED:
+                return words.index(entry)
+        return None
+
+    def transformed(self, words: array[int], transform: Transform) -> array[int]:
+        """Some L2 entries, each replaced by what ``transform`` makes of it."""
+        known = {entry: transform(entry) for entry in set(words)}
+        return array("Q", map(known.__getitem__, words))
+
+    def with_bitmaps(self, entries: array[int], words: array[int]) -> array[int]:
+        """L2 entries with new descriptors, which have data for none of what the old ones, ``words``, have none for."""
+        return entries
 
     def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
         """Where to overwrite a prefix of the range without changing the mapping; None where that takes more

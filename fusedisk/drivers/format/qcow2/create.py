@@ -11,15 +11,14 @@ from fusedisk.block.child import Child
 from fusedisk.block.driver import Role
 from fusedisk.block.node import Node
 from fusedisk.core.errors import OptionError
-from fusedisk.drivers.format.qcow2 import layout, resize
-from fusedisk.drivers.format.qcow2.allocation import Allocator
-from fusedisk.drivers.format.qcow2.cluster import ClusterMap
+from fusedisk.drivers.format.qcow2 import encryption, layout, resize
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import EXTENSION_BACKING_FORMAT, Extension, Header
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.refcount_block import refcount_codec
+from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator
 
 _FIRST_CLUSTERS = 3
 """Header, refcount table, refcount block."""
@@ -39,10 +38,14 @@ def new_header(options: Qcow2CreateOptions) -> Header:
         _check_version_2(options)
     if options.backing_fmt and not options.backing_file:
         raise OptionError("qcow2 backing_fmt is set, but there is no backing_file.")
-    if options.backing_file and options.preallocation != "off":
+    if options.extended_l2 and size < layout.MIN_EXTENDED_L2_CLUSTER:
+        raise OptionError(
+            f"qcow2 cluster_size is {size}, but at least {layout.MIN_EXTENDED_L2_CLUSTER} was wanted with extended_l2."
+        )
+    if options.backing_file and options.preallocation != "off" and not options.extended_l2:
         raise OptionError(
             f"qcow2 preallocation is '{options.preallocation}', but 'off' was wanted with a backing file, "
-            "which it would hide."
+            "which it would hide; with extended_l2 it would not."
         )
     header = Header(version=version, cluster_bits=size.bit_length() - 1, backing_file=options.backing_file or "")
     if len(header.backing_file.encode("utf-8", "surrogateescape")) > layout.MAX_BACKING_NAME:
@@ -55,6 +58,7 @@ def new_header(options: Qcow2CreateOptions) -> Header:
         zstd = options.compression_type == "zstd"
         header.refcount_order = bits.bit_length() - 1
         header.incompatible_features = layout.COMPRESSION_TYPE if zstd else 0
+        header.incompatible_features |= layout.EXTENDED_L2 if options.extended_l2 else 0
         header.compatible_features = layout.LAZY_REFCOUNTS if options.lazy_refcounts else 0
         header.extra = bytes([zstd, 0, 0, 0, 0, 0, 0, 0])
         if size > _SMALL_CLUSTER:
@@ -67,6 +71,7 @@ def _check_version_2(options: Qcow2CreateOptions) -> None:
         ("lazy_refcounts", options.lazy_refcounts),
         ("refcount_bits", options.refcount_bits != 16),
         ("compression_type", options.compression_type != "zlib"),
+        ("extended_l2", options.extended_l2),
     ):
         if wrong:
             raise OptionError(f"qcow2 {name} is '{getattr(options, name)}', which needs compat=1.1 (version 3).")
@@ -85,9 +90,10 @@ async def create(file: Node, options: Qcow2CreateOptions) -> None:
     image.barriers = False
     refcounts = Refcounts(image)
     committer = Committer(image, refcounts)
-    allocator = Allocator(ClusterMap(image), refcounts, committer)
+    allocator = new_allocator(cluster_map(image), refcounts, committer)
     resize.check_growth(allocator, length, zero_new=False)
     await refcounts.load()
+    await encryption.encrypt_new(image, refcounts, options)
     await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
     if options.preallocation != "off":
         await resize.preallocate(allocator, 0, length, options.preallocation)

@@ -11,28 +11,37 @@ dropped, and only where no backing file would show through.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 
 import trio
 
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
-from fusedisk.drivers.format.qcow2.entries import COMPRESSED, OFFSET_MASK, ZERO, compressed_references, plain_runs
+from fusedisk.drivers.format.qcow2.cluster import Transform
+from fusedisk.drivers.format.qcow2.entries import (
+    ALL_ALLOCATED,
+    COMPRESSED,
+    OFFSET_MASK,
+    SUBCLUSTERS,
+    ZERO,
+    compressed_references,
+    plain_runs,
+)
 from fusedisk.drivers.format.qcow2.refcount import Reason
 
 _SKIPS_AT_ONCE = 1024
 """L1 entries without a table that one step skips."""
 
-Transform = Callable[[int], int]
-"""From an L2 entry to what it shall become."""
-
 
 async def write_zeroes(allocator: Allocator, offset: int, length: int, *, may_unmap: bool, has_backing: bool) -> None:
-    """Make whole clusters read as zeroes; ``length`` may end at the disk's end instead.
+    """Make whole clusters, or whole subclusters of one cluster, read as zeroes; ``length`` may end at the disk's end
+    instead.
 
-    Their host space is kept unless ``may_unmap``. Raises NotSupportedError for version 2 with a backing file.
+    Their host space is kept unless ``may_unmap``. Raises NotSupportedError for version 2 with a backing file, and for
+    a part of a compressed cluster.
     """
-    if allocator.geometry.version < 3:
+    if _is_part(allocator, offset, length):
+        await zero_subclusters(allocator, offset, length, may_unmap=may_unmap)
+    elif allocator.geometry.version < 3:
         _check_no_backing(allocator, has_backing)
         await change(allocator, offset, length, _unallocated, allocate=False)
     elif may_unmap:
@@ -53,6 +62,12 @@ async def discard(allocator: Allocator, offset: int, length: int, *, has_backing
         await change(allocator, offset, length, _plain_zero, allocate=True)
     else:
         await change(allocator, offset, length, _zero_if_allocated, allocate=False)
+
+
+def _is_part(allocator: Allocator, offset: int, length: int) -> bool:
+    """Whether a range is less than a cluster."""
+    mask, end = allocator.geometry.cluster_mask, offset + length
+    return bool(offset & mask or (end & mask and end != allocator.image.header.size))
 
 
 def _check_no_backing(allocator: Allocator, has_backing: bool) -> None:
@@ -102,29 +117,66 @@ async def change(allocator: Allocator, offset: int, length: int, transform: Tran
 
 
 async def _change_table(allocator: Allocator, l1_index: int, cluster: int, end: int, transform: Transform) -> None:
-    """Change entries of one L2 table. Checks are made once for each different entry, as tables hold long runs."""
-    geometry, image = allocator.geometry, allocator.image
+    """Change entries of one L2 table."""
+    geometry, clusters, words = allocator.geometry, allocator.clusters, allocator.geometry.entry_words
     base = l1_index << geometry.l2_bits
-    index, stop = cluster - base, end - base
-    table = await allocator.clusters.table_at(l1_index)
+    part = slice((cluster - base) * words, (end - base) * words)
+    table = await clusters.table_at(l1_index)
     if table is not None:
-        different = set(table[index:stop])
-        for entry in different:
-            if entry & geometry.l2_bad and not entry & COMPRESSED:
-                guest = base + table.index(entry, index) << geometry.cluster_bits
-                raise await allocator.clusters.bad_entry(guest, entry)
-        if all(transform(entry) == entry for entry in different):
+        old = table[part]
+        bad = clusters.find_bad(old)
+        if bad is not None:
+            raise await clusters.bad_entry(cluster + bad << geometry.cluster_bits, old[bad * words : (bad + 1) * words])
+        if clusters.transformed(old, transform) == old:
             return
-    table = await allocator.table_for_write(l1_index)
-    old = table[index:stop]
-    new = array("Q", map(transform, old))
-    differing = [i for i, entry in enumerate(old) if entry != new[i]]
+    old = (await allocator.table_for_write(l1_index))[part]
+    new = clusters.transformed(old, transform)
+    differing = [i // words for i, word in enumerate(old) if word != new[i]]
     if not differing:
         return
-    dropped = [old[i] for i in differing if _loses_reference(old[i], new[i])]
-    await _check_dropped(allocator, dropped)
     first, last = differing[0], differing[-1] + 1
-    await image.put_l2_entries(l1_index, index + first, new[first:last], ordered=False)
+    part = slice(first * words, last * words)
+    await _replace(allocator, l1_index, cluster - base + first, old[part], new[part])
+
+
+async def zero_subclusters(allocator: Allocator, offset: int, length: int, *, may_unmap: bool) -> None:
+    """Make whole subclusters of one cluster read as zeroes; ``length`` may end at the disk's end instead. The cluster
+    stays, unless ``may_unmap`` and nothing else of it has data.
+
+    Raises NotSupportedError where the cluster is compressed, as that has no subclusters.
+    """
+    geometry = allocator.geometry
+    first = (offset & geometry.cluster_mask) >> geometry.subcluster_bits
+    count = -(-length >> geometry.subcluster_bits)
+    asked = (1 << count) - 1 << first
+    l1_index = offset >> geometry.span_bits
+    index = offset >> geometry.cluster_bits & geometry.l2_mask
+    await allocator.committer.relieve()
+    async with allocator.image.mutex:
+        old = (await allocator.table_for_write(l1_index))[2 * index : 2 * index + 2]
+        if allocator.clusters.find_bad(old) is not None:
+            raise await allocator.clusters.bad_entry(offset, old)
+        entry, bitmap = old
+        if entry & COMPRESSED:
+            raise NotSupportedError(
+                f"'{allocator.image.filename}' has a compressed cluster at {offset & ~geometry.cluster_mask}, "
+                "no part of which can be a zero subcluster."
+            )
+        bitmap = bitmap & ~asked | asked << SUBCLUSTERS
+        if may_unmap and not bitmap & ALL_ALLOCATED:
+            entry = 0
+        await _replace(allocator, l1_index, index, old, array("Q", (entry, bitmap)))
+
+
+async def _replace(allocator: Allocator, l1_index: int, index: int, old: array[int], new: array[int]) -> None:
+    """Replace entries and free what they no longer refer to. Under the mutex."""
+    if new == old:
+        return
+    geometry = allocator.geometry
+    pairs = zip(geometry.descriptors(old), geometry.descriptors(new), strict=True)
+    dropped = [before for before, after in pairs if _loses_reference(before, after)]
+    await _check_dropped(allocator, dropped)
+    await allocator.image.put_l2_entries(l1_index, index, new, ordered=False)
     allocator.refcounts.free_entries(dropped, reason=Reason.REQUEST)
 
 

@@ -29,7 +29,7 @@ from fusedisk.block.driver import (
     Driver,
     Role,
 )
-from fusedisk.block.extent import DATA, UNALLOCATED, Extent, WriteExtent
+from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
 from fusedisk.block.limits import Limits
 from fusedisk.block.node import Node, NodeConfig
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
@@ -40,6 +40,7 @@ from fusedisk.drivers.format.qcow2.allocation import Allocation, Allocator
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.compressed import CompressedReader
+from fusedisk.drivers.format.qcow2.encryption import SECTOR, Encryption, open_encryption
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Header
@@ -47,6 +48,7 @@ from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions, Qcow2Optio
 from fusedisk.drivers.format.qcow2.refcount import Reason, Refcounts
 from fusedisk.drivers.format.qcow2.snapshot import Snapshot, l1_clusters, load_snapshots
 from fusedisk.drivers.format.qcow2.sparse import sparse_threshold, uses_clusters
+from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Qcow2Driver(Driver):
     committer: Committer
     allocator: Allocator
     snapshots: list[Snapshot]
+    encryption: Encryption | None = None
 
     _compressed: CompressedReader | None = None
     _ready_to_write = False
@@ -110,13 +113,15 @@ class Qcow2Driver(Driver):
         self.image = image
         await self.place_snapshots()
         image.place_fixed()
-        self.clusters = ClusterMap(image)
+        self.clusters = cluster_map(image)
         self._sparse_threshold = await sparse_threshold(edge.node, header)
         self.clusters.recurse = self._sparse_threshold is not None
         self.refcounts = Refcounts(image)
         self.committer = Committer(image, self.refcounts)
+        self.encryption = await open_encryption(edge.node, header, self.options, node.filename)
+        self.encodes = self.refcounts.encrypted = self.encryption is not None
         self._take_options(self.options)
-        self.allocator = Allocator(self.clusters, self.refcounts, self.committer, self._backing_length)
+        self.allocator = new_allocator(self.clusters, self.refcounts, self.committer, self._backing_length)
         self._lookup = self.clusters.lookup
         self._lookup_in_place = _nothing
         image.l2.set_size(l2_size)
@@ -229,14 +234,20 @@ class Qcow2Driver(Driver):
         return self.image.header.size
 
     def refresh_limits(self, limits: Limits) -> None:
-        size = self.image.geometry.cluster_size
-        limits.cluster_size = limits.zeroes_alignment = limits.discard_alignment = size
+        limits.cluster_size = limits.discard_alignment = self.image.geometry.cluster_size
+        limits.zeroes_alignment = self.image.geometry.subcluster_size
+        if self.encodes:
+            limits.request_alignment = max(limits.request_alignment, SECTOR)
 
     # --- data -------------------------------------------------------------------------------------------
 
     async def map(self, offset: int, length: int) -> Extent:
         extent = self._lookup(offset, length)
-        return extent if extent is not None else await self.clusters.map(offset, length)
+        if extent is None:
+            extent = await self.clusters.map(offset, length)
+        if self.encodes and extent.status == DATA:
+            return extent._replace(status=SPECIAL)
+        return extent
 
     async def has_holes(self) -> bool:
         threshold = self._sparse_threshold
@@ -248,6 +259,8 @@ class Qcow2Driver(Driver):
         return self.clusters.recurse
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:
+        if self.encodes:
+            await self.require_key()
         extent = self._lookup_in_place(offset, length)
         if extent is not None:
             return extent
@@ -263,6 +276,9 @@ class Qcow2Driver(Driver):
         self.allocator.abandon(allocation)
 
     async def read_special(self, extent: Extent, offset: int, buffer: Buffer) -> None:
+        if not extent.compressed:
+            await self._read_encrypted(extent, offset, buffer)
+            return
         if self._compressed is None:
             self._compressed = CompressedReader(self.clusters)
         instead = await self._compressed.read(extent, offset, buffer)
@@ -272,13 +288,40 @@ class Qcow2Driver(Driver):
     async def _read_plain(self, extent: Extent, offset: int, buffer: Buffer) -> None:
         """Fill ``buffer`` from an extent that needs no transformation."""
         backing = self.node.backing
-        if extent.status == DATA:
+        if self.encodes and extent.status in (DATA, SPECIAL):
+            await self._read_encrypted(extent, offset, buffer)
+        elif extent.status == DATA:
             assert extent.child is not None
             await io.read(extent.child.node, extent.offset, buffer)
         elif extent.status == UNALLOCATED and backing is not None:
             await io.read(backing.node, offset, buffer)
         else:
             zero_fill(buffer)
+
+    # --- encryption -------------------------------------------------------------------------------------
+
+    async def require_key(self) -> None:
+        if self.encryption is not None:
+            await self.encryption.unlock(self.options)
+
+    async def encode(self, offset: int, host_offset: int, data: bytes) -> Buffer:
+        assert self.encryption is not None
+        await self.encryption.unlock(self.options)
+        return await self.encryption.encrypt(offset, host_offset, data)
+
+    async def _read_encrypted(self, extent: Extent, offset: int, buffer: Buffer) -> None:
+        assert extent.child is not None
+        assert self.encryption is not None
+        await self.encryption.unlock(self.options)
+        head, end = offset % SECTOR, offset + len(buffer)
+        whole = buffer
+        if head or end % SECTOR:
+            # As a backing file, below a format that aligns nothing.
+            whole = memoryview(bytearray(head + len(buffer) + -end % SECTOR))
+        await io.read(extent.child.node, extent.offset - head, whole)
+        await self.encryption.decrypt(offset - head, extent.offset - head, whole)
+        if whole is not buffer:
+            buffer[:] = whole[head : head + len(buffer)]
 
     # --- other requests ---------------------------------------------------------------------------------
 
@@ -318,18 +361,19 @@ class Qcow2Driver(Driver):
 
     async def _zero_tail(self, zero_new: bool) -> None:
         """Make what the last cluster holds behind the disk's end zero, before the disk grows over it."""
-        size = self.image.header.size
-        tail = memoryview(bytearray(-size % self.image.geometry.cluster_size))
-        if not tail:
-            return
-        extent = await self.map(size, len(tail))
-        if extent.compressed:
-            await self.read_special(extent, size, tail)
-        elif extent.status != UNALLOCATED or zero_new:
-            await self._read_plain(extent, size, tail)
-        if not is_zero(tail):
-            # As the guest would: in place, or by copying where the cluster is shared or compressed.
-            await transfer.write(self.node, size, (memoryview(bytes(len(tail))),), 0)
+        offset = self.image.header.size
+        end = offset + -offset % self.image.geometry.cluster_size
+        while offset < end:
+            extent = await self.map(offset, end - offset)
+            tail = memoryview(bytearray(extent.length))
+            if extent.compressed:
+                await self.read_special(extent, offset, tail)
+            elif extent.status != UNALLOCATED or zero_new:
+                await self._read_plain(extent, offset, tail)
+            if not is_zero(tail):
+                # As the guest would: in place, or by copying where the cluster is shared or compressed.
+                await transfer.write(self.node, offset, (memoryview(bytes(len(tail))),), 0)
+            offset += len(tail)
 
     # --- information ------------------------------------------------------------------------------------
 
@@ -339,28 +383,33 @@ class Qcow2Driver(Driver):
             "cluster-size": header.cluster_size,
             "dirty-flag": bool(header.incompatible_features & layout.DIRTY),
         }
+        if self.encodes:
+            information["encrypted"] = True
         if self.snapshots:
             information["snapshots"] = [snapshot.information() for snapshot in self.snapshots]
         return information
 
     def specific_information(self) -> dict[str, Any] | None:
         header = self.image.header
+        encrypt = {"encrypt": self.encryption.information()} if self.encryption is not None else {}
         compression = layout.COMPRESSION_NAMES[header.compression_type]
         refcount_bits = self.image.geometry.refcount_bits
         if header.version == 2:
-            return {"compat": "0.10", "compression-type": compression, "refcount-bits": refcount_bits}
+            return {"compat": "0.10", "compression-type": compression, "refcount-bits": refcount_bits} | encrypt
         return {
             "compat": "1.1",
             "compression-type": compression,
             "lazy-refcounts": bool(header.compatible_features & layout.LAZY_REFCOUNTS),
             "refcount-bits": refcount_bits,
             "corrupt": bool(header.incompatible_features & layout.CORRUPT),
-            "extended-l2": False,
-        }
+            "extended-l2": self.image.geometry.extended_l2,
+        } | encrypt
 
     def has_zero_init(self) -> bool:
         # A preallocated image's clusters are as the file's are.
         preallocated = bool(self.image.l1) and bool(self.image.l1[0] & OFFSET_MASK)
+        if self.encodes:
+            return not preallocated
         return not preallocated or self.node.children["file"].node.driver.has_zero_init()
 
     # --- checking and creation --------------------------------------------------------------------------

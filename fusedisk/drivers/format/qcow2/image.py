@@ -153,6 +153,7 @@ class Image:
             (header.l1_table_offset, header.l1_size * 8, "L1 table"),
             (header.refcount_table_offset, header.refcount_table_size(), "refcount table"),
             (header.snapshots_offset, self.snapshot_table_size, "snapshot table"),
+            (*(header.crypto_header or (0, 0)), "LUKS header"),
         ]
         if self.overlap_check == "none":
             places = []

@@ -17,6 +17,8 @@ MAGIC = b"QFI\xfb"
 
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
+MIN_EXTENDED_L2_CLUSTER = 16 << 10
+"""Bytes in a cluster, so that a subcluster has at least 512."""
 MAX_REFCOUNT_ORDER = 6
 MAX_L1_SIZE = 32 << 20
 """Bytes; QEMU's bound."""
@@ -47,12 +49,17 @@ EXTENDED_L2 = 1 << 4
 LAZY_REFCOUNTS = 1 << 0
 """A compatible feature."""
 
-SUPPORTED_INCOMPATIBLE = DIRTY | CORRUPT | COMPRESSION_TYPE
+SUPPORTED_INCOMPATIBLE = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2
 SUPPORTED_AUTOCLEAR = 0
 
 EXTENSION_END = 0x00000000
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_FEATURE_NAMES = 0x6803F857
+EXTENSION_CRYPTO = 0x0537BE77
+"""Full disk encryption header pointer."""
+
+CRYPT_AES, CRYPT_LUKS = 1, 2
+"""Encryption methods."""
 
 INCOMPATIBLE, COMPATIBLE, AUTOCLEAR = range(3)
 """Feature types of the feature name table."""
@@ -70,12 +77,13 @@ FEATURE_NAMES = {
 """The table that QEMU writes into new images."""
 
 COMPRESSION_NAMES = {0: "zlib", 1: "zstd"}
-_CRYPT_NAMES = {1: "AES encryption", 2: "LUKS encryption"}
+CRYPT_NAMES = {CRYPT_AES: "aes", CRYPT_LUKS: "luks"}
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _FEATURE = struct.Struct(">BB46s")
+_CRYPTO = struct.Struct(">QQ")
 
 
 class Extension(NamedTuple):
@@ -128,6 +136,15 @@ class Header:
         for extension in self.extensions:
             if extension.type == EXTENSION_BACKING_FORMAT:
                 return os.fsdecode(extension.data.split(b"\0")[0]) or None
+        return None
+
+    @property
+    def crypto_header(self) -> tuple[int, int] | None:
+        """Offset and length in bytes of the LUKS header, where there is one."""
+        for extension in self.extensions:
+            if extension.type == EXTENSION_CRYPTO and len(extension.data) >= _CRYPTO.size:
+                offset, length = _CRYPTO.unpack_from(extension.data)
+                return offset, length
         return None
 
     def refcount_table_size(self) -> int:
@@ -195,9 +212,14 @@ def check_untrusted(header: Header, filename: str) -> None:
             f"{header.cluster_size} bytes were "
             f"wanted."
         )
+    if header.incompatible_features & EXTENDED_L2 and header.cluster_size < MIN_EXTENDED_L2_CLUSTER:
+        raise ImageError(
+            f"'{filename}' has extended L2 entries and clusters of {header.cluster_size} bytes, but at least "
+            f"{MIN_EXTENDED_L2_CLUSTER} were wanted."
+        )
     if header.size >> 63:
         raise ImageError(f"'{filename}' has a virtual size of {header.size} bytes, but less than 2^63 was wanted.")
-    if header.crypt_method not in (0, *_CRYPT_NAMES):
+    if header.crypt_method not in (0, *CRYPT_NAMES):
         raise ImageError(f"'{filename}' has the encryption method {header.crypt_method}, but 0, 1 or 2 was wanted.")
     _check_backing_position(header, filename)
 
@@ -247,6 +269,7 @@ def check_tables(header: Header, file_length: int, filename: str) -> None:
         ("L1 table", header.l1_table_offset, l1_bytes),
         ("refcount table", header.refcount_table_offset, header.refcount_table_size()),
         ("snapshot table", header.snapshots_offset, header.nb_snapshots and 1),
+        ("LUKS header", *(header.crypto_header or (0, 0))),
     ]
     placed: list[tuple[str, int, int]] = []
     for what, start, length in tables:
@@ -323,9 +346,10 @@ def check_features(header: Header, filename: str) -> None:
     """Refuse by name what this driver does not know. Raises UnsupportedFeatureError, or ImageError where
     feature bits and
     fields contradict each other."""
-    if header.crypt_method:
-        raise UnsupportedFeatureError(
-            f"'{filename}' uses {_CRYPT_NAMES[header.crypt_method]}, which is not supported for qcow2 yet."
+    if (header.crypt_method == CRYPT_LUKS) != (header.crypto_header is not None):
+        raise ImageError(
+            f"'{filename}' has the encryption method {header.crypt_method} and "
+            f"{'a' if header.crypto_header else 'no'} pointer to a LUKS header; both or none were wanted."
         )
     unknown = header.incompatible_features & ~SUPPORTED_INCOMPATIBLE
     if unknown:
@@ -358,6 +382,11 @@ def feature_names(header: Header) -> dict[tuple[int, int], str]:
             for kind, bit, name in _FEATURE.iter_unpack(extension.data[:whole]):
                 names[kind, bit] = "".join(filter(str.isprintable, name.split(b"\0")[0].decode("utf-8", "replace")))
     return names | FEATURE_NAMES
+
+
+def crypto_header_pointer(offset: int, length: int) -> Extension:
+    """The extension that leads to a LUKS header."""
+    return Extension(EXTENSION_CRYPTO, _CRYPTO.pack(offset, length))
 
 
 def feature_name_table() -> Extension:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import CreateOptions, Options, option
+from fusedisk.crypto import luks, secrets
 from fusedisk.drivers.format.qcow2.entries import Geometry
 from fusedisk.drivers.format.qcow2.image import MIN_L2_TABLES
 from fusedisk.drivers.format.qcow2.layout import Header
@@ -18,10 +19,33 @@ DEFAULT_REFCOUNT_CACHE = 256 << 10
 OVERLAP_CHECKS = ("none", "constant", "cached", "all")
 
 
+class EncryptionOptions(Protocol):
+    """What opening and creating have in common."""
+
+    encrypt_format: str | None
+    encrypt_key_file: str | None
+    encrypt_key_format: str | None
+
+
+def _encrypt_format() -> Any:
+    return option(None, name="encrypt.format", choices=("luks", "aes"), help="encryption: luks, or aes of old images")
+
+
+def _key_file() -> Any:
+    return option(None, name="encrypt.key-file", help="file with the passphrase; - is standard input's first line")
+
+
+def _key_format() -> Any:
+    return option(None, name="encrypt.key-format", choices=secrets.FORMATS, help="raw or base64 (default: raw)")
+
+
 @dataclasses.dataclass(slots=True)
 class Qcow2Options(Options):
     """Options at open."""
 
+    encrypt_format: str | None = _encrypt_format()
+    encrypt_key_file: str | None = _key_file()
+    encrypt_key_format: str | None = _key_format()
     l2_cache_size: int | None = option(
         None, kind="size", help="bytes of the L2 table cache (default: what covers the disk, up to 32M)"
     )
@@ -71,8 +95,36 @@ class Qcow2CreateOptions(CreateOptions):
     )
     lazy_refcounts: bool = option(False, kind="bool", help="let programs postpone refcount updates")
     refcount_bits: int = option(16, kind="int", help="width of a refcount: 1, 2, 4, 8, 16, 32 or 64 bits")
+    extended_l2: bool = option(
+        False, kind="bool", help="map each cluster in 32 parts, of which a write copies or allocates those it touches"
+    )
     compression_type: str = option("zlib", help="how clusters are compressed: zlib or zstd", choices=("zlib", "zstd"))
     nocow: bool = option(False, kind="bool", help="turn copy-on-write of the host file off (btrfs)")
+    encrypt_format: str | None = _encrypt_format()
+    encrypt_key_file: str | None = _key_file()
+    encrypt_key_format: str | None = _key_format()
+    encrypt_cipher_alg: str | None = option(
+        None, name="encrypt.cipher-alg", help="luks: aes-128, -192 or -256 (default)"
+    )
+    encrypt_cipher_mode: str | None = option(
+        None, name="encrypt.cipher-mode", help="luks: xts (default), cbc, ctr, ecb"
+    )
+    encrypt_ivgen_alg: str | None = option(None, name="encrypt.ivgen-alg", help="luks: plain, plain64 (default), essiv")
+    encrypt_ivgen_hash_alg: str | None = option(None, name="encrypt.ivgen-hash-alg", help="luks: hash for essiv")
+    encrypt_hash_alg: str | None = option(None, name="encrypt.hash-alg", help="luks: hash for keys (default: sha256)")
+    encrypt_iter_time: int | None = option(
+        None, kind="int", name="encrypt.iter-time", help="luks: milliseconds that unlocking shall take (default: 2000)"
+    )
+
+
+def luks_options(options: Qcow2CreateOptions) -> luks.Options:
+    """What is asked of a new LUKS header."""
+    given = {
+        field.name: getattr(options, f"encrypt_{field.name}")
+        for field in dataclasses.fields(luks.Options)
+        if getattr(options, f"encrypt_{field.name}", None) is not None
+    }
+    return luks.Options(**given)
 
 
 def cache_sizes(options: Qcow2Options, header: Header) -> tuple[int, int]:

@@ -85,6 +85,8 @@ class Refcounts:
         self.table: array[int] = array("Q")
         self.pass_discard: frozenset[Reason] = frozenset()
         """For what reasons of freeing the host space is given back to the host."""
+        self.encrypted = False
+        """Zeroes of the file are no zeroes of the guest's."""
         self._full = bytearray()
         """For each table entry, 1 where its block is known to have no free cluster."""
         self._first_free = 0
@@ -157,7 +159,7 @@ class Refcounts:
             await self._add_block(missing)
         await self._check_free(first, count)
         start, end = first << self.geometry.cluster_bits, first + count << self.geometry.cluster_bits
-        fresh = start >= max(self._used_end, self.image.storage.node.length)
+        fresh = not self.encrypted and start >= max(self._used_end, self.image.storage.node.length)
         self._used_end = max(self._used_end, end)
         await self.add(first, [1] * count)
         if count > 1:

@@ -116,14 +116,20 @@ async def _preallocate_table(allocator: Allocator, cluster: int, end: int, mode:
     l1_index = cluster >> geometry.l2_bits
     table = (await allocator.table_for_write(l1_index))[:]
     while cluster < end:
-        if table[cluster & geometry.l2_mask] & OFFSET_MASK:
+        at = (cluster & geometry.l2_mask) * geometry.entry_words
+        if table[at] & OFFSET_MASK:
             cluster += 1
             continue
         run = await allocator.refcounts.allocate(end - cluster)
         host, size = run.first << geometry.cluster_bits, run.clusters << geometry.cluster_bits
         await _make_host_range(image, host, size, mode)
-        entries = array("Q", range(host | COPIED, (host | COPIED) + size, geometry.cluster_size))
-        await image.put_l2_entries(l1_index, cluster & geometry.l2_mask, entries)
+        entry = host | COPIED
+        if allocator.refcounts.encrypted and geometry.version >= 3:
+            # Zeroes of the file are none of the guest's.
+            entry |= ZERO
+        entries = array("Q", range(entry, entry + size, geometry.cluster_size))
+        words = allocator.clusters.with_bitmaps(entries, table[at : at + run.clusters * geometry.entry_words])
+        await image.put_l2_entries(l1_index, cluster & geometry.l2_mask, words)
         cluster += run.clusters
 
 

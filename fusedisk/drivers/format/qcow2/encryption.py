@@ -1,0 +1,184 @@
+"""Encryption of guest data: LUKS inside qcow2, and the legacy AES.
+
+Clusters are stored as ciphertext, sector by sector of 512 bytes; compressed ones are not. LUKS numbers sectors by their
+offset in the host file, so a cluster that moves is encrypted anew; the legacy AES numbers them by guest offset. A host
+cluster that was never written is no zeroes to the guest.
+
+Source: docs/interop/qcow2.txt, "Full disk encryption header pointer", "crypt_method".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedisk.block import io
+from fusedisk.block.node import Node
+from fusedisk.core.errors import OptionError, PassphraseError
+from fusedisk.core.locks import Mutex
+from fusedisk.core.offload import run_cpu
+from fusedisk.crypto import luks, luks_layout, secrets
+from fusedisk.crypto.ciphers import SectorCipher
+from fusedisk.crypto.qcow_aes import legacy_cipher
+from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.layout import CRYPT_AES, CRYPT_LUKS, CRYPT_NAMES, Header
+from fusedisk.drivers.format.qcow2.options import EncryptionOptions, Qcow2CreateOptions, luks_options
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
+
+SECTOR = 512
+INLINE_SIZE = 128 << 10
+"""Bytes up to which a thread would cost more than it saves."""
+
+
+class Encryption:
+    """The encryption of one open image. Who only looks at metadata needs no key: ``unlock`` comes before data."""
+
+    def __init__(self, file: Node, filename: str, luks_header: luks_layout.Header | None, start: int) -> None:
+        """``luks_header`` lies at ``start`` in ``file``; without one it is the legacy AES."""
+        self._file = file
+        self._filename = filename
+        self._luks = luks_header
+        self._start = start
+        self._cipher: SectorCipher | None = None
+        self._unlocking = Mutex()
+
+    async def unlock(self, options: EncryptionOptions) -> None:
+        """Make the cipher from the key that ``options`` name, once.
+
+        Raises PassphraseError without a key or with a wrong one.
+        """
+        if self._cipher is None:
+            async with self._unlocking:
+                if self._cipher is None:
+                    self._cipher = await self._make_cipher(options)
+
+    async def _make_cipher(self, options: EncryptionOptions) -> SectorCipher:
+        passphrase = read_passphrase(options)
+        if passphrase is None:
+            raise PassphraseError(
+                f"'{self._filename}' is encrypted, but no key was given: name a file that holds it (the option "
+                "encrypt.key-file, or --key-file)."
+            )
+        if self._luks is None:
+            return legacy_cipher(passphrase)
+        materials = {}
+        for slot, (offset, size) in self._luks.material_ranges().items():
+            materials[slot] = await _read(self._file, self._start + offset, size)
+        found = await run_cpu(luks.unlock, self._luks, materials, passphrase, self._filename)
+        return SectorCipher(self._luks.spec, found.master_key)
+
+    async def decrypt(self, offset: int, host_offset: int, buffer: memoryview) -> None:
+        """Turn whole sectors of the guest's ``offset``, read at ``host_offset``, into what the guest sees."""
+        assert self._cipher is not None
+        sector = (offset if self._luks is None else host_offset) // SECTOR
+        if len(buffer) <= INLINE_SIZE:
+            self._cipher.decrypt_in_place(sector, buffer)
+        else:
+            await run_cpu(self._cipher.decrypt_in_place, sector, buffer)
+
+    async def encrypt(self, offset: int, host_offset: int, data: bytes) -> memoryview:
+        """What to store at ``host_offset`` for whole sectors of the guest's at ``offset``."""
+        assert self._cipher is not None
+        sector = (offset if self._luks is None else host_offset) // SECTOR
+        if len(data) <= INLINE_SIZE:
+            return memoryview(self._cipher.encrypt(sector, data))
+        return memoryview(await run_cpu(self._cipher.encrypt, sector, data))
+
+    def information(self) -> dict[str, Any]:
+        """As QMP's ``ImageInfoSpecificQCow2Encryption``."""
+        if self._luks is None:
+            return {"format": "aes"}
+        spec = self._luks.spec
+        slots: list[dict[str, Any]] = []
+        for slot in self._luks.slots:
+            used = {"iters": slot.iterations, "stripes": luks_layout.STRIPES} if slot.active else {}
+            slots.append({"active": slot.active, "key-offset": slot.material_offset} | used)
+        information: dict[str, Any] = {
+            "format": "luks",
+            "cipher-alg": f"{spec.cipher}-{self._cipher_bits()}",
+            "cipher-mode": spec.mode,
+            "ivgen-alg": spec.iv_generator,
+            "hash-alg": self._luks.hash,
+            "payload-offset": self._luks.payload_offset,
+            "master-key-iters": self._luks.mk_digest_iterations,
+            "uuid": self._luks.uuid,
+            "slots": slots,
+        }
+        if spec.iv_hash is not None:
+            information["ivgen-hash-alg"] = spec.iv_hash
+        return information
+
+    def _cipher_bits(self) -> int:
+        assert self._luks is not None
+        return self._luks.key_bytes * 8 // (2 if self._luks.spec.mode == "xts" else 1)
+
+
+async def open_encryption(file: Node, header: Header, options: EncryptionOptions, filename: str) -> Encryption | None:
+    """The encryption of an image in ``file``; None where it has none.
+
+    Raises OptionError for options that do not fit, ImageError for a LUKS header that cannot be.
+    """
+    if not header.crypt_method:
+        if options.encrypt_key_file is not None:
+            raise OptionError(f"'{filename}' is not encrypted, but a key was given (encrypt.key-file).")
+        return None
+    name = CRYPT_NAMES[header.crypt_method]
+    if options.encrypt_format not in (None, name):
+        raise OptionError(
+            f"'{filename}' is encrypted with {name}, but encrypt.format={options.encrypt_format} was given."
+        )
+    if header.crypto_header is None:
+        return Encryption(file, filename, None, 0)
+    start, length = header.crypto_header
+    parsed = luks_layout.parse(await _read(file, start, luks_layout.HEADER_SIZE), length, filename)
+    return Encryption(file, filename, parsed, start)
+
+
+def read_passphrase(options: EncryptionOptions) -> bytes | None:
+    """What ``encrypt.key-file`` leads to; None without it."""
+    path = options.encrypt_key_file
+    if path is None:
+        return None
+    if path == "-":
+        return secrets.from_standard_input()
+    return secrets.Secret(file=path, format=options.encrypt_key_format or "raw").passphrase()
+
+
+async def encrypt_new(image: Image, refcounts: Refcounts, options: Qcow2CreateOptions) -> None:
+    """Make an image without data an encrypted one. Raises OptionError for options that do not fit together."""
+    header = image.header
+    if options.encrypt_format is None:
+        _refuse_leftovers(options)
+        return
+    passphrase = read_passphrase(options)
+    if passphrase is None:
+        raise OptionError("qcow2 encrypt.format is set, but encrypt.key-file, which names the passphrase, is not.")
+    refcounts.encrypted = True
+    if options.encrypt_format == "aes":
+        header.crypt_method = CRYPT_AES
+    else:
+        new = await run_cpu(luks.format, passphrase, luks_options(options))
+        length = new.header.payload_offset
+        clusters = image.geometry.clusters(length)
+        run = await refcounts.allocate(clusters, exact=True)
+        start = run.first << image.geometry.cluster_bits
+        await image.zero_host(start, clusters << image.geometry.cluster_bits)
+        for piece in new.pieces:
+            await image.put_new_table(start + piece.offset, piece.data)
+        header.crypt_method = CRYPT_LUKS
+        header.extensions.append(layout.crypto_header_pointer(start, length))
+    area = layout.encode_header_area(header, image.filename)
+    await image.put_bytes(0, area)
+    image.place_fixed()
+
+
+def _refuse_leftovers(options: Qcow2CreateOptions) -> None:
+    for name, field in options.names().items():
+        if name.startswith("encrypt.") and getattr(options, field.name) is not None:
+            raise OptionError(f"qcow2 {name} is set, but encrypt.format, which asks for encryption, is not.")
+
+
+async def _read(file: Node, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    await io.read(file, offset, memoryview(data))
+    return bytes(data)
