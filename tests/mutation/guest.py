@@ -51,8 +51,8 @@ class Guest:
         self.zstd = bool(incompatible & 8)
         self.data = data if incompatible & 4 else None
         self.tables: set[int] = set()
-        self.l2_tables: set[int] = set()
         """Host clusters that hold metadata."""
+        self.l2_tables: set[int] = set()
         self.known = metadata if metadata is not None and metadata.bits == self.bits else None
         self._mark(0, self.size)
         self._mark(self.l1, 8 * self.l1_size)

@@ -19,6 +19,8 @@ from tests.mutation.runs import MEMORY, run
 FOUND = [
     ("v2", 5),  # the length of the last header extension
     ("extended-l2", 229),  # an L2 table that an entry of its own leads to was taken for data
+    ("data-file", 2319),  # entries behind the end of the file that led into new refcount blocks after a repair
+    ("lazy-refcounts-dirty", 2895),  # less room than one header extension takes
     ("data-file-raw", 24),  # an L1 table that runs into an L2 table
     ("snapshots-v2", 141),  # a snapshot's L1 table over the header, which was overwritten
     ("snapshots-v2", 234),  # a snapshot's L1 table that runs into L2 tables

@@ -253,6 +253,10 @@ def _check_features(header: Header, filename: str) -> None:
 
 
 def _check_extensions(header: Header, filename: str) -> None:
+    end = header.backing_file_offset or header.cluster_size
+    rest = end - header.header_length - sum(8 + (len(extension.data) + 7 & -8) for extension in header.extensions)
+    if 0 < rest < 8:
+        raise _refuse(filename, "room for header extensions", f"{rest} bytes at its end", "8 or none")
     for extension in header.extensions:
         length = len(extension.data)
         if extension.type == layout.EXTENSION_BACKING_FORMAT and length > _MAX_BACKING_FORMAT:

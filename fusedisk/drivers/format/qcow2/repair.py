@@ -51,7 +51,7 @@ from fusedisk.drivers.format.qcow2.check_analysis import Analysis, analyse
 from fusedisk.drivers.format.qcow2.check_open import KNOWN_AUTOCLEAR, CheckedImage, open_image
 from fusedisk.drivers.format.qcow2.check_snapshots import read_snapshot_table
 from fusedisk.drivers.format.qcow2.repair_copied import correct_copied
-from fusedisk.drivers.format.qcow2.repair_entries import mend_tables
+from fusedisk.drivers.format.qcow2.repair_entries import mend_tables, stuck_entry
 from fusedisk.drivers.format.qcow2.repair_moves import plan_moves
 from fusedisk.drivers.format.qcow2.repair_refcounts import lower_refcounts, raise_refcounts
 
@@ -91,6 +91,9 @@ async def repair(analysis: Analysis, repair: Repair, progress: Progress) -> Chec
     Raises ImageError, with nothing changed, where that cannot be done.
     """
     _check_repairable(analysis, repair)
+    stuck = await stuck_entry(analysis) if repair is Repair.ALL and analysis.broken else None
+    if stuck is not None:
+        raise ImageError(f"'{analysis.image.filename}' is not repaired: {stuck}.")
     await _clear_unknown_autoclear(analysis.image)
     if repair is Repair.LEAKS:
         return await _repair_leaks(analysis, progress)

@@ -48,6 +48,18 @@ async def mend_tables(analysis: Analysis) -> bool:
     return changed
 
 
+async def stuck_entry(analysis: Analysis) -> str | None:
+    """An L1 entry that cannot be, and must not be mended as something else is in its cluster; None without one."""
+    image = analysis.image
+    for table in analysis.walk.l1_tables:
+        for index, entry in enumerate(await image.read_table(image.inside(table.region))):
+            if entry and analysis.is_shared(table, index) and _mended_l1_entry(image, entry, set()) != entry:
+                return (
+                    f"{table.label} has the entry {entry:#x}, which cannot be, where something else lies, too"
+                )
+    return None
+
+
 async def _grow_over_l1_tables(analysis: Analysis) -> bool:
     """Let the file hold all of the L1 tables that start in it; what is added reads as before."""
     image = analysis.image
@@ -67,8 +79,13 @@ def _is_foreign(analysis: Analysis, offset: int, before: array[int], after: arra
     weight = analysis.walk.uses[offset].weight
     if analysis.counts[offset >> analysis.image.cluster_bits] <= weight:
         return False
-    wrong = sum(old != new for old, new in zip(before, after, strict=True))
+    wrong = sum(old != new and not _is_entry(analysis.image, old) for old, new in zip(before, after, strict=True))
     return 2 * wrong > len(before) - before.count(0) and not _has_own_clusters(analysis, before, weight)
+
+
+def _is_entry(image: CheckedImage, entry: int) -> bool:
+    """Whether this could be an entry of an L2 table, had the file not been cut off."""
+    return not entry & (COMPRESSED | L2_RESERVED | image.cluster_mask & OFFSET_MASK)
 
 
 def _has_own_clusters(analysis: Analysis, table: array[int], weight: int) -> bool:
