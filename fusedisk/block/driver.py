@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fusedisk.block.child import Child
     from fusedisk.block.limits import Limits
     from fusedisk.block.node import Node, NodeConfig
+    from fusedisk.block.snapshot import SnapshotInfo
 
 Buffer = memoryview
 """A C-contiguous memoryview of unsigned bytes."""
@@ -293,6 +294,35 @@ class Driver:
         """
         if self.is_filter:
             await self.node.children["file"].node.driver.debug_event(event)
+
+    # --- internal snapshots -----------------------------------------------------------------------------
+
+    def list_snapshots(self) -> list[SnapshotInfo]:
+        """The snapshots that the image holds, in the order of its table."""
+        return []
+
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
+        """Keep what the disk holds, under the name, date and VM data of ``wanted``; its id is chosen where it is empty.
+        No request is in flight on the node, for this and all that follow. Returns what was made. An error leaves
+        everything as it was, and so does a crash at any instant."""
+        raise NotSupportedError(f"{self.name} images cannot hold internal snapshots.")
+
+    async def apply_snapshot(self, id: str, progress: Progress) -> None:
+        """Let the disk hold what it held when the snapshot was made, which stays; the length may change. Raises
+        SnapshotNotFoundError."""
+        raise NotSupportedError(f"{self.name} images cannot hold internal snapshots.")
+
+    async def delete_snapshot(self, id: str, progress: Progress) -> None:
+        """Forget a snapshot. Raises SnapshotNotFoundError."""
+        raise NotSupportedError(f"{self.name} images cannot hold internal snapshots.")
+
+    async def save_vmstate(self, offset: int, data: Buffer) -> None:
+        """Write to the state of a virtual machine that the next snapshot shall hold."""
+        raise NotSupportedError(f"{self.name} images cannot hold the state of a virtual machine.")
+
+    async def load_vmstate(self, offset: int, buffer: Buffer) -> None:
+        """Read from the VM state that belongs to what the disk holds; zeroes where there is none."""
+        raise NotSupportedError(f"{self.name} images cannot hold the state of a virtual machine.")
 
     # --- information ------------------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
     if not length:
         return
-    _check_writable(node, flags)
+    check_writable(node, flags)
     end = offset + length
     if end > node.length and not node.driver.moves_bytes and not node.driver.is_filter:
         raise OutOfRangeError(f"A write up to {end} goes past the end of '{node.filename}' at {node.length}.").at(
@@ -190,7 +190,8 @@ async def write_unaligned(node: Node, offset: int, buffers: Sequence[Buffer], le
     await transfer.write(node, start, (memoryview(b"".join(parts)),), flags)
 
 
-def _check_writable(node: Node, flags: int) -> None:
+def check_writable(node: Node, flags: int = 0) -> None:
+    """Raise the error of a write to a node that takes none. ``flags``: UNCHANGED, or 0."""
     if node.closed:
         raise NoMediumError(f"Node '{node.name}' is closed.")
     if node.fenced is not None:
@@ -235,7 +236,7 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
     """
     if not length:
         return
-    _check_writable(node, flags)
+    check_writable(node, flags)
     end = offset + length
     if end > node.length and not node.driver.moves_bytes and not node.driver.is_filter:
         raise OutOfRangeError(f"Zeroing up to {end} goes past the end of '{node.filename}' at {node.length}.")
@@ -268,7 +269,7 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
 
 async def discard(node: Node, offset: int, length: int) -> None:
     """Give a range back, as far as the node's settings and driver can; the rest is left as it is."""
-    _check_writable(node, 0)
+    check_writable(node, 0)
     if not node.config.discard_unmap:
         return
     end = min(offset + length, node.length)
@@ -356,7 +357,7 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
     """
     if not 0 <= length < 1 << 63:
         raise OutOfRangeError(f"'{node.filename}' cannot be {length} bytes long, 0 to 2^63 - 1 was wanted.")
-    _check_writable(node, 0)
+    check_writable(node, 0)
     node.check_operation("resize")
     if not node.perm & permissions.RESIZE:
         raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")

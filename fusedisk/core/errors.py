@@ -86,6 +86,12 @@ class NodeNotFoundError(FusediskError):
     qmp_class = "DeviceNotFound"
 
 
+class SnapshotNotFoundError(FusediskError):
+    """No internal snapshot of that id or name."""
+
+    errno = _errno.ENOENT
+
+
 class NoMediumError(FusediskError):
     """The node has no medium, or was closed."""
 

@@ -26,7 +26,6 @@ from fusedisk.block.driver import (
     BackingReference,
     Buffer,
     ChildSpec,
-    Driver,
     Role,
 )
 from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
@@ -36,7 +35,7 @@ from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import is_zero, zero_fill
 from fusedisk.drivers.format.qcow2 import create, discard, layout, resize
-from fusedisk.drivers.format.qcow2.allocation import Allocation, Allocator
+from fusedisk.drivers.format.qcow2.allocation import Allocation
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.compressed import CompressedReader
@@ -46,7 +45,7 @@ from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions, Qcow2Options, cache_sizes
 from fusedisk.drivers.format.qcow2.refcount import Reason, Refcounts
-from fusedisk.drivers.format.qcow2.snapshot import Snapshot, l1_clusters, load_snapshots
+from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
 from fusedisk.drivers.format.qcow2.sparse import sparse_threshold, uses_clusters
 from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator
 
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult, Progress, Repair
 
 
-class Qcow2Driver(Driver):
+class Qcow2Driver(SnapshotDriver):
     """One open qcow2 image."""
 
     name = "qcow2"
@@ -65,12 +64,7 @@ class Qcow2Driver(Driver):
     create_options_type: ClassVar[type[CreateOptions] | None] = Qcow2CreateOptions
     child_specs = (ChildSpec("file", Role.FILE),)
 
-    image: Image
     clusters: ClusterMap
-    refcounts: Refcounts
-    committer: Committer
-    allocator: Allocator
-    snapshots: list[Snapshot]
     encryption: Encryption | None = None
 
     _compressed: CompressedReader | None = None
@@ -109,9 +103,8 @@ class Qcow2Driver(Driver):
             overlap_check=self.options.overlap_check,
         )
         await image.load_l1()
-        self.snapshots, image.snapshot_table_size = await load_snapshots(image)
         self.image = image
-        await self.place_snapshots()
+        await self.load_snapshots()
         image.place_fixed()
         self.clusters = cluster_map(image)
         self._sparse_threshold = await sparse_threshold(edge.node, header)
@@ -127,7 +120,7 @@ class Qcow2Driver(Driver):
         image.l2.set_size(l2_size)
         self.refcounts.blocks.set_size(refcount_size)
         if not node.config.read_only:
-            await self._prepare_writing()
+            await self.prepare_writing()
 
     def _take_options(self, options: Qcow2Options) -> None:
         """What may change while the image is open."""
@@ -142,17 +135,6 @@ class Qcow2Driver(Driver):
             Reason.OTHER: options.pass_discard_other,
         }
         self.refcounts.pass_discard = frozenset(reason for reason, passes in wanted.items() if passes)
-
-    async def place_snapshots(self) -> None:
-        """Tell the overlap checks where the snapshots' tables lie, as ``self.snapshots`` says."""
-        image = self.image
-        tables = dict.fromkeys(l1_clusters(self.snapshots, image.geometry), "snapshot's L1 table")
-        if image.overlap_check == "all" and not self.node.config.read_only:
-            for snapshot in self.snapshots:
-                if snapshot.l1_size * 8 <= layout.MAX_L1_SIZE:
-                    l1 = await image.read_table(snapshot.l1_table_offset, snapshot.l1_size)
-                    tables |= {entry & OFFSET_MASK: "snapshot's L2 table" for entry in l1 if entry & OFFSET_MASK}
-        image.snapshot_tables = tables
 
     async def _recount(self, file: Node) -> Header:
         """Whoever used the image before did not close it: its refcounts must be counted again before it is written
@@ -170,7 +152,7 @@ class Qcow2Driver(Driver):
         await io.flush(file)
         return await read_header(file, self.node.filename)
 
-    async def _prepare_writing(self) -> None:
+    async def prepare_writing(self) -> None:
         """What the first write needs: the refcount table, and no autoclear bits whose promise we would break."""
         if self._ready_to_write:
             return
@@ -264,7 +246,7 @@ class Qcow2Driver(Driver):
         extent = self._lookup_in_place(offset, length)
         if extent is not None:
             return extent
-        await self._prepare_writing()
+        await self.prepare_writing()
         return await self.allocator.map_write(offset, length)
 
     async def publish(self, allocation: object) -> None:
@@ -326,13 +308,13 @@ class Qcow2Driver(Driver):
     # --- other requests ---------------------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        await self._prepare_writing()
+        await self.prepare_writing()
         await discard.write_zeroes(
             self.allocator, offset, length, may_unmap=bool(flags & MAY_UNMAP), has_backing=self._has_backing
         )
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._prepare_writing()
+        await self.prepare_writing()
         await discard.discard(self.allocator, offset, length, has_backing=self._has_backing)
 
     @property
@@ -345,7 +327,7 @@ class Qcow2Driver(Driver):
         return backing.node.length if backing is not None else 0
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
-        await self._prepare_writing()
+        await self.prepare_writing()
         allocator, zero_new = self.allocator, bool(flags & ZERO_NEW)
         old = self.image.header.size
         resize.check_growth(allocator, length, zero_new=zero_new)

@@ -53,6 +53,9 @@ class Qcow2Options(Options):
         None, kind="size", help="bytes of the refcount block cache (default: 4 clusters, at least 256k)"
     )
     cache_size: int | None = option(None, kind="size", help="bytes of both caches together")
+    internal_snapshot: str | None = option(
+        None, help="id or name of an internal snapshot to open in place of the disk, read-only"
+    )
     lazy_refcounts: bool | None = option(
         None, kind="bool", help="write refcounts when the image is closed only (default: what the image asks for)"
     )

@@ -387,6 +387,15 @@ class Refcounts:
                 await self.image.put_bytes(position, self._unhooked[index].to_bytes(8, "big"))
                 del self._unhooked[index]
 
+    def take_over(self, table: array[int]) -> None:
+        """The file has ``table`` now; what its blocks are at other places than before, the file has too."""
+        for offset in set(self.table) - set(table):
+            self._dirty.pop(offset, None)
+            self.blocks.drop(offset)
+        self._unhooked.clear()
+        self._take_table(table)
+        self._first_free = self._next_run = 0
+
     # --- growing ----------------------------------------------------------------------------------------
 
     async def _add_block(self, block_index: int) -> None:

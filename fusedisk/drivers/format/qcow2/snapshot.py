@@ -1,135 +1,277 @@
-"""Internal snapshots: the snapshot table.
+"""Internal snapshots: making, applying and deleting them.
+
+A snapshot is an L1 table of its own. Making one counts everything that the active L1 table leads to once more, so none
+of it may be overwritten in place any longer (its COPIED flags go); applying one counts what the snapshot leads to once
+more, and what the active table led to once less; deleting one counts down, and what only the active table is left to
+lead to gets its flags again. Each is one step from an old state to a new one, see :mod:`.snapshot_switch`: no crash
+leaves anything between, and an error changes nothing.
+
+No request is in flight on the node meanwhile (:mod:`fusedisk.block.snapshot`).
 
 Source: docs/interop/qcow2.txt, "Snapshots".
 """
 
 from __future__ import annotations
 
-import dataclasses
-import struct
-from typing import Any
+from array import array
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol
 
-from fusedisk.core.errors import ImageError
+import trio
+
+from fusedisk.block.check import Progress
+from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.entries import Geometry
+from fusedisk.drivers.format.qcow2.commit import Committer
+from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, empty_table, encode_table
 from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.refcount import Reason, Refcounts
+from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, table_weights
+from fusedisk.drivers.format.qcow2.snapshot_switch import State, Switch
+from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots, next_id
 
-MAX_TABLE_SIZE = 1024 * layout.MAX_SNAPSHOTS
-"""Bytes; QEMU's bound."""
-MAX_EXTRA_DATA = 1024
-
-_FIXED = struct.Struct(">QIHHIIQII")
-_READ_AHEAD = 64 << 10
-_MAX_L1_CLUSTERS = 1 << 16
-
-
-@dataclasses.dataclass(slots=True)
-class Snapshot:
-    """One entry of the snapshot table."""
-
-    id: str
-    name: str
-    l1_table_offset: int
-    l1_size: int
-    """Number of entries."""
-    date_seconds: int
-    date_nanoseconds: int
-    vm_clock: int
-    """Nanoseconds that the guest had run."""
-    vm_state_size: int
-    """Bytes."""
-    disk_size: int
-    """Bytes; the image's own size where the entry does not say."""
-    icount: int | None
-    """Instructions executed, where the entry says."""
-    extra: bytes
-    """The extra data, byte for byte."""
-
-    def information(self) -> dict[str, Any]:
-        """As ``qemu-img info --output=json`` prints it."""
-        information = {
-            "vm-clock-nsec": self.vm_clock % 10**9,
-            "name": self.name,
-            "date-sec": self.date_seconds,
-            "date-nsec": self.date_nanoseconds,
-            "vm-clock-sec": self.vm_clock // 10**9,
-            "id": self.id,
-            "vm-state-size": self.vm_state_size,
-        }
-        return information if self.icount is None else {"icount": self.icount} | information
+MAX_NAME = 255
+"""Bytes; QEMU cuts longer ones off."""
 
 
-async def load_snapshots(image: Image) -> tuple[list[Snapshot], int]:
-    """The snapshot table and its length in bytes. Raises ImageError where it is longer than it can be, or
-    ends too early.
-    """
-    reader = _TableReader(image)
-    snapshots = [await _read_entry(reader, number) for number in range(image.header.nb_snapshots)]
-    return snapshots, reader.position
+class SnapshotImage(Protocol):
+    """What of the driver is needed here."""
+
+    image: Image
+    refcounts: Refcounts
+    committer: Committer
+    snapshots: list[Snapshot]
+
+    async def place_snapshots(self) -> None:
+        """Tell the overlap checks where the snapshots' tables lie."""
 
 
-def l1_clusters(snapshots: list[Snapshot], geometry: Geometry) -> frozenset[int]:
-    """Host offsets of the clusters that hold the snapshots' L1 tables; of hostile snapshots, not of all of them."""
-    found: set[int] = set()
-    for snapshot in snapshots:
-        start, length = snapshot.l1_table_offset, snapshot.l1_size * 8
-        if start & geometry.cluster_mask or length > layout.MAX_L1_SIZE or len(found) > _MAX_L1_CLUSTERS:
-            continue
-        found.update(range(start, start + length, geometry.cluster_size))
-    return frozenset(found - {0})
-
-
-class _TableReader:
-    """Reads the snapshot table front to back, in bounded pieces."""
-
-    def __init__(self, image: Image) -> None:
-        self.image = image
-        self.position = 0
-        self._piece = bytearray()
-
-    async def take(self, length: int) -> bytes:
-        """The next ``length`` bytes (at most a few 100 KiB)."""
-        while len(self._piece) < length:
-            start = self.image.header.snapshots_offset + self.position + len(self._piece)
-            count = min(_READ_AHEAD, self.image.storage.node.length - start)
-            if count <= 0 or self.position + length > MAX_TABLE_SIZE:
-                raise ImageError(
-                    f"'{self.image.filename}' has {self.image.header.nb_snapshots} snapshots, but their "
-                    "table goes on behind the "
-                    f"file's end or is larger than the {MAX_TABLE_SIZE} bytes that were wanted at most."
-                )
-            self._piece += await self.image.read(start, count)
-        taken = bytes(self._piece[:length])
-        del self._piece[:length]
-        self.position += length
-        return taken
-
-
-async def _read_entry(reader: _TableReader, number: int) -> Snapshot:
-    # The padding of the last entry need not be in the file.
-    await reader.take(-reader.position % 8)
-    fields = _FIXED.unpack(await reader.take(_FIXED.size))
-    l1_offset, l1_size, id_size, name_size, seconds, nanoseconds, clock, vm_state_size, extra_size = fields
-    if extra_size > MAX_EXTRA_DATA:
+async def read_l1(image: Image, snapshot: Snapshot) -> array[int]:
+    """The L1 table of a snapshot, as long as its disk asks for. Raises ImageError where it cannot be."""
+    what = f"L1 table of snapshot {snapshot.id}"
+    needed = max(snapshot.l1_size, -(-snapshot.disk_size >> image.geometry.span_bits))
+    if needed * 8 > layout.MAX_L1_SIZE:
         raise ImageError(
-            f"'{reader.image.filename}' has a snapshot with {extra_size} bytes of extra data, but at most "
-            f"{MAX_EXTRA_DATA} were "
-            f"wanted."
+            f"'{image.filename}' has an {what} of {snapshot.l1_size} entries and a disk of {snapshot.disk_size} bytes "
+            f"in it, but at most {layout.MAX_L1_SIZE // 8} entries were wanted."
         )
-    extra = await reader.take(extra_size)
-    identity = await reader.take(id_size)
-    name = await reader.take(name_size)
-    more = [int.from_bytes(extra[at : at + 8], "big") for at in range(0, len(extra) - 7, 8)]
-    return Snapshot(
-        id=identity.decode("utf-8", "replace"),
-        name=name.decode("utf-8", "replace"),
-        l1_table_offset=l1_offset,
-        l1_size=l1_size,
-        date_seconds=seconds,
-        date_nanoseconds=nanoseconds,
-        vm_clock=clock,
-        vm_state_size=more[0] if more else vm_state_size,
-        disk_size=more[1] if len(more) > 1 else reader.image.header.size,
-        icount=more[2] if len(more) > 2 and more[2] != (1 << 64) - 1 else None,
-        extra=extra,
+    length = snapshot.l1_size * 8
+    if not length:
+        return empty_table(needed)
+    layout.check_table(
+        image.filename,
+        what,
+        snapshot.l1_table_offset,
+        length,
+        image.geometry.cluster_size,
+        image.storage.node.length,
     )
+    table = await image.read_table(snapshot.l1_table_offset, snapshot.l1_size)
+    return table + empty_table(needed - snapshot.l1_size)
+
+
+async def create(driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
+    """Make a snapshot with the name, date and VM data of ``wanted``, whose id is chosen where it is empty.
+
+    Raises OptionError for a name or id that cannot be; ImageError where there are too many snapshots or references.
+    """
+    header = driver.image.header
+    identity = wanted.id.encode("utf-8", "surrogateescape") or next_id(driver.snapshots)
+    name = wanted.name.encode("utf-8", "surrogateescape")
+    _check_names(driver, identity, name)
+    async with _switching(driver) as switch:
+        l1 = await _share_active(driver, switch, progress)
+        data = encode_table(l1)
+        snapshot = Snapshot(
+            raw_id=identity,
+            raw_name=name,
+            l1_table_offset=await switch.new_table(data),
+            l1_size=len(l1),
+            date_seconds=wanted.date // 10**9,
+            date_nanoseconds=wanted.date % 10**9,
+            vm_clock=wanted.vm_clock,
+            vm_state_size=wanted.vm_state_size,
+            disk_size=header.size,
+            icount=wanted.icount,
+        )
+        await _commit(driver, switch, header.size, l1, [*driver.snapshots, snapshot], discard=False)
+    return snapshot.public()
+
+
+def _check_names(driver: SnapshotImage, identity: bytes, name: bytes) -> None:
+    for what, text in (("id", identity), ("name", name)):
+        if len(text) > MAX_NAME or b"\0" in text:
+            raise OptionError(
+                f"the {what} of a snapshot has {len(text)} bytes, but at most {MAX_NAME} and no zero byte were wanted."
+            )
+    if any(snapshot.raw_id == identity for snapshot in driver.snapshots):
+        raise OptionError(f"'{driver.image.filename}' has a snapshot with the id '{identity.decode()}' already.")
+
+
+async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) -> None:
+    """Let the disk be what it was when ``snapshot`` was made, its size and VM state included.
+
+    Raises NotSupportedError for another size in version 2, ImageError where the snapshot's tables cannot be.
+    """
+    image, header = driver.image, driver.image.header
+    if snapshot.disk_size != header.size and header.version < 3:
+        raise NotSupportedError(
+            f"'{image.filename}' is qcow2 of version 2, whose snapshots must have the disk's size of {header.size} "
+            f"bytes to be applied, but snapshot {snapshot.id} has {snapshot.disk_size}."
+        )
+    async with _switching(driver) as switch:
+        l1 = await read_l1(image, snapshot)
+        new = table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
+        old = table_weights(image, image.l1, "its L1 table")
+        moved: dict[int, int] = {}
+
+        async def exchange(offset: int) -> None:
+            gained = new[offset] - old[offset]
+            if gained:
+                table = await L2Table.read(image, offset)
+                table.count(switch.gained if gained > 0 else switch.lost, abs(gained))
+                cleared = table.without_copied() if offset in new else None
+                if cleared is not None:
+                    moved[offset] = await switch.new_table(cleared, references=new[offset])
+            _count_table(switch, offset, (0 if offset in moved else new[offset]) - old[offset])
+
+        await _each(sorted(new.keys() | old.keys()), exchange, progress)
+        l1 = array("Q", [_leads_to(moved.get(entry & OFFSET_MASK), entry, new) for entry in l1])
+        await _commit(driver, switch, snapshot.disk_size, l1, driver.snapshots, discard=True)
+
+
+def _leads_to(moved: int | None, entry: int, weights: Counter[int]) -> int:
+    """The active L1 entry for one of a snapshot."""
+    offset = entry & OFFSET_MASK
+    if moved is None:
+        return offset  # and shared with the snapshot
+    return moved | COPIED if weights[offset] == 1 else moved
+
+
+async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) -> None:
+    """Forget a snapshot. Raises ImageError where its tables cannot be."""
+    image = driver.image
+    async with _switching(driver) as switch:
+        l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
+        weights = table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
+        active = table_weights(image, image.l1, "its L1 table")
+        total = len(weights) + len(active)
+
+        async def lose(offset: int) -> None:
+            (await L2Table.read(image, offset)).count(switch.lost, weights[offset])
+            _count_table(switch, offset, -weights[offset])
+
+        await _each(list(weights), lose, lambda done, _: progress(done, total))
+        if snapshot.l1_size:
+            switch.lose_table(snapshot.l1_table_offset, snapshot.l1_size * 8)
+        flagged = await _flag_active(driver, switch, active, lambda done, _: progress(len(weights) + done, total))
+        remaining = [other for other in driver.snapshots if other is not snapshot]
+        await _commit(driver, switch, image.header.size, flagged, remaining, discard=True)
+
+
+async def _flag_active(driver: SnapshotImage, switch: Switch, active: Counter[int], progress: Progress) -> array[int]:
+    """Give what only the active L1 table leads to in the new state its COPIED flags, in copies of the L2 tables that
+    change; returns the L1 table that leads to them."""
+    image, geometry = driver.image, driver.image.geometry
+    ones = Ones(geometry)
+    for index, offset in enumerate(driver.refcounts.table):
+        if offset:
+            ones.put(index, await switch.new_refcounts(index))
+            await trio.lowlevel.checkpoint()
+    moved: dict[int, int] = {}
+
+    async def flag(offset: int) -> None:
+        if not ones.of(offset >> geometry.cluster_bits):
+            return  # shared, and so is all that it leads to
+        flagged = (await L2Table.read(image, offset)).with_copied(ones)
+        if flagged is not None:
+            moved[offset] = await switch.new_table(flagged)
+            _count_table(switch, offset, -active[offset])
+
+    await _each(list(active), flag, progress)
+    l1 = array("Q")
+    for entry in image.l1:
+        offset = entry & OFFSET_MASK
+        owned = offset and ones.of(offset >> geometry.cluster_bits)
+        l1.append(moved.get(offset, offset) | (COPIED if owned else 0))
+    return l1
+
+
+async def _share_active(driver: SnapshotImage, switch: Switch, progress: Progress) -> array[int]:
+    """Count everything that the active L1 table leads to once more, in L2 tables without COPIED flags; returns the L1
+    table that leads to them."""
+    image = driver.image
+    weights = table_weights(image, image.l1, "its L1 table")
+    moved: dict[int, int] = {}
+
+    async def share(offset: int) -> None:
+        table = await L2Table.read(image, offset)
+        table.count(switch.gained, weights[offset])
+        cleared = table.without_copied()
+        if cleared is None:
+            _count_table(switch, offset, weights[offset])
+        else:
+            moved[offset] = await switch.new_table(cleared, references=2 * weights[offset])
+            _count_table(switch, offset, -weights[offset])
+
+    await _each(list(weights), share, progress)
+    return array("Q", [moved.get(entry & OFFSET_MASK, entry & OFFSET_MASK) for entry in image.l1])
+
+
+def _count_table(switch: Switch, offset: int, change: int) -> None:
+    """Count L1 entries that lead to an L2 table in the new state and did not before, or the other way round."""
+    counts = switch.gained if change > 0 else switch.lost
+    if change and counts.add([offset >> switch.geometry.cluster_bits], abs(change)):
+        raise ImageError(
+            f"'{switch.image.filename}' has an L2 table at {offset}, behind the end of the file; "
+            "'fusedisk check -r all' may repair it."
+        )
+    if change < 0:
+        switch.changed_l2.add(offset)
+
+
+async def _each(offsets: Sequence[int], work: Callable[[int], Awaitable[None]], progress: Progress) -> None:
+    """Work on tables one after the other, and let others run between."""
+    for done, offset in enumerate(offsets):
+        progress(done, len(offsets))
+        await work(offset)
+        await trio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def _switching(driver: SnapshotImage) -> AsyncIterator[Switch]:
+    """A new state to be made, with everything of the old one in the file."""
+    async with driver.committer.exclusive():
+        switch = Switch(driver.image, driver.refcounts)
+        try:
+            yield switch
+        except BaseException:
+            switch.undo()
+            raise
+
+
+async def _commit(
+    driver: SnapshotImage, switch: Switch, size: int, l1: array[int], snapshots: list[Snapshot], *, discard: bool
+) -> None:
+    """Switch to the new L1 table and list of snapshots."""
+    image, header = driver.image, driver.image.header
+    table = encode_snapshots(snapshots, image.filename)
+    if header.l1_size:
+        switch.lose_table(header.l1_table_offset, header.l1_size * 8)
+    if header.nb_snapshots:
+        switch.lose_table(header.snapshots_offset, image.snapshot_table_size)
+    state = State(
+        size=size,
+        l1=l1,
+        l1_offset=await switch.new_table(encode_table(l1)),
+        snapshots=len(snapshots),
+        snapshots_offset=await switch.new_table(table),
+    )
+    await switch.commit(state, discard=discard and Reason.SNAPSHOT in driver.refcounts.pass_discard)
+    driver.snapshots, image.snapshot_table_size = snapshots, len(table)
+    await driver.place_snapshots()
+    image.place_blocks(driver.refcounts.table)
+    image.place_fixed()

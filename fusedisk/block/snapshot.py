@@ -1,0 +1,139 @@
+"""Internal snapshots of a node: what there is to say about one, and the door for making, applying and deleting them.
+
+A snapshot stands between requests: what was answered before is in it, what comes later is not. So these operations wait
+for every request in flight on the node, and hold back all that come after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import trio
+
+from fusedisk.block import io, permissions
+from fusedisk.block.check import Progress
+from fusedisk.block.node import Node
+from fusedisk.block.tracked import Request
+from fusedisk.core.errors import FusediskError, PermissionConflictError
+
+
+class SnapshotInfo(NamedTuple):
+    """One internal snapshot."""
+
+    id: str
+    """Unique in the image."""
+    name: str
+    """Not so."""
+    date: int
+    """When it was made: nanoseconds since 1970 (UTC)."""
+    vm_clock: int = 0
+    """Nanoseconds that the guest had run."""
+    vm_state_size: int = 0
+    """Bytes; 0 where it holds the disk only."""
+    disk_size: int = 0
+    """Bytes."""
+    icount: int | None = None
+    """Instructions that the guest had executed, where somebody counted."""
+
+    def information(self) -> dict[str, Any]:
+        """As ``qemu-img info --output=json`` prints it."""
+        information = {
+            "vm-clock-nsec": self.vm_clock % 10**9,
+            "name": self.name,
+            "date-sec": self.date // 10**9,
+            "date-nsec": self.date % 10**9,
+            "vm-clock-sec": self.vm_clock // 10**9,
+            "id": self.id,
+            "vm-state-size": self.vm_state_size,
+        }
+        return information if self.icount is None else {"icount": self.icount} | information
+
+
+def no_progress(done: int, total: int) -> None:
+    """For those who do not want to know."""
+
+
+def snapshot_node(node: Node) -> Node:
+    """The node that keeps the snapshots of the disk: ``node``, or what the filters over it stand on."""
+    while node.driver.is_filter:
+        node = node.children["file"].node
+    return node
+
+
+def list_snapshots(node: Node) -> list[SnapshotInfo]:
+    """The snapshots in the order of the image's table."""
+    return snapshot_node(node).driver.list_snapshots()
+
+
+async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
+    """Keep what the disk holds now, see :meth:`fusedisk.block.driver.Driver.create_snapshot`."""
+    node = snapshot_node(node)
+    async with _alone(node, "snapshot"):
+        return await node.driver.create_snapshot(snapshot, progress)
+
+
+async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
+    """Let the disk hold what it held when the snapshot was made, its length included."""
+    node = snapshot_node(node)
+    old = node.length
+    async with _alone(node, "snapshot"):
+        size = next((found.disk_size for found in node.driver.list_snapshots() if found.id == id), old)
+        if size != old:
+            node.check_operation("resize")
+            if not node.perm & permissions.RESIZE:
+                raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
+        await node.driver.apply_snapshot(id, progress)
+        node.length = await node.driver.length()
+    if node.length != old:
+        node.graph.resized(node)
+
+
+async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
+    """Forget a snapshot, and give back the space that it alone had used."""
+    node = snapshot_node(node)
+    async with _alone(node, "snapshot"):
+        await node.driver.delete_snapshot(id, progress)
+
+
+async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
+    """Write to the state of a virtual machine that the next snapshot shall hold."""
+    node = snapshot_node(node)
+    async with _alone(node, "save-vmstate"):
+        await node.driver.save_vmstate(offset, data)
+
+
+async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
+    """Read from the state of the virtual machine that belongs to what the disk holds; zeroes where there is none."""
+    node = snapshot_node(node)
+    request = Request(0, 1 << 63, False)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        await node.driver.load_vmstate(offset, buffer)
+    except FusediskError as exc:
+        exc.at(node.name, "load-vmstate", offset, len(buffer))
+        raise
+    finally:
+        request.leave(node)
+
+
+@asynccontextmanager
+async def _alone(node: Node, operation: str) -> AsyncIterator[None]:
+    """No other request is in flight on the node, which must be writable; shielded from cancellation."""
+    io.check_writable(node)
+    node.check_operation(operation)
+    request = Request(0, 1 << 63, True, serialising=True)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        with trio.CancelScope(shield=True):
+            yield
+        node.written += 1
+        node.change_mapping()
+    except FusediskError as exc:
+        exc.at(node.name, operation)
+        raise
+    finally:
+        request.leave(node)

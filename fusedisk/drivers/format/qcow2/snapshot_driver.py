@@ -1,0 +1,100 @@
+"""What a qcow2 node does with internal snapshots and VM state: the driver's methods for them."""
+
+from __future__ import annotations
+
+from fusedisk.block.check import Progress
+from fusedisk.block.driver import Driver
+from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.core.errors import ImageError, OptionError, SnapshotNotFoundError
+from fusedisk.drivers.format.qcow2 import layout, snapshot, vmstate
+from fusedisk.drivers.format.qcow2.allocation import Allocator
+from fusedisk.drivers.format.qcow2.commit import Committer
+from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
+from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, find_snapshot, l1_clusters, load_snapshots
+
+
+class SnapshotDriver(Driver):
+    """The part of the qcow2 driver that is about snapshots."""
+
+    image: Image
+    refcounts: Refcounts
+    committer: Committer
+    allocator: Allocator
+    snapshots: list[Snapshot]
+
+    # --- opening ----------------------------------------------------------------------------------------
+
+    async def load_snapshots(self) -> None:
+        """Read the snapshot table, and where the options name a snapshot let the disk be that. Raises ImageError."""
+        image = self.image
+        self.snapshots, image.snapshot_table_size = await load_snapshots(image)
+        await self.place_snapshots()
+        wanted = self.options.internal_snapshot
+        if wanted is None:
+            return
+        if not self.node.config.read_only:
+            raise OptionError(
+                f"'{image.filename}' cannot be writable with internal-snapshot '{wanted}': snapshots are read-only."
+            )
+        found = find_snapshot(self.snapshots, wanted)
+        if found is None:
+            raise SnapshotNotFoundError(f"'{image.filename}' has no snapshot with the id or name '{wanted}'.")
+        if found.disk_size >> 63:
+            raise ImageError(
+                f"'{image.filename}' has a disk of {found.disk_size} bytes in snapshot '{wanted}', but less than 2^63 "
+                "was wanted."
+            )
+        image.l1[:] = await snapshot.read_l1(image, found)
+        image.header.size = found.disk_size
+
+    async def place_snapshots(self) -> None:
+        """Tell the overlap checks where the snapshots' tables lie, as ``self.snapshots`` says."""
+        image = self.image
+        tables = dict.fromkeys(l1_clusters(self.snapshots, image.geometry), "snapshot's L1 table")
+        if image.overlap_check == "all" and not self.node.config.read_only:
+            for found in self.snapshots:
+                if found.l1_size * 8 <= layout.MAX_L1_SIZE:
+                    l1 = await image.read_table(found.l1_table_offset, found.l1_size)
+                    tables |= {entry & OFFSET_MASK: "snapshot's L2 table" for entry in l1 if entry & OFFSET_MASK}
+        image.snapshot_tables = tables
+
+    # --- snapshots --------------------------------------------------------------------------------------
+
+    async def prepare_writing(self) -> None:
+        """What the first write needs."""
+        raise NotImplementedError
+
+    def list_snapshots(self) -> list[SnapshotInfo]:
+        return [found.public() for found in self.snapshots]
+
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
+        await self.prepare_writing()
+        made = await snapshot.create(self, wanted, progress)
+        if made.vm_state_size:
+            await vmstate.drop(self, made.vm_state_size)
+        return made
+
+    async def apply_snapshot(self, id: str, progress: Progress) -> None:
+        await self.prepare_writing()
+        await snapshot.apply(self, self._snapshot(id), progress)
+
+    async def delete_snapshot(self, id: str, progress: Progress) -> None:
+        await self.prepare_writing()
+        await snapshot.delete(self, self._snapshot(id), progress)
+
+    def _snapshot(self, id: str) -> Snapshot:
+        for found in self.snapshots:
+            if found.id == id:
+                return found
+        raise SnapshotNotFoundError(f"'{self.image.filename}' has no snapshot with the id '{id}'.")
+
+    # --- VM state ---------------------------------------------------------------------------------------
+
+    async def save_vmstate(self, offset: int, data: memoryview) -> None:
+        await self.prepare_writing()
+        await vmstate.save(self, offset, data)
+
+    async def load_vmstate(self, offset: int, buffer: memoryview) -> None:
+        await vmstate.load(self, offset, buffer)

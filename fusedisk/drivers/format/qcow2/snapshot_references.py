@@ -1,0 +1,185 @@
+"""What L1 and L2 tables refer to, counted in bulk, and their COPIED flags.
+
+A strip of entries that continue each other is counted as one run, other strips in a few passes in C; nothing here calls
+Python for each cluster. Tables are taken from the file, which has all changes when snapshots are worked on.
+
+Source: docs/interop/qcow2.txt, "Cluster mapping".
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+
+from fusedisk.core.errors import ImageError
+from fusedisk.drivers.format.qcow2.check_counts import Counts
+from fusedisk.drivers.format.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    OFFSET_MASK,
+    Geometry,
+    compressed_references,
+    swap_table,
+)
+from fusedisk.drivers.format.qcow2.image import Image
+
+_STRIP = 512
+_CLEARED = bytes(byte & 0x7F for byte in range(256))
+"""The first byte of an entry without its COPIED flag."""
+_FLAG = 0x80
+
+
+def table_weights(image: Image, l1: Sequence[int], what: str) -> Counter[int]:
+    """How many of the L1 entries lead to each L2 table, by its host offset, lowest first.
+
+    Raises ImageError for entries that cannot be; ``what`` names the table.
+    """
+    mask = image.geometry.cluster_mask
+    for index, entry in enumerate(l1):
+        if entry & L1_RESERVED or entry & OFFSET_MASK & mask:
+            raise _cannot_be(image, f"entry {index} of {what} is {entry:#018x}")
+    return Counter(sorted(entry & OFFSET_MASK for entry in l1 if entry & OFFSET_MASK))
+
+
+def _cannot_be(image: Image, what: str) -> ImageError:
+    return ImageError(f"'{image.filename}' is corrupt: {what}, which cannot be; 'fusedisk check -r all' may repair it.")
+
+
+class L2Table:
+    """One L2 table as it is in the file."""
+
+    def __init__(self, image: Image, offset: int, raw: bytearray) -> None:
+        self.image = image
+        self.geometry = image.geometry
+        self.offset = offset
+        self.raw = raw
+        self._stride = self.geometry.cluster_size // self.geometry.l2_entries
+
+    @classmethod
+    async def read(cls, image: Image, offset: int) -> L2Table:
+        """The table at a host offset. Raises HostError."""
+        return cls(image, offset, await image.read(offset, image.geometry.cluster_size))
+
+    def entries(self) -> array[int]:
+        """The entries, without the bitmaps of extended ones."""
+        table = array("Q", bytes(self.raw))
+        swap_table(table)
+        return table if self._stride == 8 else table[0::2]
+
+    # --- counting ---------------------------------------------------------------------------------------
+
+    def count(self, counts: Counts, weight: int) -> None:
+        """Count what the entries refer to, ``weight`` times. Raises ImageError for entries that cannot be."""
+        table = self.entries()
+        if self._count_run(table, counts, weight):
+            return
+        zeroes = array("Q", bytes(8 * min(_STRIP, len(table))))
+        for start in range(0, len(table), _STRIP):
+            strip = table[start : start + _STRIP]
+            if strip != zeroes and not self._count_run(strip, counts, weight):
+                self._count_strip(strip, start, counts, weight)
+
+    def _count_run(self, strip: array[int], counts: Counts, weight: int) -> bool:
+        """Count entries that continue each other; returns False, with nothing done, where they do not."""
+        first, last, size = strip[0], strip[-1], self.geometry.cluster_size
+        if last - first != (len(strip) - 1) * size or not first & OFFSET_MASK:
+            return False
+        if (first | last) & (COMPRESSED | self.geometry.l2_bad) or strip != array("Q", range(first, last + 1, size)):
+            return False
+        self._count_clusters(counts, (first & OFFSET_MASK) >> self.geometry.cluster_bits, len(strip), weight)
+        return True
+
+    def _count_clusters(self, counts: Counts, first: int, count: int, weight: int) -> None:
+        if first + count > counts.clusters:
+            raise _cannot_be(self.image, f"its L2 table at {self.offset} leads behind the end of the file")
+        counts.add_run(first, count, weight)
+
+    def _count_strip(self, strip: array[int], start: int, counts: Counts, weight: int) -> None:
+        geometry = self.geometry
+        entries: Sequence[int] = strip
+        if reduce(or_, strip) & COMPRESSED:
+            for cluster, references in compressed_references(strip, geometry).items():
+                self._count_clusters(counts, cluster, 1, references * weight)
+            entries = [0 if entry & COMPRESSED else entry for entry in strip]
+        if reduce(or_, entries) & geometry.l2_bad:
+            index, bad = next((at, entry) for at, entry in enumerate(entries, start) if entry & geometry.l2_bad)
+            raise _cannot_be(self.image, f"entry {index} of its L2 table at {self.offset} is {bad:#018x}")
+        bits = geometry.cluster_bits
+        clusters = filter(None, [(entry & OFFSET_MASK) >> bits for entry in entries])
+        if counts.add(clusters, weight):
+            raise _cannot_be(self.image, f"its L2 table at {self.offset} leads behind the end of the file")
+
+    # --- COPIED flags -----------------------------------------------------------------------------------
+
+    def without_copied(self) -> bytearray | None:
+        """The table without any COPIED flag; None where it has none."""
+        return self._with_heads(self.raw[0 :: self._stride].translate(_CLEARED))
+
+    def with_copied(self, ones: Ones) -> bytearray | None:
+        """The table with COPIED flags where ``ones`` says that there is one reference; None where it is like that."""
+        heads = self.raw[0 :: self._stride].translate(_CLEARED)
+        flags = ones.flags(self.entries())
+        merged = int.from_bytes(heads, "big") | int.from_bytes(flags, "big")
+        return self._with_heads(merged.to_bytes(len(heads), "big"))
+
+    def _with_heads(self, heads: bytes | bytearray) -> bytearray | None:
+        """The table with other first bytes of its entries; None where they are the same."""
+        if heads == self.raw[0 :: self._stride]:
+            return None
+        changed = self.raw[:]
+        changed[0 :: self._stride] = heads
+        return changed
+
+
+class Ones:
+    """Which clusters have exactly one reference, by whole refcount blocks."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self._blocks: dict[int, bytes] = {}
+        self._nothing = bytes(geometry.block_entries)
+
+    def put(self, block_index: int, refcounts: Sequence[int]) -> None:
+        """The refcounts of one block."""
+        flags = bytearray(_FLAG if refcount == 1 else 0 for refcount in refcounts)
+        if not block_index:
+            flags[0] = 0  # the header's, to which no entry leads: unallocated ones seem to
+        self._blocks[block_index] = bytes(flags)
+
+    def of(self, cluster: int) -> int:
+        """The COPIED flag, in the first byte of an entry that leads to ``cluster``."""
+        block_index, index = divmod(cluster, self.geometry.block_entries)
+        return self._blocks.get(block_index, self._nothing)[index]
+
+    def flags(self, table: array[int]) -> bytearray:
+        """The COPIED flags of a table's entries, a byte for each."""
+        found = bytearray()
+        for start in range(0, len(table), _STRIP):
+            strip = table[start : start + _STRIP]
+            found += self._run(strip) or self._strip(strip)
+        return found
+
+    def _run(self, strip: array[int]) -> bytes:
+        """Of entries that continue each other in one block; nothing where they do not."""
+        first, last, size = strip[0] & ~COPIED, strip[-1] & ~COPIED, self.geometry.cluster_size
+        if last - first != (len(strip) - 1) * size or (first | last) & COMPRESSED or not first & OFFSET_MASK:
+            return b""
+        block_index, index = divmod((first & OFFSET_MASK) >> self.geometry.cluster_bits, self.geometry.block_entries)
+        expected = range(strip[0], strip[-1] + 1, size)
+        if index + len(strip) > self.geometry.block_entries or strip != array("Q", expected):
+            return b""
+        return self._blocks.get(block_index, self._nothing)[index : index + len(strip)]
+
+    def _strip(self, strip: array[int]) -> bytes:
+        bits, per_block, blocks, nothing = (
+            self.geometry.cluster_bits,
+            self.geometry.block_entries,
+            self._blocks,
+            self._nothing,
+        )
+        clusters = [0 if entry & COMPRESSED else (entry & OFFSET_MASK) >> bits for entry in strip]
+        return bytes([blocks.get(cluster // per_block, nothing)[cluster % per_block] for cluster in clusters])

@@ -1,0 +1,283 @@
+"""Going from one state of an image's metadata to another with a single write.
+
+Everything that changes is written to clusters that nothing refers to: L1 and L2 tables, the snapshot table, refcount
+blocks, the refcount table. After a barrier one write of 48 bytes, in the first sector of the file, lets the header lead
+to all of it: disk size, L1 table, refcount table and snapshot table are neighbours there. Stopped before that write the
+file is what it was, after it the file is what it shall be; there is no state between them, in version 2 either, and no
+leak. What the old state alone had used has a refcount of zero in the new one, and nobody gets it before a second
+barrier.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from array import array
+from collections.abc import Iterator
+from operator import add, sub
+from typing import NamedTuple
+
+import trio
+
+from fusedisk.block import io
+from fusedisk.core.errors import FusediskError, ImageError
+from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.check_blocks import BlockCodec
+from fusedisk.drivers.format.qcow2.check_counts import MOST, Counts
+from fusedisk.drivers.format.qcow2.entries import HostRun, encode_table
+from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
+
+log = logging.getLogger(__name__)
+
+_FIELDS = struct.Struct(">QIIQQIIQ")
+"""What the header holds from the disk size to the snapshot table."""
+
+
+class State(NamedTuple):
+    """What the header shall say. Offsets and sizes are bytes."""
+
+    size: int
+    l1: array[int]
+    l1_offset: int
+    snapshots: int
+    snapshots_offset: int
+
+
+class Switch:
+    """A new state in the making. Everything here runs inside :meth:`Committer.exclusive`.
+
+    Whoever gives up before :meth:`commit` has returned calls :meth:`undo`; then nothing has changed.
+    """
+
+    def __init__(self, image: Image, refcounts: Refcounts) -> None:
+        self.image = image
+        self.geometry = image.geometry
+        self.refcounts = refcounts
+        self.codec = BlockCodec(self.geometry.refcount_bits)
+        clusters = self.geometry.clusters(image.storage.node.length)
+        self.gained = Counts(clusters)
+        """References that clusters in use have more in the new state."""
+        self.lost = Counts(clusters)
+        """References that they have less."""
+        self.changed_l2: set[int] = set()
+        """Host offsets of L2 tables that may go."""
+        self._new: dict[int, int] = {}
+        """References of new clusters."""
+
+    # --- collecting -------------------------------------------------------------------------------------
+
+    async def new_table(self, data: bytes | bytearray | memoryview, references: int = 1) -> int:
+        """Write a table to new clusters, to which ``references`` others will lead; returns its host offset, 0 where
+        there is nothing to write. Raises NoSpaceError or HostError, and ImageError for more references than refcounts
+        can count."""
+        if not data:
+            return 0
+        run = await self._allocate(self.geometry.clusters(len(data)))
+        if references > 1:
+            await self.refcounts.add(run.first, [references - 1] * run.clusters)
+            self._new |= dict.fromkeys(range(run.first, run.first + run.clusters), references)
+        offset = run.first << self.geometry.cluster_bits
+        padding = bytes(-len(data) % self.geometry.cluster_size)
+        await self.image.put_new_table(offset, b"".join((data, padding)) if padding else data)
+        return offset
+
+    async def _allocate(self, clusters: int) -> HostRun:
+        run = await self.refcounts.allocate(clusters, exact=True)
+        self._new |= dict.fromkeys(range(run.first, run.first + run.clusters), 1)
+        return run
+
+    def lose_table(self, offset: int, length: int) -> None:
+        """The new state has no use for a table. Raises ImageError where it cannot be."""
+        first, count = offset >> self.geometry.cluster_bits, self.geometry.clusters(length)
+        if first + count > self.lost.clusters:
+            raise ImageError(
+                f"'{self.image.filename}' has a table of {length} bytes at {offset}, behind the end of the file; "
+                "'fusedisk check -r all' may repair it."
+            )
+        self.lost.add_run(first, count)
+
+    def undo(self) -> None:
+        """Give the new clusters back. Synchronous."""
+        self.refcounts.free((), references=dict(sorted(self._new.items())))
+        self._new.clear()
+
+    # --- new refcounts ----------------------------------------------------------------------------------
+
+    async def new_refcounts(self, block_index: int) -> array[int]:
+        """The refcounts of one block in the new state, as far as it was collected.
+
+        Raises ImageError where one is too large for its width, CorruptImageError where one would be below zero.
+        """
+        geometry = self.geometry
+        first, count = block_index * geometry.block_entries, geometry.block_entries
+        values = self.codec.decode(await self.refcounts.blocks.load(self._block_offset(block_index)))
+        gained, lost = self.gained.part(first, count), self.lost.part(first, count)
+        try:
+            if gained is not None and gained.count(0) < count:
+                values = array("I", map(add, values, gained))
+        except OverflowError:
+            raise self._overflow() from None
+        try:
+            if lost is not None and lost.count(0) < count:
+                values = array("I", map(sub, values, lost))
+        except OverflowError:
+            raise await self.image.corruption(
+                f"the refcount of a cluster behind {first << geometry.cluster_bits} is less than its references"
+            ) from None
+        if max(values) > min((1 << geometry.refcount_bits) - 1, MOST):
+            raise self._overflow()
+        return values
+
+    def _overflow(self) -> ImageError:
+        return ImageError(
+            f"'{self.image.filename}' has refcounts of {self.geometry.refcount_bits} bits, which cannot count one "
+            "more reference."
+        )
+
+    def _block_offset(self, block_index: int) -> int:
+        table = self.refcounts.table
+        return table[block_index] if block_index < len(table) else 0
+
+    async def _place_blocks(self) -> tuple[dict[int, int], int]:
+        """Give new clusters to the blocks that change and to the refcount table, which loses the old ones, until
+        that changes no other block. Returns the blocks' places by index, and the table's."""
+        bits, per_block, header = self.geometry.cluster_bits, self.geometry.block_entries, self.image.header
+        touched = self.gained.touched(per_block) | self.lost.touched(per_block)
+        pending = {index for index in touched if self._changes(index)}
+        places: dict[int, int] = {}
+        table = await self._allocate(header.refcount_table_clusters)
+        while True:
+            while pending:
+                index = min(pending)
+                pending.remove(index)
+                old = self._block_offset(index)
+                if not old:
+                    raise await self.image.corruption(
+                        f"clusters from {index * per_block << bits} on are in use, but have no refcounts"
+                    )
+                places[index] = (await self._allocate(1)).first << bits
+                self.lost.grow((old >> bits) + 1)
+                self.lost.add_run(old >> bits, 1)
+                home = (old >> bits) // per_block
+                pending |= {home} - places.keys()
+            if table.clusters != header.refcount_table_clusters:
+                # It has grown meanwhile.
+                self.refcounts.free([table])
+                for cluster in range(table.first, table.first + table.clusters):
+                    del self._new[cluster]
+                table = await self._allocate(header.refcount_table_clusters)
+            first = header.refcount_table_offset >> bits
+            homes = {cluster // per_block for cluster in range(first, first + table.clusters)}
+            pending = homes - places.keys()
+            if not pending:
+                self.lost.grow(first + table.clusters)
+                self.lost.add_run(first, table.clusters)
+                return places, table.first << bits
+
+    def _changes(self, block_index: int) -> bool:
+        per_block = self.geometry.block_entries
+        parts = (counts.part(block_index * per_block, per_block) for counts in (self.gained, self.lost))
+        return any(part is not None and part.count(0) < per_block for part in parts)
+
+    # --- switching --------------------------------------------------------------------------------------
+
+    async def commit(self, state: State, *, discard: bool) -> None:
+        """Let the file and memory be in the new state. ``discard``: give the host space back that nobody uses now.
+
+        Raises what writing raises, with nothing changed, unless the image is fenced.
+        """
+        image, refcounts = self.image, self.refcounts
+        places, table_offset = await self._place_blocks()
+        freed: list[HostRun] = []
+        for index, offset in sorted(places.items()):
+            values = await self.new_refcounts(index)
+            await image.announce("refblock_alloc_write_blocks")
+            await image.put_new_table(offset, self.codec.encode(values))
+            if discard:
+                freed += self._freed(index, values)
+            await trio.lowlevel.checkpoint()
+        table = array("Q", refcounts.table)
+        for index, offset in places.items():
+            table[index] = offset
+        await image.announce("refblock_alloc_write_table")
+        await image.put_new_table(table_offset, encode_table(table))
+        # Blocks that only new clusters are in: in the old state these are leaks at worst.
+        await refcounts.write_blocks()
+        await image.barrier()
+        await self._put_header(state, table_offset)
+        self._new.clear()
+        self._take(state, table, table_offset)
+        try:
+            await image.barrier()
+        except BaseException as exc:
+            image.writable = False
+            image.fence(f"It cannot be told whether a change of its snapshots is durable: {exc}.")
+            raise
+        await self._discard(freed)
+
+    async def _put_header(self, state: State, table_offset: int) -> None:
+        header = self.image.header
+        await self.image.announce("refblock_alloc_switch_table")
+        fields = _FIELDS.pack(
+            state.size,
+            header.crypt_method,
+            len(state.l1),
+            state.l1_offset,
+            table_offset,
+            header.refcount_table_clusters,
+            state.snapshots,
+            state.snapshots_offset,
+        )
+        await self.image.put_header_fields(layout.SIZE_FIELD, fields)
+
+    def _take(self, state: State, table: array[int], table_offset: int) -> None:
+        """Let memory be in the new state. Synchronous."""
+        image, header = self.image, self.image.header
+        header.size = state.size
+        header.l1_size, header.l1_table_offset = len(state.l1), state.l1_offset
+        header.refcount_table_offset = table_offset
+        header.nb_snapshots, header.snapshots_offset = state.snapshots, state.snapshots_offset
+        image.l1[:] = state.l1
+        for offset in self.changed_l2:
+            image.l2.drop(offset)
+        image.inflated.clear()
+        image.place_l2()
+        self.refcounts.take_over(table)
+        image.place_fixed()
+        image.mapping_changed()
+
+    # --- host space -------------------------------------------------------------------------------------
+
+    def _freed(self, block_index: int, values: array[int]) -> Iterator[HostRun]:
+        """Clusters of a block that lose their last reference."""
+        first = block_index * self.geometry.block_entries
+        lost = self.lost.part(first, len(values))
+        if lost is None or not lost.count(0) < len(lost):
+            return
+        start = -1
+        for index, value in enumerate(map(_is_freed, lost, values)):
+            if value and start < 0:
+                start = index
+            elif not value and start >= 0:
+                yield HostRun(first + start, index - start)
+                start = -1
+        if start >= 0:
+            yield HostRun(first + start, len(values) - start)
+
+    async def _discard(self, runs: list[HostRun]) -> None:
+        """Best effort: what was asked for is done."""
+        bits, node = self.geometry.cluster_bits, self.image.storage.node
+        for run in runs:
+            start = run.first << bits
+            length = min(run.clusters << bits, node.length - start)
+            try:
+                if length > 0:
+                    await io.discard(node, start, length)
+            except FusediskError as exc:
+                log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
+                return
+
+
+def _is_freed(lost: int, refcount: int) -> bool:
+    return bool(lost) and not refcount
