@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from fusedisk.drivers.format.qcow2.layout import MIN_EXTENDED_L2_CLUSTER
 from tests.conftest import qemu_img, qemu_io
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -65,6 +66,7 @@ class Scenario:
 
 def _layout(rng: random.Random, cluster_size: int) -> tuple[int, tuple[Window, ...]]:
     """Size of the disk and its windows: all of a small disk, or the borders of L2 tables of a large one."""
+    # With extended L2 entries a table has half as many: these are borders then too, and there are others.
     span = cluster_size * cluster_size // 8
     if cluster_size < 16 * KIB or rng.random() < 0.6:
         low, high = (128 * KIB, 2 * MIB) if cluster_size < 128 * KIB else (2 * MIB, 12 * MIB)
@@ -170,6 +172,8 @@ def _add_overlay(scenario: Scenario, chain: Chain, directory: Path, rng: random.
         options.append(f"refcount_bits={rng.choice((8, 32, 64))}")
     if version == "1.1" and rng.random() < 0.2:
         options.append("compression_type=zstd")
+    if version == "1.1" and cluster_size >= MIN_EXTENDED_L2_CLUSTER and rng.random() < 0.5:
+        options.append("extended_l2=on")
     if not chain.files and rng.random() < 0.2 and scenario.windows == ((0, scenario.size),):
         options.append(f"preallocation={rng.choice(('metadata', 'falloc', 'full'))}")
     args: list[str | os.PathLike[str]] = ["create", "-q", "-f", "qcow2", "-o", ",".join(options)]

@@ -169,7 +169,6 @@ async def test_truncated_headers(length: int) -> None:
     ("position", "data", "names"),
     [
         (72, be64(1 << 2), "external data file"),
-        (72, be64(1 << 4), "extended L2 entries"),
         (72, be64(1 << 63 | 1 << 40), "features bit 40, bit 63"),
         (32, be32(1), "AES encryption"),
         (32, be32(2), "LUKS encryption"),

@@ -92,7 +92,11 @@ FIELDS: dict[str, tuple[Callable[[bytearray], None], type[FusediskError], str]] 
         "has the header extension 0x12345678 of 2147483647",
     ),
     "external data file": (_set(72, ">Q", 4), UnsupportedFeatureError, "feature external data file, which is not"),
-    "extended L2": (_set(72, ">Q", 16), UnsupportedFeatureError, "feature extended L2 entries, which is not"),
+    "extended L2": (
+        _set(72, ">Q", 16),
+        ImageError,
+        "extended L2 entries and clusters of 512 bytes, but at least 16384",
+    ),
     "unknown feature": (_set(72, ">Q", 1 << 40), UnsupportedFeatureError, "qcow2 feature bit 40, which is not"),
     "two unknown features": (
         _set(72, ">Q", 5 << 61),
