@@ -8,21 +8,21 @@ Source: docs/interop/qcow2.txt, "Cluster mapping".
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from functools import reduce
 from operator import or_
 
 from fusedisk.core.errors import ImageError
 from fusedisk.drivers.format.qcow2.check_counts import Counts
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,
-    COPIED,
     L1_RESERVED,
     OFFSET_MASK,
     Geometry,
     compressed_references,
+    encode_table,
     swap_table,
 )
 from fusedisk.drivers.format.qcow2.image import Image
@@ -70,13 +70,31 @@ class L2Table:
         swap_table(table)
         return table if self._stride == 8 else table[0::2]
 
+    def first_of_run(self) -> int:
+        """The host cluster of the first entry where all entries have one, each the one behind its neighbour's; else
+        0, to which no entry leads."""
+        raw, size = self.raw, self.geometry.cluster_size
+        first, last = int.from_bytes(raw[:8], "big"), int.from_bytes(raw[-self._stride :][:8], "big")
+        host = first & OFFSET_MASK
+        if not host or (first | last) & (COMPRESSED | self.geometry.l2_bad):
+            return 0
+        if last - first != (self.geometry.l2_entries - 1) * size:
+            return 0
+        ones, steps = _sequence(self.geometry.l2_entries, size)
+        entries = raw if self._stride == 8 else bytearray(encode_table(self.entries()))
+        if entries != (ones * first + steps).to_bytes(len(entries), "big"):
+            return 0
+        return host >> self.geometry.cluster_bits
+
     # --- counting ---------------------------------------------------------------------------------------
 
     def count(self, counts: Counts, weight: int) -> None:
         """Count what the entries refer to, ``weight`` times. Raises ImageError for entries that cannot be."""
-        table = self.entries()
-        if self._count_run(table, counts, weight):
+        first = self.first_of_run()
+        if first:
+            self._count_clusters(counts, first, self.geometry.l2_entries, weight)
             return
+        table = self.entries()
         zeroes = array("Q", bytes(8 * min(_STRIP, len(table))))
         for start in range(0, len(table), _STRIP):
             strip = table[start : start + _STRIP]
@@ -101,11 +119,11 @@ class L2Table:
     def _count_strip(self, strip: array[int], start: int, counts: Counts, weight: int) -> None:
         geometry = self.geometry
         entries: Sequence[int] = strip
-        if reduce(or_, strip) & COMPRESSED:
+        if functools.reduce(or_, strip) & COMPRESSED:
             for cluster, references in compressed_references(strip, geometry).items():
                 self._count_clusters(counts, cluster, 1, references * weight)
             entries = [0 if entry & COMPRESSED else entry for entry in strip]
-        if reduce(or_, entries) & geometry.l2_bad:
+        if functools.reduce(or_, entries) & geometry.l2_bad:
             index, bad = next((at, entry) for at, entry in enumerate(entries, start) if entry & geometry.l2_bad)
             raise _cannot_be(self.image, f"entry {index} of its L2 table at {self.offset} is {bad:#018x}")
         bits = geometry.cluster_bits
@@ -122,7 +140,8 @@ class L2Table:
     def with_copied(self, ones: Ones) -> bytearray | None:
         """The table with COPIED flags where ``ones`` says that there is one reference; None where it is like that."""
         heads = self.raw[0 :: self._stride].translate(_CLEARED)
-        flags = ones.flags(self.entries())
+        first = self.first_of_run()
+        flags = ones.of_run(first, self.geometry.l2_entries) if first else ones.of_entries(self.entries())
         merged = int.from_bytes(heads, "big") | int.from_bytes(flags, "big")
         return self._with_heads(merged.to_bytes(len(heads), "big"))
 
@@ -135,6 +154,13 @@ class L2Table:
         return changed
 
 
+@functools.cache
+def _sequence(count: int, step: int) -> tuple[int, int]:
+    """``count`` big-endian numbers of 64 bits as one: ones, and multiples of ``step``."""
+    ones = int.from_bytes((1).to_bytes(8, "big") * count, "big")
+    return ones, int.from_bytes(encode_table(array("Q", range(0, count * step, step))), "big")
+
+
 class Ones:
     """Which clusters have exactly one reference, by whole refcount blocks."""
 
@@ -143,43 +169,35 @@ class Ones:
         self._blocks: dict[int, bytes] = {}
         self._nothing = bytes(geometry.block_entries)
 
-    def put(self, block_index: int, refcounts: Sequence[int]) -> None:
+    def put(self, block_index: int, refcounts: array[int]) -> None:
         """The refcounts of one block."""
-        flags = bytearray(_FLAG if refcount == 1 else 0 for refcount in refcounts)
+        count = len(refcounts)
+        found = refcounts.count(1)
+        flags = bytes([_FLAG]) * count if found == count else bytes(count)
+        if found not in (0, count):
+            flags = bytes([_FLAG if refcount == 1 else 0 for refcount in refcounts])
         if not block_index:
-            flags[0] = 0  # the header's, to which no entry leads: unallocated ones seem to
-        self._blocks[block_index] = bytes(flags)
+            flags = b"\0" + flags[1:]  # the header's cluster, to which no entry leads: unallocated ones seem to
+        self._blocks[block_index] = flags
 
     def of(self, cluster: int) -> int:
         """The COPIED flag, in the first byte of an entry that leads to ``cluster``."""
         block_index, index = divmod(cluster, self.geometry.block_entries)
         return self._blocks.get(block_index, self._nothing)[index]
 
-    def flags(self, table: array[int]) -> bytearray:
-        """The COPIED flags of a table's entries, a byte for each."""
-        found = bytearray()
-        for start in range(0, len(table), _STRIP):
-            strip = table[start : start + _STRIP]
-            found += self._run(strip) or self._strip(strip)
+    def of_run(self, first: int, count: int) -> bytes:
+        """The flags of neighbouring clusters, a byte for each."""
+        found = b""
+        while count:
+            block_index, index = divmod(first, self.geometry.block_entries)
+            part = self._blocks.get(block_index, self._nothing)[index : index + count]
+            found += part
+            first, count = first + len(part), count - len(part)
         return found
 
-    def _run(self, strip: array[int]) -> bytes:
-        """Of entries that continue each other in one block; nothing where they do not."""
-        first, last, size = strip[0] & ~COPIED, strip[-1] & ~COPIED, self.geometry.cluster_size
-        if last - first != (len(strip) - 1) * size or (first | last) & COMPRESSED or not first & OFFSET_MASK:
-            return b""
-        block_index, index = divmod((first & OFFSET_MASK) >> self.geometry.cluster_bits, self.geometry.block_entries)
-        expected = range(strip[0], strip[-1] + 1, size)
-        if index + len(strip) > self.geometry.block_entries or strip != array("Q", expected):
-            return b""
-        return self._blocks.get(block_index, self._nothing)[index : index + len(strip)]
-
-    def _strip(self, strip: array[int]) -> bytes:
-        bits, per_block, blocks, nothing = (
-            self.geometry.cluster_bits,
-            self.geometry.block_entries,
-            self._blocks,
-            self._nothing,
-        )
-        clusters = [0 if entry & COMPRESSED else (entry & OFFSET_MASK) >> bits for entry in strip]
+    def of_entries(self, table: array[int]) -> bytes:
+        """The flags of what L2 entries lead to."""
+        bits, per_block = self.geometry.cluster_bits, self.geometry.block_entries
+        blocks, nothing = self._blocks, self._nothing
+        clusters = [0 if entry & COMPRESSED else (entry & OFFSET_MASK) >> bits for entry in table]
         return bytes([blocks.get(cluster // per_block, nothing)[cluster % per_block] for cluster in clusters])

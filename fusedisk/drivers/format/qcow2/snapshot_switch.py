@@ -14,7 +14,6 @@ import logging
 import struct
 from array import array
 from collections.abc import Iterator
-from operator import add, sub
 from typing import NamedTuple
 
 import trio
@@ -23,10 +22,12 @@ from fusedisk.block import io
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.check_blocks import BlockCodec
-from fusedisk.drivers.format.qcow2.check_counts import MOST, Counts
+from fusedisk.drivers.format.qcow2.check_counts import Counts
 from fusedisk.drivers.format.qcow2.entries import HostRun, encode_table
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow
+from fusedisk.drivers.format.qcow2.snapshot_sums import balance
 
 log = logging.getLogger(__name__)
 
@@ -112,28 +113,19 @@ class Switch:
         geometry = self.geometry
         first, count = block_index * geometry.block_entries, geometry.block_entries
         values = self.codec.decode(await self.refcounts.blocks.load(self._block_offset(block_index)))
-        gained, lost = self.gained.part(first, count), self.lost.part(first, count)
+        if not self._changes(block_index):
+            return values
         try:
-            if gained is not None and gained.count(0) < count:
-                values = array("I", map(add, values, gained))
-        except OverflowError:
-            raise self._overflow() from None
-        try:
-            if lost is not None and lost.count(0) < count:
-                values = array("I", map(sub, values, lost))
-        except OverflowError:
+            return balance(values, self.gained.part(first, count), self.lost.part(first, count), geometry.refcount_bits)
+        except RefcountUnderflow:
             raise await self.image.corruption(
-                f"the refcount of a cluster behind {first << geometry.cluster_bits} is less than its references"
+                f"the refcount of a cluster from {first << geometry.cluster_bits} on is less than its references"
             ) from None
-        if max(values) > min((1 << geometry.refcount_bits) - 1, MOST):
-            raise self._overflow()
-        return values
-
-    def _overflow(self) -> ImageError:
-        return ImageError(
-            f"'{self.image.filename}' has refcounts of {self.geometry.refcount_bits} bits, which cannot count one "
-            "more reference."
-        )
+        except RefcountOverflow:
+            raise ImageError(
+                f"'{self.image.filename}' has refcounts of {geometry.refcount_bits} bits, which cannot count one "
+                "more reference."
+            ) from None
 
     def _block_offset(self, block_index: int) -> int:
         table = self.refcounts.table
@@ -255,15 +247,17 @@ class Switch:
         lost = self.lost.part(first, len(values))
         if lost is None or not lost.count(0) < len(lost):
             return
-        start = -1
-        for index, value in enumerate(map(_is_freed, lost, values)):
-            if value and start < 0:
+        if not values.count(0):
+            return
+        start = end = -1
+        for index in [at for at, (less, left) in enumerate(zip(lost, values, strict=True)) if less and not left]:
+            if index != end:
+                if start >= 0:
+                    yield HostRun(first + start, end - start)
                 start = index
-            elif not value and start >= 0:
-                yield HostRun(first + start, index - start)
-                start = -1
+            end = index + 1
         if start >= 0:
-            yield HostRun(first + start, len(values) - start)
+            yield HostRun(first + start, end - start)
 
     async def _discard(self, runs: list[HostRun]) -> None:
         """Best effort: what was asked for is done."""
@@ -277,7 +271,3 @@ class Switch:
             except FusediskError as exc:
                 log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
                 return
-
-
-def _is_freed(lost: int, refcount: int) -> bool:
-    return bool(lost) and not refcount
