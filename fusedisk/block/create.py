@@ -147,25 +147,46 @@ def _whole_sectors(size: int) -> int:
 
 async def _write(drivers: Registry, driver: type[Driver], target: _Target, options: CreateOptions) -> None:
     """Make the file and let the format write into it; a file that was not there does not stay when that fails."""
-    existed = os.path.lexists(target.filename)
+    targets = [target]
+    if (data_file := getattr(options, "data_file", None)) is not None:
+        targets.append(_data_target(drivers, data_file, target))
     nocow = bool(getattr(options, "nocow", False))
-    await target.protocol.create_file(target.filename, 0, "off", nocow)
+    made = []
     try:
-        await _format(drivers, driver, target, options)
+        for each in targets:
+            if not os.path.lexists(each.filename):
+                made.append(each.filename)
+            await each.protocol.create_file(each.filename, 0, "off", nocow)
+        await _format(drivers, driver, targets, options)
     except BaseException:
-        if not existed:
+        for filename in made:
             with contextlib.suppress(OSError):
-                os.unlink(target.filename)
+                os.unlink(filename)
         raise
 
 
-async def _format(drivers: Registry, driver: type[Driver], target: _Target, options: CreateOptions) -> None:
+def _data_target(drivers: Registry, data_file: str, image: _Target) -> _Target:
+    """The external data file, whose name is relative to the image, as that of a backing file."""
+    parsed = parse_filename(resolve_reference(data_file, image.filename), drivers)
+    name, place = parsed.get("driver"), parsed.get("filename")
+    if not isinstance(name, str) or not isinstance(place, str) or parsed.keys() - {"driver", "filename"}:
+        raise OptionError(f"the data file '{data_file}' cannot be created, the name of a file or device was wanted.")
+    if os.path.realpath(place) == os.path.realpath(image.filename):
+        raise OptionError(f"the new image '{image.filename}' cannot be its own data file.")
+    return _Target(drivers.load(name), place)
+
+
+async def _format(drivers: Registry, driver: type[Driver], targets: list[_Target], options: CreateOptions) -> None:
     graph = Graph(drivers)
     try:
-        spec = {"driver": target.protocol.name, "filename": target.filename}
-        backend = await graph.open_backend(spec, name="the new image", writable=True)
-        await driver.create(backend.node, options)
-        await backend.close()
+        backends = []
+        for target in targets:
+            spec = {"driver": target.protocol.name, "filename": target.filename}
+            backends.append(await graph.open_backend(spec, name="the new image", writable=True))
+        image, *data_files = (backend.node for backend in backends)
+        await driver.create(image, options, *data_files)
+        for backend in backends:
+            await backend.close()
     finally:
         with trio.CancelScope(shield=True):
             await graph.close()

@@ -49,6 +49,8 @@ UNCHANGED = 16
 """Write: the range reads the same afterwards; needs only the *write unchanged* permission."""
 ZERO_NEW = 32
 """truncate: the space added must read as zeroes, whatever a longer backing file holds there."""
+COMPRESSED = 64
+"""Write: store whole clusters compressed."""
 
 
 class Role(enum.Enum):
@@ -208,6 +210,8 @@ class Driver:
         raise NotImplementedError
 
     supports_fua: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
+    """True where the driver has ``write_compressed``."""
 
     # --- data: what is stored otherwise than the guest sees it ------------------------------------------
 
@@ -261,6 +265,12 @@ class Driver:
         """Fill ``buffer`` with the guest bytes at ``offset`` of a SPECIAL extent."""
         raise NotImplementedError
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Replace whole clusters, or what is left up to the disk's end, by compressed ones. Serialised. Clusters that do
+        not get shorter are written as they are, those of zeroes need no space. Raises NotSupportedError, with nothing
+        changed, for images that cannot have compressed clusters."""
+        raise NotImplementedError
+
     # --- other requests ---------------------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
@@ -305,24 +315,27 @@ class Driver:
         """Keep what the disk holds, under the name, date and VM data of ``wanted``; its id is chosen where it is empty.
         No request is in flight on the node, for this and all that follow. Returns what was made. An error leaves
         everything as it was, and so does a crash at any instant."""
-        raise NotSupportedError(f"{self.name} images cannot hold internal snapshots.")
+        raise self._keeps_none("internal snapshots")
 
     async def apply_snapshot(self, id: str, progress: Progress) -> None:
         """Let the disk hold what it held when the snapshot was made, which stays; the length may change. Raises
         SnapshotNotFoundError."""
-        raise NotSupportedError(f"{self.name} images cannot hold internal snapshots.")
+        raise self._keeps_none("internal snapshots")
 
     async def delete_snapshot(self, id: str, progress: Progress) -> None:
         """Forget a snapshot. Raises SnapshotNotFoundError."""
-        raise NotSupportedError(f"{self.name} images cannot hold internal snapshots.")
+        raise self._keeps_none("internal snapshots")
 
     async def save_vmstate(self, offset: int, data: Buffer) -> None:
         """Write to the state of a virtual machine that the next snapshot shall hold."""
-        raise NotSupportedError(f"{self.name} images cannot hold the state of a virtual machine.")
+        raise self._keeps_none("the state of a virtual machine")
 
     async def load_vmstate(self, offset: int, buffer: Buffer) -> None:
         """Read from the VM state that belongs to what the disk holds; zeroes where there is none."""
-        raise NotSupportedError(f"{self.name} images cannot hold the state of a virtual machine.")
+        raise self._keeps_none("the state of a virtual machine")
+
+    def _keeps_none(self, what: str) -> NotSupportedError:
+        return NotSupportedError(f"'{self.node.filename}' is a {self.name} image, which cannot hold {what}.")
 
     # --- information ------------------------------------------------------------------------------------
 
@@ -363,9 +376,10 @@ class Driver:
     # --- creation ---------------------------------------------------------------------------------------
 
     @classmethod
-    async def create(cls, file: Node, options: Any) -> None:
+    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
         """Format drivers: write an empty image into the open, writable, empty node ``file``, using
-        :mod:`fusedisk.block.io`. ``options`` is an instance of ``create_options_type`` with its size filled in."""
+        :mod:`fusedisk.block.io`. ``options`` is an instance of ``create_options_type`` with its size filled in;
+        ``data_file`` is an empty node too, where the options have one."""
         raise NotSupportedError(f"{cls.name} images cannot be created.")
 
     @classmethod

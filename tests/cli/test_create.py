@@ -252,7 +252,7 @@ class _Broken(RawDriver):
     """Fails when the image is written."""
 
     @classmethod
-    async def create(cls, file: Any, options: Any) -> None:
+    async def create(cls, file: Any, options: Any, data_file: Any = None) -> None:
         raise NoSpaceError("the host is full.", errno=errno.ENOSPC)
 
 

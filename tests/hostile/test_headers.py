@@ -91,7 +91,7 @@ FIELDS: dict[str, tuple[Callable[[bytearray], None], type[FusediskError], str]] 
         ImageError,
         "has the header extension 0x12345678 of 2147483647",
     ),
-    "external data file": (_set(72, ">Q", 4), UnsupportedFeatureError, "feature external data file, which is not"),
+    "external data file": (_set(72, ">Q", 4), ImageError, "has an external data file and does not name it"),
     "extended L2": (
         _set(72, ">Q", 16),
         ImageError,

@@ -121,6 +121,6 @@ class RawDriver(Driver):
         return self.node.children["file"].node.driver.has_zero_init()
 
     @classmethod
-    async def create(cls, file: Node, options: Any) -> None:
+    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
         """An image of ``size`` bytes."""
         await io.truncate(file, options.size, options.preallocation)

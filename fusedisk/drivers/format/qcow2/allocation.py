@@ -27,6 +27,7 @@ from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, HostRun, empty_table
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.space import Space
 
 
 class Allocation:
@@ -68,11 +69,13 @@ class Allocator:
         clusters: ClusterMap,
         refcounts: Refcounts,
         committer: Committer,
+        space: Space,
         backing_length: Callable[[], int] = lambda: 0,
     ) -> None:
         """``backing_length``: how long the backing file is now, 0 without one."""
         self.clusters = clusters
         self.refcounts = refcounts
+        self.space = space
         self.committer = committer
         self.image = clusters.image
         self.geometry = self.image.geometry
@@ -120,7 +123,7 @@ class Allocator:
             allocation = Allocation(first, entry & OFFSET_MASK, table[index : index + count], owned=True)
         else:
             count = await self._count_new(table, index, self._end(offset, length))
-            run = await self.refcounts.allocate(count)
+            run = await self.space.allocate(first, count)
             old = table[index : index + run.clusters]
             allocation = Allocation(first, run.first << geometry.cluster_bits, old, fresh=run.fresh)
         start = first << geometry.cluster_bits
@@ -139,12 +142,13 @@ class Allocator:
         or overwritten.
         """
         entry = words[0]
+        await self.clusters.check_entry(offset)
         if self.clusters.find_bad(words) is not None:
             raise await self.clusters.bad_entry(offset, words)
         if entry & COMPRESSED:
             return
         host = entry & OFFSET_MASK
-        what = self.image.occupied_at(host, self.geometry.cluster_size) if host else None
+        what = self.clusters.guard.occupied_at(host, self.geometry.cluster_size) if host else None
         if what is not None:
             raise await self.image.corruption(
                 f"the L2 entry for guest offset {offset & ~self.geometry.cluster_mask} leads to {host}, "
@@ -156,7 +160,7 @@ class Allocator:
         if entry & COPIED:
             return True
         host = entry & OFFSET_MASK
-        refcount = await self.refcounts.get(host >> self.geometry.cluster_bits)
+        refcount = await self.space.refcount(host >> self.geometry.cluster_bits)
         if not refcount:
             raise await self.image.corruption(f"the host cluster at {host} is in use, but its refcount is 0")
         return refcount == 1
@@ -168,7 +172,7 @@ class Allocator:
         await self.image.put_l2_entries(offset >> geometry.span_bits, index, array("Q", [entry | COPIED]))
         inside = offset & geometry.cluster_mask
         count = min(length, geometry.cluster_size - inside)
-        return WriteExtent(count, self.clusters.edge, (entry & OFFSET_MASK) + inside)
+        return WriteExtent(count, self.clusters.edge, self.space.place((entry & OFFSET_MASK) + inside))
 
     async def _count_new(self, table: array[int], index: int, end: int) -> int:
         """How many entries from ``index`` on need a new host cluster; the first does."""
@@ -195,7 +199,7 @@ class Allocator:
             # Behind the disk's end there are zeroes, also for whoever lets the disk grow later.
             behind = max(size, start)
             try:
-                await self.image.zero_host(base + behind, end - behind)
+                await self.space.zero(base + behind, end - behind)
             except BaseException:
                 self._take_back(allocation)
                 raise
@@ -208,7 +212,7 @@ class Allocator:
             if tail and self._reads_as_zeroes(allocation, -1, stop):
                 tail = 0
         self._in_flight.append(allocation)
-        return WriteExtent(stop - offset, self.clusters.edge, base + offset, allocation, head, tail)
+        return WriteExtent(stop - offset, self.clusters.edge, self.space.place(base + offset), allocation, head, tail)
 
     def _reads_as_zeroes(self, allocation: Allocation, index: int, offset: int) -> bool:
         """Whether what is copied of the first or last cluster, from guest ``offset`` on, is known to be zero."""
@@ -227,7 +231,7 @@ class Allocator:
 
     def _take_back(self, allocation: Allocation) -> None:
         if not allocation.owned:
-            self.refcounts.keep(HostRun(allocation.host >> self.geometry.cluster_bits, allocation.count))
+            self.space.keep(HostRun(allocation.host >> self.geometry.cluster_bits, allocation.count))
 
     async def publish(self, allocation: Allocation) -> None:
         """Let the L2 table refer to written clusters, and drop the references to what they replace."""
@@ -242,11 +246,25 @@ class Allocator:
             entries = self._new_entries(allocation)
             await self.image.put_l2_entries(l1_index, allocation.first & geometry.l2_mask, entries)
             if not allocation.owned and max(allocation.old) > bits.ZERO:
-                self.refcounts.free_entries(allocation.old)
+                self.space.free_entries(allocation.old)
         finally:
             self.image.mutex.release()
             self._in_flight.remove(allocation)
             allocation.finish()
+
+    async def replace(self, offset: int, words: array[int]) -> None:
+        """Put an entry in place of that of the guest cluster at ``offset``, and drop what the old one refers to.
+
+        The caller's request is serialised against all others over the cluster, so none of it is in flight.
+        """
+        geometry = self.geometry
+        l1_index, index = offset >> geometry.span_bits, offset >> geometry.cluster_bits & geometry.l2_mask
+        async with self.image.mutex:
+            table = await self.table_for_write(l1_index)
+            old = table[index * geometry.entry_words : (index + 1) * geometry.entry_words]
+            await self._check_entry(offset, old)
+            await self.image.put_l2_entries(l1_index, index, words)
+            self.refcounts.free_entries(old[:1])
 
     def _new_entries(self, allocation: Allocation) -> array[int]:
         """The L2 entries that replace the old ones."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Protocol
 
 from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
 from fusedisk.core.errors import CorruptImageError
@@ -29,12 +30,28 @@ Transform = Callable[[int], int]
 _new = tuple.__new__
 
 
+class Guard(Protocol):
+    """Where metadata lies in the file that guest data goes to; see :class:`.image.Image`."""
+
+    scattered: array[int]
+    l2_places: array[int]
+    fixed_end: int
+
+    def occupied_at(self, start: int, length: int) -> str | None:
+        """The name of the metadata that a host range touches."""
+
+    def fixed_at(self, start: int, length: int) -> str | None:
+        """The same, of metadata that does not move."""
+
+
 class ClusterMap:
     """The active mapping of one image, whose L1 table is loaded."""
 
     def __init__(self, image: Image) -> None:
         geometry = image.geometry
         self.image = image
+        self.guard: Guard = image
+        """Tells what no guest data may lie over."""
         self.edge = image.storage
         self._l1 = image.l1
         self._tables = image.l2.tables
@@ -184,8 +201,8 @@ class ClusterMap:
         inside = offset & self._cluster_mask
         if inside + length > self._cluster_size:
             length = self._run(table, index, inside, length, self._cluster_size)
-        # As image.occupied_at() says, but nearly always without a call.
-        image, end = self.image, host + inside + length
+        # As occupied_at() says, but nearly always without a call.
+        image, end = self.guard, host + inside + length
         scattered, l2_places = image.scattered, image.l2_places
         block, l2 = bisect_left(scattered, host), bisect_left(l2_places, host)
         if (

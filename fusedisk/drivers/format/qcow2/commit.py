@@ -32,7 +32,7 @@ from fusedisk.core.locks import Mutex
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import encode_table
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.refcount import Freed, Refcounts
+from fusedisk.drivers.format.qcow2.refcount import ExternalRange, Freed, Refcounts
 
 MAX_FREED_BYTES = 64 << 20
 """Host space that waits for a commit to be used again, before one is made for its sake."""
@@ -46,7 +46,7 @@ class _Plan(NamedTuple):
     writes: list[tuple[str, int, memoryview]]
     """Event, offset and bytes."""
     ordered: bool
-    freed: list[Freed]
+    freed: list[Freed | ExternalRange]
     new_blocks: list[int]
 
 
@@ -195,7 +195,7 @@ class Committer:
             new_blocks = await self.refcounts.write_blocks()
         for offset in sorted(dirty.new_l2):
             await image.announce("l2_alloc_write")
-            await image.put_new_table(offset, encode_table(image.l2.tables[offset]))
+            await image.put_new_table(offset, image.encode_l2(offset))
             dirty.forget_l2(offset)
         plan = _Plan(
             l1=dirty.l1,
@@ -212,7 +212,7 @@ class Committer:
     def _l2_writes(self) -> Iterator[tuple[str, int, memoryview]]:
         image = self.image
         for offset, (first, end) in sorted(image.dirty.l2.items()):
-            yield "l2_update", offset + 8 * first, encode_table(image.l2.tables[offset][first:end])
+            yield "l2_update", offset + 8 * first, image.encode_l2(offset, first, end)
 
     def _l1_writes(self) -> Iterator[tuple[str, int, memoryview]]:
         image = self.image

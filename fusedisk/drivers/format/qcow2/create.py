@@ -6,6 +6,8 @@ image does when it grows.
 
 from __future__ import annotations
 
+import os
+
 from fusedisk.block import io
 from fusedisk.block.child import Child
 from fusedisk.block.driver import Role
@@ -42,6 +44,10 @@ def new_header(options: Qcow2CreateOptions) -> Header:
         raise OptionError(
             f"qcow2 cluster_size is {size}, but at least {layout.MIN_EXTENDED_L2_CLUSTER} was wanted with extended_l2."
         )
+    if options.data_file_raw and not options.data_file:
+        raise OptionError("qcow2 data_file_raw is set, but there is no data_file.")
+    if options.data_file_raw and options.backing_file:
+        raise OptionError("qcow2 backing_file and data_file_raw are both set, but a raw file cannot show through.")
     if options.backing_file and options.preallocation != "off" and not options.extended_l2:
         raise OptionError(
             f"qcow2 preallocation is '{options.preallocation}', but 'off' was wanted with a backing file, "
@@ -54,10 +60,14 @@ def new_header(options: Qcow2CreateOptions) -> Header:
         )
     if options.backing_fmt:
         header.extensions.append(Extension(EXTENSION_BACKING_FORMAT, options.backing_fmt.encode()))
+    if options.data_file:
+        header.incompatible_features |= layout.EXTERNAL_DATA
+        header.autoclear_features = layout.RAW_EXTERNAL_DATA if options.data_file_raw else 0
+        header.extensions.append(Extension(layout.EXTENSION_DATA_FILE, os.fsencode(options.data_file)))
     if version == 3:
         zstd = options.compression_type == "zstd"
         header.refcount_order = bits.bit_length() - 1
-        header.incompatible_features = layout.COMPRESSION_TYPE if zstd else 0
+        header.incompatible_features |= layout.COMPRESSION_TYPE if zstd else 0
         header.incompatible_features |= layout.EXTENDED_L2 if options.extended_l2 else 0
         header.compatible_features = layout.LAZY_REFCOUNTS if options.lazy_refcounts else 0
         header.extra = bytes([zstd, 0, 0, 0, 0, 0, 0, 0])
@@ -72,13 +82,15 @@ def _check_version_2(options: Qcow2CreateOptions) -> None:
         ("refcount_bits", options.refcount_bits != 16),
         ("compression_type", options.compression_type != "zlib"),
         ("extended_l2", options.extended_l2),
+        ("data_file", options.data_file is not None),
     ):
         if wrong:
             raise OptionError(f"qcow2 {name} is '{getattr(options, name)}', which needs compat=1.1 (version 3).")
 
 
-async def create(file: Node, options: Qcow2CreateOptions) -> None:
-    """Write an empty image into the writable, empty node ``file``. The size is rounded up to 512 bytes.
+async def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None = None) -> None:
+    """Write an empty image into the writable, empty node ``file``, with its data in ``data_file`` where there is one.
+    The size is rounded up to 512 bytes.
 
     Raises OptionError for options that do not fit together, ImageError for sizes that the cluster size does
     not allow.
@@ -90,13 +102,22 @@ async def create(file: Node, options: Qcow2CreateOptions) -> None:
     image.barriers = False
     refcounts = Refcounts(image)
     committer = Committer(image, refcounts)
-    allocator = new_allocator(cluster_map(image), refcounts, committer)
+    edge = None
+    if data_file is not None:
+        edge = image.data_file = Child("data-file", Role.DATA_FILE, None, data_file, f"'{data_file.filename}'")
+    allocator = new_allocator(cluster_map(image, edge), refcounts, committer, edge)
     resize.check_growth(allocator, length, zero_new=False)
     await refcounts.load()
     await encryption.encrypt_new(image, refcounts, options)
     await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
-    if options.preallocation != "off":
-        await resize.preallocate(allocator, 0, length, options.preallocation)
+    preallocation = options.preallocation
+    if data_file is not None:
+        await io.truncate(data_file, length)
+        if options.data_file_raw and preallocation == "off":
+            # Whoever reads the raw file also sees what has no entry.
+            preallocation = "metadata"
+    if preallocation != "off":
+        await resize.preallocate(allocator, 0, length, preallocation)
     await resize.set_size(allocator, length)
     await committer.finish()
 

@@ -177,7 +177,7 @@ async def _replace(allocator: Allocator, l1_index: int, index: int, old: array[i
     dropped = [before for before, after in pairs if _loses_reference(before, after)]
     await _check_dropped(allocator, dropped)
     await allocator.image.put_l2_entries(l1_index, index, new, ordered=False)
-    allocator.refcounts.free_entries(dropped, reason=Reason.REQUEST)
+    allocator.space.free_entries(dropped, reason=Reason.REQUEST)
 
 
 async def _check_dropped(allocator: Allocator, dropped: list[int]) -> None:
@@ -186,7 +186,7 @@ async def _check_dropped(allocator: Allocator, dropped: list[int]) -> None:
     places = [(run.first << geometry.cluster_bits, run.clusters) for run in plain_runs(dropped, geometry)]
     places += [(cluster << geometry.cluster_bits, 1) for cluster in compressed_references(dropped, geometry)]
     for start, clusters in places:
-        what = image.occupied_at(start, clusters << geometry.cluster_bits)
+        what = allocator.clusters.guard.occupied_at(start, clusters << geometry.cluster_bits)
         if what is not None:
             raise await image.corruption(f"L2 entries lead to {clusters} clusters at {start}, where its {what} lies")
 

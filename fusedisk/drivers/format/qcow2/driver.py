@@ -19,7 +19,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import trio
+
 from fusedisk.block import io, transfer
+from fusedisk.block.child import Child
 from fusedisk.block.driver import (
     MAY_UNMAP,
     ZERO_NEW,
@@ -31,13 +34,14 @@ from fusedisk.block.driver import (
 from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
 from fusedisk.block.limits import Limits
 from fusedisk.block.node import Node, NodeConfig
-from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
+from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import is_zero, zero_fill
 from fusedisk.drivers.format.qcow2 import create, discard, layout, resize
 from fusedisk.drivers.format.qcow2.allocation import Allocation
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
+from fusedisk.drivers.format.qcow2.compress import CompressedWriter
 from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 from fusedisk.drivers.format.qcow2.encryption import SECTOR, Encryption, open_encryption
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
@@ -60,14 +64,16 @@ class Qcow2Driver(SnapshotDriver):
 
     name = "qcow2"
     supports_backing = True
+    compresses = True
     options_type: ClassVar[type[Options]] = Qcow2Options
     create_options_type: ClassVar[type[CreateOptions] | None] = Qcow2CreateOptions
-    child_specs = (ChildSpec("file", Role.FILE),)
+    child_specs = (ChildSpec("file", Role.FILE), ChildSpec("data-file", Role.DATA_FILE, required=False))
 
     clusters: ClusterMap
     encryption: Encryption | None = None
 
     _compressed: CompressedReader | None = None
+    _compressing: CompressedWriter | None = None
     _ready_to_write = False
     _sparse_threshold: int | None = None
     """Clusters in use that would make data extents possible holes of the file; None once that is known."""
@@ -106,7 +112,8 @@ class Qcow2Driver(SnapshotDriver):
         self.image = image
         await self.load_snapshots()
         image.place_fixed()
-        self.clusters = cluster_map(image)
+        image.data_file = await self._open_data_file(header)
+        self.clusters = cluster_map(image, image.data_file)
         self._sparse_threshold = await sparse_threshold(edge.node, header)
         self.clusters.recurse = self._sparse_threshold is not None
         self.refcounts = Refcounts(image)
@@ -114,13 +121,36 @@ class Qcow2Driver(SnapshotDriver):
         self.encryption = await open_encryption(edge.node, header, self.options, node.filename)
         self.encodes = self.refcounts.encrypted = self.encryption is not None
         self._take_options(self.options)
-        self.allocator = new_allocator(self.clusters, self.refcounts, self.committer, self._backing_length)
+        self.allocator = new_allocator(
+            self.clusters, self.refcounts, self.committer, image.data_file, self._backing_length
+        )
         self._lookup = self.clusters.lookup
         self._lookup_in_place = _nothing
         image.l2.set_size(l2_size)
         self.refcounts.blocks.set_size(refcount_size)
         if not node.config.read_only:
             await self.prepare_writing()
+
+    async def _open_data_file(self, header: Header) -> Child | None:
+        """The child that guest data lies in, if that is not ``file``."""
+        node = self.node
+        given = node.children.get("data-file")
+        if not header.has_data_file:
+            if given is not None:
+                raise OptionError(f"'{node.filename}' has no external data file, but the option 'data-file' was given.")
+            return None
+        if given is not None:
+            return given
+        name = header.data_file_name
+        if name is None:
+            raise ImageError(
+                f"'{node.filename}' has an external data file and does not name it: the option 'data-file' was wanted."
+            )
+        try:
+            return await node.open_child("data-file", Role.DATA_FILE, name, implicit=True)
+        except FusediskError as exc:
+            exc.message = f"the data file of '{node.filename}' cannot be opened: {exc.message}"
+            raise
 
     def _take_options(self, options: Qcow2Options) -> None:
         """What may change while the image is open."""
@@ -162,7 +192,7 @@ class Qcow2Driver(SnapshotDriver):
                 return
             await self.refcounts.load()
             image.place_l2()
-            kept = header.autoclear_features & layout.SUPPORTED_AUTOCLEAR
+            kept = header.kept_autoclear
             if kept != header.autoclear_features:
                 await image.put_header_fields(layout.AUTOCLEAR_FIELD, kept.to_bytes(8, "big"))
                 header.autoclear_features = kept
@@ -257,6 +287,20 @@ class Qcow2Driver(SnapshotDriver):
         assert isinstance(allocation, Allocation)
         self.allocator.abandon(allocation)
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        if self.encodes or self.image.header.incompatible_features & layout.EXTERNAL_DATA:
+            what = "is encrypted" if self.encodes else "has an external data file"
+            raise NotSupportedError(f"'{self.node.filename}' {what}, so nothing in it can be compressed.")
+        await self._prepare_writing()
+        if self._compressing is None:
+            self._compressing = CompressedWriter(self.node, self.allocator, self._drop)
+        await self._compressing.write(offset, data)
+
+    async def _drop(self, offset: int, length: int) -> None:
+        """Make whole clusters zero clusters."""
+        with trio.CancelScope(shield=True):
+            await self.write_zeroes(offset, length, MAY_UNMAP)
+
     async def read_special(self, extent: Extent, offset: int, buffer: Buffer) -> None:
         if not extent.compressed:
             await self._read_encrypted(extent, offset, buffer)
@@ -309,13 +353,21 @@ class Qcow2Driver(SnapshotDriver):
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self.prepare_writing()
+        await self._zero_raw_data(offset, length, flags & MAY_UNMAP)
         await discard.write_zeroes(
             self.allocator, offset, length, may_unmap=bool(flags & MAY_UNMAP), has_backing=self._has_backing
         )
 
     async def discard(self, offset: int, length: int) -> None:
         await self.prepare_writing()
+        await self._zero_raw_data(offset, length, MAY_UNMAP)
         await discard.discard(self.allocator, offset, length, has_backing=self._has_backing)
+
+    async def _zero_raw_data(self, offset: int, length: int, flags: int) -> None:
+        """Keep a raw data file the image of the disk that it is."""
+        if self.image.header.has_raw_data_file:
+            assert self.image.data_file is not None
+            await io.write_zeroes(self.image.data_file.node, offset, length, flags)
 
     @property
     def _has_backing(self) -> bool:
@@ -384,8 +436,16 @@ class Qcow2Driver(SnapshotDriver):
             "lazy-refcounts": bool(header.compatible_features & layout.LAZY_REFCOUNTS),
             "refcount-bits": refcount_bits,
             "corrupt": bool(header.incompatible_features & layout.CORRUPT),
+            **self._data_file_information(),
             "extended-l2": self.image.geometry.extended_l2,
         } | encrypt
+
+    def _data_file_information(self) -> dict[str, Any]:
+        header = self.image.header
+        if not header.has_data_file:
+            return {}
+        name = {"data-file": header.data_file_name} if header.data_file_name is not None else {}
+        return name | {"data-file-raw": header.has_raw_data_file}
 
     def has_zero_init(self) -> bool:
         # A preallocated image's clusters are as the file's are.
@@ -404,8 +464,8 @@ class Qcow2Driver(SnapshotDriver):
         return await check(file, repair, progress, dry_run=dry_run)
 
     @classmethod
-    async def create(cls, file: Node, options: Any) -> None:
-        await create.create(file, options)
+    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
+        await create.create(file, options, data_file)
 
 
 async def read_header(file: Node, filename: str) -> Header:

@@ -27,6 +27,8 @@ ALL_ALLOCATED = (1 << SUBCLUSTERS) - 1
 """The bitmap of an extended L2 entry whose subclusters all have data: the lower half, bit by bit."""
 ALL_ZEROES = ALL_ALLOCATED << SUBCLUSTERS
 """The bitmap of an extended L2 entry whose subclusters all read as zeroes: the upper half."""
+FIRST_CLUSTER = 1 << 55
+"""In memory, the host offset of guest offset 0 in an external data file; see :mod:`.space`."""
 MAX_HOST_OFFSET = 1 << 56
 """Host offsets of clusters are below this."""
 

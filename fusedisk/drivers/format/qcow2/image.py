@@ -24,7 +24,16 @@ from fusedisk.core.locks import Mutex
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.cache import TableCache
-from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK, Geometry, empty_table, encode_table, swap_table
+from fusedisk.drivers.format.qcow2.entries import (
+    COPIED,
+    FIRST_CLUSTER,
+    OFFSET_MASK,
+    ZERO,
+    Geometry,
+    empty_table,
+    encode_table,
+    swap_table,
+)
 from fusedisk.drivers.format.qcow2.layout import Header
 
 log = logging.getLogger(__name__)
@@ -100,6 +109,8 @@ class Image:
         self.writable = False
         self.geometry = Geometry(header)
         self.mutex = Mutex()
+        self.data_file: Child | None = None
+        """Where guest data lies, if not here."""
         self.barriers = True
         """False where nobody cares about power cuts: an image that is being created."""
         self.dirty = DirtyTables()
@@ -141,7 +152,18 @@ class Image:
 
     async def _read_l2(self, offset: int) -> array[int]:
         await self.announce("l2_load")
-        return await self.read_table(offset, self.geometry.l2_words)
+        table = await self.read_table(offset, self.geometry.l2_words)
+        no_zero = 0 if self.geometry.extended_l2 else ZERO
+        if self.data_file is not None and table[0] & (COPIED | OFFSET_MASK | no_zero) == COPIED:
+            table[0] |= FIRST_CLUSTER
+        return table
+
+    def encode_l2(self, offset: int, first: int = 0, end: int | None = None) -> memoryview:
+        """The bytes of a part of the cached L2 table at ``offset``."""
+        table = self.l2.tables[offset][first:end]
+        if self.data_file is not None and not first and table[0] & OFFSET_MASK == FIRST_CLUSTER:
+            table[0] &= ~FIRST_CLUSTER
+        return encode_table(table)
 
     # --- fixed places -----------------------------------------------------------------------------------
 
@@ -309,6 +331,8 @@ class Image:
     async def barrier(self) -> None:
         """Everything written so far is on the disk before anything that is written from now on."""
         if self.barriers:
+            if self.data_file is not None:
+                await io.flush(self.data_file.node)
             await io.flush(self.storage.node)
 
     # --- the L1 table -----------------------------------------------------------------------------------

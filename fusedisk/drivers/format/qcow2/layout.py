@@ -49,12 +49,16 @@ EXTENDED_L2 = 1 << 4
 LAZY_REFCOUNTS = 1 << 0
 """A compatible feature."""
 
-SUPPORTED_INCOMPATIBLE = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2
-SUPPORTED_AUTOCLEAR = 0
+SUPPORTED_INCOMPATIBLE = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2
+RAW_EXTERNAL_DATA = 1 << 1
+"""An autoclear feature: the data file is a raw image of the disk."""
+
 
 EXTENSION_END = 0x00000000
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_FEATURE_NAMES = 0x6803F857
+EXTENSION_DATA_FILE = 0x44415441
+"""Name of the external data file."""
 EXTENSION_CRYPTO = 0x0537BE77
 """Full disk encryption header pointer."""
 
@@ -137,6 +141,29 @@ class Header:
             if extension.type == EXTENSION_BACKING_FORMAT:
                 return os.fsdecode(extension.data.split(b"\0")[0]) or None
         return None
+
+    @property
+    def data_file_name(self) -> str | None:
+        """The external data file, where the image names it."""
+        for extension in self.extensions:
+            if extension.type == EXTENSION_DATA_FILE:
+                return os.fsdecode(extension.data.split(b"\0")[0]) or None
+        return None
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether guest data lies in an external data file."""
+        return bool(self.incompatible_features & EXTERNAL_DATA)
+
+    @property
+    def kept_autoclear(self) -> int:
+        """The autoclear bits whose promises a writer of ours keeps."""
+        return self.autoclear_features & RAW_EXTERNAL_DATA if self.has_data_file else 0
+
+    @property
+    def has_raw_data_file(self) -> bool:
+        """Whether that is a raw image of the disk."""
+        return self.has_data_file and bool(self.autoclear_features & RAW_EXTERNAL_DATA)
 
     @property
     def crypto_header(self) -> tuple[int, int] | None:
@@ -359,6 +386,11 @@ def check_features(header: Header, filename: str) -> None:
             f"'{filename}' uses the incompatible qcow2 feature{'s' if len(found) > 1 else ''} "
             f"{', '.join(found)}, which "
             f"{'are' if len(found) > 1 else 'is'} not supported."
+        )
+    if header.has_raw_data_file and header.backing_file:
+        raise ImageError(
+            f"'{filename}' has a raw external data file and the backing file '{header.backing_file}', but only one of "
+            "them was wanted, as a raw file cannot show through."
         )
     kind = header.compression_type
     if kind not in COMPRESSION_NAMES:

@@ -102,6 +102,8 @@ class Qcow2CreateOptions(CreateOptions):
         False, kind="bool", help="map each cluster in 32 parts, of which a write copies or allocates those it touches"
     )
     compression_type: str = option("zlib", help="how clusters are compressed: zlib or zstd", choices=("zlib", "zstd"))
+    data_file: str | None = option(None, help="file that the guest's data goes to, apart from the metadata")
+    data_file_raw: bool = option(False, kind="bool", help="keep the data file a raw image of the disk")
     nocow: bool = option(False, kind="bool", help="turn copy-on-write of the host file off (btrfs)")
     encrypt_format: str | None = _encrypt_format()
     encrypt_key_file: str | None = _key_file()

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import trio
 
 from fusedisk.block import io
+from fusedisk.block.child import Child
 from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.cache import TableCache
@@ -73,6 +74,21 @@ class Freed(NamedTuple):
     """Whether the host space may go with the last reference."""
 
 
+class ExternalRange:
+    """A range of an external data file that nothing refers to any more."""
+
+    def __init__(self, edge: Child, first: int, clusters: int) -> None:
+        self.edge = edge
+        self.parts = [(first, first + clusters)]
+        """Clusters by number, each as the first and the one behind the last."""
+
+    def take_back(self, first: int, end: int) -> None:
+        """These clusters are used again."""
+        parts = self.parts
+        self.parts = [(low, min(high, first)) for low, high in parts if low < first]
+        self.parts += [(max(low, end), high) for low, high in parts if high > end]
+
+
 class Refcounts:
     """The refcount structure of one writable image."""
 
@@ -93,13 +109,15 @@ class Refcounts:
         self._next_run = 0
         self._used_end = 0
         """Clusters at or behind this host offset were not given out since the image was opened."""
+        self.open_cluster = -1
+        """The cluster behind whose last compressed data there is room for more; -1 where there is none."""
         self._kept: list[HostRun] = []
         """Clusters with a refcount of one that nothing refers to."""
         self._dirty: dict[int, tuple[int, int]] = {}
         """For each block that was changed, by host offset, the first such byte and the one behind the last."""
         self._unhooked: dict[int, int] = {}
         """Entries of ``table`` that the file's does not have yet."""
-        self._freed: list[Freed] = []
+        self._freed: list[Freed | ExternalRange] = []
         """References that memory has lost, but the file perhaps not."""
         self.freed_clusters = 0
         """How many clusters wait in there."""
@@ -261,7 +279,7 @@ class Refcounts:
             else:
                 freed.append(Freed(cluster, [-count], discard))
         self._freed += freed
-        self.freed_clusters += sum(len(item.deltas) for item in freed)
+        self.freed_clusters += sum(len(item.deltas) for item in freed if isinstance(item, Freed))
 
     def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
         """:meth:`free` for what L2 entries refer to."""
@@ -271,18 +289,23 @@ class Refcounts:
         references = compressed_references(entries, self.geometry)
         self.free(plain_runs(entries, self.geometry), references=references, reason=reason)
 
-    def take_freed(self) -> list[Freed]:
+    def free_external(self, item: ExternalRange) -> None:
+        """Give a range of an external data file back to the host once the file has lost the references to it."""
+        self._freed.append(item)
+        self.freed_clusters += sum(end - first for first, end in item.parts)
+
+    def take_freed(self) -> list[Freed | ExternalRange]:
         """What was freed so far, to be given to :meth:`drop` when the file has lost these references, or back to
         :meth:`put_back` where that fails."""
         freed, self._freed, self.freed_clusters = self._freed, [], 0
         return freed
 
-    def put_back(self, freed: list[Freed]) -> None:
+    def put_back(self, freed: list[Freed | ExternalRange]) -> None:
         """Undo :meth:`take_freed`."""
         self._freed = freed + self._freed
-        self.freed_clusters += sum(len(item.deltas) for item in freed)
+        self.freed_clusters += sum(len(item.deltas) for item in freed if isinstance(item, Freed))
 
-    async def drop(self, freed: list[Freed]) -> None:
+    async def drop(self, freed: list[Freed | ExternalRange]) -> None:
         """Lower refcounts, which lets the clusters be used again.
 
         A failure leaks the clusters and is logged only, as what the caller wanted is done.
@@ -291,6 +314,11 @@ class Refcounts:
         for item in freed:
             try:
                 await self.image.announce("cluster_free")
+                if isinstance(item, ExternalRange):
+                    for first, end in item.parts:
+                        await io.discard(item.edge.node, first << bits, end - first << bits)
+                    item.parts.clear()
+                    continue
                 for first, count, _ in await self.add(item.first, item.deltas):
                     if item.discard:
                         await self._release_host_range(first << bits, count << bits)
@@ -337,6 +365,8 @@ class Refcounts:
         self._touch(offset, position, position + len(data))
         self.blocks.put(offset, block)
         if freed:
+            if any(first - index + at <= self.open_cluster < first - index + at + run for at, run in freed):
+                self.open_cluster = -1
             lowest = block_index * self.geometry.block_entries + freed[0][0]
             self._full[block_index] = 0
             self._first_free = min(self._first_free, lowest)
@@ -395,6 +425,7 @@ class Refcounts:
         self._unhooked.clear()
         self._take_table(table)
         self._first_free = self._next_run = 0
+        self.open_cluster = -1
 
     # --- growing ----------------------------------------------------------------------------------------
 

@@ -11,11 +11,14 @@ from array import array
 import trio
 
 from fusedisk.block import io
+from fusedisk.block.driver import MAY_UNMAP
+from fusedisk.block.node import Node
+from fusedisk.block.status import chain_status
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
+from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, HostRun
-from fusedisk.drivers.format.qcow2.image import Image
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 
@@ -120,9 +123,9 @@ async def _preallocate_table(allocator: Allocator, cluster: int, end: int, mode:
         if table[at] & OFFSET_MASK:
             cluster += 1
             continue
-        run = await allocator.refcounts.allocate(end - cluster)
+        run = await allocator.space.allocate(cluster, end - cluster)
         host, size = run.first << geometry.cluster_bits, run.clusters << geometry.cluster_bits
-        await _make_host_range(image, host, size, mode)
+        await _make_host_range(allocator.space.edge.node, allocator.space.place(host), size, mode)
         entry = host | COPIED
         if allocator.refcounts.encrypted and geometry.version >= 3:
             # Zeroes of the file are none of the guest's.
@@ -133,10 +136,25 @@ async def _preallocate_table(allocator: Allocator, cluster: int, end: int, mode:
         cluster += run.clusters
 
 
-async def _make_host_range(image: Image, host: int, length: int, mode: str) -> None:
+async def _make_host_range(node: Node, host: int, length: int, mode: str) -> None:
     """Let a range of new clusters exist in the file and read as zeroes."""
-    node = image.storage.node
     present = min(max(node.length - host, 0), length)
-    await image.zero_host(host, present)
+    if mode == "full":
+        for offset in range(host, host + present, len(ZEROES)):
+            await io.write(node, offset, (ZEROES[: host + present - offset],))
+    elif mode == "falloc" and present:
+        await io.write_zeroes(node, host, present)
+    else:
+        await _make_zero(node, host, present)
     if present < length:
         await io.truncate(node, host + length, "off" if mode == "metadata" else mode)
+
+
+async def _make_zero(node: Node, offset: int, length: int) -> None:
+    """Let a range read as zeroes, and leave the holes that are in it."""
+    end = offset + length
+    while offset < end:
+        status = await chain_status(node, offset, end - offset)
+        if not status.zero:
+            await io.write_zeroes(node, offset, status.length, MAY_UNMAP)
+        offset += status.length

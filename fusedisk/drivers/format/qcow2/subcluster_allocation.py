@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 
+from fusedisk.block.child import Child
 from fusedisk.block.extent import WriteExtent
 from fusedisk.drivers.format.qcow2.allocation import Allocation, Allocator
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
@@ -24,6 +25,12 @@ from fusedisk.drivers.format.qcow2.entries import (
 )
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.space import (
+    ExternalClusterMap,
+    ExternalSpace,
+    ExternalSubclusterMap,
+    OwnSpace,
+)
 from fusedisk.drivers.format.qcow2.subclusters import SubclusterMap
 
 
@@ -61,7 +68,7 @@ class SubclusterAllocator(Allocator):
             return await self._fill(table, index, offset, length)
         end = self._end(offset, length)
         count = await self._count_new(table, index, end)
-        run = await self.refcounts.allocate(count)
+        run = await self.space.allocate(first, count)
         old = table[2 * index : 2 * (index + run.clusters)]
         allocation = SubclusterAllocation(first, run.first << geometry.cluster_bits, old, fresh=run.fresh)
         self._place(allocation, offset, length)
@@ -139,17 +146,27 @@ class SubclusterAllocator(Allocator):
         return words
 
 
-def cluster_map(image: Image) -> ClusterMap:
-    """The mapping of an image, by the kind of its L2 entries."""
-    return SubclusterMap(image) if image.geometry.extended_l2 else ClusterMap(image)
+def cluster_map(image: Image, data_file: Child | None) -> ClusterMap:
+    """The mapping of an image, by the kind of its L2 entries and by where its data lies."""
+    if data_file is None:
+        return SubclusterMap(image) if image.geometry.extended_l2 else ClusterMap(image)
+    external = ExternalSubclusterMap(image) if image.geometry.extended_l2 else ExternalClusterMap(image)
+    external.use(data_file)
+    return external
 
 
 def new_allocator(
-    clusters: ClusterMap, refcounts: Refcounts, committer: Committer, backing_length: Callable[[], int] = lambda: 0
+    clusters: ClusterMap,
+    refcounts: Refcounts,
+    committer: Committer,
+    data_file: Child | None,
+    backing_length: Callable[[], int] = lambda: 0,
 ) -> Allocator:
     """The allocator that goes with a mapping; ``backing_length``: how long the backing file is now, 0 without one."""
+    image = clusters.image
+    space = OwnSpace(image, refcounts) if data_file is None else ExternalSpace(image, refcounts, data_file)
     kind = SubclusterAllocator if isinstance(clusters, SubclusterMap) else Allocator
-    return kind(clusters, refcounts, committer, backing_length)
+    return kind(clusters, refcounts, committer, space, backing_length)
 
 
 def _kept(allocation: SubclusterAllocation, index: int) -> tuple[int, int]:

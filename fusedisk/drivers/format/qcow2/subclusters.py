@@ -150,9 +150,9 @@ class SubclusterMap(ClusterMap):
             length = self._status_run(table, at, inside, length, DATA)
         elif inside + length > self._cluster_size:
             length = self._status_run(table, at, inside, length, DATA)
-        if self.image.occupied_at(host, inside + length):
+        if self.guard.occupied_at(host, inside + length):
             length = min(length, self._cluster_size - inside)
-            if self.image.occupied_at(host, self._cluster_size):
+            if self.guard.occupied_at(host, self._cluster_size):
                 return None
         return _new(WriteExtent, (length, self.edge, host + inside, None, 0, 0))
 

@@ -1,0 +1,188 @@
+"""Where guest data lies: in the image's own file, or in an external data file.
+
+The image's file gives out clusters and counts references to them. In an external data file every guest cluster has the
+place of its own guest offset, nothing is counted, and nothing there can be metadata.
+
+Host offset 0 of a data file is a place like any other, while 0 in an L2 entry means that there is none. So in memory
+that one entry holds :data:`FIRST_CLUSTER` instead, a host offset that no data file has; the file has 0 and the COPIED
+flag.
+
+Source: docs/interop/qcow2.txt, "External data file", "Standard Cluster Descriptor".
+"""
+
+from __future__ import annotations
+
+import abc
+from array import array
+from collections.abc import Sequence
+
+from fusedisk.block import io
+from fusedisk.block.child import Child
+from fusedisk.block.extent import Extent, WriteExtent
+from fusedisk.drivers.format.qcow2.cluster import ClusterMap
+from fusedisk.drivers.format.qcow2.entries import COMPRESSED, FIRST_CLUSTER, OFFSET_MASK, HostRun, plain_runs
+from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.refcount import ExternalRange, Reason, Refcounts
+from fusedisk.drivers.format.qcow2.subclusters import SubclusterMap
+
+
+class Space(abc.ABC):
+    """Host clusters for guest data, by number. All under the image's mutex but :meth:`keep`."""
+
+    edge: Child
+
+    @abc.abstractmethod
+    async def allocate(self, guest_cluster: int, count: int) -> HostRun:
+        """Neighbouring clusters for the guest's from ``guest_cluster`` on: at least one, at most ``count``."""
+
+    @abc.abstractmethod
+    def keep(self, run: HostRun) -> None:
+        """Take back what :meth:`allocate` gave and nothing refers to."""
+
+    @abc.abstractmethod
+    async def refcount(self, cluster: int) -> int:
+        """How many L2 entries refer to a cluster."""
+
+    @abc.abstractmethod
+    def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
+        """L2 entries are gone."""
+
+    @abc.abstractmethod
+    async def zero(self, offset: int, length: int) -> None:
+        """Let clusters to which nothing refers hold zeroes, as far as they do not anyway."""
+
+    def place(self, offset: int) -> int:
+        """The host offset that one of an entry stands for."""
+        return offset
+
+
+class OwnSpace(Space):
+    """The image's own file."""
+
+    def __init__(self, image: Image, refcounts: Refcounts) -> None:
+        self.edge = image.storage
+        self._image = image
+        self._refcounts = refcounts
+
+    async def allocate(self, guest_cluster: int, count: int) -> HostRun:
+        return await self._refcounts.allocate(count)
+
+    def keep(self, run: HostRun) -> None:
+        self._refcounts.keep(run)
+
+    async def refcount(self, cluster: int) -> int:
+        return await self._refcounts.get(cluster)
+
+    def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
+        self._refcounts.free_entries(entries, reason=reason)
+
+    async def zero(self, offset: int, length: int) -> None:
+        await self._image.zero_host(offset, length)
+
+
+class ExternalSpace(Space):
+    """An external data file."""
+
+    def __init__(self, image: Image, refcounts: Refcounts, edge: Child) -> None:
+        self.edge = edge
+        self._geometry = image.geometry
+        self._bits = image.geometry.cluster_bits
+        self._refcounts = refcounts
+        self._given_up: list[ExternalRange] = []
+        """What will be discarded, unless it is used again before."""
+
+    async def allocate(self, guest_cluster: int, count: int) -> HostRun:
+        self._given_up = [item for item in self._given_up if item.parts]
+        for item in self._given_up:
+            item.take_back(guest_cluster, guest_cluster + count)
+        fresh = not self._refcounts.encrypted and guest_cluster << self._bits >= self.edge.node.length
+        if not guest_cluster:
+            return HostRun(FIRST_CLUSTER >> self._bits, 1, fresh)
+        return HostRun(guest_cluster, count, fresh)
+
+    def keep(self, run: HostRun) -> None:
+        """Every cluster has its place, used or not."""
+
+    async def refcount(self, cluster: int) -> int:
+        return 1
+
+    def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
+        if reason in self._refcounts.pass_discard:
+            for run in plain_runs(entries, self._geometry):
+                first = self.place(run.first << self._bits) >> self._bits
+                item = ExternalRange(self.edge, first, run.clusters)
+                self._given_up.append(item)
+                self._refcounts.free_external(item)
+
+    async def zero(self, offset: int, length: int) -> None:
+        # Behind the file's end there are zeroes anyway.
+        offset = self.place(offset)
+        length = min(length, self.edge.node.length - offset)
+        if length > 0:
+            await io.write_zeroes(self.edge.node, offset, length)
+
+    def place(self, offset: int) -> int:
+        return offset & (FIRST_CLUSTER - 1)
+
+
+class _NoMetadata:
+    """What a data file holds of an image's metadata, in the form that the overlap checks ask for."""
+
+    fixed_end = 0
+    scattered: array[int] = array("Q")
+    l2_places: array[int] = array("Q")
+
+    def occupied_at(self, start: int, length: int) -> str | None:
+        return None
+
+    def fixed_at(self, start: int, length: int) -> str | None:
+        return None
+
+
+class _ExternalMap(ClusterMap):
+    """A mapping whose clusters lie in a data file, at their own guest offsets."""
+
+    def use(self, edge: Child) -> None:
+        """Take the data file."""
+        self.edge = edge
+        self.guard = _NoMetadata()
+
+    def lookup(self, offset: int, length: int) -> Extent | None:
+        extent = super().lookup(offset, length)
+        if extent is None or extent.child is None:
+            return extent
+        if extent.offset & (FIRST_CLUSTER - 1) != offset or extent.compressed:
+            return None
+        return extent._replace(offset=offset)
+
+    def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
+        extent = super().lookup_in_place(offset, length)
+        if extent is None or extent.offset & (FIRST_CLUSTER - 1) != offset:
+            return None
+        return extent._replace(offset=offset)
+
+    async def check_entry(self, offset: int) -> None:
+        await super().check_entry(offset)
+        table = self._tables.get(self._l1[offset >> self._span_bits] & OFFSET_MASK)
+        if table is None:
+            return
+        entry = table[(offset >> self._cluster_bits & self._l2_mask) * self.image.geometry.entry_words]
+        guest = offset & ~self._cluster_mask
+        if entry & COMPRESSED:
+            raise await self.image.corruption(
+                f"the L2 entry for guest offset {guest} is compressed, which nothing in an external data file can be"
+            )
+        host = entry & OFFSET_MASK
+        if host and host & (FIRST_CLUSTER - 1) != guest:
+            raise await self.image.corruption(
+                f"the L2 entry for guest offset {guest} leads to {host} in the external data file, but the same offset "
+                "was wanted"
+            )
+
+
+class ExternalClusterMap(_ExternalMap):
+    """Plain L2 entries that lead into a data file."""
+
+
+class ExternalSubclusterMap(_ExternalMap, SubclusterMap):
+    """Extended L2 entries that lead into a data file."""
