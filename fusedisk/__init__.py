@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fusedisk.api import Disk, create, open
     from fusedisk.block.extent import BlockStatus
     from fusedisk.block.mapping import MapEntry
+    from fusedisk.block.snapshot import SnapshotInfo
     from fusedisk.core import errors
     from fusedisk.core.errors import FusediskError
     from fusedisk.sync import DiskFile, SyncDisk, create_sync, open_sync
@@ -29,6 +30,7 @@ _PLACES = {
     "DiskFile": "fusedisk.sync",
     "FusediskError": "fusedisk.core.errors",
     "MapEntry": "fusedisk.block.mapping",
+    "SnapshotInfo": "fusedisk.block.snapshot",
     "SyncDisk": "fusedisk.sync",
     "create": "fusedisk.api",
     "create_sync": "fusedisk.sync",
@@ -42,6 +44,7 @@ __all__ = [
     "DiskFile",
     "FusediskError",
     "MapEntry",
+    "SnapshotInfo",
     "SyncDisk",
     "__version__",
     "create",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -24,6 +25,7 @@ from fusedisk.block.graph import Graph
 from fusedisk.block.information import chain_information, image_information
 from fusedisk.block.mapping import MapEntry, map_entries
 from fusedisk.block.node import NodeConfig
+from fusedisk.block.snapshot import SnapshotInfo, find_snapshot, find_snapshot_by
 from fusedisk.core.errors import FusediskError, OptionError
 from fusedisk.drivers.table import DRIVERS
 
@@ -80,6 +82,15 @@ class Disk:
         """
         await self._backend.write(offset, data, fua=fua)
 
+    async def write_compressed(self, offset: int, data: Data) -> None:
+        """Write whole clusters of a qcow2 image, or up to the disk's end, compressed; what they held before is freed.
+        Give several clusters at once: they are compressed in parallel.
+
+        Raises NotSupportedError for other formats, for encrypted images and for external data files, OutOfRangeError
+        for parts of clusters.
+        """
+        await self._backend.write_compressed(offset, data)
+
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         """Make a range read as zeroes, without writing them out where it can; ``may_unmap`` lets its space go."""
         await self._backend.write_zeroes(offset, length, may_unmap=may_unmap)
@@ -108,6 +119,43 @@ class Disk:
         Streams: one entry is in memory at a time. Iterate with ``async for``.
         """
         return map_entries(self._backend, start, length)
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """The internal snapshots that the image holds, the oldest first."""
+        return self._backend.list_snapshots()
+
+    async def create_snapshot(
+        self, name: str, *, vm_state_size: int = 0, vm_clock: int = 0, icount: int | None = None
+    ) -> SnapshotInfo:
+        """Keep what the disk holds now under a name, which need not be unique; requests that come meanwhile wait.
+
+        On return it is durable, with all writes before. ``vm_state_size``: how much was saved by :meth:`save_vmstate`
+        for it; ``vm_clock`` in nanoseconds. Raises NotSupportedError where the format has no snapshots, ImageError
+        where there are too many, or of too many shared clusters.
+        """
+        wanted = SnapshotInfo("", name, time.time_ns(), vm_clock, vm_state_size, icount=icount)
+        return await self._backend.create_snapshot(wanted)
+
+    async def apply_snapshot(self, id_or_name: str) -> None:
+        """Let the disk hold what it held when the snapshot of that id, else of that name, was made; its size and VM
+        state come back too. What it holds now is lost, unless another snapshot has it. Raises SnapshotNotFoundError."""
+        found = find_snapshot(self.snapshots(), id_or_name, self._backend.name)
+        await self._backend.apply_snapshot(found.id)
+
+    async def delete_snapshot(self, name: str | None = None, *, id: str | None = None) -> None:
+        """Delete the first snapshot of that name, or that id, or both. Raises SnapshotNotFoundError."""
+        found = find_snapshot_by(self.snapshots(), self._backend.name, id=id, name=name)
+        await self._backend.delete_snapshot(found.id)
+
+    async def save_vmstate(self, offset: int, data: Data) -> None:
+        """Write to the state of a virtual machine, which has an address space of its own; the next snapshot with a
+        ``vm_state_size`` holds it, and the disk no longer."""
+        await self._backend.save_vmstate(offset, data)
+
+    async def load_vmstate(self, offset: int, length: int) -> bytes:
+        """Read from the VM state that was saved, or that came with the snapshot applied last; zeroes where there is
+        none."""
+        return bytes(await self._backend.load_vmstate(offset, length))
 
     async def info(self) -> dict[str, Any]:
         """The keys and values of ``qemu-img info --output=json``."""

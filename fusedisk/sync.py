@@ -24,6 +24,7 @@ from fusedisk import api
 from fusedisk.api import Data, Disk
 from fusedisk.block.extent import BlockStatus
 from fusedisk.block.mapping import MapEntry
+from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import FusediskError, NoMediumError
 
 _MAIN_THREAD_POLL_SECONDS = 0.5
@@ -127,6 +128,10 @@ class SyncDisk:
         """Write all of ``data`` at ``offset``; ``fua``: it is on stable storage on return."""
         self._call(lambda: self._disk.write(offset, data, fua=fua))
 
+    def write_compressed(self, offset: int, data: Data) -> None:
+        """Write whole clusters of a qcow2 image, or up to the disk's end, compressed."""
+        self._call(self._disk.write_compressed, offset, data)
+
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         """Make a range read as zeroes; ``may_unmap`` lets its space go."""
         self._call(lambda: self._disk.write_zeroes(offset, length, may_unmap=may_unmap))
@@ -166,6 +171,33 @@ class SyncDisk:
             close = getattr(entries, "aclose", None)
             if close is not None:
                 self._call(close)
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """The internal snapshots that the image holds, the oldest first."""
+        return self._disk.snapshots()
+
+    def create_snapshot(
+        self, name: str, *, vm_state_size: int = 0, vm_clock: int = 0, icount: int | None = None
+    ) -> SnapshotInfo:
+        """Keep what the disk holds now under a name."""
+        make = self._disk.create_snapshot
+        return self._call(lambda: make(name, vm_state_size=vm_state_size, vm_clock=vm_clock, icount=icount))
+
+    def apply_snapshot(self, id_or_name: str) -> None:
+        """Let the disk hold what it held when the snapshot was made."""
+        self._call(self._disk.apply_snapshot, id_or_name)
+
+    def delete_snapshot(self, name: str | None = None, *, id: str | None = None) -> None:
+        """Delete a snapshot."""
+        self._call(lambda: self._disk.delete_snapshot(name, id=id))
+
+    def save_vmstate(self, offset: int, data: Data) -> None:
+        """Write to the state of a virtual machine that the next snapshot shall hold."""
+        self._call(self._disk.save_vmstate, offset, data)
+
+    def load_vmstate(self, offset: int, length: int) -> bytes:
+        """Read from the VM state that belongs to what the disk holds."""
+        return self._call(self._disk.load_vmstate, offset, length)
 
     def info(self) -> dict[str, Any]:
         """The keys and values of ``qemu-img info --output=json``."""

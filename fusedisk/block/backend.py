@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from fusedisk.block import io, permissions, status
+from fusedisk.block import io, permissions, snapshot, status
 from fusedisk.block.child import Child
-from fusedisk.block.driver import FUA, MAY_UNMAP
+from fusedisk.block.driver import COMPRESSED, FUA, MAY_UNMAP
 from fusedisk.block.extent import BlockStatus
+from fusedisk.block.snapshot import SnapshotInfo, no_progress
 from fusedisk.core.errors import NoMediumError, OutOfRangeError
 
 if TYPE_CHECKING:
+    from fusedisk.block.check import Progress
     from fusedisk.block.graph import Graph
     from fusedisk.block.node import Node
+
+_Result = TypeVar("_Result")
 
 
 class Accounting:
@@ -104,6 +108,21 @@ class Backend:
         self.accounting.writes += 1
         self.accounting.bytes_written += len(buffer)
 
+    async def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write whole clusters (or up to the disk's end), compressed. Raises NotSupportedError where the format or the
+        image cannot, OutOfRangeError for parts of clusters."""
+        buffer = memoryview(data).cast("B")
+        node = await self._begin(offset, len(buffer))
+        try:
+            await io.write(node, offset, (buffer,), COMPRESSED | (0 if self.write_cache else FUA))
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        finally:
+            self._end()
+        self.accounting.writes += 1
+        self.accounting.bytes_written += len(buffer)
+
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         """Make a range read as zeroes; ``may_unmap`` lets the space go."""
         node = await self._begin(offset, length)
@@ -169,6 +188,45 @@ class Backend:
         node = await self._begin(offset, length)
         try:
             return await status.chain_status(node, offset, length)
+        finally:
+            self._end()
+
+    # --- internal snapshots -----------------------------------------------------------------------------
+
+    def list_snapshots(self) -> list[SnapshotInfo]:
+        """What snapshots the disk's image holds."""
+        return snapshot.list_snapshots(self.node)
+
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
+        """Keep what the disk holds now; requests that come meanwhile wait. Its id is chosen where it is empty."""
+        return await self._run(lambda node: snapshot.create_snapshot(node, wanted, progress))
+
+    async def apply_snapshot(self, id: str, progress: Progress = no_progress) -> None:
+        """Let the disk hold what it held when the snapshot was made; its length may change."""
+        await self._run(lambda node: snapshot.apply_snapshot(node, id, progress))
+
+    async def delete_snapshot(self, id: str, progress: Progress = no_progress) -> None:
+        """Forget a snapshot."""
+        await self._run(lambda node: snapshot.delete_snapshot(node, id, progress))
+
+    async def save_vmstate(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write to the state of a virtual machine that the next snapshot shall hold."""
+        await self._run(lambda node: snapshot.save_vmstate(node, offset, memoryview(data).cast("B")))
+
+    async def load_vmstate(self, offset: int, length: int) -> bytearray:
+        """Read from the VM state that belongs to what the disk holds; zeroes where there is none."""
+        buffer = bytearray(length)
+        await self._run(lambda node: snapshot.load_vmstate(node, offset, memoryview(buffer)))
+        return buffer
+
+    async def _run(self, request: Callable[[Node], Awaitable[_Result]]) -> _Result:
+        """A request that is no request for bytes of the disk."""
+        node = await self._begin(0, 0)
+        try:
+            return await request(node)
+        except BaseException:
+            self.accounting.failed += 1
+            raise
         finally:
             self._end()
 

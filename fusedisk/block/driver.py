@@ -266,9 +266,9 @@ class Driver:
         raise NotImplementedError
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
-        """Replace whole clusters, or what is left up to the disk's end, by compressed ones. Serialised. Clusters that do
-        not get shorter are written as they are, those of zeroes need no space. Raises NotSupportedError, with nothing
-        changed, for images that cannot have compressed clusters."""
+        """Replace whole clusters, or what is left up to the disk's end, by compressed ones. Serialised. Clusters that
+        do not get shorter are written as they are, those of zeroes need no space. Raises NotSupportedError, with
+        nothing changed, for images that cannot have compressed clusters."""
         raise NotImplementedError
 
     # --- other requests ---------------------------------------------------------------------------------
@@ -376,10 +376,9 @@ class Driver:
     # --- creation ---------------------------------------------------------------------------------------
 
     @classmethod
-    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
+    async def create(cls, file: Node, options: Any) -> None:
         """Format drivers: write an empty image into the open, writable, empty node ``file``, using
-        :mod:`fusedisk.block.io`. ``options`` is an instance of ``create_options_type`` with its size filled in;
-        ``data_file`` is an empty node too, where the options have one."""
+        :mod:`fusedisk.block.io`. ``options`` is an instance of ``create_options_type`` with its size filled in."""
         raise NotSupportedError(f"{cls.name} images cannot be created.")
 
     @classmethod

@@ -6,26 +6,31 @@ for every request in flight on the node, and hold back all that come after them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
 
 from fusedisk.block import io, permissions
-from fusedisk.block.check import Progress
 from fusedisk.block.node import Node
 from fusedisk.block.tracked import Request
-from fusedisk.core.errors import FusediskError, PermissionConflictError
+from fusedisk.core.errors import FusediskError, OutOfRangeError, PermissionConflictError, SnapshotNotFoundError
+
+if TYPE_CHECKING:
+    from fusedisk.block.check import Progress
+
+_MAX_VMSTATE = 1 << 56
+"""Bytes; more than any format can hold."""
 
 
 class SnapshotInfo(NamedTuple):
     """One internal snapshot."""
 
     id: str
-    """Unique in the image."""
+    """Unique in the image. In ids and names, what is no UTF-8 stands as surrogates, as in file names."""
     name: str
-    """Not so."""
+    """Need not be unique."""
     date: int
     """When it was made: nanoseconds since 1970 (UTC)."""
     vm_clock: int = 0
@@ -41,14 +46,40 @@ class SnapshotInfo(NamedTuple):
         """As ``qemu-img info --output=json`` prints it."""
         information = {
             "vm-clock-nsec": self.vm_clock % 10**9,
-            "name": self.name,
+            "name": _as_text(self.name),
             "date-sec": self.date // 10**9,
             "date-nsec": self.date % 10**9,
             "vm-clock-sec": self.vm_clock // 10**9,
-            "id": self.id,
+            "id": _as_text(self.id),
             "vm-state-size": self.vm_state_size,
         }
         return information if self.icount is None else {"icount": self.icount} | information
+
+
+def _as_text(name: str) -> str:
+    """A name that may hold any bytes, as a text that any program can read."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def find_snapshot(snapshots: Sequence[SnapshotInfo], id_or_name: str, filename: str) -> SnapshotInfo:
+    """The first snapshot of that id, else the first of that name. Raises SnapshotNotFoundError."""
+    by_id = (found for found in snapshots if found.id == id_or_name)
+    by_name = (found for found in snapshots if found.name == id_or_name)
+    found = next(by_id, None) or next(by_name, None)
+    if found is None:
+        raise SnapshotNotFoundError(f"'{filename}' has no snapshot with the id or name '{id_or_name}'.")
+    return found
+
+
+def find_snapshot_by(
+    snapshots: Sequence[SnapshotInfo], filename: str, *, id: str | None = None, name: str | None = None
+) -> SnapshotInfo:
+    """The first snapshot of that id and that name, as far as they are given. Raises SnapshotNotFoundError."""
+    for found in snapshots:
+        if id in (None, found.id) and name in (None, found.name) and (id, name) != (None, None):
+            return found
+    wanted = " and ".join(f"the {key} '{value}'" for key, value in (("id", id), ("name", name)) if value is not None)
+    raise SnapshotNotFoundError(f"'{filename}' has no snapshot with {wanted or 'no id and no name'}.")
 
 
 def no_progress(done: int, total: int) -> None:
@@ -99,6 +130,7 @@ async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress)
 
 async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
     """Write to the state of a virtual machine that the next snapshot shall hold."""
+    _check_vmstate_range(offset, len(data))
     node = snapshot_node(node)
     async with _alone(node, "save-vmstate"):
         await node.driver.save_vmstate(offset, data)
@@ -106,6 +138,7 @@ async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
 
 async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
     """Read from the state of the virtual machine that belongs to what the disk holds; zeroes where there is none."""
+    _check_vmstate_range(offset, len(buffer))
     node = snapshot_node(node)
     request = Request(0, 1 << 63, False)
     request.enter(node)
@@ -117,6 +150,11 @@ async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
         raise
     finally:
         request.leave(node)
+
+
+def _check_vmstate_range(offset: int, length: int) -> None:
+    if offset < 0 or offset + length > _MAX_VMSTATE:
+        raise OutOfRangeError(f"VM state has no {length} bytes at {offset}: 0 to 2^56 were wanted.")
 
 
 @asynccontextmanager

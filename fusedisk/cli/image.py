@@ -25,8 +25,8 @@ class ImageChoice(NamedTuple):
     allow_any_reference: bool
 
     @contextlib.asynccontextmanager
-    async def open(self, *, follow_backing: bool = True) -> AsyncIterator[Backend]:
-        """The image, open read-only; raises a FusediskError."""
+    async def open(self, *, follow_backing: bool = True, writable: bool = False) -> AsyncIterator[Backend]:
+        """The image, open read-only unless ``writable``; raises a FusediskError."""
         from fusedisk.block.filenames import parse_argument
         from fusedisk.block.gate import Gate
         from fusedisk.block.graph import Graph
@@ -37,7 +37,7 @@ class ImageChoice(NamedTuple):
         graph = Graph(DRIVERS, gate, follow_backing=follow_backing)
         config = NodeConfig(force_share=self.force_share)
         spec = parse_argument(self.image)
-        backend = await graph.open_backend(spec, name=self.image, format=self.format, config=config)
+        backend = await graph.open_backend(spec, name=self.image, format=self.format, config=config, writable=writable)
         try:
             yield backend
         finally:

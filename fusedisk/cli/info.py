@@ -74,7 +74,7 @@ def _print_image(image: dict[str, Any]) -> None:
         print_facts(_specific_facts(specific["data"]), "  ")
     if image.get("snapshots"):
         say("snapshots:")
-        _print_snapshots(image["snapshots"])
+        print_snapshots(image["snapshots"], "  ")
 
 
 def _facts(image: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -116,11 +116,12 @@ def _value_text(value: Any) -> str:
     return str(value)
 
 
-def _print_snapshots(snapshots: list[dict[str, Any]]) -> None:
+def print_snapshots(snapshots: list[dict[str, Any]], indent: str = "") -> None:
+    """A table of the image's internal snapshots."""
     rows = [("ID", "NAME", "VM STATE", "DATE", "VM CLOCK"), *map(_snapshot_row, snapshots)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        say("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        say(indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _snapshot_row(snapshot: dict[str, Any]) -> tuple[str, ...]:

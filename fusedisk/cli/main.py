@@ -34,6 +34,7 @@ COMMANDS = {
     "map": "Tell where the bytes of a disk lie.",
     "measure": "Tell how much space an image would take.",
     "check": "Tell whether an image's metadata is sound, and repair it.",
+    "snapshot": "List, make, apply or delete the snapshots inside an image.",
     "completion": "Print the completion script for a shell.",
 }
 """Every subcommand, in the order of the help; ``fusedisk/cli/NAME.py`` is its module."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fusedisk.block.check import Progress
 from fusedisk.block.driver import Driver
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.snapshot import SnapshotInfo, find_snapshot
 from fusedisk.core.errors import ImageError, OptionError, SnapshotNotFoundError
 from fusedisk.drivers.format.qcow2 import layout, snapshot, vmstate
 from fusedisk.drivers.format.qcow2.allocation import Allocator
@@ -12,7 +12,7 @@ from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
-from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, find_snapshot, l1_clusters, load_snapshots
+from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, l1_clusters, load_snapshots
 
 
 class SnapshotDriver(Driver):
@@ -38,9 +38,7 @@ class SnapshotDriver(Driver):
             raise OptionError(
                 f"'{image.filename}' cannot be writable with internal-snapshot '{wanted}': snapshots are read-only."
             )
-        found = find_snapshot(self.snapshots, wanted)
-        if found is None:
-            raise SnapshotNotFoundError(f"'{image.filename}' has no snapshot with the id or name '{wanted}'.")
+        found = self._snapshot(find_snapshot(self.list_snapshots(), wanted, image.filename).id)
         if found.disk_size >> 63:
             raise ImageError(
                 f"'{image.filename}' has a disk of {found.disk_size} bytes in snapshot '{wanted}', but less than 2^63 "

@@ -54,12 +54,12 @@ class Snapshot:
     @property
     def id(self) -> str:
         """A number as text, unless another program chose it."""
-        return self.raw_id.decode("utf-8", "replace")
+        return self.raw_id.decode("utf-8", "surrogateescape")
 
     @property
     def name(self) -> str:
         """Need not be unique."""
-        return self.raw_name.decode("utf-8", "replace")
+        return self.raw_name.decode("utf-8", "surrogateescape")
 
     def information(self) -> dict[str, Any]:
         """As ``qemu-img info --output=json`` prints it."""
@@ -128,13 +128,6 @@ def _leading_number(text: bytes) -> int:
     while digits < len(text) and text[digits : digits + 1].isdigit():
         digits += 1
     return min(int(text[:digits] or b"0"), (1 << 63) - 1)
-
-
-def find_snapshot(snapshots: Sequence[Snapshot], id_or_name: str) -> Snapshot | None:
-    """The first snapshot of that id, else the first of that name; None where there is none."""
-    by_id = (snapshot for snapshot in snapshots if snapshot.id == id_or_name)
-    by_name = (snapshot for snapshot in snapshots if snapshot.name == id_or_name)
-    return next(by_id, None) or next(by_name, None)
 
 
 def l1_clusters(snapshots: list[Snapshot], geometry: Geometry) -> frozenset[int]:

@@ -1,0 +1,118 @@
+"""``fusedisk snapshot``: the snapshots inside an image."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fusedisk.cli.image import ImageChoice, image_options
+from fusedisk.cli.info import print_snapshots
+from fusedisk.cli.output import output_option, print_json, progress, say
+
+if TYPE_CHECKING:
+    from fusedisk.block.backend import Backend
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fusedisk snapshot vm.qcow2                     # what snapshots there are
+  fusedisk snapshot -c before-upgrade vm.qcow2
+  fusedisk snapshot -a before-upgrade vm.qcow2   # the disk is what it was then; what it was till now is lost
+  fusedisk snapshot -d before-upgrade vm.qcow2
+  fusedisk snapshot --output json vm.qcow2
+  fusedisk mount driver=qcow2,file.filename=vm.qcow2,internal-snapshot=before-upgrade,name=then --read-only /mnt/disk
+
+Names need not be unique. --apply takes an id or a name and looks for the id first, --delete takes a name; where several
+snapshots have the same name, the oldest is meant.""",
+)
+@image_options
+@click.option("-l", "--list", "listing", is_flag=True, help="List the snapshots. The default.")
+@click.option("-c", "--create", metavar="NAME", help="Keep what the disk holds now, its size included.")
+@click.option("-a", "--apply", metavar="SNAPSHOT", help="Let the disk hold what it held then; the snapshot stays.")
+@click.option("-d", "--delete", metavar="NAME", help="Delete the snapshot, and give back the space that it alone used.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing when it went well.")
+@output_option
+def command(
+    listing: bool, create: str | None, apply: str | None, delete: str | None, quiet: bool, output: str, **choice: Any
+) -> None:
+    """List, make, apply or delete the internal snapshots of IMAGE.
+
+    An image that another process uses is left alone; one whose process died in the midst of a change has either the old
+    snapshots or the new ones.
+    """
+    import trio
+
+    if listing + sum(value is not None for value in (create, apply, delete)) > 1:
+        raise click.UsageError("of --list, --create, --apply and --delete only one can be done at a time.")
+    image = ImageChoice(**choice)
+    if create is apply is delete is None:
+        _print_list(trio.run(_list, image), output)
+        return
+    if image.force_share:
+        raise click.UsageError("the snapshots of an image that another process may write to cannot be changed.")
+    if create is not None:
+        made = trio.run(_create, image, create)
+        if output == "json":
+            print_json(made)
+            return
+        text = f"Created snapshot {made['id']} ('{made['name']}') of '{image.image}'."
+    elif apply is not None:
+        text = f"Applied snapshot {trio.run(_apply, image, apply)} to '{image.image}'."
+    else:
+        assert delete is not None
+        text = f"Deleted snapshot {trio.run(_delete, image, delete)} of '{image.image}'."
+    if not quiet:
+        say(text)
+
+
+def _print_list(snapshots: list[dict[str, Any]], output: str) -> None:
+    if output == "json":
+        print_json(snapshots)
+    elif snapshots:
+        print_snapshots(snapshots)
+
+
+async def _list(image: ImageChoice) -> list[dict[str, Any]]:
+    async with image.open(follow_backing=False) as backend:
+        return [found.information() for found in backend.list_snapshots()]
+
+
+@contextlib.asynccontextmanager
+async def _writable(image: ImageChoice) -> AsyncIterator[Backend]:
+    # No snapshot needs to know what its disk stands on.
+    async with image.open(follow_backing=False, writable=True) as backend:
+        yield backend
+
+
+async def _create(image: ImageChoice, name: str) -> dict[str, Any]:
+    from fusedisk.block.snapshot import SnapshotInfo
+
+    async with _writable(image) as backend:
+        with progress("keeping", 1, bytes=False) as tell:
+            made = await backend.create_snapshot(SnapshotInfo("", name, time.time_ns()), tell)
+        return made.information()
+
+
+async def _apply(image: ImageChoice, id_or_name: str) -> str:
+    from fusedisk.block.snapshot import find_snapshot
+
+    async with _writable(image) as backend:
+        found = find_snapshot(backend.list_snapshots(), id_or_name, image.image)
+        with progress("applying", 1, bytes=False) as tell:
+            await backend.apply_snapshot(found.id, tell)
+        return f"{found.id} ('{found.name}')"
+
+
+async def _delete(image: ImageChoice, name: str) -> str:
+    from fusedisk.block.snapshot import find_snapshot_by
+
+    async with _writable(image) as backend:
+        found = find_snapshot_by(backend.list_snapshots(), image.image, name=name)
+        with progress("deleting", 1, bytes=False) as tell:
+            await backend.delete_snapshot(found.id, tell)
+        return f"{found.id} ('{found.name}')"
