@@ -376,9 +376,10 @@ class Driver:
     # --- creation ---------------------------------------------------------------------------------------
 
     @classmethod
-    async def create(cls, file: Node, options: Any) -> None:
+    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
         """Format drivers: write an empty image into the open, writable, empty node ``file``, using
-        :mod:`fusedisk.block.io`. ``options`` is an instance of ``create_options_type`` with its size filled in."""
+        :mod:`fusedisk.block.io`. ``options`` is an instance of ``create_options_type`` with its size filled in;
+        ``data_file`` is an empty node too, where the options have one."""
         raise NotSupportedError(f"{cls.name} images cannot be created.")
 
     @classmethod
