@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import trio
 
 from fusedisk.block import permissions, transfer
-from fusedisk.block.driver import COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, ZERO_NEW, Buffer, Role
+from fusedisk.block.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, ZERO_NEW, Buffer, Role
 from fusedisk.block.extent import UNALLOCATED
 from fusedisk.block.node import Node
 from fusedisk.block.tracked import Request
@@ -120,13 +120,17 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     """Write all buffers, one after the other, at ``offset``.
 
     Nodes whose driver moves bytes grow where the write goes past their end; others raise OutOfRangeError.
-    Raises the driver's FusediskError with the place attached.
+    ``flags`` may hold COMPRESSED, for whole clusters (or up to the disk's end); raises NotSupportedError where the
+    driver does not compress. Raises the driver's FusediskError with the place attached.
     """
     length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
     if not length:
         return
     check_writable(node, flags)
     end = offset + length
+    if flags & COMPRESSED and not node.driver.is_filter:
+        await _write_compressed(node, offset, buffers, length, flags)
+        return
     if end > node.length and not node.driver.moves_bytes and not node.driver.is_filter:
         raise OutOfRangeError(f"A write up to {end} goes past the end of '{node.filename}' at {node.length}.").at(
             node.name, "write", offset, length
@@ -163,6 +167,35 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     finally:
         request.leave(node)
     if flags & FUA and not node.driver.supports_fua:
+        await flush(node)
+
+
+async def _write_compressed(node: Node, offset: int, buffers: Sequence[Buffer], length: int, flags: int) -> None:
+    if not node.driver.compresses:
+        raise NotSupportedError(
+            f"'{node.filename}' cannot take compressed writes: {node.driver.name} does not compress."
+        )
+    end, unit = offset + length, node.limits.cluster_size
+    if offset % unit or end > node.length or (end % unit and end != node.length):
+        raise OutOfRangeError(
+            f"A compressed write of {length} bytes at {offset} was asked of '{node.filename}', but whole clusters of "
+            f"{unit} bytes, or up to the disk's end at {node.length}, were wanted."
+        )
+    request = Request(offset, -(-end // unit) * unit, True, serialising=True)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        for hook in tuple(node.before_write):
+            await hook(offset, length)
+        data = buffers[0] if len(buffers) == 1 else memoryview(b"".join(buffers))
+        await node.driver.write_compressed(offset, data)
+        _wrote(node, end)
+    except FusediskError as exc:
+        exc.at(node.name, "write-compressed", offset, length)
+        raise
+    finally:
+        request.leave(node)
+    if flags & FUA:
         await flush(node)
 
 

@@ -288,10 +288,7 @@ class Qcow2Driver(SnapshotDriver):
         self.allocator.abandon(allocation)
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
-        if self.encodes or self.image.header.incompatible_features & layout.EXTERNAL_DATA:
-            what = "is encrypted" if self.encodes else "has an external data file"
-            raise NotSupportedError(f"'{self.node.filename}' {what}, so nothing in it can be compressed.")
-        await self._prepare_writing()
+        await self.prepare_writing()
         if self._compressing is None:
             self._compressing = CompressedWriter(self.node, self.allocator, self._drop)
         await self._compressing.write(offset, data)
