@@ -38,11 +38,18 @@ class Oracle:
         self.current = bytearray(content)
         self.length = len(content)
         self.steps: list[Step] = []
+        self.snapshots: dict[str, bytes] = {}
+        """What each snapshot holds, those deleted included; no name is used twice."""
+        self._made: dict[str, int] = {}
+        self._deleted: dict[str, int] = {}
         self._floor: tuple[frozenset[int], bytes, int] | None = None
 
     def begin(self, offset: int, data: bytes, length: int | None = None) -> int:
         """Remember a request that writes ``data``, or makes the disk ``length`` long; returns its number."""
         if length is not None:
+            if length < self.length:
+                # What is cut off reads as zeroes if the disk grows again.
+                offset, data = length, bytes(self.length - length)
             self.length = length
             self.current += bytes(max(0, length - len(self.current)))
         self.current[offset : offset + len(data)] = data
@@ -50,6 +57,35 @@ class Oracle:
         end = -(-(offset + len(data)) // SECTOR) * SECTOR
         self.steps.append(Step(start, bytes(self.current[start:end]) if data else b"", self.length))
         return len(self.steps) - 1
+
+    def begin_snapshot(self, name: str) -> int:
+        """Remember that a snapshot is made; returns the request's number."""
+        self.snapshots[name] = bytes(self.current[: self.length])
+        self._made[name] = self.begin(0, b"")
+        return self._made[name]
+
+    def begin_delete(self, name: str) -> int:
+        """Remember that a snapshot is deleted; returns the request's number."""
+        self._deleted[name] = self.begin(0, b"")
+        return self._deleted[name]
+
+    def begin_apply(self, name: str) -> int:
+        """Remember that the disk becomes what a snapshot holds; returns the request's number."""
+        content = self.snapshots[name]
+        return self.begin(0, content.ljust(self.length, b"\0"), len(content))
+
+    def snapshot_complaints(self, found: dict[str, bytes], view: View) -> Iterator[str]:
+        """What is wrong with an image that has the snapshots ``found``."""
+        for name, content in found.items():
+            if name not in self._made:
+                continue  # it was there before
+            if self._made[name] not in view.must | view.may or self._deleted.get(name) in view.must:
+                yield f"there is a snapshot {name}"
+            elif content != self.snapshots[name]:
+                yield f"snapshot {name} does not hold what the disk held"
+        for name, number in self._made.items():
+            if number in view.must and self._deleted.get(name) not in view.must | view.may and name not in found:
+                yield f"snapshot {name} is gone"
 
     def floor(self, must: frozenset[int]) -> tuple[bytes, int]:
         """Content and length after the steps in ``must``."""
@@ -60,6 +96,7 @@ class Oracle:
                 content += bytes(max(0, step.length - len(content)))
                 content[step.offset : step.offset + len(step.content)] = step.content
                 length = step.length
+                content[length:] = bytes(len(content) - length)
             self._floor = must, bytes(content), length
         return self._floor[1:]
 
@@ -72,8 +109,7 @@ class Oracle:
         lengths = {length, *(self.steps[number].length for number in view.may)}
         if len(found) not in lengths:
             yield f"the disk is {len(found)} bytes long, one of {sorted(lengths)} was wanted"
-        end = max(len(found), len(floor))
-        found, floor = found.ljust(end, b"\0"), floor.ljust(end, b"\0")
+        floor = floor[: len(found)].ljust(len(found), b"\0")
         if found == floor:
             return
         versions = self._versions(view.may)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fusedisk.block.backend import Backend
 from fusedisk.block.graph import Graph
+from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.filter.blklogwrites import BlklogwritesDriver
 from fusedisk.drivers.table import DRIVERS
@@ -66,11 +67,42 @@ class Guest:
         await self._done(number)
 
     async def resize(self, length: int) -> None:
-        """Grow the disk."""
+        """Make the disk longer or shorter."""
         number = self.oracle.begin(0, b"", length)
         await self._log.mark(f"start {number}")
         await self.backend.truncate(length)
         await self._done(number)
+
+    async def create_snapshot(self, name: str) -> None:
+        """Make an internal snapshot, which makes durable what is done."""
+        number = self.oracle.begin_snapshot(name)
+        await self._log.mark(f"start {number}")
+        await self.backend.create_snapshot(SnapshotInfo("", name, number * 10**9))
+        await self._settled(number)
+
+    async def apply_snapshot(self, name: str) -> None:
+        """Let the disk be what it was."""
+        number = self.oracle.begin_apply(name)
+        await self._log.mark(f"start {number}")
+        await self.backend.apply_snapshot(self._id(name))
+        await self._settled(number)
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Forget a snapshot."""
+        number = self.oracle.begin_delete(name)
+        await self._log.mark(f"start {number}")
+        await self.backend.delete_snapshot(self._id(name))
+        await self._settled(number)
+
+    def _id(self, name: str) -> str:
+        return next(found.id for found in self.backend.list_snapshots() if found.name == name)
+
+    async def _settled(self, number: int) -> None:
+        """A change of snapshots is durable when it is done, and so is all that was done before."""
+        await self._done(number)
+        self._flushes += 1
+        await self._log.mark(f"flush {self._flushes}")
+        await self._log.mark(f"flushed {self._flushes}")
 
     async def flush(self) -> None:
         """Make durable what is done."""

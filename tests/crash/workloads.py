@@ -165,6 +165,18 @@ async def growth(guest: Guest, random_: random.Random, unit: int) -> None:
             await guest.flush()
 
 
+async def shrinking(guest: Guest, random_: random.Random, unit: int) -> None:
+    """The disk shrinks and grows while it is written."""
+    for _ in range(8):
+        for offset, length in places(random_, guest.length, unit, 5):
+            await guest.write(offset, stamped(length))
+        if random_.random() < 0.5:
+            await guest.flush()
+        await guest.resize(random_.randrange(8 * unit, 128 * KIB) // SECTOR * SECTOR)
+        if random_.random() < 0.5:
+            await guest.flush()
+
+
 async def mixed(guest: Guest, random_: random.Random, unit: int) -> None:
     """Everything."""
     for offset, length in places(random_, guest.length, unit, 60):
@@ -176,6 +188,38 @@ async def mixed(guest: Guest, random_: random.Random, unit: int) -> None:
             case _:
                 await guest.write(offset, stamped(length))
         if random_.random() < 0.15:
+            await guest.flush()
+
+
+async def snapshotting(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Snapshots are made, applied and deleted between writes and discards."""
+    await _snapshotting(guest, random_, unit, grows=False)
+
+
+async def snapshotting_growth(guest: Guest, random_: random.Random, unit: int) -> None:
+    """The same on a disk that grows, and shrinks when an old snapshot is applied."""
+    await _snapshotting(guest, random_, unit, grows=True)
+
+
+async def _snapshotting(guest: Guest, random_: random.Random, unit: int, *, grows: bool) -> None:
+    names: list[str] = []
+    for index in range(24):
+        for offset, length in places(random_, guest.length, unit, random_.randrange(4)):
+            if random_.random() < 0.8 or guest.backend.node.backing is not None:
+                await guest.write(offset, stamped(length))
+            else:
+                await guest.discard(offset, length, unit)
+        if grows and random_.random() < 0.2:
+            await guest.resize(guest.length + random_.randrange(1, 200) * SECTOR)
+        kind = random_.choice(("create", "create", "apply", "delete", "flush"))
+        if kind == "create" or not names:
+            names.append(f"s{index}")
+            await guest.create_snapshot(names[-1])
+        elif kind == "apply":
+            await guest.apply_snapshot(random_.choice(names))
+        elif kind == "delete":
+            await guest.delete_snapshot(names.pop(random_.randrange(len(names))))
+        else:
             await guest.flush()
 
 
@@ -199,6 +243,7 @@ async def parallel(guest: Guest, random_: random.Random, unit: int) -> None:
 
 
 FULL = ("write -P 17 0 128k", "write -P 19 160k 40k")
+COMPRESSED = tuple(f"write -c -P {n + 1} {n * 4}k 4k" for n in range(40))
 SNAPSHOTS = ("write -P 17 0 160k", "snapshot one", "write -P 19 16k 64k", "snapshot two", "write -P 23 100k 9k")
 
 WORKLOADS: dict[str, Workload] = {
@@ -231,11 +276,21 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Workload("snapshots", mixed, prepare=SNAPSHOTS),
         Workload("snapshots-v2", allocation, prepare=SNAPSHOTS, version=2),
-        Workload("compressed", mixed, prepare=tuple(f"write -c -P {n + 1} {n * 4}k 4k" for n in range(40))),
+        Workload("compressed", mixed, prepare=COMPRESSED),
         Workload("mixed-512", mixed, cluster_size=512),
+        Workload("shrinking", shrinking),
+        Workload("shrinking-512", shrinking, cluster_size=512),
+        Workload("shrinking-snapshots", shrinking, prepare=SNAPSHOTS),
         Workload("lazy-refcounts", mixed, options="lazy_refcounts=on"),
         Workload("lazy-refcounts-growth", growth, size=16 * KIB, cluster_size=512, options="lazy_refcounts=on"),
         Workload("lazy-refcounts-snapshots", mixed, options="lazy_refcounts=on", prepare=SNAPSHOTS),
+        Workload("snapshot-changes", snapshotting, prepare=FULL),
+        Workload("snapshot-changes-v2", snapshotting, prepare=FULL, version=2),
+        Workload("snapshot-changes-512", snapshotting_growth, cluster_size=512, options="refcount_bits=4"),
+        Workload("snapshot-changes-backing", snapshotting, backing=True),
+        Workload("snapshot-changes-compressed", snapshotting, prepare=COMPRESSED),
+        Workload("snapshot-changes-growth", snapshotting_growth, prepare=FULL),
+        Workload("snapshot-changes-lazy", snapshotting, options="lazy_refcounts=on"),
         Workload("parallel", parallel),
         Workload("parallel-backing", parallel, backing=True),
     )

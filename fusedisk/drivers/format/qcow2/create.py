@@ -106,7 +106,7 @@ async def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None
     if data_file is not None:
         edge = image.data_file = Child("data-file", Role.DATA_FILE, None, data_file, f"'{data_file.filename}'")
     allocator = new_allocator(cluster_map(image, edge), refcounts, committer, edge)
-    resize.check_growth(allocator, length, zero_new=False)
+    resize.check_size(allocator, length, "off", zero_new=False)
     await refcounts.load()
     await encryption.encrypt_new(image, refcounts, options)
     await resize.grow_l1(allocator, resize.l1_entries(allocator, length))

@@ -175,12 +175,12 @@ async def _replace(allocator: Allocator, l1_index: int, index: int, old: array[i
     geometry = allocator.geometry
     pairs = zip(geometry.descriptors(old), geometry.descriptors(new), strict=True)
     dropped = [before for before, after in pairs if _loses_reference(before, after)]
-    await _check_dropped(allocator, dropped)
+    await check_dropped(allocator, dropped)
     await allocator.image.put_l2_entries(l1_index, index, new, ordered=False)
     allocator.space.free_entries(dropped, reason=Reason.REQUEST)
 
 
-async def _check_dropped(allocator: Allocator, dropped: list[int]) -> None:
+async def check_dropped(allocator: Allocator, dropped: list[int]) -> None:
     """Refuse to free metadata, and maybe punch holes into it, because an entry leads there."""
     geometry, image = allocator.geometry, allocator.image
     places = [(run.first << geometry.cluster_bits, run.clusters) for run in plain_runs(dropped, geometry)]

@@ -67,6 +67,7 @@ class Qcow2Driver(SnapshotDriver):
     compresses = True
     options_type: ClassVar[type[Options]] = Qcow2Options
     create_options_type: ClassVar[type[CreateOptions] | None] = Qcow2CreateOptions
+    amend_options_type: ClassVar[type[CreateOptions] | None] = Qcow2AmendOptions
     child_specs = (ChildSpec("file", Role.FILE), ChildSpec("data-file", Role.DATA_FILE, required=False))
 
     clusters: ClusterMap
@@ -379,16 +380,34 @@ class Qcow2Driver(SnapshotDriver):
         await self.prepare_writing()
         allocator, zero_new = self.allocator, bool(flags & ZERO_NEW)
         old = self.image.header.size
-        resize.check_growth(allocator, length, zero_new=zero_new)
-        if length == old:
-            return
+        resize.check_size(allocator, length, preallocation, zero_new=zero_new)
+        if length < old:
+            await self._shrink(length)
+        elif length > old:
+            await self._grow(length, preallocation, zero_new=zero_new)
+
+    async def _grow(self, length: int, preallocation: str, *, zero_new: bool) -> None:
+        allocator, old, size = self.allocator, self.image.header.size, self.image.geometry.cluster_size
         await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
         await self._zero_tail(zero_new)
         await resize.clear_behind_end(allocator, length, zero_new=zero_new)
         if preallocation != "off":
-            size = self.image.geometry.cluster_size
             await resize.preallocate(allocator, -(-old // size) * size, length, preallocation)
+        await self._resize_raw_data(length)
         await resize.set_size(allocator, length)
+
+    async def _shrink(self, length: int) -> None:
+        old = self.image.header.size
+        await resize.set_size(self.allocator, length)
+        await self._resize_raw_data(length)
+        await resize.drop_behind_end(self.allocator, old)
+        await resize.shorten_file(self.allocator)
+
+    async def _resize_raw_data(self, length: int) -> None:
+        """Keep a raw data file as long as the disk."""
+        if self.image.header.has_raw_data_file:
+            assert self.image.data_file is not None
+            await io.truncate(self.image.data_file.node, length)
 
     async def _zero_tail(self, zero_new: bool) -> None:
         """Make what the last cluster holds behind the disk's end zero, before the disk grows over it."""
@@ -405,6 +424,26 @@ class Qcow2Driver(SnapshotDriver):
                 # As the guest would: in place, or by copying where the cluster is shared or compressed.
                 await transfer.write(self.node, offset, (memoryview(bytes(len(tail))),), 0)
             offset += len(tail)
+
+    # --- settings ---------------------------------------------------------------------------------------
+
+    async def amend(self, options: Any, progress: Progress, *, force: bool) -> None:
+        # Not with the rest: who opens an image seldom amends one.
+        from fusedisk.drivers.format.qcow2.amend import amend
+
+        await amend(self, options, progress, force=force)
+
+    async def reload(self) -> None:
+        """Take everything from the file anew, after a change of what stays the same otherwise. No request is in
+        flight. An image that cannot be read again is fenced."""
+        await self.committer.finish()
+        self._end_writing()
+        self._compressed = None
+        try:
+            await self.open()
+        except BaseException as exc:
+            self.node.fence(f"It could not be read again after a change of its settings: {exc}.")
+            raise
 
     # --- information ------------------------------------------------------------------------------------
 

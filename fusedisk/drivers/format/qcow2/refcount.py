@@ -157,6 +157,16 @@ class Refcounts:
             return 0
         return self.codec.get(await self.blocks.load(offset), index)
 
+    async def last_used(self) -> int:
+        """The last host cluster with a refcount."""
+        per_block = self.geometry.block_entries
+        for block_index in range(len(self.table) - 1, -1, -1):
+            if offset := self.table[block_index]:
+                index = self.codec.last_used(await self.blocks.load(offset))
+                if index is not None:
+                    return block_index * per_block + index
+        return 0
+
     # --- allocating -------------------------------------------------------------------------------------
 
     async def allocate(self, count: int, *, exact: bool = False) -> HostRun:

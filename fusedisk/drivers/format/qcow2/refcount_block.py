@@ -56,6 +56,17 @@ class RefcountCodec(abc.ABC):
         """One refcount."""
         return self.values(block, index, 1)[0]
 
+    def last_used(self, block: bytearray) -> int | None:
+        """The last entry that is not zero."""
+        position = len(block.rstrip(b"\0")) - 1
+        if position < 0:
+            return None
+        if self.bits >= 8:
+            return position * 8 // self.bits
+        first = position * 8 // self.bits
+        values = self.values(block, first, 8 // self.bits)
+        return first + max(index for index, value in enumerate(values) if value)
+
     def added(self, block: bytearray, index: int, deltas: list[int]) -> tuple[int, bytes, list[Run]]:
         """Add ``deltas`` to neighbouring entries without changing the block.
 

@@ -1,7 +1,9 @@
-"""Growing an image: the L1 table, the tail of the last cluster, preallocation, then the size in the header.
+"""Resizing an image.
 
-No request is in flight meanwhile. Whatever is done before the new size is in the header lies behind the
-disk's end, so stopping anywhere, or losing power, leaves the old disk.
+Growing: the L1 table, the tail of the last cluster, preallocation, then the size in the header. Shrinking: the size in
+the header, then what leads behind the disk's end, then the file's own end. No request is in flight meanwhile. Whatever
+is done lies behind the disk's end as the header has it, so stopping anywhere, or losing power, leaves the old disk or
+the new one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, HostRun
+from fusedisk.drivers.format.qcow2.refcount import Reason
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 
@@ -32,16 +35,18 @@ async def set_size(allocator: Allocator, length: int) -> None:
         await allocator.image.barrier()
         await allocator.image.put_header_fields(layout.SIZE_FIELD, length.to_bytes(8, "big"))
         allocator.image.header.size = length
+        await allocator.image.barrier()
 
 
-def check_growth(allocator: Allocator, length: int, *, zero_new: bool) -> None:
+def check_size(allocator: Allocator, length: int, preallocation: str, *, zero_new: bool) -> None:
     """Raise NotSupportedError or OptionError, with nothing changed, where the image cannot become ``length``
     bytes.
     """
     image, header = allocator.image, allocator.image.header
-    if length < header.size:
-        raise NotSupportedError(
-            f"'{image.filename}' has {header.size} bytes and cannot shrink to {length}: qcow2 images can only grow yet."
+    if length < header.size and preallocation != "off":
+        raise OptionError(
+            f"'{image.filename}' has {header.size} bytes and cannot shrink to {length} with preallocation, which is "
+            "for what is added."
         )
     if length % _SECTOR:
         raise OptionError(f"'{image.filename}' cannot get {length} bytes, a multiple of {_SECTOR} was wanted.")
@@ -95,6 +100,58 @@ async def clear_behind_end(allocator: Allocator, length: int, *, zero_new: bool)
     if start < length:
         transform = (lambda entry: ZERO) if zero_new else (lambda entry: 0)
         await discard.change(allocator, start, length - start, transform, allocate=zero_new)
+
+
+async def drop_behind_end(allocator: Allocator, old_size: int) -> None:
+    """Drop what leads to clusters between the disk's end and where it was."""
+    geometry, length = allocator.geometry, allocator.image.header.size
+    start = -(-length // geometry.cluster_size) * geometry.cluster_size
+    spans = -(-start // (1 << geometry.span_bits))
+    first_whole = min(spans << geometry.span_bits, old_size)
+    if start < first_whole:
+        await discard.change(allocator, start, first_whole - start, lambda entry: 0, allocate=False)
+    for l1_index in range(spans, l1_entries(allocator, old_size)):
+        if allocator.image.l1[l1_index] & OFFSET_MASK:
+            await allocator.committer.relieve()
+            async with allocator.image.mutex:
+                await _drop_table(allocator, l1_index)
+            await trio.lowlevel.checkpoint()
+
+
+async def _drop_table(allocator: Allocator, l1_index: int) -> None:
+    """Drop an L2 table with everything that it leads to."""
+    image, geometry = allocator.image, allocator.geometry
+    table = await allocator.clusters.table_at(l1_index)
+    assert table is not None
+    offset = image.l1[l1_index] & OFFSET_MASK
+    what = image.metadata_at(offset, geometry.cluster_size)
+    if what is not None:
+        raise await image.corruption(f"L1 entry {l1_index} leads to {offset}, where its {what} lies")
+    bad = allocator.clusters.find_bad(table)
+    if bad is not None:
+        words = geometry.entry_words
+        raise await allocator.clusters.bad_entry(
+            (l1_index << geometry.span_bits) + (bad << geometry.cluster_bits), table[bad * words : (bad + 1) * words]
+        )
+    dropped = list(geometry.descriptors(table))
+    await discard.check_dropped(allocator, dropped)
+    image.put_l1_entry(l1_index, 0)
+    image.dirty.forget_l2(offset)
+    allocator.space.free_entries(dropped, reason=Reason.REQUEST)
+    allocator.refcounts.free([HostRun(offset >> geometry.cluster_bits, 1)], reason=Reason.REQUEST)
+
+
+async def shorten_file(allocator: Allocator) -> None:
+    """Cut off the file what lies behind the last cluster in use."""
+    async with allocator.committer.exclusive():
+        pass
+    async with allocator.committer.exclusive():
+        await allocator.committer.write_refcounts()
+        await allocator.image.barrier()
+        end = (await allocator.refcounts.last_used() + 1) << allocator.geometry.cluster_bits
+        node = allocator.image.storage.node
+        if end < node.length:
+            await io.truncate(node, end)
 
 
 async def preallocate(allocator: Allocator, start: int, end: int, mode: str) -> None:
