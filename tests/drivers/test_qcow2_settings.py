@@ -143,6 +143,27 @@ async def test_space_that_is_freed_in_other_ways(tmp_path: Path) -> None:
         assert len(store.steps.of("discard")) == passes
 
 
+@pytest.mark.parametrize("extended", [False, True])
+async def test_discards_that_keep_the_clusters(tmp_path: Path, extended: bool) -> None:
+    path = tmp_path / "x.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"extended_l2={'on' if extended else 'off'}", path, "4M")
+    qemu_io(path, "write -P 3 0 2M", "write -c -P 4 2M 64k", fmt="qcow2")
+    qemu_img("snapshot", "-c", "one", path)
+    qemu_io(path, "write -P 5 0 1M", fmt="qcow2")
+    async with opened(path, discard="unmap", **_checks("on", "discard-no-unref")) as backend:
+        before = (await backend.block_status(0, CLUSTER)).offset
+        blocks = path.stat().st_blocks
+        await backend.discard(0, 4 * MIB)
+        assert await backend.read(0, 4 * MIB) == bytes(4 * MIB)
+        assert path.stat().st_blocks * 512 <= blocks * 512 - MIB
+        await backend.write(100, b"again")
+        assert (await backend.block_status(0, CLUSTER)).offset == before
+    assert_clean(path)
+    qemu_io(path, "read -P 0 64k 4032k", fmt="qcow2", options="-r")
+    qemu_img("snapshot", "-a", "one", path)
+    qemu_io(path, "read -P 3 0 2M", "read -P 4 2M 64k", fmt="qcow2", options="-r")
+
+
 # --- overlap checks -------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,8 @@ class Allocator:
         self.image = clusters.image
         self.geometry = self.image.geometry
         self.backing_length = backing_length
+        self.keeps_discarded = False
+        """The option discard-no-unref."""
         self._in_flight: list[Allocation] = []
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:

@@ -14,12 +14,14 @@ from array import array
 
 import trio
 
+from fusedisk.block import io
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.cluster import Transform
 from fusedisk.drivers.format.qcow2.entries import (
     ALL_ALLOCATED,
     COMPRESSED,
+    COPIED,
     OFFSET_MASK,
     SUBCLUSTERS,
     ZERO,
@@ -53,15 +55,18 @@ async def write_zeroes(allocator: Allocator, offset: int, length: int, *, may_un
 async def discard(allocator: Allocator, offset: int, length: int, *, has_backing: bool) -> None:
     """Give whole clusters back; they read as zeroes afterwards. ``length`` may end at the disk's end instead.
 
-    Raises NotSupportedError for version 2 with a backing file.
+    With ``discard-no-unref`` the image keeps clusters that are its alone, for the same guest offsets, and only the host
+    gets the space. Raises NotSupportedError for version 2 with a backing file.
     """
     if allocator.geometry.version < 3:
         _check_no_backing(allocator, has_backing)
         await change(allocator, offset, length, _unallocated, allocate=False)
     elif has_backing:
-        await change(allocator, offset, length, _plain_zero, allocate=True)
+        transform = _kept_or_zero if allocator.keeps_discarded else _plain_zero
+        await change(allocator, offset, length, transform, allocate=True, discard_kept=allocator.keeps_discarded)
     else:
-        await change(allocator, offset, length, _zero_if_allocated, allocate=False)
+        transform = _kept_if_allocated if allocator.keeps_discarded else _zero_if_allocated
+        await change(allocator, offset, length, transform, allocate=False, discard_kept=allocator.keeps_discarded)
 
 
 def _is_part(allocator: Allocator, offset: int, length: int) -> bool:
@@ -94,10 +99,28 @@ def _zero_if_allocated(entry: int) -> int:
     return ZERO if entry else 0
 
 
-async def change(allocator: Allocator, offset: int, length: int, transform: Transform, *, allocate: bool) -> None:
+def _kept_or_zero(entry: int) -> int:
+    ours = entry & COPIED and entry & OFFSET_MASK and not entry & COMPRESSED
+    return entry | ZERO if ours else ZERO
+
+
+def _kept_if_allocated(entry: int) -> int:
+    return _kept_or_zero(entry) if entry else 0
+
+
+async def change(
+    allocator: Allocator,
+    offset: int,
+    length: int,
+    transform: Transform,
+    *,
+    allocate: bool,
+    discard_kept: bool = False,
+) -> None:
     """Replace the entries of whole clusters by ``transform(entry)`` and free what is no longer referred to.
 
-    ``allocate``: make L2 tables where there are none.
+    ``allocate``: make L2 tables where there are none. ``discard_kept``: what is referred to still has no data; the
+    host gets its space.
     """
     geometry, l1 = allocator.geometry, allocator.image.l1
     cluster = offset >> geometry.cluster_bits
@@ -109,14 +132,16 @@ async def change(allocator: Allocator, offset: int, length: int, transform: Tran
         if worked:
             await allocator.committer.relieve()
             async with allocator.image.mutex:
-                await _change_table(allocator, l1_index, cluster, table_end, transform)
+                await _change_table(allocator, l1_index, cluster, table_end, transform, discard_kept=discard_kept)
         if table_end < end and (worked or not l1_index % _SKIPS_AT_ONCE):
             # A large request must not keep everybody else from running.
             await trio.lowlevel.checkpoint()
         cluster = table_end
 
 
-async def _change_table(allocator: Allocator, l1_index: int, cluster: int, end: int, transform: Transform) -> None:
+async def _change_table(
+    allocator: Allocator, l1_index: int, cluster: int, end: int, transform: Transform, *, discard_kept: bool
+) -> None:
     """Change entries of one L2 table."""
     geometry, clusters, words = allocator.geometry, allocator.clusters, allocator.geometry.entry_words
     base = l1_index << geometry.l2_bits
@@ -137,6 +162,18 @@ async def _change_table(allocator: Allocator, l1_index: int, cluster: int, end: 
     first, last = differing[0], differing[-1] + 1
     part = slice(first * words, last * words)
     await _replace(allocator, l1_index, cluster - base + first, old[part], new[part])
+    if discard_kept and Reason.REQUEST in allocator.refcounts.pass_discard:
+        await _discard_kept(allocator, [new[i * words] for i in differing])
+
+
+async def _discard_kept(allocator: Allocator, entries: list[int]) -> None:
+    """Give the host the space of clusters that only entries of zeroes refer to.
+
+    At once: who discards may find zeroes there however early the power goes.
+    """
+    bits, space = allocator.geometry.cluster_bits, allocator.space
+    for run in plain_runs(entries, allocator.geometry):
+        await io.discard(space.edge.node, space.place(run.first << bits), run.clusters << bits)
 
 
 async def zero_subclusters(allocator: Allocator, offset: int, length: int, *, may_unmap: bool) -> None:

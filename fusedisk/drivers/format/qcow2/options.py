@@ -66,6 +66,9 @@ class Qcow2Options(Options):
         True, kind="bool", help="give the host the space that a snapshot alone had used"
     )
     pass_discard_other: bool = option(False, kind="bool", help="give the host the space that is freed in other ways")
+    discard_no_unref: bool = option(
+        False, kind="bool", help="keep the clusters of what the guest discards for it, so that nothing gets fragmented"
+    )
     overlap_check: str = option(
         "cached",
         help="metadata that no write may touch: none, constant (header, L1, refcount and snapshot tables), "
