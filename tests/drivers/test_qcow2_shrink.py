@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from fusedisk.block.backend import Backend
 from fusedisk.core.errors import CorruptImageError, NotSupportedError, OptionError
 from tests.conftest import qemu_img, qemu_io
 from tests.support.qcow2 import assert_clean, create_image, driver_of, opened, raw_content
@@ -116,6 +119,14 @@ async def test_an_entry_that_leads_into_metadata_is_not_freed(tmp_path: Path) ->
     content = bytearray(image.read_bytes())
     content[l2 : l2 + 8] = (1 << 63 | l1).to_bytes(8, "big")
     image.write_bytes(content)
-    with pytest.raises(CorruptImageError, match="where its L1 table lies"):
-        async with opened(image) as backend:
+    async with _closing_fails(image) as backend:
+        with pytest.raises(CorruptImageError, match="where its L1 table lies"):
             await backend.truncate(512)
+
+
+@asynccontextmanager
+async def _closing_fails(image: Path) -> AsyncIterator[Backend]:
+    """What was changed before the corruption was found cannot be written any more, and that is said."""
+    with pytest.raises(CorruptImageError, match="before all changes of its metadata were written"):
+        async with opened(image) as backend:
+            yield backend

@@ -39,6 +39,7 @@ from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import is_zero, zero_fill
 from fusedisk.drivers.format.qcow2 import create, discard, layout, resize
 from fusedisk.drivers.format.qcow2.allocation import Allocation
+from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.compress import CompressedWriter
@@ -121,10 +122,10 @@ class Qcow2Driver(SnapshotDriver):
         self.committer = Committer(image, self.refcounts)
         self.encryption = await open_encryption(edge.node, header, self.options, node.filename)
         self.encodes = self.refcounts.encrypted = self.encryption is not None
-        self._take_options(self.options)
         self.allocator = new_allocator(
             self.clusters, self.refcounts, self.committer, image.data_file, self._backing_length
         )
+        self._take_options(self.options)
         self._lookup = self.clusters.lookup
         self._lookup_in_place = _nothing
         image.l2.set_size(l2_size)
@@ -159,6 +160,7 @@ class Qcow2Driver(SnapshotDriver):
         if lazy is None:
             lazy = bool(self.image.header.compatible_features & layout.LAZY_REFCOUNTS)
         self.committer.lazy_refcounts = lazy
+        self.allocator.keeps_discarded = options.discard_no_unref
         request = options.pass_discard_request
         wanted = {
             Reason.REQUEST: self.node.config.discard_unmap if request is None else request,
@@ -522,6 +524,8 @@ async def _read(file: Node, length: int) -> bytes:
 
 
 def _check_lazy(options: Qcow2Options, header: Header, filename: str) -> None:
+    if options.discard_no_unref and header.version < 3:
+        raise OptionError(f"'{filename}' is qcow2 of version 2, but discard-no-unref needs version 3 (compat=1.1).")
     if options.lazy_refcounts and header.version < 3:
         raise OptionError(f"'{filename}' is qcow2 of version 2, but lazy-refcounts needs version 3 (compat=1.1).")
 
