@@ -14,13 +14,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusedisk.api import Disk, create, open
+    from fusedisk.api import Disk, amend, create, open
     from fusedisk.block.extent import BlockStatus
     from fusedisk.block.mapping import MapEntry
     from fusedisk.block.snapshot import SnapshotInfo
     from fusedisk.core import errors
     from fusedisk.core.errors import FusediskError
-    from fusedisk.sync import DiskFile, SyncDisk, create_sync, open_sync
+    from fusedisk.sync import DiskFile, SyncDisk, amend_sync, create_sync, open_sync
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,8 @@ _PLACES = {
     "MapEntry": "fusedisk.block.mapping",
     "SnapshotInfo": "fusedisk.block.snapshot",
     "SyncDisk": "fusedisk.sync",
+    "amend": "fusedisk.api",
+    "amend_sync": "fusedisk.sync",
     "create": "fusedisk.api",
     "create_sync": "fusedisk.sync",
     "open": "fusedisk.api",
@@ -47,6 +49,8 @@ __all__ = [
     "SnapshotInfo",
     "SyncDisk",
     "__version__",
+    "amend",
+    "amend_sync",
     "create",
     "create_sync",
     "errors",

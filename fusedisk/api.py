@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
 import trio
 
+from fusedisk.block.amend import amend_image
 from fusedisk.block.backend import Backend
 from fusedisk.block.cache_modes import CACHE_MODES
 from fusedisk.block.create import create_image
@@ -25,7 +26,7 @@ from fusedisk.block.graph import Graph
 from fusedisk.block.information import chain_information, image_information
 from fusedisk.block.mapping import MapEntry, map_entries
 from fusedisk.block.node import NodeConfig
-from fusedisk.block.snapshot import SnapshotInfo, find_snapshot, find_snapshot_by
+from fusedisk.block.snapshot import SnapshotInfo, find_snapshot, find_snapshot_by, no_progress
 from fusedisk.core.errors import FusediskError, OptionError
 from fusedisk.drivers.table import DRIVERS
 
@@ -307,3 +308,33 @@ async def create(
         path = f"./{path}"
     gate = _gate(allow_paths, allow_any_reference)
     await create_image(DRIVERS, format, path, given, gate=gate, check_backing=check_backing)
+
+
+async def amend(
+    image: Image,
+    options: Mapping[str, Any],
+    *,
+    format: str | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    allow_paths: Iterable[str | os.PathLike[str]] = (),
+    allow_any_reference: bool = False,
+) -> None:
+    """Give an image that nobody uses other settings; those that ``options`` does not name stay, and so does the data.
+
+    ``image`` is what :func:`open` takes. ``options`` are those of its format (``size``, ``compat``, ``refcount_bits``,
+    …); ``fusedisk amend -f FORMAT -o help`` lists them. ``force`` allows what may lose data. ``progress`` is called
+    with how much is done and how much there is to do, in units that mean nothing.
+
+    Raises OptionError and NotSupportedError for what cannot be changed, with nothing changed, PassphraseError where
+    a key is missing or wrong, and the errors of :func:`open`.
+    """
+    await amend_image(
+        DRIVERS,
+        _specification(image),
+        options,
+        format=format,
+        force=force,
+        gate=_gate(allow_paths, allow_any_reference),
+        progress=progress or no_progress,
+    )

@@ -267,8 +267,18 @@ def _create_like(make: Callable[_Params, Awaitable[None]]) -> Callable[_Params, 
     return create_sync
 
 
+def _amend_like(change: Callable[_Params, Awaitable[None]]) -> Callable[_Params, None]:
+    @functools.wraps(change, assigned=())
+    def amend_sync(*args: _Params.args, **kwargs: _Params.kwargs) -> None:
+        """Change settings of an image; takes the arguments of :func:`fusedisk.amend` and raises its errors."""
+        _background().call(lambda: change(*args, **kwargs))
+
+    return amend_sync
+
+
 open_sync = _open_like(api.open)
 create_sync = _create_like(api.create)
+amend_sync = _amend_like(api.amend)
 
 
 class DiskFile(io.RawIOBase):

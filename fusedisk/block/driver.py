@@ -105,6 +105,8 @@ class Driver:
     options_type: ClassVar[type[Options]] = Options
     create_options_type: ClassVar[type[CreateOptions] | None] = None
     """None: images of this kind cannot be created."""
+    amend_options_type: ClassVar[type[CreateOptions] | None] = None
+    """What can be changed later, every default None; None: nothing can."""
     child_specs: ClassVar[tuple[ChildSpec, ...]] = ()
 
     def __init__(self, node: Node, options: Any) -> None:
@@ -336,6 +338,14 @@ class Driver:
 
     def _keeps_none(self, what: str) -> NotSupportedError:
         return NotSupportedError(f"'{self.node.filename}' is a {self.name} image, which cannot hold {what}.")
+
+    # --- settings ---------------------------------------------------------------------------------------
+
+    async def amend(self, options: Any, progress: Progress, *, force: bool) -> None:
+        """Give the image the settings in ``options``, an ``amend_options_type``; the length may change. No request is
+        in flight on the node. What can be refused is refused with nothing changed. ``force``: although it may lose
+        data."""
+        raise NotImplementedError
 
     # --- information ------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ def list_snapshots(node: Node) -> list[SnapshotInfo]:
 async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
     """Keep what the disk holds now, see :meth:`fusedisk.block.driver.Driver.create_snapshot`."""
     node = snapshot_node(node)
-    async with _alone(node, "snapshot"):
+    async with alone(node, "snapshot"):
         return await node.driver.create_snapshot(snapshot, progress)
 
 
@@ -109,7 +109,7 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
     """Let the disk hold what it held when the snapshot was made, its length included."""
     node = snapshot_node(node)
     old = node.length
-    async with _alone(node, "snapshot"):
+    async with alone(node, "snapshot"):
         size = next((found.disk_size for found in node.driver.list_snapshots() if found.id == id), old)
         if size != old:
             node.check_operation("resize")
@@ -124,7 +124,7 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
 async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Forget a snapshot, and give back the space that it alone had used."""
     node = snapshot_node(node)
-    async with _alone(node, "snapshot"):
+    async with alone(node, "snapshot"):
         await node.driver.delete_snapshot(id, progress)
 
 
@@ -132,7 +132,7 @@ async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
     """Write to the state of a virtual machine that the next snapshot shall hold."""
     _check_vmstate_range(offset, len(data))
     node = snapshot_node(node)
-    async with _alone(node, "save-vmstate"):
+    async with alone(node, "save-vmstate"):
         await node.driver.save_vmstate(offset, data)
 
 
@@ -158,7 +158,7 @@ def _check_vmstate_range(offset: int, length: int) -> None:
 
 
 @asynccontextmanager
-async def _alone(node: Node, operation: str) -> AsyncIterator[None]:
+async def alone(node: Node, operation: str) -> AsyncIterator[None]:
     """No other request is in flight on the node, which must be writable; shielded from cancellation."""
     io.check_writable(node)
     node.check_operation(operation)

@@ -35,6 +35,7 @@ COMMANDS = {
     "measure": "Tell how much space an image would take.",
     "check": "Tell whether an image's metadata is sound, and repair it.",
     "snapshot": "List, make, apply or delete the snapshots inside an image.",
+    "amend": "Change settings of an image that is there.",
     "completion": "Print the completion script for a shell.",
 }
 """Every subcommand, in the order of the help; ``fusedisk/cli/NAME.py`` is its module."""

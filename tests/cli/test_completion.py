@@ -38,10 +38,8 @@ def test_bash_takes_the_script() -> None:
 
 
 def test_commands() -> None:
-    assert _complete("fusedisk ") == [
-        ("plain", name)
-        for name in "mount umount list create info map measure check snapshot completion".split()
-    ]
+    names = ["mount", "umount", "list", "create", "info", "map", "measure", "check", "snapshot", "amend", "completion"]
+    assert _complete("fusedisk ") == [("plain", name) for name in names]
     assert _complete("fusedisk u") == [("plain", "umount")]
     assert _complete("fusedisk completion ") == [("plain", name) for name in ("bash", "zsh", "fish")]
 

@@ -1,0 +1,122 @@
+"""``fusedisk amend``: other settings for an image that is there."""
+
+from __future__ import annotations
+
+import click
+
+from fusedisk.cli.image import complete_file, complete_format, gate_options
+from fusedisk.cli.output import print_facts, progress
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fusedisk amend -o compat=1.1 old.qcow2
+  fusedisk amend -o size=20G,lazy_refcounts=on vm.qcow2
+  fusedisk amend -o refcount_bits=16,compat=0.10 vm.qcow2          # for programs that know version 2 only
+  fusedisk amend --force -o backing_file=base.qcow2,backing_fmt=qcow2 today.qcow2   # the base has moved
+  fusedisk amend --key-file old.key -o encrypt.state=active,encrypt.new-key-file=new.key vm.qcow2
+  fusedisk amend -o encrypt.state=inactive,encrypt.old-key-file=old.key vm.qcow2
+  fusedisk amend -f qcow2 -o help                                   # which options are there
+
+A process that dies meanwhile leaves an image that is sound, with some of the changes made.""",
+)
+@click.argument("image", required=False, shell_complete=complete_file)
+@click.option(
+    "-f",
+    "--format",
+    metavar="FMT",
+    shell_complete=complete_format,
+    help="The image's format; found out by its first bytes if not given.",
+)
+@click.option(
+    "-o",
+    "options",
+    multiple=True,
+    required=True,
+    metavar="KEY=VALUE,...",
+    help="What to change, by the format's own options; 'help' lists them.",
+)
+@click.option(
+    "--force", is_flag=True, help="Also what may lose data: erase the last key slot, name another backing file."
+)
+@click.option(
+    "--key-file",
+    metavar="FILE",
+    shell_complete=complete_file,
+    help="File with the passphrase of an encrypted image; - is standard input's first line.",
+)
+@gate_options
+def command(
+    image: str | None,
+    format: str | None,
+    options: tuple[str, ...],
+    force: bool,
+    key_file: str | None,
+    allow_path: tuple[str, ...],
+    allow_any_reference: bool,
+) -> None:
+    """Change settings of IMAGE; the others, and what its disk holds, stay as they are.
+
+    What cannot be changed is refused before anything is.
+    """
+    if "help" in options:
+        _print_options(format)
+        return
+    if image is None:
+        raise click.UsageError("the name of the image is missing.", click.get_current_context())
+    import trio
+
+    from fusedisk.block.gate import Gate
+
+    gate = Gate(allow_path, allow_any=allow_any_reference)
+    trio.run(_amend, image, format, _collect(options), force, key_file, gate)
+
+
+def _collect(texts: tuple[str, ...]) -> dict[str, str]:
+    """All options by name; none may be given twice."""
+    from fusedisk.core.errors import OptionError
+    from fusedisk.core.options import split_dotted
+
+    given: dict[str, str] = {}
+    for source in map(split_dotted, texts):
+        for key, value in source.items():
+            if key in given:
+                raise OptionError(f"the option '{key}' is given twice ('{given[key]}' and '{value}').")
+            given[key] = value
+    return given
+
+
+async def _amend(
+    image: str, format: str | None, given: dict[str, str], force: bool, key_file: str | None, gate: object
+) -> None:
+    from fusedisk.block.amend import amend_image
+    from fusedisk.block.filenames import parse_argument
+    from fusedisk.block.gate import Gate
+    from fusedisk.drivers.table import DRIVERS
+
+    assert isinstance(gate, Gate)
+    with progress("amending", 1, bytes=False) as tell:
+        await amend_image(
+            DRIVERS,
+            parse_argument(image),
+            given,
+            format=format,
+            force=force,
+            key_file=key_file,
+            gate=gate,
+            progress=tell,
+        )
+
+
+def _print_options(format: str | None) -> None:
+    from fusedisk.block.create import describe_options
+    from fusedisk.core.errors import NotSupportedError
+    from fusedisk.drivers.table import DRIVERS
+
+    if format is None:
+        raise click.UsageError("'-o help' needs -f, as formats have options of their own.")
+    kind = DRIVERS.load(format).amend_options_type
+    if kind is None:
+        raise NotSupportedError(f"{format} images have nothing that can be changed.")
+    print_facts(describe_options(kind))
