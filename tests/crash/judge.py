@@ -83,12 +83,28 @@ class Checker:
         return Verdict(corruptions, int(report.get("leaks", 0)), done.stderr)
 
 
-async def content_of(image: bytes, backing: Path | None) -> bytes:
-    """What a guest reads in the image. Raises FusediskError where it does not open or cannot be read."""
+class Content(NamedTuple):
+    """What is in an image."""
+
+    disk: bytes
+    snapshots: dict[str, bytes]
+    """By name."""
+
+
+async def content_of(image: bytes, backing: Path | None) -> Content:
+    """What a guest reads in the image and in its snapshots. Raises FusediskError where one cannot be read."""
+    disk, names = await _read(image, backing)
+    return Content(disk, {name: (await _read(image, backing, snapshot=name))[0] for name in names})
+
+
+async def _read(image: bytes, backing: Path | None, *, snapshot: str | None = None) -> tuple[bytes, list[str]]:
+    """What the disk holds, or a snapshot of it, and the names of the snapshots."""
     graph = Graph(MEMORY_DRIVERS)
     store = Store(0)
     store.data = bytearray(image)
     spec: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "memory", "filename": "image"}}
+    if snapshot is not None:
+        spec["internal-snapshot"] = snapshot
     if backing is not None:
         below = Store(0)
         below.data = bytearray(backing.read_bytes())
@@ -98,7 +114,8 @@ async def content_of(image: bytes, backing: Path | None) -> bytes:
     with stores(image=store, backing=below):
         try:
             backend = await graph.open_backend(spec)
-            return bytes(await backend.read(0, backend.length))
+            names = [found.name for found in backend.list_snapshots()]
+            return bytes(await backend.read(0, backend.length)), names
         finally:
             await graph.close()
 
@@ -142,7 +159,7 @@ async def judge(
     allowed = views(recording.log)
     failures: list[str] = []
     pending: list[tuple[Crash, Future[Verdict]]] = []
-    contents: dict[bytes, bytes | FusediskError] = {}
+    contents: dict[bytes, Content | FusediskError] = {}
     count = 0
     for crash in crashes:
         count += 1
@@ -158,7 +175,9 @@ async def judge(
         if isinstance(found, FusediskError):
             failures.append(f"{where}: {found}")
         else:
-            complaints = list(recording.oracle.complaints(found, allowed[crash.cut], zeroes_too=zeroes_too))
+            view, oracle = allowed[crash.cut], recording.oracle
+            complaints = list(oracle.complaints(found.disk, view, zeroes_too=zeroes_too))
+            complaints += oracle.snapshot_complaints(found.snapshots, view)
             if complaints:
                 failures.append(f"{where}: {complaints[0]} ({len(complaints)} like it)")
         if len(failures) >= most_failures:

@@ -47,7 +47,7 @@ class Oracle:
     def begin(self, offset: int, data: bytes, length: int | None = None) -> int:
         """Remember a request that writes ``data``, or makes the disk ``length`` long; returns its number."""
         if length is not None:
-            if length < self.length:
+            if length < self.length and not data:
                 # What is cut off reads as zeroes if the disk grows again.
                 offset, data = length, bytes(self.length - length)
             self.length = length

@@ -244,6 +244,10 @@ async def _each(offsets: Sequence[int], work: Callable[[int], Awaitable[None]], 
 @asynccontextmanager
 async def _switching(driver: SnapshotImage) -> AsyncIterator[Switch]:
     """A new state to be made, with everything of the old one in the file."""
+    if driver.image.header.has_data_file:
+        raise NotSupportedError(
+            f"'{driver.image.filename}' keeps its data in another file, which cannot hold internal snapshots."
+        )
     async with driver.committer.exclusive():
         switch = Switch(driver.image, driver.refcounts)
         try:

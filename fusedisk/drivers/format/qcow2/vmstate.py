@@ -11,7 +11,7 @@ from typing import Protocol
 from fusedisk.block import io, transfer
 from fusedisk.block.extent import DATA, SPECIAL, Extent
 from fusedisk.block.node import Node
-from fusedisk.core.errors import OutOfRangeError
+from fusedisk.core.errors import NotSupportedError, OutOfRangeError
 from fusedisk.core.zeroes import zero_fill
 from fusedisk.drivers.format.qcow2 import discard, layout, resize
 from fusedisk.drivers.format.qcow2.allocation import Allocator
@@ -44,6 +44,8 @@ async def save(driver: VmStateImage, offset: int, data: memoryview) -> None:
     Raises OutOfRangeError where the L1 table cannot get that long, and what writing raises.
     """
     allocator = driver.allocator
+    if allocator.image.header.has_data_file:
+        raise NotSupportedError(f"'{allocator.image.filename}' keeps its data in another file, which has no VM state.")
     start = vmstate_offset(allocator) + offset
     entries = resize.l1_entries(allocator, start + len(data))
     if entries * 8 > layout.MAX_L1_SIZE:
