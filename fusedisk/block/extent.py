@@ -15,7 +15,8 @@ DATA = 0
 ZERO = 1
 """The range reads as zeroes; with a ``child`` the space at ``offset`` is reserved (preallocated zeroes)."""
 UNALLOCATED = 2
-"""This layer has nothing: look in the backing file, zeroes where there is none or it is shorter."""
+"""This layer has nothing: look in the backing file, zeroes where there is none or it is shorter. With a ``child`` the
+space at ``offset`` is reserved, and block status tells so, as QEMU does."""
 SPECIAL = 3
 """The driver must transform the bytes itself (``read_special``): compressed or encrypted clusters."""
 

@@ -27,7 +27,8 @@ async def chain_status(node: Node, offset: int, length: int, base: Node | None =
         if below is None or below is base or offset >= below.length:
             # The zeroes behind a shorter backing file belong to the overlay that reaches past it.
             allocated = below is None and not layer.driver.supports_backing
-            return BlockStatus(length, data=False, zero=True, allocated=allocated, depth=depth)
+            reserved = (extent.offset, extent.child.node.filename) if extent.child is not None else (None, None)
+            return BlockStatus(length, False, True, allocated, depth, *reserved)
         depth += 1
         layer = below
         length = min(length, layer.length - offset)

@@ -254,18 +254,26 @@ class Allocator:
             self._in_flight.remove(allocation)
             allocation.finish()
 
+    async def replaceable(self, offset: int) -> array[int]:
+        """The numbers of the L2 entry for a guest offset, in a table that may be changed. Under the mutex. Raises
+        CorruptImageError, after fencing the image, where the entry cannot be."""
+        geometry = self.geometry
+        table = await self.table_for_write(offset >> geometry.span_bits)
+        at = (offset >> geometry.cluster_bits & geometry.l2_mask) * geometry.entry_words
+        words = table[at : at + geometry.entry_words]
+        await self._check_entry(offset, words)
+        return words
+
     async def replace(self, offset: int, words: array[int]) -> None:
         """Put an entry in place of that of the guest cluster at ``offset``, and drop what the old one refers to.
 
         The caller's request is serialised against all others over the cluster, so none of it is in flight.
         """
         geometry = self.geometry
-        l1_index, index = offset >> geometry.span_bits, offset >> geometry.cluster_bits & geometry.l2_mask
         async with self.image.mutex:
-            table = await self.table_for_write(l1_index)
-            old = table[index * geometry.entry_words : (index + 1) * geometry.entry_words]
-            await self._check_entry(offset, old)
-            await self.image.put_l2_entries(l1_index, index, words)
+            old = await self.replaceable(offset)
+            index = offset >> geometry.cluster_bits & geometry.l2_mask
+            await self.image.put_l2_entries(offset >> geometry.span_bits, index, words)
             self.refcounts.free_entries(old[:1])
 
     def _new_entries(self, allocation: Allocation) -> array[int]:

@@ -98,7 +98,7 @@ class CompressedWriter:
         size = self.image.geometry.cluster_size
         content = data if len(data) == size else bytes(data).ljust(size, b"\0")
         packed = self._deflate(content) if size <= INLINE_SIZE else await run_cpu(self._deflate, content)
-        place = await self._place(len(packed)) if len(packed) < size else None
+        place = await self._place(offset, len(packed)) if len(packed) < size else None
         if place is None:
             await transfer.write(self.node, offset, (data,), 0)
             return
@@ -125,11 +125,12 @@ class CompressedWriter:
         sectors = (place + length - 1) // _SECTOR - place // _SECTOR
         return COMPRESSED | sectors << self.image.geometry.compressed_size_shift | place
 
-    async def _place(self, length: int) -> int | None:
-        """A host offset for ``length`` bytes, less than a cluster, with references counted; None where the file is so
-        long that no descriptor leads to its end."""
+    async def _place(self, offset: int, length: int) -> int | None:
+        """A host offset for the ``length`` bytes, less than a cluster, that a guest cluster was compressed to, with
+        references counted; None where the file is so long that no descriptor leads to its end."""
         await self.allocator.committer.relieve()
         async with self.image.mutex:
+            await self.allocator.replaceable(offset)
             await self.image.announce("cluster_alloc_bytes")
             place = await self._find_place(length)
             end = place + length

@@ -71,7 +71,7 @@ class SubclusterMap(ClusterMap):
         status = _status(bitmap, inside >> self._subcluster_bits)
         length = self._status_run(table, at, inside, length, status)
         host = entry & OFFSET_MASK
-        if status == UNALLOCATED or not host:
+        if not host:
             return Extent(status, length)
         return Extent(status, length, self.edge, host + inside, status == DATA and self.recurse)
 
@@ -89,7 +89,7 @@ class SubclusterMap(ClusterMap):
                 break
             entry += step
             found, bitmap = table[at], table[at + 1]
-            if self._is_bad(found, bitmap) or found & COMPRESSED or (status != UNALLOCATED and found != entry):
+            if found != entry or self._is_bad(found, bitmap) or found & COMPRESSED:
                 break
             end = _ones(_subclusters_of(bitmap, status), 0) << self._subcluster_bits
             covered += end
