@@ -6,7 +6,7 @@ for every request in flight on the node, and hold back all that come after them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,6 +93,13 @@ def snapshot_node(node: Node) -> Node:
     return node
 
 
+def _filters_over(node: Node) -> Iterator[Node]:
+    """The filters from ``node`` down to the one that stands on its :func:`snapshot_node`."""
+    while node.driver.is_filter:
+        yield node
+        node = node.children["file"].node
+
+
 def list_snapshots(node: Node) -> list[SnapshotInfo]:
     """The snapshots in the order of the image's table."""
     return snapshot_node(node).driver.list_snapshots()
@@ -107,6 +114,7 @@ async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress
 
 async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Let the disk hold what it held when the snapshot was made, its length included."""
+    filters = list(_filters_over(node))
     node = snapshot_node(node)
     old = node.length
     async with alone(node, "snapshot"):
@@ -118,7 +126,10 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
         await node.driver.apply_snapshot(id, progress)
         node.length = await node.driver.length()
     if node.length != old:
-        node.graph.resized(node)
+        for changed in (node, *reversed(filters)):
+            changed.length = await changed.driver.length()
+            changed.change_mapping()
+            changed.graph.resized(changed)
 
 
 async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:

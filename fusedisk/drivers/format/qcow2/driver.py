@@ -222,6 +222,7 @@ class Qcow2Driver(SnapshotDriver):
         sizes = cache_sizes(options, self.image.header)
         if options.overlap_check != self.options.overlap_check:
             raise NotSupportedError(f"node '{self.node.name}': qcow2's overlap-check cannot change while it is open.")
+        self.check_reopen(config, options)
         _check_lazy(options, self.image.header, self.node.filename)
         if self.node.config.read_only and not config.read_only:
             check_writable(self.image.header, self.image.filename)

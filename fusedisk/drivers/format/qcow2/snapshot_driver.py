@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from fusedisk.block.check import Progress
 from fusedisk.block.driver import Driver
+from fusedisk.block.node import NodeConfig
 from fusedisk.block.snapshot import SnapshotInfo, find_snapshot
-from fusedisk.core.errors import ImageError, OptionError, SnapshotNotFoundError
+from fusedisk.core.errors import ImageError, NotSupportedError, OptionError, SnapshotNotFoundError
 from fusedisk.drivers.format.qcow2 import layout, snapshot, vmstate
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.options import Qcow2Options
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, l1_clusters, load_snapshots
 
@@ -34,10 +36,7 @@ class SnapshotDriver(Driver):
         wanted = self.options.internal_snapshot
         if wanted is None:
             return
-        if not self.node.config.read_only:
-            raise OptionError(
-                f"'{image.filename}' cannot be writable with internal-snapshot '{wanted}': snapshots are read-only."
-            )
+        self._check_read_only(self.node.config)
         found = self._snapshot(find_snapshot(self.list_snapshots(), wanted, image.filename).id)
         if found.disk_size >> 63:
             raise ImageError(
@@ -46,6 +45,22 @@ class SnapshotDriver(Driver):
             )
         image.l1[:] = await snapshot.read_l1(image, found)
         image.header.size = found.disk_size
+
+    def check_reopen(self, config: NodeConfig, options: Qcow2Options) -> None:
+        """Raise NotSupportedError or OptionError for settings that an open snapshot cannot have."""
+        if options.internal_snapshot != self.options.internal_snapshot:
+            raise NotSupportedError(
+                f"node '{self.node.name}': qcow2's internal-snapshot cannot change while it is open."
+            )
+        self._check_read_only(config)
+
+    def _check_read_only(self, config: NodeConfig) -> None:
+        wanted = self.options.internal_snapshot
+        if wanted is not None and not config.read_only:
+            raise OptionError(
+                f"'{self.image.filename}' cannot be writable with internal-snapshot '{wanted}', "
+                "as snapshots are read-only."
+            )
 
     async def place_snapshots(self) -> None:
         """Tell the overlap checks where the snapshots' tables lie, as ``self.snapshots`` says."""
