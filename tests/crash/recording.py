@@ -12,6 +12,7 @@ from fusedisk.block.graph import Graph
 from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.filter.blklogwrites import BlklogwritesDriver
+from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.table import DRIVERS
 from tests.crash.oracle import Oracle
 from tests.crash.replay import SECTOR, Operation, read_log
@@ -46,6 +47,12 @@ class Guest:
         """Write."""
         number = await self._start(offset, data)
         await self.backend.write(offset, data)
+        await self._done(number)
+
+    async def write_compressed(self, offset: int, data: bytes) -> None:
+        """Write whole clusters, compressed."""
+        number = await self._start(offset, data)
+        await self.backend.write_compressed(offset, data)
         await self._done(number)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
@@ -144,10 +151,19 @@ async def guest_of(image: Path, log: Path, **options: Any) -> AsyncIterator[Gues
         await graph.close()
 
 
-async def record(image: Path, workload: Any, *, backing: Path | None = None, **options: Any) -> Recording:
-    """Run ``workload(guest)`` on ``image``, close it, and return what happened, closing included."""
+async def record(
+    image: Path, workload: Any, *, backing: Path | None = None, max_freed: int | None = None, **options: Any
+) -> Recording:
+    """Run ``workload(guest)`` on ``image``, close it, and return what happened, closing included.
+
+    ``max_freed``: how many freed clusters make the driver commit by itself.
+    """
     base = image.read_bytes()
     log = image.with_suffix(".log")
     async with guest_of(image, log, **options) as guest:
+        if max_freed is not None:
+            driver = guest.backend.node.driver
+            assert isinstance(driver, Qcow2Driver)
+            driver.committer.max_freed = max_freed
         await workload(guest)
     return Recording(base, read_log(log), guest.oracle, backing)

@@ -34,6 +34,8 @@ class Workload(NamedTuple):
     prepare: tuple[str, ...] = ()
     """qemu-io commands for the image, ``snapshot NAME`` for an internal snapshot between them."""
     backing: bool = False
+    pressure: bool = False
+    """Little memory, so that there are commits between the guest's flushes."""
 
     async def record(self, folder: Path, seed: int) -> Recording:
         """Make the image, run the workload on it, and return what happened."""
@@ -58,7 +60,8 @@ class Workload(NamedTuple):
         async def run(guest: Guest) -> None:
             await self.run(guest, random.Random(seed), self.cluster_size)
 
-        return await record(image, run, backing=below if self.backing else None)
+        settings = {"max_freed": 3, "l2-cache-size": 1024} if self.pressure else {}
+        return await record(image, run, backing=below if self.backing else None, **settings)
 
 
 _stamps = itertools.count(1)
@@ -223,6 +226,25 @@ async def _snapshotting(guest: Guest, random_: random.Random, unit: int, *, grow
             await guest.flush()
 
 
+async def compressing(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Compressed writes of one and of several clusters, with others among them."""
+    clusters = guest.length // unit
+    for _ in range(50):
+        first = random_.randrange(clusters)
+        count = min(random_.choice((1, 1, 2, 5)), clusters - first)
+        match random_.randrange(8):
+            case 0:
+                await guest.discard(first * unit, count * unit, unit)
+            case 1:
+                await guest.write(first * unit + unit // 2, stamped(unit // 4))
+            case 2:
+                await guest.write_compressed(first * unit, random_.randbytes(count * unit))
+            case _:
+                await guest.write_compressed(first * unit, stamped(count * unit))
+        if random_.random() < 0.15:
+            await guest.flush()
+
+
 async def parallel(guest: Guest, random_: random.Random, unit: int) -> None:
     """Four writers, each in sectors of its own that share clusters with the others', and one who flushes."""
 
@@ -281,6 +303,9 @@ WORKLOADS: dict[str, Workload] = {
         Workload("shrinking", shrinking),
         Workload("shrinking-512", shrinking, cluster_size=512),
         Workload("shrinking-snapshots", shrinking, prepare=SNAPSHOTS),
+        Workload("pressure", discards, prepare=FULL, pressure=True),
+        Workload("pressure-512", mixed, cluster_size=512, pressure=True),
+        Workload("pressure-backing", mixed, backing=True, cluster_size=1024, pressure=True),
         Workload("lazy-refcounts", mixed, options="lazy_refcounts=on"),
         Workload("lazy-refcounts-growth", growth, size=16 * KIB, cluster_size=512, options="lazy_refcounts=on"),
         Workload("lazy-refcounts-snapshots", mixed, options="lazy_refcounts=on", prepare=SNAPSHOTS),
@@ -291,6 +316,25 @@ WORKLOADS: dict[str, Workload] = {
         Workload("snapshot-changes-compressed", snapshotting, prepare=COMPRESSED),
         Workload("snapshot-changes-growth", snapshotting_growth, prepare=FULL),
         Workload("snapshot-changes-lazy", snapshotting, options="lazy_refcounts=on"),
+        Workload("compressed-writes", compressing),
+        Workload("compressed-writes-512", compressing, cluster_size=512, size=64 * KIB, pressure=True),
+        Workload("compressed-writes-64k", compressing, cluster_size=64 * KIB, size=2 * MIB, prepare=SNAPSHOTS),
+        Workload("compressed-writes-zstd", compressing, options="compression_type=zstd", backing=True),
+        Workload("compressed-writes-v2", compressing, version=2, options="refcount_bits=16"),
+        Workload("extended-l2", mixed, cluster_size=16 * KIB, options="extended_l2=on", size=512 * KIB),
+        Workload("extended-l2-small", small, cluster_size=16 * KIB, options="extended_l2=on", backing=True),
+        Workload("extended-l2-zeroes", zeroes, cluster_size=16 * KIB, options="extended_l2=on", prepare=FULL),
+        Workload("extended-l2-snapshots", mixed, cluster_size=16 * KIB, options="extended_l2=on", prepare=SNAPSHOTS),
+        Workload(
+            "extended-l2-preallocated",
+            mixed,
+            cluster_size=16 * KIB,
+            options="extended_l2=on,preallocation=metadata",
+            backing=True,
+        ),
+        Workload("extended-l2-compressed-writes", compressing, cluster_size=16 * KIB, options="extended_l2=on"),
+        Workload("extended-l2-growth", growth, cluster_size=16 * KIB, options="extended_l2=on", size=48 * KIB),
+        Workload("extended-l2-parallel", parallel, cluster_size=16 * KIB, options="extended_l2=on", backing=True),
         Workload("parallel", parallel),
         Workload("parallel-backing", parallel, backing=True),
     )

@@ -58,7 +58,8 @@ class Committer:
         self.refcounts = refcounts
         self.lazy_refcounts = lazy_refcounts
         self._committing = Mutex()
-        self._max_freed = max(MAX_FREED_BYTES >> image.geometry.cluster_bits, 16)
+        self.max_freed = max(MAX_FREED_BYTES >> image.geometry.cluster_bits, 16)
+        """Clusters that may wait for a commit to be used again."""
 
     async def commit(self) -> None:
         """Bring everything that was changed before this call to the file, but do not wait for the disk.
@@ -76,7 +77,7 @@ class Committer:
         if (
             len(image.dirty.l2) * 4 > image.l2.capacity * 3
             or refcounts.dirty_blocks > refcounts.blocks.capacity
-            or refcounts.freed_clusters > self._max_freed
+            or refcounts.freed_clusters > self.max_freed
         ):
             await self.commit()
 
