@@ -320,7 +320,7 @@ WORKLOADS: dict[str, Workload] = {
         Workload("compressed-writes-512", compressing, cluster_size=512, size=64 * KIB, pressure=True),
         Workload("compressed-writes-64k", compressing, cluster_size=64 * KIB, size=2 * MIB, prepare=SNAPSHOTS),
         Workload("compressed-writes-zstd", compressing, options="compression_type=zstd", backing=True),
-        Workload("compressed-writes-v2", compressing, version=2, options="refcount_bits=16"),
+        Workload("compressed-writes-v2", compressing, version=2),
         Workload("extended-l2", mixed, cluster_size=16 * KIB, options="extended_l2=on", size=512 * KIB),
         Workload("extended-l2-small", small, cluster_size=16 * KIB, options="extended_l2=on", backing=True),
         Workload("extended-l2-zeroes", zeroes, cluster_size=16 * KIB, options="extended_l2=on", prepare=FULL),
