@@ -16,7 +16,7 @@ from tests.differential.scenario import Window, random_range
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One request: ``kind`` is read, write, zeroes, unmap, discard, flush or status."""
+    """One request: ``kind`` is read, write, compressed, zeroes, unmap, discard, flush or status."""
 
     kind: str
     offset: int = 0
@@ -29,23 +29,29 @@ class Request:
     @property
     def changes(self) -> bool:
         """Whether content may be different afterwards."""
-        return self.kind in ("write", "zeroes", "unmap", "discard")
+        return self.kind in ("write", "compressed", "zeroes", "unmap", "discard")
 
     def overlaps(self, other: Request) -> bool:
         """Whether two requests share a byte."""
         return self.offset < other.offset + other.length and other.offset < self.offset + self.length
 
 
-KINDS = ("read", "read", "write", "write", "write", "write", "zeroes", "unmap", "discard", "discard", "flush", "status")
+KINDS = ("read", "read", *["write"] * 4, "compressed", "zeroes", "unmap", "discard", "discard", "flush", "status")
 
 
-def random_request(rng: random.Random, windows: tuple[Window, ...], unit: int) -> Request:
+def random_request(rng: random.Random, windows: tuple[Window, ...], unit: int, cluster_size: int) -> Request:
     """Any request inside the windows."""
     kind = rng.choice(KINDS)
     if kind == "flush":
         return Request(kind)
     offset, length = random_range(rng, windows, unit)
-    if kind != "write":
+    if kind == "compressed":
+        start, end = -(-offset // cluster_size) * cluster_size, (offset + length) // cluster_size * cluster_size
+        if start < end:
+            offset, length = start, end - start
+        else:
+            kind = "write"
+    if kind not in ("write", "compressed"):
         return Request(kind, offset, length)
     pattern = bytes(1) if rng.random() < 0.1 else rng.randbytes(min(length, 257)) or b"x"
     return Request(kind, offset, length, (pattern * (length // len(pattern) + 1))[:length])
@@ -197,6 +203,8 @@ async def perform(backend: Backend, request: Request) -> bytes:
         return bytes(await backend.read(offset, length))
     if kind == "write":
         await backend.write(offset, request.content)
+    elif kind == "compressed":
+        await backend.write_compressed(offset, request.content)
     elif kind == "discard":
         await backend.discard(offset, length)
     elif kind == "flush":

@@ -57,7 +57,7 @@ def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: in
         span = min(count, max(4 * min(scenario.cluster_size, 64 << 10), 4096))
         windows = ((start + rng.randrange(count - span + 1), span),)
     for _ in range(wanted):
-        request = random_request(rng, windows, min(scenario.cluster_size, 256 << 10))
+        request = random_request(rng, windows, min(scenario.cluster_size, 256 << 10), scenario.cluster_size)
         if apart and any(request.overlaps(other) and (request.changes or other.changes) for other in taken):
             continue
         taken.append(request)
