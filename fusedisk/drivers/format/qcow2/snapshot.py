@@ -274,8 +274,11 @@ async def _commit(
         snapshots=len(snapshots),
         snapshots_offset=await switch.new_table(table),
     )
-    await switch.commit(state, discard=discard and Reason.SNAPSHOT in driver.refcounts.pass_discard)
-    driver.snapshots, image.snapshot_table_size = snapshots, len(table)
+    try:
+        await switch.commit(state, discard=discard and Reason.SNAPSHOT in driver.refcounts.pass_discard)
+    finally:
+        if switch.done:
+            driver.snapshots, image.snapshot_table_size = snapshots, len(table)
     await driver.place_snapshots()
     image.place_blocks(driver.refcounts.table)
     image.place_fixed()

@@ -63,6 +63,8 @@ class Switch:
         """References that they have less."""
         self.changed_l2: set[int] = set()
         """Host offsets of L2 tables that may go."""
+        self.done = False
+        """The new state is the image's."""
         self._new: dict[int, int] = {}
         """References of new clusters."""
 
@@ -204,7 +206,7 @@ class Switch:
             await image.barrier()
         except BaseException as exc:
             image.writable = False
-            image.fence(f"It cannot be told whether a change of its snapshots is durable: {exc}.")
+            image.fence(f"It cannot be told whether a change of its snapshots is durable: {str(exc).rstrip('.')}.")
             raise
         await self._discard(freed)
 
@@ -225,6 +227,7 @@ class Switch:
 
     def _take(self, state: State, table: array[int], table_offset: int) -> None:
         """Let memory be in the new state. Synchronous."""
+        self.done = True
         image, header = self.image, self.image.header
         header.size = state.size
         header.l1_size, header.l1_table_offset = len(state.l1), state.l1_offset
