@@ -9,7 +9,7 @@ import trio
 
 from fusedisk.block import io, permissions, snapshot, status
 from fusedisk.block.child import Child
-from fusedisk.block.driver import COMPRESSED, FUA, MAY_UNMAP
+from fusedisk.block.driver import COMPRESSED, FUA, MAY_UNMAP, Role
 from fusedisk.block.extent import BlockStatus
 from fusedisk.block.snapshot import SnapshotInfo, no_progress
 from fusedisk.core.errors import NoMediumError, OutOfRangeError
@@ -152,6 +152,11 @@ class Backend:
             self._end()
         self.accounting.discards += 1
 
+    async def write_back(self) -> None:
+        """Let the drivers hand what they hold back to the OS, as far as a flush would, so that less is lost if the
+        process dies."""
+        await self._run(_write_back)
+
     async def require_keys(self) -> None:
         """Raise PassphraseError now, not at the first request, where the key of an encrypted node is missing or
         wrong."""
@@ -289,3 +294,12 @@ class Backend:
         """Tell the user about the new length."""
         for callback in self.on_resize:
             callback(self.length)
+
+
+async def _write_back(node: Node) -> None:
+    if node.config.read_only:
+        return
+    await node.driver.flush_to_os()
+    for child in list(node.children.values()):
+        if child.role is not Role.BACKING:
+            await _write_back(child.node)

@@ -13,20 +13,27 @@ our clock.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import stat
 import time
 from collections.abc import Callable
 
+import trio
+
 from fusedisk.block.backend import Backend
 from fusedisk.block.driver import Role
 from fusedisk.block.node import Node
-from fusedisk.core.errors import NoSpaceError, ReadOnlyError
+from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.offload import run_host_io
 
+log = logging.getLogger(__name__)
+
 DEFAULT_BLOCK_SIZE = 4096
 _MAX_BLOCK_SIZE = 2 << 20
+WRITE_BEHIND_SECONDS = 5
+"""As most file systems do."""
 _PERMISSION_BITS = 0o777
 _WRITE_BITS = 0o222
 
@@ -83,6 +90,8 @@ class Export:
         self._unflushed = False
         self._reported = False
         """Attributes were told and no request since then has made the kernel forget them."""
+        self._written = trio.Event()
+        """There are writes that :meth:`write_behind` has not seen."""
         self._resize = Mutex()
         self._resizing = 0
         self.set_mode(0o600 if settings.mode is None else settings.mode)
@@ -142,6 +151,24 @@ class Export:
         except BaseException:
             self._unflushed = True
             raise
+        await self._image_written()
+
+    async def write_behind(self) -> None:
+        """Hand what is written to the OS some seconds later, flushed or not: so much is lost at most if the process
+        dies. Never returns."""
+        while True:
+            await self._written.wait()
+            await trio.sleep(WRITE_BEHIND_SECONDS)
+            self._written = trio.Event()
+            try:
+                await self.backend.write_back()
+            except FusediskError as exc:
+                # The next flush tells those who want to know.
+                log.warning("%s: what was written could not be handed on: %s", self.name, exc)
+            await self._image_written()
+
+    async def _image_written(self) -> None:
+        """The image's files were written without a request of the guest's: they may have new times."""
         self._changed = True
         if self._reported and self.on_change is not None:
             before = self._mtime_ns
@@ -176,6 +203,7 @@ class Export:
         such request."""
         self._unflushed = self._changed = True
         self._reported = False
+        self._written.set()
         if self._own_clock:
             self._mtime_ns = self._ctime_ns = time.time_ns()
 

@@ -55,6 +55,9 @@ class Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._wait_ready, ready)
             nursery.start_soon(self._invalidate)
+            for export in self.operations.exports:
+                if export.writable:
+                    nursery.start_soon(export.write_behind)
             try:
                 await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS)
             finally:
