@@ -131,6 +131,7 @@ VARIANTS: dict[str, Sample] = {
     "qcow2 small": Sample(created("qcow2", cluster_size=512), shrinks=False, plain_name=True),
     "qcow2 large": Sample(created("qcow2", cluster_size=2 << 20), shrinks=False, plain_name=True),
     "qcow2 preallocated": Sample(created("qcow2", preallocation="metadata"), shrinks=False, plain_name=True),
+    "qcow2 subclusters": Sample(created("qcow2", extended_l2=True), plain_name=True),
 }
 
 ALL = SAMPLES | VARIANTS

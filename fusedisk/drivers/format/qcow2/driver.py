@@ -7,9 +7,7 @@ each with an L1 table of its own. All numbers are big-endian. What has no entry 
 Concurrent requests: lookups take no lock, changes of metadata take the image's (:mod:`.cluster`,
 :mod:`.allocation`). Death of the process at any instant leaks clusters at worst (:mod:`.image`).
 
-Not supported: encryption, external data files, extended L2 entries (refused by name); writing to an image
-whose refcounts are dirty; shrinking; making or applying internal snapshots (images that have some are written
-to correctly).
+Not supported: persistent dirty bitmaps (the first write takes back the promise that they are up to date).
 
 Specification: docs/interop/qcow2.txt of QEMU.
 """
