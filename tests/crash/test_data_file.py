@@ -120,8 +120,8 @@ class Guest:
         self.views.append((self.timeline.look(), View(self._durable, everything - self._durable)))
 
     async def work(self, random_: random.Random) -> None:
-        for offset, length in places(random_, SIZE, UNIT, 60):
-            match random_.randrange(7):
+        for offset, length in places(random_, SIZE, UNIT, 90):
+            match random_.randrange(6):
                 case 0:
                     self.oracle.begin(offset, bytes(length))
                     self._remember()
@@ -155,7 +155,9 @@ async def record(folder: Path, kind: str, seed: int) -> tuple[Timeline, Guest]:
     timeline = Timeline({"image": Store(image.read_bytes()), "data": Store(data.read_bytes())})
     with stores(**timeline.stores):
         graph = Graph(MEMORY_DRIVERS)
-        guest = Guest(await graph.open_backend({**SPEC, "discard": "unmap"}, writable=True), timeline)
+        # The data file keeps what is discarded, so that whoever loses a write finds old data there.
+        options = {**SPEC, "discard": "unmap", "pass-discard-request": False}
+        guest = Guest(await graph.open_backend(options, writable=True), timeline)
         await guest.work(random.Random(seed))
         await graph.close()
         timeline.look()
