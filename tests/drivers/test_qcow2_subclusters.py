@@ -14,7 +14,7 @@ import trio
 import fusedisk
 from fusedisk.block.backend import Backend
 from fusedisk.block.extent import DATA, UNALLOCATED, ZERO
-from fusedisk.core.errors import CorruptImageError, HostError, ImageError, OptionError
+from fusedisk.core.errors import CorruptImageError, HostError, ImageError, NotSupportedError, OptionError
 from fusedisk.drivers.format.qcow2.entries import ALL_ALLOCATED, ALL_ZEROES, COMPRESSED, COPIED, OFFSET_MASK
 from tests.conftest import ToolError, qemu_img, qemu_io
 from tests.support.memory import Store
@@ -57,7 +57,7 @@ async def chain(tmp_path: Path, length: int = 4 * CLUSTER, size: int = 4 * CLUST
     )
 
 
-async def map_of(image: Path) -> list[dict[str, Any]]:
+async def map_of(image: Path | dict[str, Any]) -> list[dict[str, Any]]:
     """Our map in qemu-img's form."""
     found = []
     async with fusedisk.open(image, format="qcow2") as disk:
@@ -350,6 +350,37 @@ async def test_growing_shows_nothing_that_lay_behind_the_end(longer: bool, tmp_p
         assert await backend.read(0, 4 * CLUSTER) == expected
     assert_clean(top)
     assert raw_content(top, tmp_path) == expected
+
+
+async def test_encrypted_subclusters(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(b"b" * 4 * CLUSTER)
+    (tmp_path / "key").write_text("secret")
+    image = tmp_path / "x.qcow2"
+    encryption = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    secret = ("--object", f"secret,id=s,file={tmp_path / 'key'}")
+    options = f"extended_l2=on,{encryption},backing_file=base.raw,backing_fmt=raw"
+    qemu_img("create", "-q", "-f", "qcow2", *secret, "-o", options, image, str(4 * CLUSTER))
+    spec = {
+        "driver": "qcow2",
+        "file": {"driver": "file", "filename": str(image)},
+        "encrypt": {"key-file": str(tmp_path / "key")},
+    }
+    async with fusedisk.open(spec, writable=True) as disk:
+        await disk.write(2 * SUB + 10, b"n" * 3 * SUB)
+        await disk.write(CLUSTER, b"m" * (CLUSTER + SUB))
+        await disk.write_zeroes(3 * SUB, SUB, may_unmap=False)
+        await disk.write_zeroes(CLUSTER, CLUSTER, may_unmap=False)
+        expected = await disk.read(0, 4 * CLUSTER)
+        written = b"b" * (2 * SUB + 10) + b"n" * (SUB - 10) + bytes(SUB) + b"n" * (SUB + 10)
+        written += b"b" * (CLUSTER - len(written)) + bytes(CLUSTER) + b"m" * SUB
+        assert expected == written + b"b" * (4 * CLUSTER - len(written))
+        with pytest.raises(NotSupportedError, match="is encrypted, so nothing in it can be compressed"):
+            await disk.write_compressed(0, b"c" * CLUSTER)
+    place = f"driver=qcow2,encrypt.key-secret=s,file.filename={image}"
+    qemu_img("convert", *secret, "--image-opts", "-O", "raw", place, tmp_path / "content.raw")
+    assert (tmp_path / "content.raw").read_bytes() == expected
+    theirs = json.loads(qemu_img("map", "--output=json", *secret, "--image-opts", place))
+    assert await map_of(spec) == theirs
 
 
 # --- both ways ------------------------------------------------------------------------------------------

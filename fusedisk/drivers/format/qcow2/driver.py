@@ -259,8 +259,9 @@ class Qcow2Driver(SnapshotDriver):
         extent = self._lookup(offset, length)
         if extent is None:
             extent = await self.clusters.map(offset, length)
-        if self.encodes and extent.status == DATA:
-            return extent._replace(status=SPECIAL)
+        if self.encodes and extent.child is not None and not extent.compressed:
+            # Block status tells no places of what is encrypted.
+            return extent._replace(status=SPECIAL) if extent.status == DATA else Extent(extent.status, extent.length)
         return extent
 
     async def has_holes(self) -> bool:
