@@ -83,7 +83,10 @@ async def check_repairs(name: str, folder: Path, checker: Checker, images: int, 
             assert result.clean, f"{where}: {result.findings[:2]}"
             verdict = checker.check(again).result()
             assert not verdict.corruptions, f"{where}: {verdict.text}"
-            assert await content_of(again, None) == content, where
+            found_again = await content_of(again, None)
+            # Names that a damaged length makes of whatever follows need not stay.
+            assert found_again.disk == content.disk, where
+            assert [*found_again.snapshots.values()] == [*content.snapshots.values()], where
         interrupted += 1
         if interrupted == images:
             return
