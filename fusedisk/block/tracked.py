@@ -1,8 +1,8 @@
 """Requests in flight on a node, and who waits for whom.
 
 A request is entered when it arrives and leaves when it is answered. Two overlapping requests conflict if at
-least one of them is *serialising* (read-modify-write, write-zeroes, discard, copy-on-read, resize): the one that came
-later waits for the earlier. Waiting only ever looks back, so there is no deadlock.
+least one of them is *serialising* (read-modify-write, write-zeroes, discard, compressed write, copy-on-read,
+resize): the one that came later waits for the earlier. Waiting only ever looks back, so there is no deadlock.
 """
 
 from __future__ import annotations
