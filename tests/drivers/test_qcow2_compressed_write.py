@@ -28,6 +28,7 @@ from tests.support.qcow2 import (
     opened,
     raw_content,
 )
+from tests.support.tasks import start
 
 CLUSTER = 64 << 10
 SIZE = 8 << 20
@@ -233,6 +234,43 @@ async def test_many_at_once_and_reads_between(tmp_path: Path) -> None:
     image = on_disk(store, tmp_path)
     assert_clean(image)
     assert raw_content(image, tmp_path) == expected
+
+
+async def test_others_wait_for_a_compressed_write_of_their_cluster(tmp_path: Path) -> None:
+    rng = random.Random(10)
+    store = await new_store(cluster_size=4096)
+    part, beside = compressible(rng, 4096), compressible(rng, 4096)
+    async with in_memory(store) as backend, trio.open_nursery() as nursery:
+        await backend.write(0, b"t" * 100)
+        held = store.steps.hold("write")
+        first = await start(nursery, lambda: backend.write_compressed(0, part))
+        assert held.reached.is_set()
+        reader = await start(nursery, lambda: backend.read(0, 10))
+        writer = await start(nursery, lambda: backend.write(50, b"w" * 10))
+        other = await start(nursery, lambda: backend.write_compressed(4096, beside))
+        assert (reader.done, writer.done, other.done) == (False, False, True)
+        held.release()
+        for task in (first, reader, writer):
+            await task.join()
+        assert await backend.read(0, 8192) == part[:50] + b"w" * 10 + part[60:] + beside
+    assert_clean(on_disk(store, tmp_path))
+
+
+async def test_a_cancelled_write_leaks_nothing(tmp_path: Path) -> None:
+    rng = random.Random(11)
+    store = await new_store(cluster_size=4096)
+    old, new = compressible(rng, 4096), compressible(rng, 4096)
+    async with in_memory(store) as backend, trio.open_nursery() as nursery:
+        await backend.write_compressed(0, old)
+        held = store.steps.hold("write")
+        task = await start(nursery, lambda: backend.write_compressed(0, new))
+        assert held.reached.is_set()
+        task.scope.cancel()
+        await task.ended.wait()
+        assert await backend.read(0, 4096) == old
+        await backend.write_compressed(4096, new)
+        assert await backend.read(0, 8192) == old + new
+    assert_clean(on_disk(store, tmp_path))
 
 
 # --- what was there before ------------------------------------------------------------------------------
