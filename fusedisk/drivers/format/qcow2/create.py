@@ -13,7 +13,7 @@ from fusedisk.block.child import Child
 from fusedisk.block.driver import Role
 from fusedisk.block.node import Node
 from fusedisk.core.errors import OptionError
-from fusedisk.drivers.format.qcow2 import encryption, layout, resize
+from fusedisk.drivers.format.qcow2 import layout, resize
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import EXTENSION_BACKING_FORMAT, Extension, Header
@@ -108,7 +108,10 @@ async def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None
     allocator = new_allocator(cluster_map(image, edge), refcounts, committer, edge)
     resize.check_size(allocator, length, "off", zero_new=False)
     await refcounts.load()
-    await encryption.encrypt_new(image, refcounts, options)
+    if any(name.startswith("encrypt.") and value is not None for name, value in options.given().items()):
+        from fusedisk.drivers.format.qcow2.encryption import encrypt_new
+
+        await encrypt_new(image, refcounts, options)
     await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
     preallocation = options.preallocation
     if data_file is not None:

@@ -42,7 +42,6 @@ from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.compress import CompressedWriter
 from fusedisk.drivers.format.qcow2.compressed import CompressedReader
-from fusedisk.drivers.format.qcow2.encryption import SECTOR, Encryption, open_encryption
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Header
@@ -54,8 +53,12 @@ from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new
 
 log = logging.getLogger(__name__)
 
+SECTOR = 512
+"""What encryption works on, in bytes."""
+
 if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult, Progress, Repair
+    from fusedisk.drivers.format.qcow2.encryption import Encryption
 
 
 class Qcow2Driver(SnapshotDriver):
@@ -118,7 +121,11 @@ class Qcow2Driver(SnapshotDriver):
         self.clusters.recurse = self._sparse_threshold is not None
         self.refcounts = Refcounts(image)
         self.committer = Committer(image, self.refcounts)
-        self.encryption = await open_encryption(edge.node, header, self.options, node.filename)
+        if header.crypt_method or self.options.encrypt_key_file is not None:
+            # Not with the rest: few images are encrypted.
+            from fusedisk.drivers.format.qcow2.encryption import open_encryption
+
+            self.encryption = await open_encryption(edge.node, header, self.options, node.filename)
         self.encodes = self.refcounts.encrypted = self.encryption is not None
         self.allocator = new_allocator(
             self.clusters, self.refcounts, self.committer, image.data_file, self._backing_length

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import CreateOptions, Options, option
-from fusedisk.crypto import luks, secrets
 from fusedisk.drivers.format.qcow2.entries import Geometry
 from fusedisk.drivers.format.qcow2.image import MIN_L2_TABLES
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.refcount import MIN_BLOCKS
+
+if TYPE_CHECKING:
+    from fusedisk.crypto import luks
 
 DEFAULT_L2_CACHE = 32 << 20
 DEFAULT_REFCOUNT_CACHE = 256 << 10
@@ -36,7 +38,7 @@ def _key_file() -> Any:
 
 
 def _key_format() -> Any:
-    return option(None, name="encrypt.key-format", choices=secrets.FORMATS, help="raw or base64 (default: raw)")
+    return option(None, name="encrypt.key-format", choices=("raw", "base64"), help="raw or base64 (default: raw)")
 
 
 @dataclasses.dataclass(slots=True)
@@ -127,6 +129,8 @@ class Qcow2CreateOptions(CreateOptions):
 
 def luks_options(options: Qcow2CreateOptions) -> luks.Options:
     """What is asked of a new LUKS header."""
+    from fusedisk.crypto import luks
+
     given = {
         field.name: getattr(options, f"encrypt_{field.name}")
         for field in dataclasses.fields(luks.Options)
