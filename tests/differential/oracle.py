@@ -82,6 +82,15 @@ class Oracle:
             scratch.unlink()
         return cls(windows, contents, information["virtual-size"])
 
+    def copy(self) -> Oracle:
+        """The same content, to be kept."""
+        return Oracle(self.windows, [content[:] for content in self.contents], self.length)
+
+    def become(self, other: Oracle) -> None:
+        """Hold what ``other`` holds."""
+        self.windows, self.length = other.windows, other.length
+        self.contents = [content[:] for content in other.contents]
+
     def _place(self, offset: int) -> tuple[bytearray, int]:
         for (start, count), content in zip(self.windows, self.contents, strict=True):
             if start <= offset < start + count:

@@ -14,35 +14,43 @@ import trio
 
 from fusedisk.block.backend import Backend
 from fusedisk.block.graph import Graph
+from fusedisk.block.snapshot import SnapshotInfo
 from tests.conftest import qemu_img
 from tests.differential.oracle import Mismatch, Oracle, Request, random_request
 from tests.differential.scenario import MIB, Chain, Scenario, build, open_options
 from tests.support.jitter import JITTER_DRIVERS
 
+_MOST_SNAPSHOTS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Requests that run at once, or a single other step: grow, reopen."""
+    """Requests that run at once, or a single other step: grow, reopen, and create, apply or delete a snapshot."""
 
     kind: str
     requests: tuple[Request, ...] = ()
     length: int = 0
+    choice: int = 0
+    """Which of the snapshots, counted round and round."""
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.length or ''}: " + "; ".join(map(str, self.requests))
+        return f"{self.kind} {self.length or self.choice or ''}: " + "; ".join(map(str, self.requests))
 
 
 def batches(scenario: Scenario, oracle: Oracle, count: int) -> Iterator[Batch]:
     """The steps of a run. Depends on the seed and on the oracle's windows and length only."""
     rng = random.Random(f"batches {scenario.seed}")
     for _ in range(count):
-        kind = rng.choices(("apart", "overlapping", "grow", "reopen"), (60, 30, 4, 3))[0]
+        kinds = ("apart", "overlapping", "grow", "reopen", "create", "apply", "delete")
+        kind = rng.choices(kinds, (60, 30, 4, 3, 4, 3, 2))[0]
         if kind == "grow":
             yield Batch(
                 kind, length=oracle.length + rng.choice((512, 3 * 512, scenario.cluster_size, rng.randrange(1, MIB)))
             )
         elif kind == "reopen":
             yield Batch(kind)
+        elif kind in ("create", "apply", "delete"):
+            yield Batch(kind, choice=rng.randrange(1000))
         else:
             wanted = rng.choice((1, 2, 4, 8))
             yield Batch(kind, tuple(_requests(rng, scenario, oracle, wanted, apart=kind == "apart")))
@@ -74,6 +82,9 @@ class Run:
         self.chain: Chain = build(scenario, directory)
         self.fingerprints = self.chain.fingerprints()
         self.oracle = Oracle.of_image(self.chain.top, scenario.windows, self.scratch)
+        self.kept: dict[str, Oracle] = {}
+        """What our snapshots hold, by name."""
+        self._snapshots = 0
         self._opening = random.Random(f"opening {scenario.seed}")
         self.graph: Graph
         self.backend: Backend
@@ -97,6 +108,8 @@ class Run:
             await self.oracle.run_overlapping(self.backend, list(batch.requests))
         elif batch.kind == "grow":
             await self._grow(-(-batch.length // 512) * 512)
+        elif batch.kind in ("create", "apply", "delete"):
+            await self._change_snapshots(batch.kind, batch.choice)
         else:
             await self.close()
             await self.open()
@@ -109,6 +122,23 @@ class Run:
             return  # version 2 has nothing to hide it with, nor a size for each snapshot
         await self.backend.truncate(length)
         self.oracle.grow(length)
+
+    async def _change_snapshots(self, kind: str, choice: int) -> None:
+        if kind == "create" or not self.kept:
+            if len(self.kept) < _MOST_SNAPSHOTS:
+                self._snapshots += 1
+                name = f"ours{self._snapshots}"
+                await self.backend.create_snapshot(SnapshotInfo("", name, choice))
+                self.kept[name] = self.oracle.copy()
+            return
+        name = list(self.kept)[choice % len(self.kept)]
+        id = next(found.id for found in self.backend.list_snapshots() if found.name == name)
+        if kind == "apply":
+            await self.backend.apply_snapshot(id)
+            self.oracle.become(self.kept[name])
+        else:
+            await self.backend.delete_snapshot(id)
+            del self.kept[name]
 
     async def check_as_it_lies(self) -> None:
         """A copy of the file, taken while it is open, is no worse than leaky, and has everything once it is flushed."""
@@ -137,8 +167,25 @@ class Run:
         if wrong:
             raise Mismatch(f"qemu-img check: {wrong}")
         self.oracle.compare(Oracle.of_image(self.chain.top, self.oracle.windows, self.scratch), "QEMU's reading")
+        for name, expected in self.kept.items():
+            self._check_snapshot(name, expected)
         if self.chain.fingerprints() != self.fingerprints:
             raise Mismatch("an image below the active one has changed")
+
+    def _check_snapshot(self, name: str, expected: Oracle) -> None:
+        """QEMU applies a snapshot to a copy of the image, and finds there what the disk held."""
+        copy = self.directory / "copy.qcow2"
+        shutil.copyfile(self.chain.top, copy)
+        try:
+            qemu_img("snapshot", "-a", name, copy)
+            expected.compare(
+                Oracle.of_image(copy, expected.windows, self.scratch), f"QEMU's reading of snapshot {name}"
+            )
+            found = check_image(copy)
+            if found.get("corruptions") or found.get("check-errors"):
+                raise Mismatch(f"qemu-img check of the image with snapshot {name} applied: {found}")
+        finally:
+            copy.unlink()
 
 
 def check_image(path: Path) -> dict[str, Any]:
