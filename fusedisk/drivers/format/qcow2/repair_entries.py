@@ -54,9 +54,7 @@ async def stuck_entry(analysis: Analysis) -> str | None:
     for table in analysis.walk.l1_tables:
         for index, entry in enumerate(await image.read_table(image.inside(table.region))):
             if entry and analysis.is_shared(table, index) and _mended_l1_entry(image, entry, set()) != entry:
-                return (
-                    f"{table.label} has the entry {entry:#x}, which cannot be, where something else lies, too"
-                )
+                return f"{table.label} has the entry {entry:#x}, which cannot be, where something else lies, too"
     return None
 
 
