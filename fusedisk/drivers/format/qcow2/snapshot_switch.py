@@ -172,7 +172,7 @@ class Switch:
     def _changes(self, block_index: int) -> bool:
         per_block = self.geometry.block_entries
         parts = (counts.part(block_index * per_block, per_block) for counts in (self.gained, self.lost))
-        return any(part is not None and part.count(0) < per_block for part in parts)
+        return any(part is not None and bool(part.tobytes().strip(b"\0")) for part in parts)
 
     # --- switching --------------------------------------------------------------------------------------
 
