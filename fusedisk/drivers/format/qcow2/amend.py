@@ -24,6 +24,7 @@ from fusedisk.drivers.format.qcow2 import amend_keys, layout
 from fusedisk.drivers.format.qcow2.amend_header import put_header
 from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
 from fusedisk.drivers.format.qcow2.amend_refcounts import RefcountWidth
+from fusedisk.drivers.format.qcow2.amend_switch import changing
 from fusedisk.drivers.format.qcow2.amend_version import check_downgrade, downgrade, upgrade
 from fusedisk.drivers.format.qcow2.layout import Extension, Header
 
@@ -106,26 +107,22 @@ async def _resize(driver: Qcow2Driver, size: int, progress: Progress) -> None:
 
 
 async def _change_keys(driver: Qcow2Driver, pieces: list[Piece], progress: Progress) -> None:
-    async with driver.committer.exclusive():
+    async with changing(driver):
         await amend_keys.write(driver.image, pieces)
-    await driver.reload()
 
 
 async def _change_width(driver: Qcow2Driver, bits: int, progress: Progress) -> None:
-    async with driver.committer.exclusive():
+    async with changing(driver):
         await RefcountWidth(driver.image, driver.refcounts, bits).change(progress)
-    await driver.reload()
 
 
 async def _change_lazy(driver: Qcow2Driver, lazy: bool, progress: Progress) -> None:
-    # The refcounts in the file are right, whoever postponed them: everything is committed.
     header = driver.image.header
     features = header.compatible_features & ~layout.LAZY_REFCOUNTS | (layout.LAZY_REFCOUNTS if lazy else 0)
-    async with driver.committer.exclusive():
-        await driver.committer.clear_dirty_bit()
+    # The refcounts in the file are right, whoever postponed them: everything is committed.
+    async with changing(driver):
         await driver.image.put_header_fields(_COMPATIBLE_FIELD, features.to_bytes(8, "big"))
         await driver.image.barrier()
-    await driver.reload()
 
 
 # --- files that the header names ------------------------------------------------------------------------
@@ -212,6 +209,5 @@ async def _change_references(driver: Qcow2Driver, wanted: _References, progress:
     new = dataclasses.replace(
         header, backing_file=wanted.backing_file, extensions=extensions, autoclear_features=autoclear
     )
-    async with driver.committer.exclusive():
+    async with changing(driver):
         await put_header(driver.image, new)
-    await driver.reload()

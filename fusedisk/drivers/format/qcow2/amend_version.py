@@ -6,10 +6,11 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from fusedisk.block.check import Progress
-from fusedisk.core.errors import FusediskError, NotSupportedError
+from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.amend_header import put_header
 from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
+from fusedisk.drivers.format.qcow2.amend_switch import changing
 from fusedisk.drivers.format.qcow2.amend_zeroes import expand_zero_clusters
 from fusedisk.drivers.format.qcow2.snapshot_switch import State, Switch
 from fusedisk.drivers.format.qcow2.snapshot_table import encode_snapshots
@@ -27,7 +28,7 @@ async def upgrade(driver: Qcow2Driver, progress: Progress) -> None:
     """Make an image of version 2 one of version 3; only the header, and the snapshot table if that lacks what version
     3 asks for, changes."""
     image, old = driver.image, driver.image.header
-    async with driver.committer.exclusive():
+    async with changing(driver):
         progress(0, 1)
         table = encode_snapshots(driver.snapshots, image.filename)
         if len(table) != image.snapshot_table_size:
@@ -44,7 +45,6 @@ async def upgrade(driver: Qcow2Driver, progress: Progress) -> None:
             extensions=[*kept, *names],
         )
         await put_header(image, header)
-    await driver.reload()
 
 
 async def _move_snapshot_table(driver: Qcow2Driver, table: bytes) -> None:
@@ -87,12 +87,8 @@ async def downgrade(driver: Qcow2Driver, progress: Progress) -> None:
     if driver.image.header.backing_file:
         await driver.require_key()
     image = driver.image
-    async with driver.committer.exclusive():
-        try:
-            await expand_zero_clusters(driver, progress)
-        except FusediskError:
-            image.l2.clear()
-            raise
+    async with changing(driver):
+        await expand_zero_clusters(driver, progress)
         header = dataclasses.replace(
             image.header,
             version=2,
@@ -104,7 +100,6 @@ async def downgrade(driver: Qcow2Driver, progress: Progress) -> None:
             extensions=_without_feature_names(image.header),
         )
         await put_header(image, header)
-    await driver.reload()
 
 
 def _without_feature_names(header: layout.Header) -> list[layout.Extension]:

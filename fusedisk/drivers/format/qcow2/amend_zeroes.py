@@ -19,6 +19,7 @@ import trio
 from fusedisk.block.check import Progress
 from fusedisk.core.errors import ImageError
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, encode_table
+from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.snapshot import read_l1
 from fusedisk.drivers.format.qcow2.snapshot_references import table_weights
 
@@ -56,22 +57,29 @@ async def expand_zero_clusters(driver: Qcow2Driver, progress: Progress) -> None:
 
 async def _tables(driver: Qcow2Driver) -> list[_Table]:
     """All L2 tables, lowest first."""
-    image = driver.image
+    image, span_bits = driver.image, driver.image.geometry.span_bits
     active = table_weights(image, image.l1, "its L1 table")
-    weights = Counter(active)
-    guest_offsets = _guest_offsets(image.l1, image.geometry.span_bits)
-    # Snapshots of a hostile image may all lead to one large L1 table.
-    for place, number in Counter((shot.l1_table_offset, shot.l1_size) for shot in driver.snapshots).items():
-        snapshot = next(shot for shot in driver.snapshots if (shot.l1_table_offset, shot.l1_size) == place)
+    weights, guest_offsets = Counter(active), _guest_offsets(image.l1, span_bits)
+    # Snapshots of a hostile image may all lead to one large L1 table, or to tables that overlap.
+    places = Counter((shot.l1_table_offset, shot.l1_size) for shot in driver.snapshots)
+    if sum(size * 8 for _, size in places) > image.storage.node.length:
+        raise _cannot_be(image, f"the L1 tables of its {len(driver.snapshots)} snapshots are longer than the file")
+    for snapshot in {(shot.l1_table_offset, shot.l1_size): shot for shot in driver.snapshots}.values():
         l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
+        number = places[snapshot.l1_table_offset, snapshot.l1_size]
         for offset, weight in table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}").items():
             weights[offset] += weight * number
-        guest_offsets = _guest_offsets(l1, image.geometry.span_bits) | guest_offsets
+        guest_offsets = _guest_offsets(l1, span_bits) | guest_offsets
+        await trio.lowlevel.checkpoint()
     return [_Table(offset, weights[offset], offset in active, guest_offsets[offset]) for offset in sorted(weights)]
 
 
 def _guest_offsets(l1: array[int], span_bits: int) -> dict[int, int]:
     return {entry & OFFSET_MASK: index << span_bits for index, entry in enumerate(l1) if entry & OFFSET_MASK}
+
+
+def _cannot_be(image: Image, what: str) -> ImageError:
+    return ImageError(f"'{image.filename}' is corrupt: {what}; 'fusedisk check -r all' may repair it.")
 
 
 class _Expansion:
@@ -96,7 +104,7 @@ class _Expansion:
         new = old[:]
         for index in zero:
             if old[index] & self.geometry.l2_bad:
-                raise self._cannot_be(f"entry {index} of its L2 table at {table.offset} is {old[index]:#018x}")
+                raise _cannot_be(self.image, f"entry {index} of its L2 table at {table.offset} is {old[index]:#018x}")
             new[index] = 0
             if old[index] & OFFSET_MASK:
                 self._freed[(old[index] & OFFSET_MASK) >> self.geometry.cluster_bits] += table.weight
@@ -108,11 +116,11 @@ class _Expansion:
             await self.commit()
 
     def _check_place(self, offset: int) -> None:
-        if offset >= self.image.storage.node.length or self.image.fixed_at(offset, self.geometry.cluster_size):
-            raise self._cannot_be(f"it has an L2 table at {offset}, where none can be")
-
-    def _cannot_be(self, what: str) -> ImageError:
-        return ImageError(f"'{self.image.filename}' is corrupt: {what}; 'fusedisk check -r all' may repair it.")
+        what = self.image.metadata_at(offset, self.geometry.cluster_size)
+        if what is not None:
+            raise _cannot_be(self.image, f"it has an L2 table at {offset}, where its {what} lies")
+        if offset >= self.image.storage.node.length:
+            raise _cannot_be(self.image, f"it has an L2 table at {offset}, behind the end of the file")
 
     async def _allocate(self, table: _Table, indices: list[int], new: array[int]) -> None:
         """Give the entries at ``indices`` host clusters of zeroes."""

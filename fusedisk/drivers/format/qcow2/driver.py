@@ -443,16 +443,18 @@ class Qcow2Driver(SnapshotDriver):
         await amend(self, options, progress, force=force)
 
     async def reload(self) -> None:
-        """Take everything from the file anew, after a change of what stays the same otherwise. No request is in
-        flight. An image that cannot be read again is fenced."""
-        await self.committer.finish()
+        """Take everything from the file anew, and forget what memory had. No request is in flight. An image that
+        cannot be read again is fenced."""
         self._end_writing()
-        self._compressed = None
+        self._compressed, before = None, self.encryption
         try:
             await self.open()
         except BaseException as exc:
-            self.node.fence(f"It could not be read again after a change of its settings: {exc}.")
+            self._end_writing()
+            self.node.fence(f"It could not be read again after a change of its settings: {exc}")
             raise
+        if self.encryption is not None and before is not None:
+            self.encryption.take_key(before)
 
     # --- information ------------------------------------------------------------------------------------
 

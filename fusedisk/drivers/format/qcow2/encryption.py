@@ -52,6 +52,10 @@ class Encryption:
                 if self._cipher is None:
                     self._cipher = await self._make_cipher(options)
 
+    def take_key(self, other: Encryption) -> None:
+        """Use the key of another opening of the same image, although its passphrase may be gone."""
+        self._cipher = self._cipher or other._cipher
+
     async def _make_cipher(self, options: EncryptionOptions) -> SectorCipher:
         passphrase = read_passphrase(options)
         if passphrase is None:
