@@ -1,4 +1,8 @@
-"""``--seed N``: replay one run; also by the environment variable FUSEDISK_SEED."""
+"""``--seed N``: replay one run; also by the environment variable FUSEDISK_SEED. ``--first-seed``, ``--seeds`` and
+``--batches``: other runs than the usual ones, as many and as long as there is time for::
+
+    scripts/test tests/differential -k some_of_everything --first-seed 1000 --seeds 500 --batches 270
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,16 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="replay one random run of tests/differential")
+    parser.addoption("--first-seed", type=int, default=None, help="the first of the random runs")
+    parser.addoption("--seeds", type=int, default=None, help="how many random runs")
+    parser.addoption("--batches", type=int, default=None, help="how long each is, in batches of some four requests")
+
+
+@pytest.fixture
+def batches(request: pytest.FixtureRequest) -> int | None:
+    """How long a run shall be; None leaves it to the scenario."""
+    found: int | None = request.config.getoption("--batches")
+    return found
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,6 +35,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     marker = metafunc.definition.get_closest_marker("seeds")
     count, first = (marker.args[0], marker.kwargs.get("first", 0)) if marker is not None else (1, 0)
+    if (other := metafunc.config.getoption("--first-seed", default=None)) is not None:
+        first = other
+    count = metafunc.config.getoption("--seeds", default=None) or count
     asked = metafunc.config.getoption("--seed", default=None)
     if asked is None and "FUSEDISK_SEED" in os.environ:
         asked = int(os.environ["FUSEDISK_SEED"])

@@ -57,6 +57,11 @@ class Scenario:
         """How long the run is."""
         return 500 if self.seed >= SYSTEMATIC else 60
 
+    @property
+    def data_file(self) -> bool:
+        """Whether the active image has its data in a file of its own: no snapshots then, and nothing compressed."""
+        return self.version == "1.1" and random.Random(f"data file {self.seed}").random() < 0.15
+
     def __str__(self) -> str:
         return (
             f"seed {self.seed}: clusters of {self.cluster_size}, version {self.version}, depth {self.depth}, "
@@ -172,6 +177,12 @@ def _add_overlay(scenario: Scenario, chain: Chain, directory: Path, rng: random.
         options.append(f"refcount_bits={rng.choice((8, 32, 64))}")
     if version == "1.1" and rng.random() < 0.2:
         options.append("compression_type=zstd")
+    if version == "1.1" and rng.random() < 0.2:
+        options.append("lazy_refcounts=on")
+    external = top and scenario.data_file
+    if external:
+        raw = not chain.files and rng.random() < 0.5
+        options.append(f"data_file={directory / 'data'},data_file_raw={'on' if raw else 'off'}")
     if version == "1.1" and cluster_size >= MIN_EXTENDED_L2_CLUSTER and rng.random() < 0.5:
         options.append("extended_l2=on")
     if not chain.files and rng.random() < 0.2 and scenario.windows == ((0, scenario.size),):
@@ -184,10 +195,10 @@ def _add_overlay(scenario: Scenario, chain: Chain, directory: Path, rng: random.
     chain.formats.append("qcow2")
     for number in range(rng.choice((1, 1, 2, 3))):
         commands = qemu_commands(rng, _windows(scenario, length), cluster_size, count=rng.randrange(2, 14))
-        if "preallocation" not in options[-1]:
+        if "preallocation" not in options[-1] and not external:
             commands = _compressed(rng, _windows(scenario, length), cluster_size) + commands if not number else commands
         qemu_io(path, *commands, fmt="qcow2", options="-d unmap")
-        if rng.random() < 0.3:
+        if rng.random() < 0.3 and not external:
             qemu_img("snapshot", "-q", "-c", f"s{number}", path)
 
 
@@ -244,6 +255,9 @@ def open_options(scenario: Scenario, chain: Chain, rng: random.Random) -> dict[s
         "detect-zeroes": rng.choice(("off", "off", "on", "unmap")),
         "copy-on-read": rng.random() < 0.2,
         "cache": {"no-flush": rng.random() < 0.9},
+        "overlap-check": rng.choice(("constant", "cached", "cached", "all")),
+        "pass-discard-other": rng.random() < 0.3,
+        "discard-no-unref": scenario.version == "1.1" and rng.random() < 0.2,
     }
     if rng.random() < 0.4:
         # The fewest tables that the driver can do with.

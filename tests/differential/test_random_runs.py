@@ -22,11 +22,11 @@ def _tools() -> None:
 
 
 @pytest.mark.seeds(26)
-async def test_some_of_everything(seed: int, tmp_path: Path) -> None:
-    await run_or_explain(Scenario.of(seed), tmp_path)
+async def test_some_of_everything(seed: int, batches: int | None, tmp_path: Path) -> None:
+    await run_or_explain(Scenario.of(seed), tmp_path, batches)
 
 
 @pytest.mark.slow
 @pytest.mark.seeds(COMBINATIONS, first=SYSTEMATIC)
-async def test_every_cluster_size_version_and_depth(seed: int, tmp_path: Path) -> None:
-    await run_or_explain(Scenario.of(seed), tmp_path)
+async def test_every_cluster_size_version_and_depth(seed: int, batches: int | None, tmp_path: Path) -> None:
+    await run_or_explain(Scenario.of(seed), tmp_path, batches)

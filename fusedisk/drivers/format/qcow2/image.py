@@ -39,6 +39,8 @@ from fusedisk.drivers.format.qcow2.layout import Header
 log = logging.getLogger(__name__)
 
 MIN_L2_TABLES = 2
+SNAPSHOT_L2 = "snapshot's L2 table"
+"""What the overlap checks call it."""
 
 
 class DirtyTables:
@@ -191,18 +193,22 @@ class Image:
         return None
 
     def metadata_at(self, start: int, length: int) -> str | None:
-        """The name of the metadata other than L2 tables that a host range touches."""
+        """The name of the metadata other than L2 tables, which snapshots share, that a host range touches."""
+        what = self._scattered_at(start, length)
+        return what if what not in (None, SNAPSHOT_L2) else self.fixed_at(start, length)
+
+    def _scattered_at(self, start: int, length: int) -> str | None:
         at = bisect_left(self.scattered, start)
         if at < len(self.scattered) and self.scattered[at] < start + length:
             return self.snapshot_tables.get(self.scattered[at], "refcount block")
-        return self.fixed_at(start, length)
+        return None
 
     def occupied_at(self, start: int, length: int) -> str | None:
         """The name of the metadata that a host range touches, L2 tables included."""
         at = bisect_left(self.l2_places, start)
         if at < len(self.l2_places) and self.l2_places[at] < start + length:
             return "L2 table"
-        return self.metadata_at(start, length)
+        return self._scattered_at(start, length) or self.fixed_at(start, length)
 
     @property
     def _guards_scattered(self) -> bool:

@@ -11,7 +11,7 @@ from fusedisk.drivers.format.qcow2 import layout, snapshot, vmstate
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
-from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.image import SNAPSHOT_L2, Image
 from fusedisk.drivers.format.qcow2.options import Qcow2Options
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, l1_clusters, load_snapshots
@@ -70,7 +70,7 @@ class SnapshotDriver(Driver):
             for found in self.snapshots:
                 if found.l1_size * 8 <= layout.MAX_L1_SIZE:
                     l1 = await image.read_table(found.l1_table_offset, found.l1_size)
-                    tables |= {entry & OFFSET_MASK: "snapshot's L2 table" for entry in l1 if entry & OFFSET_MASK}
+                    tables |= {entry & OFFSET_MASK: SNAPSHOT_L2 for entry in l1 if entry & OFFSET_MASK}
         image.snapshot_tables = tables
 
     # --- snapshots --------------------------------------------------------------------------------------
