@@ -273,6 +273,26 @@ async def test_space_is_used_again(tmp_path: Path) -> None:
     await assert_sound(path)
 
 
+async def test_what_is_cached_goes_with_its_clusters(tmp_path: Path) -> None:
+    """L2 tables and inflated clusters come to lie where others were, which were read before."""
+    path = make_qcow2(tmp_path / "disk.qcow2", MIB, cluster_size=4096)
+    async with opened(path) as backend:
+        await backend.create_snapshot(named("empty"))
+        for number in range(1, 10):
+            await backend.write_compressed(0, bytes([number]) * 4096)
+            assert await backend.read(0, 4096) == bytes([number]) * 4096
+            await backend.apply_snapshot("1")
+            assert await backend.read(0, 4096) == bytes(4096)
+        for number in range(1, 10):
+            await backend.create_snapshot(named("full"))
+            await backend.write(number * 4096, bytes([number]) * 4096)
+            assert await backend.read(number * 4096, 4096) == bytes([number]) * 4096
+            await backend.delete_snapshot("2")
+            for earlier in range(1, number + 1):
+                assert await backend.read(earlier * 4096, 4096) == bytes([earlier]) * 4096
+    await assert_sound(path)
+
+
 @pytest.mark.parametrize("seed", range(8))
 async def test_requests_in_flight(tmp_path: Path, seed: int) -> None:
     """A snapshot holds what was answered before it was asked for, and of what is in flight each request wholly or not
