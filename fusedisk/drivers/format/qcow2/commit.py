@@ -31,8 +31,9 @@ from fusedisk.core.errors import CorruptImageError
 from fusedisk.core.locks import Mutex
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import encode_table
+from fusedisk.drivers.format.qcow2.freed import ExternalRange, Freed
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.refcount import ExternalRange, Freed, Refcounts
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
 
 MAX_FREED_BYTES = 64 << 20
 """Host space that waits for a commit to be used again, before one is made for its sake."""

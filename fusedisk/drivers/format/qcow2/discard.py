@@ -28,7 +28,7 @@ from fusedisk.drivers.format.qcow2.entries import (
     compressed_references,
     plain_runs,
 )
-from fusedisk.drivers.format.qcow2.refcount import Reason
+from fusedisk.drivers.format.qcow2.freed import Reason
 
 _SKIPS_AT_ONCE = 1024
 """L1 entries without a table that one step skips."""

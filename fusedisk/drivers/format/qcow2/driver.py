@@ -43,10 +43,11 @@ from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.compress import CompressedWriter
 from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
+from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions, Qcow2Options, cache_sizes
-from fusedisk.drivers.format.qcow2.refcount import Reason, Refcounts
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
 from fusedisk.drivers.format.qcow2.sparse import sparse_threshold, uses_clusters
 from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator

@@ -21,17 +21,14 @@ Source: docs/interop/qcow2.txt, "Host cluster management".
 
 from __future__ import annotations
 
-import enum
 import errno
 import logging
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import trio
 
 from fusedisk.block import io
-from fusedisk.block.child import Child
 from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.cache import TableCache
@@ -44,49 +41,13 @@ from fusedisk.drivers.format.qcow2.entries import (
     encode_table,
     plain_runs,
 )
+from fusedisk.drivers.format.qcow2.freed import ExternalRange, Freed, Reason
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow, refcount_codec
 
 log = logging.getLogger(__name__)
 
 MIN_BLOCKS = 4
-
-
-class Reason(enum.Enum):
-    """Why references go; decides whether the host gets its space back (the pass-discard options)."""
-
-    REQUEST = "request"
-    """The guest discarded the data."""
-    SNAPSHOT = "snapshot"
-    """A snapshot was deleted or applied."""
-    OTHER = "other"
-    """Something else took its place."""
-
-
-class Freed(NamedTuple):
-    """References that are gone."""
-
-    first: int
-    """First host cluster, by number."""
-    deltas: list[int]
-    """What to add to the refcounts from there on; negative."""
-    discard: bool
-    """Whether the host space may go with the last reference."""
-
-
-class ExternalRange:
-    """A range of an external data file that nothing refers to any more."""
-
-    def __init__(self, edge: Child, first: int, clusters: int) -> None:
-        self.edge = edge
-        self.parts = [(first, first + clusters)]
-        """Clusters by number, each as the first and the one behind the last."""
-
-    def take_back(self, first: int, end: int) -> None:
-        """These clusters are used again."""
-        parts = self.parts
-        self.parts = [(low, min(high, first)) for low, high in parts if low < first]
-        self.parts += [(max(low, end), high) for low, high in parts if high > end]
 
 
 class Refcounts:

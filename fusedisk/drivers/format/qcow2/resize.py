@@ -21,7 +21,7 @@ from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, HostRun
-from fusedisk.drivers.format.qcow2.refcount import Reason
+from fusedisk.drivers.format.qcow2.freed import Reason
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 

@@ -27,8 +27,9 @@ from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, empty_table, encode_table
+from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.refcount import Reason, Refcounts
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, table_weights
 from fusedisk.drivers.format.qcow2.snapshot_switch import State, Switch
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots, next_id

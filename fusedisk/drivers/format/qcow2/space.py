@@ -21,8 +21,9 @@ from fusedisk.block.child import Child
 from fusedisk.block.extent import Extent, WriteExtent
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, FIRST_CLUSTER, OFFSET_MASK, HostRun, plain_runs
+from fusedisk.drivers.format.qcow2.freed import ExternalRange, Reason
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.refcount import ExternalRange, Reason, Refcounts
+from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.subclusters import SubclusterMap
 
 

@@ -1,0 +1,45 @@
+"""What waits to be free: references that memory has lost, and the file perhaps not yet."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from fusedisk.block.child import Child
+
+
+class Reason(enum.Enum):
+    """Why references go; decides whether the host gets its space back (the pass-discard options)."""
+
+    REQUEST = "request"
+    """The guest discarded the data."""
+    SNAPSHOT = "snapshot"
+    """A snapshot was deleted or applied."""
+    OTHER = "other"
+    """Something else took its place."""
+
+
+class Freed(NamedTuple):
+    """References that are gone."""
+
+    first: int
+    """First host cluster, by number."""
+    deltas: list[int]
+    """What to add to the refcounts from there on; negative."""
+    discard: bool
+    """Whether the host space may go with the last reference."""
+
+
+class ExternalRange:
+    """A range of an external data file that nothing refers to any more."""
+
+    def __init__(self, edge: Child, first: int, clusters: int) -> None:
+        self.edge = edge
+        self.parts = [(first, first + clusters)]
+        """Clusters by number, each as the first and the one behind the last."""
+
+    def take_back(self, first: int, end: int) -> None:
+        """These clusters are used again."""
+        parts = self.parts
+        self.parts = [(low, min(high, first)) for low, high in parts if low < first]
+        self.parts += [(max(low, end), high) for low, high in parts if high > end]
