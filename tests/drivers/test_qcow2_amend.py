@@ -146,6 +146,27 @@ async def test_every_width_to_every_other(tmp_path: Path, backing: bool, snapsho
     assert_clean(image)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "extended_l2=on,cluster_size=16k",
+        "compression_type=zstd",
+        "data_file={}.data",
+        "data_file={}.data,data_file_raw=on",
+    ],
+)
+async def test_widths_beside_other_features(tmp_path: Path, options: str) -> None:
+    image = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options.format(image), image, "8M")
+    qemu_io(image, "write -P 1 0 1M", "write -z 512k 1M", "write -P 2 3M 100k", fmt="qcow2")
+    before = content(image)
+    for width in (64, 1, 16):
+        await amend(image, refcount_bits=width, lazy_refcounts=width == 64)
+        assert specific(image)["refcount-bits"] == width
+        assert content(image) == before
+        assert_clean(image)
+
+
 @pytest.mark.parametrize("unit", [512, 65536, 2 << 20])
 @pytest.mark.parametrize("width", [1, 64])
 async def test_widths_of_large_images(tmp_path: Path, unit: int, width: int) -> None:
