@@ -13,10 +13,13 @@ from typing import NamedTuple
 import click
 import trio
 
+from tests.crash.amending import AMENDING
 from tests.crash.judge import Checker, Result, judge
 from tests.crash.recording import Recording
 from tests.crash.replay import power_cuts, prefixes
 from tests.crash.workloads import WORKLOADS
+
+ALL = WORKLOADS | AMENDING
 
 COLUMNS = (
     "workload",
@@ -58,7 +61,7 @@ async def replay(name: str, seeds: range, cuts: int, tries: int, checker: Checke
     results: list[tuple[Recording, Result, Result]] = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            recording = await WORKLOADS[name].record(Path(folder), seed)
+            recording = await ALL[name].record(Path(folder), seed)
             deaths = await judge(recording, prefixes(recording.base, recording.log), checker)
             random_ = random.Random(seed)
             changes = [cut for cut, operation in enumerate(recording.log, 1) if operation.kind in ("write", "discard")]
@@ -106,10 +109,10 @@ async def replay_all(names: Sequence[str], seeds: range, cuts: int, tries: int) 
 def main(names: tuple[str, ...], seed: int, seeds: int, cuts: int, tries: int) -> None:
     """Replay crashes of each WORKLOAD, or of all."""
     logging.getLogger("fusedisk").setLevel(logging.ERROR)  # images that are not closed properly are what we are after
-    unknown = set(names) - WORKLOADS.keys()
+    unknown = set(names) - ALL.keys()
     if unknown:
-        raise click.BadParameter(f"no workload '{min(unknown)}', known are {', '.join(WORKLOADS)}.")
-    good = trio.run(replay_all, names or tuple(WORKLOADS), range(seed, seed + seeds), cuts, tries)
+        raise click.BadParameter(f"no workload '{min(unknown)}', known are {', '.join(ALL)}.")
+    good = trio.run(replay_all, names or tuple(ALL), range(seed, seed + seeds), cuts, tries)
     sys.exit(0 if good else 1)
 
 
