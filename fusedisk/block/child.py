@@ -18,7 +18,7 @@ class Child:
     ``parent`` is None for the root edge of a :class:`~fusedisk.block.backend.Backend`.
     """
 
-    __slots__ = ("name", "node", "owner", "parent", "perm", "role", "shared")
+    __slots__ = ("implied", "name", "node", "owner", "parent", "perm", "role", "shared")
 
     def __init__(self, name: str, role: Role | None, parent: Node | None, node: Node, owner: str) -> None:
         self.name = name
@@ -27,5 +27,7 @@ class Child:
         self.node = node
         self.owner = owner
         """Who uses the node, for messages."""
+        self.implied = False
+        """The parent's image names the node itself, so that opening the parent opens it."""
         self.perm = 0
         self.shared = permissions.ALL

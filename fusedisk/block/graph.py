@@ -340,6 +340,7 @@ class Graph:
         for edge in edges:
             old.parents.remove(edge)
             edge.node = new
+            edge.implied = False
             new.parents.append(edge)
 
     async def insert_above(self, node: Node, options: dict[str, Any]) -> Node:

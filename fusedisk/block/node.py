@@ -203,7 +203,7 @@ class Node:
             options["node-name"] = self.name
         names = {spec.name: spec.option_name for spec in self.driver.child_specs}
         for child in self.children.values():
-            if child.role is not Role.BACKING or self.backing_overridden:
+            if not child.implied and (child.role is not Role.BACKING or self.backing_overridden):
                 options[names.get(child.name, child.name)] = child.node.full_options()
         if self.driver.supports_backing and self.backing_overridden and self.backing is None:
             options["backing"] = None

@@ -149,10 +149,12 @@ class Opener:
             options = self._protocol_options(options)
         node = await self._open_chain(options, config, parent)
         try:
-            return self.graph.attach_child(parent, node, name, role)
+            edge = self.graph.attach_child(parent, node, name, role)
         except BaseException as exc:
             await self.graph.abandon(node, exc)
             raise
+        edge.implied = implicit
+        return edge
 
     def _protocol_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Give storage options without a driver the protocol that their file name asks for."""

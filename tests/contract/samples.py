@@ -114,23 +114,35 @@ async def _copy_on_read(directory: Path) -> AsyncIterator[Options]:
         yield {"driver": "copy-on-read", "file": below}
 
 
+@contextlib.asynccontextmanager
+async def _encrypted(directory: Path) -> AsyncIterator[Options]:
+    key = directory / "key"
+    key.write_text("a passphrase")
+    encrypt = {"encrypt.format": "luks", "encrypt.iter-time": 10, "encrypt.key-file": str(key)}
+    async with created("qcow2", **encrypt)(directory) as options:
+        yield options | {"encrypt.key-file": str(key)}
+
+
 SAMPLES: dict[str, Sample] = {
-    "qcow2": Sample(created("qcow2"), shrinks=False, plain_name=True),
+    "qcow2": Sample(created("qcow2"), plain_name=True),
     "raw": Sample(_raw, plain_name=True),
     "file": Sample(_file, storage=None),
     "host_device": Sample(_loop_device, storage=None, grows=False, shrinks=False),
     "null-co": Sample(_null, remembers=False, storage=None, locked=False),
-    "copy-on-read": Sample(_copy_on_read, shrinks=False, writes_always=True),
+    "copy-on-read": Sample(_copy_on_read, writes_always=True),
     "blkdebug": Sample(filtering("blkdebug", "image"), storage="image"),
     "blklogwrites": Sample(_log_writes),
 }
 """By the driver's name in the table. Variants of a driver carry a second word: ``qcow2 v2``."""
 
 VARIANTS: dict[str, Sample] = {
-    "qcow2 v2": Sample(created("qcow2", compat="0.10"), shrinks=False, plain_name=True),
-    "qcow2 small": Sample(created("qcow2", cluster_size=512), shrinks=False, plain_name=True),
-    "qcow2 large": Sample(created("qcow2", cluster_size=2 << 20), shrinks=False, plain_name=True),
-    "qcow2 preallocated": Sample(created("qcow2", preallocation="metadata"), shrinks=False, plain_name=True),
+    "qcow2 v2": Sample(created("qcow2", compat="0.10"), plain_name=True),
+    "qcow2 small": Sample(created("qcow2", cluster_size=512), plain_name=True),
+    "qcow2 large": Sample(created("qcow2", cluster_size=2 << 20), plain_name=True),
+    "qcow2 preallocated": Sample(created("qcow2", preallocation="metadata"), plain_name=True),
+    "qcow2 lazy": Sample(created("qcow2", lazy_refcounts=True), plain_name=True),
+    "qcow2 data file": Sample(created("qcow2", data_file="disk.data"), plain_name=True),
+    "qcow2 encrypted": Sample(_encrypted),
     "qcow2 subclusters": Sample(created("qcow2", extended_l2=True), plain_name=True),
 }
 
