@@ -251,6 +251,26 @@ async def test_crashes_leave_a_passphrase_that_opens(image: Path, keys: Keys) ->
     assert len(seen) > 10
 
 
+async def test_power_cuts_while_one_takes_the_place_of_the_other(image: Path, keys: Keys) -> None:
+    """Once the new one is answered it opens the image, whatever becomes of the old one."""
+
+    async def changes(guest: Guest) -> None:
+        node, state = guest.backend.node, "encrypt.state"
+        await amend_node(node, {state: "active", "encrypt.new-key-file": keys(NEW), "encrypt.iter-time": "10"})
+        await guest.write(2 << 20, b"x" * 512)  # which marks this place in the log
+        await amend_node(node, {state: "inactive", "encrypt.old-key-file": keys(PASSPHRASE)})
+
+    unlocking: dict[str, Any] = {"encrypt.key-file": keys(PASSPHRASE)}
+    recording = await record(image, changes, **unlocking)
+    answered = next(at for at, operation in enumerate(recording.log) if operation.kind == "mark")
+    checked = set()
+    for crash in power_cuts(recording.base, recording.log, random.Random(1), 6):
+        if crash.cut > answered and crash.image not in checked:
+            checked.add(crash.image)
+            assert await _content(crash, keys(NEW)) == b"\x05" * 4096, (crash.cut, crash.what)
+    assert len(checked) > 3
+
+
 async def _content(crash: Crash, key: str) -> bytes:
     graph = Graph(MEMORY_DRIVERS)
     store = Store(0)

@@ -68,7 +68,6 @@ async def put_header(image: Image, header: Header) -> None:
     """
     present = bytes(await image.read(0, header.cluster_size))
     new, old = _area(header, image.filename), _ranges_in_use(image.header)
-    await image.barrier()
     if not _collides(new, old, present):
         await _switch(image, new)
         return
@@ -129,7 +128,8 @@ def _between(header: Header, filename: str, new: _Area, old: list[Range], presen
 
 
 async def _switch(image: Image, area: _Area) -> None:
-    """Let the file have a header whose bytes behind the first sector are not in use."""
+    """Let the file have a header whose bytes behind the first sector are not in use, when they and all that was
+    written before are durable."""
     for offset, data in area.behind_first_sector():
         await image.put_bytes(offset, data)
     await image.barrier()
