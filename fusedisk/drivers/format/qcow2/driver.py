@@ -45,7 +45,9 @@ from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.information import specific_information
 from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.qcow2.opening import check_version, check_writable, read_header
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions, Qcow2Options, cache_sizes
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
@@ -99,7 +101,7 @@ class Qcow2Driver(SnapshotDriver):
         edge = node.children["file"]
         header = await read_header(edge.node, node.filename)
         l2_size, refcount_size = cache_sizes(self.options, header)
-        _check_lazy(self.options, header, node.filename)
+        check_version(self.options, header, node.filename)
         if not node.config.read_only:
             check_writable(header, node.filename)
             if header.incompatible_features & layout.DIRTY:
@@ -229,7 +231,7 @@ class Qcow2Driver(SnapshotDriver):
         if options.overlap_check != self.options.overlap_check:
             raise NotSupportedError(f"node '{self.node.name}': qcow2's overlap-check cannot change while it is open.")
         self.check_reopen(config, options)
-        _check_lazy(options, self.image.header, self.node.filename)
+        check_version(options, self.image.header, self.node.filename)
         if self.node.config.read_only and not config.read_only:
             check_writable(self.image.header, self.image.filename)
             if self.image.header.incompatible_features & layout.DIRTY:
@@ -472,28 +474,8 @@ class Qcow2Driver(SnapshotDriver):
         return information
 
     def specific_information(self) -> dict[str, Any] | None:
-        header = self.image.header
-        encrypt = {"encrypt": self.encryption.information()} if self.encryption is not None else {}
-        compression = layout.COMPRESSION_NAMES[header.compression_type]
-        refcount_bits = self.image.geometry.refcount_bits
-        if header.version == 2:
-            return {"compat": "0.10", "compression-type": compression, "refcount-bits": refcount_bits} | encrypt
-        return {
-            "compat": "1.1",
-            "compression-type": compression,
-            "lazy-refcounts": bool(header.compatible_features & layout.LAZY_REFCOUNTS),
-            "refcount-bits": refcount_bits,
-            "corrupt": bool(header.incompatible_features & layout.CORRUPT),
-            **self._data_file_information(),
-            "extended-l2": self.image.geometry.extended_l2,
-        } | encrypt
-
-    def _data_file_information(self) -> dict[str, Any]:
-        header = self.image.header
-        if not header.has_data_file:
-            return {}
-        name = {"data-file": header.data_file_name} if header.data_file_name is not None else {}
-        return name | {"data-file-raw": header.has_raw_data_file}
+        encryption = self.encryption.information() if self.encryption is not None else None
+        return specific_information(self.image, encryption)
 
     def has_zero_init(self) -> bool:
         # A preallocated image's clusters are as the file's are.
@@ -514,39 +496,6 @@ class Qcow2Driver(SnapshotDriver):
     @classmethod
     async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
         await create.create(file, options, data_file)
-
-
-async def read_header(file: Node, filename: str) -> Header:
-    """The validated header of the image in ``file``. Raises ImageError or UnsupportedFeatureError."""
-    head = await _read(file, layout.V3_HEADER_LENGTH)
-    header = layout.parse_header(head, filename)
-    layout.check_untrusted(header, filename)
-    layout.parse_header_area(header, await _read(file, header.cluster_size), filename)
-    layout.check_features(header, filename)
-    layout.check_tables(header, file.length, filename)
-    return header
-
-
-async def _read(file: Node, length: int) -> bytes:
-    data = bytearray(min(length, file.length))
-    await io.read(file, 0, memoryview(data))
-    return bytes(data)
-
-
-def _check_lazy(options: Qcow2Options, header: Header, filename: str) -> None:
-    if options.discard_no_unref and header.version < 3:
-        raise OptionError(f"'{filename}' is qcow2 of version 2, but discard-no-unref needs version 3 (compat=1.1).")
-    if options.lazy_refcounts and header.version < 3:
-        raise OptionError(f"'{filename}' is qcow2 of version 2, but lazy-refcounts needs version 3 (compat=1.1).")
-
-
-def check_writable(header: Header, filename: str) -> None:
-    """Refuse to write to images whose metadata cannot be relied on. Raises ImageError."""
-    if header.incompatible_features & layout.CORRUPT:
-        raise ImageError(
-            f"'{filename}' is marked corrupt and can only be opened read-only until it is repaired, as by "
-            f"'fusedisk check -r all'."
-        )
 
 
 def _nothing(offset: int, length: int) -> WriteExtent | None:
