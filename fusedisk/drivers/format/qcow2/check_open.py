@@ -230,8 +230,7 @@ def _check_sizes(header: Header, filename: str) -> None:
 def _check_features(header: Header, filename: str) -> None:
     unknown = header.incompatible_features & ~_KNOWN_INCOMPATIBLE
     if unknown:
-        names = layout.feature_names(header)
-        found = [names.get((layout.INCOMPATIBLE, bit), f"bit {bit}") for bit in range(64) if unknown >> bit & 1]
+        found = layout.named_features(header, unknown)
         raise UnsupportedFeatureError(
             f"'{filename}' cannot be checked: it uses incompatible features that are not known ({', '.join(found)})."
         )

@@ -87,6 +87,8 @@ _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _FEATURE = struct.Struct(">BB46s")
+_MOST_NAMED = 8
+"""Features that a message names."""
 _CRYPTO = struct.Struct(">QQ")
 
 
@@ -380,8 +382,7 @@ def check_features(header: Header, filename: str) -> None:
         )
     unknown = header.incompatible_features & ~SUPPORTED_INCOMPATIBLE
     if unknown:
-        names = feature_names(header)
-        found = [names.get((INCOMPATIBLE, bit), f"bit {bit}") for bit in range(64) if unknown >> bit & 1]
+        found = named_features(header, unknown)
         raise UnsupportedFeatureError(
             f"'{filename}' uses the incompatible qcow2 feature{'s' if len(found) > 1 else ''} "
             f"{', '.join(found)}, which "
@@ -403,6 +404,14 @@ def check_features(header: Header, filename: str) -> None:
             "feature bit is "
             f"{'not ' if kind else ''}set; the two must agree."
         )
+
+
+def named_features(header: Header, unknown: int) -> list[str]:
+    """The incompatible features in ``unknown`` by name: the first few, and how many more there are."""
+    names = feature_names(header)
+    found = [names.get((INCOMPATIBLE, bit), f"bit {bit}") for bit in range(64) if unknown >> bit & 1]
+    more = len(found) - _MOST_NAMED
+    return [*found[:_MOST_NAMED], f"{more} more"] if more > 0 else found
 
 
 def feature_names(header: Header) -> dict[tuple[int, int], str]:
