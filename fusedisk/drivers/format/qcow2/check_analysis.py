@@ -78,7 +78,8 @@ class Analysis:
 
     def is_shared(self, table: L1Table, index: int) -> bool:
         """Whether something else is in the cluster of an L1 table's entry, too."""
-        return self.counts[table.region.offset + 8 * index >> self.image.cluster_bits] > table.users
+        cluster = table.region.offset + 8 * index >> self.image.cluster_bits
+        return self.counts[cluster] - self.walk.phantoms[cluster] > table.users
 
     def _sum_up(self) -> None:
         walk, result, image = self.walk, self.result, self.image

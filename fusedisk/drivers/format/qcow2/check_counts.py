@@ -32,6 +32,10 @@ class Counts:
         self._behind = 0
         """Of the cluster behind the last one: what is not aligned may reach into it."""
 
+    def empty(self) -> Counts:
+        """Counters of the same clusters that have counted nothing yet."""
+        return Counts(self.clusters, whole=self.clusters if self._one_chunk else 0)
+
     # --- counting ---------------------------------------------------------------------------------------
 
     def add_run(self, first: int, count: int, weight: int = 1) -> None:

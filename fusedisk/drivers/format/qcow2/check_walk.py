@@ -58,6 +58,8 @@ class Walk:
         self.snapshots = snapshots
         self.disk = disk
         self.counts = counts
+        self.phantoms = counts.empty()
+        """Of the references, those of L1 entries that lead to no cluster's start, and of what looks like a table there."""
         self.result = CheckResult()
         """Collects findings, and errors of reading."""
         self.found = TableFindings()
@@ -168,6 +170,10 @@ class Walk:
         # QEMU looks at the flags of a table only if it knows the table's own refcount.
         known = offset and await self.disk.get(offset >> self.image.cluster_bits) is not None
         found = await self._scanner.scan(offset, raw, use.weight, copied=bool(use.active and known))
+        if offset & self.image.cluster_mask or not offset:
+            phantom = TableScanner(self.image, self.disk, self.phantoms, _ignore)
+            phantom.count_region(offset, self.image.cluster_size, use.weight)
+            await phantom.scan(offset, raw, use.weight, copied=False)
         if found.corruptions:
             self.broken_tables.append(offset)
         if found.miscopied:
@@ -220,3 +226,7 @@ class Walk:
                 self.block_corruptions += 1
                 self.rebuild = True
                 self.result.note(f"refcount block {number} at {offset:#x}: {wrong}.")
+
+
+def _ignore(sentence: str) -> None:
+    """What is wrong in a phantom is noted once."""
