@@ -59,7 +59,7 @@ class Walk:
         self.disk = disk
         self.counts = counts
         self.phantoms = counts.empty()
-        """Of the references, those of L1 entries that lead to no cluster's start, and of what looks like a table there."""
+        """Of the references, those of L1 entries that lead to no cluster's start, and of what seems a table there."""
         self.result = CheckResult()
         """Collects findings, and errors of reading."""
         self.found = TableFindings()
