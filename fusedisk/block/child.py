@@ -18,7 +18,7 @@ class Child:
     ``parent`` is None for the root edge of a :class:`~fusedisk.block.backend.Backend`.
     """
 
-    __slots__ = ("implied", "name", "node", "owner", "parent", "perm", "role", "shared")
+    __slots__ = ("group", "implied", "name", "node", "owner", "parent", "perm", "role", "shared")
 
     def __init__(self, name: str, role: Role | None, parent: Node | None, node: Node, owner: str) -> None:
         self.name = name
@@ -29,5 +29,7 @@ class Child:
         """Who uses the node, for messages."""
         self.implied = False
         """The parent's image names the node itself, so that opening the parent opens it."""
+        self.group: object | None = None
+        """Edges of one group are one user's, who knows what he does: they do not exclude each other."""
         self.perm = 0
         self.shared = permissions.ALL

@@ -39,6 +39,7 @@ class PreparedPermissions:
             edge.perm, edge.shared = perm, shared
         for node, perm, shared in self._checked:
             node.driver.commit_permissions(perm, shared)
+            node.graph.changes += 1
 
     def abort(self) -> None:
         """Forget them."""
@@ -56,7 +57,7 @@ class PreparedPermissions:
             shared &= edge_shared
             for other, other_perm, _ in values:
                 refused = other_perm & ~edge_shared
-                if other is not edge and refused:
+                if refused and other is not edge and (edge.group is None or other.group is not edge.group):
                     raise PermissionConflictError(
                         f"{other.owner} needs the permission '{permissions.names(refused)}' on '{node.filename}', "
                         f"but {edge.owner} uses it and does not share that."

@@ -43,6 +43,8 @@ class Graph:
         self.gate = gate or Gate()
         self.follow_backing = follow_backing
         """Open the backing files that images name; without, each image is looked at alone."""
+        self.changes = 0
+        """Counts changes of edges, permissions and settings; what was worked out before one may no longer hold."""
         self.nodes: dict[str, Node] = {}
         self._backends: dict[Child, Backend] = {}
         self._counter = 0
@@ -73,9 +75,19 @@ class Graph:
             await self.abandon(node, exc)
             raise
 
-    async def open_node(self, spec: str | Mapping[str, Any], config: NodeConfig, *, format: str | None = None) -> Node:
-        """Open a node and all below it. The caller attaches an edge, or sets ``owned``, before it next awaits."""
-        return await Opener(self).open(spec, config, format)
+    async def open_node(
+        self,
+        spec: str | Mapping[str, Any],
+        config: NodeConfig,
+        *,
+        format: str | None = None,
+        group: object | None = None,
+    ) -> Node:
+        """Open a node and all below it. The caller attaches an edge, or sets ``owned``, before it next awaits.
+
+        Edges to nodes that ``spec`` refers to by name are of ``group``.
+        """
+        return await Opener(self, group).open(spec, config, format)
 
     async def open_child(
         self, parent: Node, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool
@@ -129,7 +141,7 @@ class Graph:
 
     # --- edges ------------------------------------------------------------------------------------------
 
-    def attach_child(self, parent: Node, node: Node, name: str, role: Role) -> Child:
+    def attach_child(self, parent: Node, node: Node, name: str, role: Role, *, group: object | None = None) -> Child:
         if name in parent.children:
             raise OptionError(f"node '{parent.name}' has a child '{name}' already.")
         if _reaches(node, parent):
@@ -137,6 +149,7 @@ class Graph:
         if parent.config.auto_read_only and node.config.read_only and role is not Role.BACKING:
             parent.config.read_only = True
         edge = Child(name, role, parent, node, f"node '{parent.name}'")
+        edge.group = group
         parent.children[name] = edge
         node.parents.append(edge)
         try:

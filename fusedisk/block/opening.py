@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 class Opener:
     """Opens nodes into a graph. Whatever fails, nothing of it stays open."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, group: object | None = None) -> None:
         self.graph = graph
+        self.group = group
+        """Of the edges to nodes that options refer to by name."""
         self.drivers = graph.drivers
 
     async def open(self, spec: str | Mapping[str, Any], config: NodeConfig, format: str | None) -> Node:
@@ -136,7 +138,7 @@ class Opener:
         """Open and attach a child for a driver; see :meth:`Node.open_child`."""
         options: dict[str, Any]
         if isinstance(reference, str) and not implicit:
-            return self.graph.attach_child(parent, self.graph.node(reference), name, role)
+            return self.graph.attach_child(parent, self.graph.node(reference), name, role, group=self.group)
         if isinstance(reference, str):
             place = self._place(parent)
             parsed = parse_filename(resolve_reference(reference, place), self.drivers)

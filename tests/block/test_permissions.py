@@ -133,3 +133,27 @@ async def test_writes_need_a_user_that_asked(graph: Graph) -> None:
             await reader.write(0, b"x")
         assert str(caught.value) == f"No user of node '{node.name}' has asked for the write permission."
         await reader.close()
+
+
+async def test_edges_of_one_group_share_a_node_that_is_refused_to_others(graph: Graph) -> None:
+    group, store = object(), Store(1024)
+    with stores(disk=store):
+        disk = await graph.open_backend(
+            {"driver": "memory", "filename": "disk", "node-name": "d"}, name="disk", writable=True
+        )
+        assert disk.root is not None
+        window = {"driver": "raw", "file": "d", "offset": 512}
+        with pytest.raises(PermissionConflictError):
+            await graph.open_node(window, NodeConfig(read_only=False), group=group)
+        disk.root.group = group
+        with pytest.raises(PermissionConflictError):
+            await graph.open_node(window, NodeConfig(read_only=False))
+        node = await graph.open_node(window, NodeConfig(read_only=False), group=group)
+        part = graph.attach(node, "part", writable=True)
+        with pytest.raises(PermissionConflictError, match="'other' needs"):
+            graph.attach(disk.node, "other", writable=True)
+        assert store.permissions[-1][1] & WRITE == 0
+        await part.write(0, b"x" * 512)
+        assert await disk.read(512, 512) == b"x" * 512
+        await part.close()
+        await disk.close()
