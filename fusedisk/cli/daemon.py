@@ -24,7 +24,9 @@ from fusedisk.core.errors import FusediskError, host_error
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
-from fusedisk.mount import holders, mountinfo, mountpoint, runtime, unmounting
+from fusedisk.mount import holders, loop_device, mountinfo, mountpoint, runtime, unmounting
+from fusedisk.mount.loop_device import LoopSettings
+from fusedisk.mount.loop_follower import LoopFollower
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
 
@@ -48,6 +50,8 @@ class MountRequest:
     allow_any_reference: bool = False
     pid_file: str | None = None
     ready_fd: int | None = None
+    loop: LoopSettings | None = None
+    """The one file gets a loop device, which is part of being ready."""
 
 
 def run_daemon(request: MountRequest, report: Report) -> int:
@@ -67,12 +71,18 @@ class Daemon:
         self.record: runtime.MountRecord | None = None
         self._failures: list[str] = []
         self._bug = False
+        self._helpers: trio.Nursery
+        self._loop_settled = trio.Event()
+        """No loop device is being attached (any more)."""
+        if request.loop is None:
+            self._loop_settled.set()
 
     async def run(self) -> int:
         """All of it."""
         _become_io_flusher()
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) as signals:
             async with trio.open_nursery() as nursery:
+                self._helpers = nursery
                 nursery.start_soon(self._obey, signals, nursery.cancel_scope)
                 try:
                     await self._serve()
@@ -97,9 +107,10 @@ class Daemon:
         files = [name for export in self.exports for name in export.chain_files()]
         mountpoint.check_not_hidden(request.mountpoint, files)
         os.chdir("/")
+        single = not os.path.isdir(request.mountpoint)
         operations = Operations(
             self.exports,
-            single=not os.path.isdir(request.mountpoint),
+            single=single,
             live=request.settings.force_share,
         )
         options = mount_options(
@@ -112,6 +123,9 @@ class Daemon:
         self.record.write()
         session.start()
         self.session = session
+        for export in self.exports:
+            path = request.mountpoint if single else os.path.join(request.mountpoint, export.name)
+            self._helpers.start_soon(LoopFollower(export, path).run)
         await session.serve(self._ready)
 
     def _make_record(self) -> runtime.MountRecord:
@@ -131,9 +145,47 @@ class Daemon:
     # --- ready ------------------------------------------------------------------------------------------
 
     def _ready(self) -> None:
-        """The mount serves: tell everybody who waits for that."""
+        """The mount serves."""
         gc.collect()
         gc.freeze()
+        if self.request.loop is not None:
+            self._helpers.start_soon(self._attach, self.request.loop)
+        else:
+            self._announce()
+
+    async def _attach(self, loop: LoopSettings) -> None:
+        """Attach the loop device, from a thread: the kernel reads the partition table meanwhile."""
+        (export,) = self.exports
+        assert self.record is not None
+        path = f"{self.request.mountpoint}/{export.name}"
+        try:
+            self.record.loop = await trio.to_thread.run_sync(
+                lambda: loop_device.attach(path, loop, read_only=not export.writable)
+            )
+            self.record.write()
+        except FusediskError as exc:
+            self._fail(str(exc))
+            await self._release_loop()
+            assert self.session is not None
+            self.session.stop()
+        else:
+            self._announce()
+        finally:
+            self._loop_settled.set()
+
+    async def _release_loop(self) -> None:
+        """Take our loop device off, now or, if it is in use, as soon as it is not."""
+        device = self.record.loop if self.record is not None else None
+        if device is None:
+            return
+        path = f"{self.request.mountpoint}/{self.exports[0].name}"
+        try:
+            await trio.to_thread.run_sync(lambda: loop_device.detach(device, path, force=True), abandon_on_cancel=True)
+        except FusediskError as exc:
+            log.error("%s", exc)
+
+    def _announce(self) -> None:
+        """Tell everybody who waits for it that the mount is ready."""
         request = self.request
         try:
             if request.pid_file is not None:
@@ -163,6 +215,8 @@ class Daemon:
                 if self.session is None:
                     opening.cancel()
                 elif number == signal.SIGQUIT:
+                    await self._loop_settled.wait()
+                    await self._release_loop()
                     await self._flush()
                     self.session.stop()
                 elif not leaving:
@@ -171,6 +225,8 @@ class Daemon:
 
     async def _leave(self, session: Session) -> None:
         """Unmount as soon as nobody uses the mount; say who does."""
+        await self._loop_settled.wait()
+        await self._release_loop()
         told = False
         while True:
             released = session.operations.released

@@ -48,7 +48,7 @@ def _gather() -> list[dict[str, Any]]:
         if state in (_FAILED, None):
             record.remove()
         if state is not None:
-            found.append(_describe(record, state))
+            found.append(describe(record, state))
     return found
 
 
@@ -61,7 +61,8 @@ def _state(record: MountRecord, mounted: bool) -> str | None:
     return _STALE if mounted else None
 
 
-def _describe(record: MountRecord, state: str) -> dict[str, Any]:
+def describe(record: MountRecord, state: str = _SERVING) -> dict[str, Any]:
+    """A mount as programs shall see it."""
     alive = state in (_SERVING, _ENDING)
     return {
         "mountpoint": record.mountpoint,
@@ -69,6 +70,7 @@ def _describe(record: MountRecord, state: str) -> dict[str, Any]:
         "pid": record.pid,
         "memory": _memory(record.pid) if alive else None,
         "error": record.error,
+        "loop-device": record.loop,
         "exports": [
             {
                 "name": export.name,
@@ -77,10 +79,18 @@ def _describe(record: MountRecord, state: str) -> dict[str, Any]:
                 "virtual-size": export.size,
                 "read-only": export.read_only,
                 "overlay": export.overlay,
+                "loop-devices": _loop_devices(record.mountpoint, export.name),
             }
             for export in record.exports
         ],
     }
+
+
+def _loop_devices(mountpoint: str, name: str) -> list[str]:
+    """The loop devices that stand on a file, whoever attached them."""
+    from fusedisk.mount import loop_device
+
+    return loop_device.attached_to(f"{mountpoint}/{name}") + loop_device.attached_to(mountpoint)
 
 
 def _memory(pid: int) -> int | None:
@@ -99,7 +109,7 @@ def _print_table(found: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("IMAGE", "FORMAT", "SIZE", "FILE", "PROCESS", "MEMORY"):
+    for heading in ("IMAGE", "FORMAT", "SIZE", "FILE", "DEVICE", "PROCESS", "MEMORY"):
         justify: Literal["left", "right"] = "right" if heading in ("SIZE", "MEMORY") else "left"
         table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading not in ("IMAGE", "FILE"))
     for mount in found:
@@ -110,6 +120,7 @@ def _print_table(found: list[dict[str, Any]]) -> None:
                 export["format"] + _notes(export),
                 size_text(export["virtual-size"]),
                 f"{mount['mountpoint']}/{export['name']}",
+                ", ".join(export["loop-devices"]) or "-",
                 process,
                 size_text(mount["memory"]) if mount["memory"] is not None else "-",
             )

@@ -29,6 +29,8 @@ COMMANDS = {
     "mount": "Mount images as flat raw files.",
     "umount": "Unmount, after everything is flushed.",
     "list": "Show what is mounted.",
+    "attach": "Attach an image to a loop device.",
+    "detach": "Detach it again, after everything is flushed.",
     "create": "Make a new image.",
     "info": "Tell an image's format, size and backing chain.",
     "map": "Tell where the bytes of a disk lie.",
@@ -92,6 +94,7 @@ class LazyGroup(click.Group):
 Examples:
   fusedisk mount vm.qcow2 /mnt/disk       # /mnt/disk/vm is the disk, flat and writable
   fusedisk umount /mnt/disk               # flushed when it returns
+  fusedisk attach vm.qcow2                # prints /dev/loop0, with /dev/loop0p1 and so on
   fusedisk create -f qcow2 new.qcow2 10G
   fusedisk info --backing-chain vm.qcow2
   fusedisk map --output json vm.qcow2

@@ -106,8 +106,8 @@ def command(**given: Any) -> None:
     one IMAGE itself. The command returns when the mount is ready; a daemon serves it until it is unmounted
     (fusedisk umount).
     """
-    request = _request(given)
-    _check(request)
+    request = make_request(given)
+    check_request(request)
     from fusedisk.cli.daemon import run_daemon
 
     if given["foreground"]:
@@ -120,7 +120,7 @@ def command(**given: Any) -> None:
     run_in_background(lambda report: run_daemon(request, report), log_path, request.ready_fd)
 
 
-def _request(given: dict[str, Any]) -> MountRequest:
+def make_request(given: dict[str, Any]) -> MountRequest:
     """The request that the options make. Raises OptionError, or UsageError for options that contradict each other."""
     from fusedisk.block.filenames import parse_argument
     from fusedisk.cli.daemon import MountRequest
@@ -210,7 +210,7 @@ def _key_file(path: str | None) -> str | None:
     return _absolute(path)
 
 
-def _check(request: MountRequest) -> None:
+def check_request(request: MountRequest) -> None:
     """Everything that can be found wrong before an image is opened; cleans up after a daemon that died here."""
     from fusedisk.mount import mountpoint, runtime
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fusedisk.mount.mountinfo import Mount
     from fusedisk.mount.runtime import MountRecord
 
-_POLL = 0.3
+POLL = 0.3
 """Seconds between attempts with --wait."""
 
 
@@ -37,7 +37,14 @@ def command(mountpoint: str, wait: bool, timeout: float | None, force: bool) -> 
     from fusedisk.mount import mountinfo
 
     deadline = None if timeout is None else time.monotonic() + timeout
-    path = mountinfo.absolute(mountpoint)
+    unmount(mountinfo.absolute(mountpoint), wait or timeout is not None, deadline, force=force)
+
+
+def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
+    """Unmount what is at an absolute path, trying again until the deadline if ``wait``; return when the daemon has
+    ended. Raises a FusediskError."""
+    from fusedisk.mount import mountinfo
+
     mount = mountinfo.mount_at(path)
     if mount is None:
         _finish_unmounted(path, deadline)
@@ -50,7 +57,7 @@ def command(mountpoint: str, wait: bool, timeout: float | None, force: bool) -> 
     if force:
         daemon.end_now()
     else:
-        _unmount(mount, deadline if wait or timeout is not None else time.monotonic())
+        _unmount(mount, deadline if wait else time.monotonic(), daemon.record)
     daemon.wait_ended(deadline)
 
 
@@ -94,18 +101,21 @@ def _unmount_without_daemon(mount: Mount) -> None:
         record.remove()
 
 
-def _unmount(mount: Mount, deadline: float | None) -> None:
+def _unmount(mount: Mount, deadline: float | None, record: MountRecord | None = None) -> None:
     """Unmount, trying until the deadline; raises OperationBlockedError with the names of who uses it."""
     from fusedisk.core.errors import OperationBlockedError
     from fusedisk.mount import holders, unmounting
 
+    device = record.loop if record is not None else None
+    end_that = "end that" if device is None else f"detach it (fusedisk detach {device})"
+
     while not unmounting.unmount(mount.mountpoint):
         if deadline is not None and time.monotonic() >= deadline:
             raise OperationBlockedError(
-                f"'{mount.mountpoint}' is {holders.describe(mount)}: end that first, wait with --wait, or lose "
+                f"'{mount.mountpoint}' is {holders.describe(mount)}: {end_that} first, wait with --wait, or lose "
                 f"what they have not written with --force."
             )
-        time.sleep(_POLL)
+        time.sleep(POLL)
 
 
 def _tell_error(record: MountRecord) -> None:

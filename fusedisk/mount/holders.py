@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from fusedisk.mount.mountinfo import Mount, mounts, mounts_below
+from fusedisk.mount import loop_device, loop_users
+from fusedisk.mount.mountinfo import Mount, mounts_below
 
 _MOST = 8
 """Holders that a message names."""
@@ -96,25 +96,7 @@ def _maps(proc: str, mount: Mount) -> bool:
 
 
 def _loop_devices(mount: Mount) -> Iterator[str]:
-    for entry in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
-        try:
-            backing = entry.read_text(errors="surrogateescape").rstrip("\n")
-        except OSError:  # detached while we looked
-            continue
-        if _is_inside(backing, mount.mountpoint):
-            name = entry.parent.parent.name
-            users = _device_users(name)
-            yield f"/dev/{name} ({', '.join(users)})" if users else f"/dev/{name}"
-
-
-def _device_users(name: str) -> list[str]:
-    """What is mounted from a loop device or its partitions, and which devices stand on it."""
-    device = f"/dev/{name}"
-    users = [
-        f"mounted at '{mount.mountpoint}'"
-        for mount in mounts()
-        if mount.source == device or mount.source.startswith(f"{device}p")
-    ]
-    block = Path("/sys/block") / name
-    above = [*block.glob("holders/*"), *block.glob(f"{name}p*/holders/*")]
-    return users + [f"used by /dev/{holder.name}" for holder in above]
+    for device, path in loop_device.devices():
+        if _is_inside(path, mount.mountpoint):
+            users = loop_users.users(device)
+            yield f"{device} ({', '.join(users)})" if users else device

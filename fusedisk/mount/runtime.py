@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -48,6 +49,8 @@ class MountRecord:
     exports: list[ExportRecord]
     error: str | None = None
     """Why closing the images failed; left behind by a daemon that has ended."""
+    loop: str | None = None
+    """The loop device that was attached together with the mount, ``/dev/loopN``."""
     path: str = ""
     """Where the record lies; not part of it."""
     owner: int = 0
@@ -75,6 +78,8 @@ class MountRecord:
         found = _load(Path(self.path))
         if found is not None and (found.pid, found.started) == (self.pid, self.started):
             _unlink(self.path)
+        if os.path.dirname(self.mountpoint) == os.path.dirname(self.path):
+            remove_place(self.mountpoint)
 
 
 def process_started(pid: int) -> str | None:
@@ -138,6 +143,31 @@ def _is_trusted(place: str, uid: int) -> bool:
     except OSError:
         return False
     return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o022
+
+
+def make_place() -> str:
+    """A new, empty directory to mount on, for a mount whose place nobody cares about. Raises HostError.
+
+    The lowest free number, so that names are used again. The record's ``remove`` takes it away.
+    """
+    for number in itertools.count():
+        place = f"{directory()}/attached{number}"
+        try:
+            os.mkdir(place, 0o700)
+            return place
+        except FileExistsError:
+            continue
+        except OSError as exc:
+            raise host_error(exc, place, "make the directory") from exc
+    raise AssertionError("numbers do not end")
+
+
+def remove_place(place: str) -> None:
+    """Remove what :func:`make_place` made, unless something is mounted there."""
+    try:
+        os.rmdir(place)
+    except OSError as exc:
+        log.debug("the directory '%s' could not be removed: %s", place, exc)
 
 
 def record_path(mountpoint: str) -> str:

@@ -38,7 +38,8 @@ def test_bash_takes_the_script() -> None:
 
 
 def test_commands() -> None:
-    names = ["mount", "umount", "list", "create", "info", "map", "measure", "check", "snapshot", "amend", "completion"]
+    names = ["mount", "umount", "list", "attach", "detach", "create", "info", "map", "measure", "check", "snapshot"]
+    names += ["amend", "completion"]
     assert _complete("fusedisk ") == [("plain", name) for name in names]
     assert _complete("fusedisk u") == [("plain", "umount")]
     assert _complete("fusedisk completion ") == [("plain", name) for name in ("bash", "zsh", "fish")]

@@ -1,0 +1,95 @@
+"""``fusedisk attach``: a mount at a place of its own, and a loop device on its one file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fusedisk.cli import mount as mounting
+from fusedisk.cli.image import complete_file
+from fusedisk.cli.output import output_option, print_json, say
+
+_OF_MOUNT = (
+    "read_only",
+    "overlay",
+    "overlay_file",
+    "name",
+    "format",
+    "key_file",
+    "copy_on_read",
+    "detect_zeroes",
+    "discard",
+    "cache",
+    "force_share",
+    "allow_path",
+    "allow_any_reference",
+)
+"""Options of ``fusedisk mount`` that mean the same here."""
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fusedisk attach vm.qcow2                          # prints /dev/loop0; its partitions are /dev/loop0p1 ...
+  fusedisk attach --overlay vm.qcow2                # writes are thrown away at the end
+  fusedisk attach --read-only --output json vm.qcow2
+  fusedisk attach --sector-size 4096 disk.img
+
+Then: mount /dev/loop0p1 /mnt/files, fusedisk detach /dev/loop0"""
+)
+@click.argument("image", shell_complete=complete_file)
+@click.option(
+    "--sector-size",
+    type=click.Choice(["512", "4096"]),
+    default="512",
+    show_default=True,
+    help="Size of the device's sectors in bytes.",
+)
+@click.option(
+    "--direct-io",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Whether the device goes past the page cache of the mount's file; auto: where the kernel can.",
+)
+@output_option
+def command(image: str, sector_size: str, direct_io: str, output: str, **given: Any) -> None:
+    """Attach IMAGE to a free loop device and print its name; its partitions become devices, too.
+
+    A daemon serves it until it is detached (fusedisk detach). Needs root.
+    """
+    from fusedisk.cli.background import run_in_background
+    from fusedisk.cli.list import describe
+    from fusedisk.mount import loop_device, runtime
+
+    loop_device.check()
+    place = runtime.make_place()
+    try:
+        with mounting.command.make_context("mount", ["--", image, place]) as context:
+            request = mounting.make_request({**context.params, **given})
+        request.loop = loop_device.LoopSettings(int(sector_size), direct_io)
+        mounting.check_request(request)
+        from fusedisk.cli.daemon import run_daemon
+
+        run_in_background(lambda report: run_daemon(request, report), runtime.log_path(place))
+        record = runtime.find(place)
+        assert record is not None, "a daemon that is ready has a record"
+        assert record.loop is not None
+    except BaseException:
+        runtime.remove_place(place)
+        raise
+    (export,) = record.exports
+    if export.size % int(sector_size):
+        click.echo(
+            f"fusedisk: '{image}' is {export.size} bytes long, {record.loop} ends before the last "
+            f"{export.size % int(sector_size)}, which fill no sector.",
+            err=True,
+        )
+    if output == "json":
+        print_json({**describe(record), "partitions": loop_device.partitions(record.loop)})
+    else:
+        say(record.loop)
+
+
+command.params[1:1] = [param for param in mounting.command.params if param.name in _OF_MOUNT]

@@ -1,0 +1,48 @@
+"""Resizing reaches the loop devices that stand on a file of the mount, whoever attached them."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from fusedisk.export.export import Export
+from fusedisk.mount import loop_device
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 200
+_PAUSE = 0.05
+"""Seconds between attempts: while the kernel resizes the file itself (ftruncate), it believes the old size."""
+
+
+class LoopFollower:
+    """Watches one export; ``path`` is where its file is mounted."""
+
+    def __init__(self, export: Export, path: str) -> None:
+        self._export = export
+        self._path = path
+        self._resized = trio.Event()
+        export.backend.on_resize.append(self._note)
+
+    def _note(self, length: int) -> None:
+        self._resized.set()
+
+    async def run(self) -> None:
+        """Give the devices the size of the disk whenever that changes. Never returns."""
+        while True:
+            await self._resized.wait()
+            self._resized = trio.Event()
+            try:
+                await self._follow()
+            except OSError as exc:
+                log.warning("'%s' was resized, but the loop devices on it could not be: %s", self._path, exc)
+
+    async def _follow(self) -> None:
+        """In a thread, since the kernel asks us for the size meanwhile; left alone there when the mount ends."""
+        for _ in range(_ATTEMPTS):
+            length = self._export.backend.length
+            if await trio.to_thread.run_sync(loop_device.follow_size, self._path, length, abandon_on_cancel=True):
+                return
+            await trio.sleep(_PAUSE)
+        log.warning("'%s' was resized, but the loop devices on it still have their old size", self._path)
