@@ -11,6 +11,7 @@ from fusedisk.block import io, permissions, snapshot, status
 from fusedisk.block.child import Child
 from fusedisk.block.driver import COMPRESSED, FUA, MAY_UNMAP, Role
 from fusedisk.block.extent import BlockStatus
+from fusedisk.block.immediate import Immediate
 from fusedisk.block.snapshot import SnapshotInfo, no_progress
 from fusedisk.core.errors import NoMediumError, OutOfRangeError
 
@@ -49,7 +50,10 @@ class Backend:
         self.on_resize: list[Callable[[int], None]] = []
         self.root: Child | None = None
         self.in_flight = 0
-        self._quiesced = 0
+        self.quiesced = 0
+        """How many want no new request to start."""
+        self.immediate = Immediate(self)
+        """The short way for what needs no waiting."""
         self._resume: trio.Event | None = None
         self._idle: trio.Event | None = None
 
@@ -75,6 +79,8 @@ class Backend:
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``. Raises OutOfRangeError past the end."""
         length = len(buffer)
+        if self.immediate.read(offset, buffer):
+            return
         node = await self._begin(offset, length)
         try:
             await io.read(node, offset, buffer)
@@ -97,6 +103,8 @@ class Backend:
     async def write(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
         """Write all of ``data``. Raises OutOfRangeError past the end; ``fua``: it is on stable storage afterwards."""
         buffer = memoryview(data).cast("B")
+        if not fua and self.immediate.write(offset, buffer):
+            return
         node = await self._begin(offset, len(buffer))
         try:
             await io.write(node, offset, (buffer,), 0 if self.write_cache and not fua else FUA)
@@ -242,7 +250,7 @@ class Backend:
     # --- counting and quiescing -------------------------------------------------------------------------
 
     async def _begin(self, offset: int, length: int) -> Node:
-        while self._quiesced:
+        while self.quiesced:
             if self._resume is None:
                 self._resume = trio.Event()
             await self._resume.wait()
@@ -266,7 +274,7 @@ class Backend:
 
     def quiesce(self) -> None:
         """Let no new request start until ``resume``; may be nested."""
-        self._quiesced += 1
+        self.quiesced += 1
 
     async def wait_idle(self) -> None:
         """Wait until no request is in flight. Never call it from inside a request of this backend."""
@@ -285,8 +293,8 @@ class Backend:
 
     def resume(self) -> None:
         """Undo one ``quiesce``."""
-        self._quiesced -= 1
-        if not self._quiesced and self._resume is not None:
+        self.quiesced -= 1
+        if not self.quiesced and self._resume is not None:
             self._resume.set()
             self._resume = None
 

@@ -273,6 +273,29 @@ class Driver:
         nothing changed, for images that cannot have compressed clusters."""
         raise NotImplementedError
 
+    # --- data, without waiting: what is not answered goes through the door ------------------------------
+
+    def lookup(self, offset: int, length: int) -> Extent | None:
+        """The answer of ``map`` if that takes no I/O; otherwise None."""
+        return None
+
+    def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
+        """The answer of ``map_write`` if that takes no I/O and changes nothing; otherwise None."""
+        return None
+
+    def read_now(self, offset: int, buffer: Buffer) -> bool:
+        """What ``preadv`` does, if that does not wait. False: ``buffer`` may hold anything."""
+        return False
+
+    def write_now(self, offset: int, buffer: Buffer) -> bool:
+        """What ``pwritev`` does within the node's length, if that does not wait. False: a part may be written."""
+        return False
+
+    def read_cached(self, offset: int, buffer: Buffer) -> bool:
+        """Fill ``buffer`` with the guest bytes at ``offset`` of a SPECIAL extent, if that does not wait. False:
+        ``buffer`` may hold anything."""
+        return False
+
     # --- other requests ---------------------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:

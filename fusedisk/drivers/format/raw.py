@@ -94,9 +94,17 @@ class RawDriver(Driver):
 
     async def map(self, offset: int, length: int) -> Extent:
         """All data, shifted by the window's start."""
-        return Extent(DATA, length, self.node.children["file"], offset + self._offset, recurse=True)
+        return self.lookup(offset, length)
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:
+        """Where the bytes are read from."""
+        return self.lookup_in_place(offset, length)
+
+    def lookup(self, offset: int, length: int) -> Extent:
+        """All data, shifted by the window's start."""
+        return Extent(DATA, length, self.node.children["file"], offset + self._offset, recurse=True)
+
+    def lookup_in_place(self, offset: int, length: int) -> WriteExtent:
         """Where the bytes are read from."""
         return WriteExtent(length, self.node.children["file"], offset + self._offset)
 

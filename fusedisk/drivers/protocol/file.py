@@ -286,6 +286,21 @@ class FileDriver(Driver):
         except OSError as exc:
             raise host_error(exc, self.filename, "write to") from exc
 
+    def read_now(self, offset: int, buffer: Buffer) -> bool:
+        file = self.file
+        if file.alignment is not None:
+            return False
+        try:
+            return not file.read_inline((buffer,), offset)
+        except OSError:
+            return False  # preadv says what it is
+
+    def write_now(self, offset: int, buffer: Buffer) -> bool:
+        try:
+            return not self.file.write_inline((buffer,), offset)
+        except OSError:
+            return False
+
     @contextlib.contextmanager
     def _extension(self, end: int) -> Iterator[None]:
         """Around a request that ends at ``end``, in a worker thread: with O_DIRECT it may leave the file longer

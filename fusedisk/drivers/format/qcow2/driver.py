@@ -274,6 +274,12 @@ class Qcow2Driver(SnapshotDriver):
             return extent._replace(status=SPECIAL) if extent.status == DATA else Extent(extent.status, extent.length)
         return extent
 
+    def lookup(self, offset: int, length: int) -> Extent | None:
+        return None if self.encodes else self._lookup(offset, length)
+
+    def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
+        return None if self.encodes else self._lookup_in_place(offset, length)
+
     async def has_holes(self) -> bool:
         threshold = self._sparse_threshold
         if threshold is not None:

@@ -1,0 +1,82 @@
+"""A sorted map from disjoint runs of a disk to whatever fills each of them.
+
+For mappings that do not change: a run never contradicts one that is there, so adding only fills gaps.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Generic, TypeVar
+
+_Target = TypeVar("_Target")
+
+
+class RunMap(Generic[_Target]):
+    """Runs ``[start, end)`` in bytes, each with a target and how much its places are more than the disk's offsets."""
+
+    __slots__ = ("_limit", "deltas", "ends", "starts", "targets")
+
+    def __init__(self, limit: int) -> None:
+        """``limit``: how many runs are kept; one more, and all are forgotten."""
+        self._limit = limit
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.targets: list[_Target] = []
+        self.deltas: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def find(self, offset: int) -> int:
+        """The index of the run that holds ``offset``; -1 where none does."""
+        index = bisect_right(self.starts, offset) - 1
+        return index if index >= 0 and offset < self.ends[index] else -1
+
+    def add(self, start: int, end: int, target: _Target, delta: int) -> None:
+        """Let what is not known yet of ``[start, end)`` lead to ``target`` at its offset plus ``delta``."""
+        if len(self.starts) >= self._limit:
+            self.clear()
+        index = bisect_right(self.starts, start)
+        if index and self.ends[index - 1] > start:
+            start = self.ends[index - 1]
+        while start < end:
+            known = index < len(self.starts) and self.starts[index] < end
+            stop = self.starts[index] if known else end
+            if start < stop:
+                index = self._insert(index, start, stop, target, delta)
+            if not known:
+                return
+            start = self.ends[index]
+            index += 1
+
+    def _insert(self, index: int, start: int, end: int, target: _Target, delta: int) -> int:
+        """Put a run into the gap before ``index``, as a part of its neighbours where it continues them; returns the
+        index of what was behind the gap."""
+        before, behind = index - 1, index
+        joins_before = before >= 0 and self.ends[before] == start and self._leads(before, target, delta)
+        joins_behind = behind < len(self.starts) and self.starts[behind] == end and self._leads(behind, target, delta)
+        if joins_before and joins_behind:
+            self.ends[before] = self.ends[behind]
+            del self.starts[behind], self.ends[behind], self.targets[behind], self.deltas[behind]
+            return before
+        if joins_before:
+            self.ends[before] = end
+            return behind
+        if joins_behind:
+            self.starts[behind] = start
+            return behind
+        self.starts.insert(index, start)
+        self.ends.insert(index, end)
+        self.targets.insert(index, target)
+        self.deltas.insert(index, delta)
+        return index + 1
+
+    def _leads(self, index: int, target: _Target, delta: int) -> bool:
+        return self.targets[index] == target and self.deltas[index] == delta
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        self.starts.clear()
+        self.ends.clear()
+        self.targets.clear()
+        self.deltas.clear()
