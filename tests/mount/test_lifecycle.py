@@ -225,6 +225,7 @@ def test_list_tells_what_is_mounted(mounts: Mounts, raw: Path, tmp_path: Path) -
             "virtual-size": 4 * MIB,
             "read-only": False,
             "overlay": "throw-away",
+            "loop-devices": [],
         },
         {
             "name": "data",
@@ -233,12 +234,13 @@ def test_list_tells_what_is_mounted(mounts: Mounts, raw: Path, tmp_path: Path) -
             "virtual-size": 3 * MIB,
             "read-only": False,
             "overlay": "throw-away",
+            "loop-devices": [],
         },
     ]
     lines = fusedisk_process("list").out.splitlines()
-    assert lines[0].split() == ["IMAGE", "FORMAT", "SIZE", "FILE", "PROCESS", "MEMORY"]
+    assert lines[0].split() == ["IMAGE", "FORMAT", "SIZE", "FILE", "DEVICE", "PROCESS", "MEMORY"]
     row = next(line for line in lines if f"{on}/disk" in line)
-    assert f"{raw} raw (overlay) 4 MiB {on}/disk {found['pid']}" in " ".join(row.split())
+    assert f"{raw} raw (overlay) 4 MiB {on}/disk - {found['pid']}" in " ".join(row.split())
 
 
 def test_ten_mounts_come_and_go_at_once(mounts: Mounts, raw: Path) -> None:
