@@ -66,6 +66,18 @@ class FileSettings:
     """Writes past the end make the disk longer."""
 
 
+class Family:
+    """The exports that show the same bytes: a disk and its partitions. Each alone has one of its own."""
+
+    __slots__ = ("up_to_date", "written_ns")
+
+    def __init__(self) -> None:
+        self.up_to_date: set[Export] = set()
+        """Those whose times hold all that has happened."""
+        self.written_ns = 0
+        """When something was written last, by our clock; 0 where nothing was."""
+
+
 class Export:
     """A backend as a regular file. Made by :meth:`open`."""
 
@@ -78,6 +90,12 @@ class Export:
         self.uid = os.geteuid() if settings.uid is None else settings.uid
         self.gid = os.getegid() if settings.gid is None else settings.gid
         self.mode = stat.S_IFREG
+        self.source = ""
+        """How the user named the image."""
+        self.shared_views = False
+        """Other files show the same bytes and either may be written to, so no cache may stand before one of them."""
+        self.immutable = False
+        """Its bytes cannot change while it is open."""
         self.overlay: str | None = None
         """What takes the writes in place of the image: ``throw-away`` or the name of a layer."""
         self.on_change: Callable[[bool], None] | None = None
@@ -85,6 +103,7 @@ class Export:
         self._mtime_ns = 0
         self._ctime_ns = 0
         self._own_clock = False
+        self._family = Family()
         self._changed = False
         """Guest-visible writes, or a flush of them, since the files' times were last looked at."""
         self._unflushed = False
@@ -105,6 +124,12 @@ class Export:
         export._own_clock = not await run_host_io(_all_regular, storage)
         await export._look_at_files()
         return export
+
+    def join(self, other: Export) -> None:
+        """Show the same bytes as ``other``: what is written through one changes the times of both."""
+        self._family = other._family
+        self._family.up_to_date.add(self)
+        self.shared_views = other.shared_views = self.writable or other.writable
 
     # --- data -------------------------------------------------------------------------------------------
 
@@ -169,12 +194,17 @@ class Export:
 
     async def _image_written(self) -> None:
         """The image's files were written without a request of the guest's: they may have new times."""
+        if self._own_clock:
+            return
         self._changed = True
-        if self._reported and self.on_change is not None:
-            before = self._mtime_ns
-            await self._look_at_files()
-            if self._mtime_ns != before:
-                self.on_change(False)
+        for export in [self, *self._family.up_to_date - {self}]:
+            export._changed = True
+            self._family.up_to_date.discard(export)
+            if export._reported and export.on_change is not None:
+                before = export._mtime_ns
+                await export._look_at_files()
+                if export._mtime_ns != before:
+                    export.on_change(False)
 
     async def truncate(self, length: int) -> None:
         """Resize the disk; the size that it has already is no change, whatever the format can do."""
@@ -204,8 +234,16 @@ class Export:
         self._unflushed = self._changed = True
         self._reported = False
         self._written.set()
+        family = self._family
         if self._own_clock:
-            self._mtime_ns = self._ctime_ns = time.time_ns()
+            family.written_ns = time.time_ns()
+        if family.up_to_date:
+            for export in family.up_to_date:
+                export._changed = True
+                if export._reported and export.on_change is not None:
+                    export._reported = False
+                    export.on_change(False)
+            family.up_to_date.clear()
 
     def _resized(self, length: int) -> None:
         if not self._resizing and self.on_change is not None:
@@ -226,10 +264,14 @@ class Export:
 
     async def attributes(self) -> Attributes:
         """What ``stat`` tells."""
-        if self._changed and not self._own_clock:
-            await self._look_at_files()
+        self._reported = True  # before anything is looked at, so that no change meanwhile is kept from the kernel
+        if self._changed:
+            if self._own_clock:
+                self._mtime_ns = self._ctime_ns = self._family.written_ns
+                self._is_up_to_date()
+            else:
+                await self._look_at_files()
         allocated = await self.allocated()
-        self._reported = True
         return Attributes(
             inode=self.inode,
             mode=self.mode,
@@ -258,13 +300,17 @@ class Export:
 
     def set_mtime(self, mtime_ns: int) -> None:
         """Take a modification time, which holds until the next write."""
-        self._changed = False
+        self._is_up_to_date()
         self._mtime_ns = mtime_ns
         self._ctime_ns = time.time_ns()
 
+    def _is_up_to_date(self) -> None:
+        self._changed = False
+        self._family.up_to_date.add(self)
+
     async def _look_at_files(self) -> None:
         """Take the newest mtime of the chain's files."""
-        self._changed = False
+        self._is_up_to_date()
         paths = [node.exact_filename() for node in _storage(self.backend.node)]
         newest = await run_host_io(_newest_mtime, paths)
         if newest:

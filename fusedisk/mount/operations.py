@@ -279,7 +279,8 @@ class Operations(pyfuse3.Operations):
             await export.truncate(0)
         self._last_handle += 1
         self._handles[self._last_handle] = handle
-        return FileInfo(fh=FileHandleT(self._last_handle), direct_io=self._live, keep_cache=not self._live)
+        uncached = self._live or export.shared_views
+        return FileInfo(fh=FileHandleT(self._last_handle), direct_io=uncached, keep_cache=not uncached)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
