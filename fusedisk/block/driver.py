@@ -224,6 +224,9 @@ class Driver:
     async def require_key(self) -> None:
         """Raise PassphraseError where the data cannot be read for want of the right key."""
 
+    def take_key(self, other: Driver) -> None:
+        """Use the key of another node, of the same kind and on the same image."""
+
     async def encode(self, offset: int, host_offset: int, data: bytes) -> Buffer:
         """What to store at ``host_offset`` of the child for the guest's ``data`` at ``offset``; as long as that."""
         raise NotImplementedError

@@ -60,15 +60,16 @@ class Graph:
         format: str | None = None,
         config: NodeConfig | None = None,
         write_cache: bool = True,
+        group: object | None = None,
     ) -> Backend:
         """Open an image and attach a user to it.
 
         ``spec`` is a file name (``json:…`` and ``proto:…`` included), or nested options. ``format`` forces the driver
-        of a file name. ``config`` are defaults that the options override. Raises a FusediskError; then nothing stays
-        open.
+        of a file name. ``config`` are defaults that the options override, ``group`` is as for :meth:`open_node`.
+        Raises a FusediskError; then nothing stays open.
         """
         config = dataclasses.replace(config or NodeConfig(), read_only=not writable)
-        node = await self.open_node(spec, config, format=format)
+        node = await self.open_node(spec, config, format=format, group=group)
         try:
             return self.attach(node, name or node.name, writable=writable, write_cache=write_cache)
         except BaseException as exc:

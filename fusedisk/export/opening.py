@@ -15,11 +15,11 @@ from fusedisk.block.backend import Backend
 from fusedisk.block.cache_modes import CACHE_MODES
 from fusedisk.block.filenames import has_protocol, parse_filename
 from fusedisk.block.graph import Graph
-from fusedisk.block.node import NodeConfig
+from fusedisk.block.node import Node, NodeConfig
 from fusedisk.block.registry import Registry
 from fusedisk.core.errors import HostError, OptionError
 from fusedisk.core.options import parse_bool, parse_json
-from fusedisk.export import overlay
+from fusedisk.export import overlay, views
 from fusedisk.export.export import Export, FileSettings
 from fusedisk.export.names import check_name, check_unique, default_name, inode_numbers
 
@@ -51,6 +51,10 @@ class OpenSettings:
     discard_unmap: bool = False
     cache: str = "writeback"
     force_share: bool = False
+    partitions: bool = False
+    """Each partition is a file as well."""
+    snapshots: bool = False
+    """Each internal snapshot is a file as well."""
     key_file: str | None = None
     """Where the passphrase of encrypted images is; - is standard input."""
     file: FileSettings = dataclasses.field(default_factory=FileSettings)
@@ -74,7 +78,9 @@ class OpenSettings:
 
 
 async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: OpenSettings) -> list[Export]:
-    """Open all images and make their files. Raises a FusediskError; what is open by then the graph's close closes."""
+    """Open all images and make their files, each disk's before those of its parts.
+
+    Raises a FusediskError; what is open by then the graph's close closes."""
     backends = [await _open(graph, image, settings) for image in images]
     for backend in backends:
         await backend.require_keys()
@@ -83,14 +89,31 @@ async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: O
         check_name(default_name(_image_name(backend, layer)) if image.name is None else image.name)
         for image, backend in zip(images, backends, strict=True)
     ]
-    check_unique(zip(names, (image.text for image in images), strict=True))
-    inodes = inode_numbers(names)
-    exports = []
-    for name, backend in zip(names, backends, strict=True):
-        export = await Export.open(backend, name, inodes[name], settings.file)
-        export.overlay = layer
+    exports: list[Export] = []
+    for name, image, backend in zip(names, images, backends, strict=True):
+        export = await Export.open(backend, name, 0, settings.file)
+        export.overlay, export.source = layer, image.text
+        export.immutable = not export.writable and _cannot_change(backend.node)
         exports.append(export)
+        if settings.partitions:
+            exports += await views.open_partitions(graph, export, settings.file)
+        if settings.snapshots:
+            exports += await views.open_snapshots(graph, export, settings.file, partitions=settings.partitions)
+    check_unique((export.name, export.source) for export in exports)
+    inodes = inode_numbers(export.name for export in exports)
+    for export in exports:
+        export.inode = inodes[export.name]
     return exports
+
+
+def _cannot_change(top: Node) -> bool:
+    """Whether no node of an image is open for writing, nor to others who write."""
+    nodes = [top]
+    for node in nodes:
+        if not node.config.read_only or node.config.force_share:
+            return False
+        nodes += [edge.node for edge in node.children.values() if edge.node not in nodes]
+    return True
 
 
 async def _open(graph: Graph, image: ImageRequest, settings: OpenSettings) -> Backend:

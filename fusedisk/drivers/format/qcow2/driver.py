@@ -61,7 +61,6 @@ SECTOR = 512
 
 if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult, Progress, Repair
-    from fusedisk.drivers.format.qcow2.encryption import Encryption
 
 
 class Qcow2Driver(SnapshotDriver):
@@ -76,7 +75,6 @@ class Qcow2Driver(SnapshotDriver):
     child_specs = (ChildSpec("file", Role.FILE), ChildSpec("data-file", Role.DATA_FILE, required=False))
 
     clusters: ClusterMap
-    encryption: Encryption | None = None
 
     _compressed: CompressedReader | None = None
     _compressing: CompressedWriter | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fusedisk.block.check import Progress
 from fusedisk.block.driver import Driver
 from fusedisk.block.node import NodeConfig
@@ -16,6 +18,9 @@ from fusedisk.drivers.format.qcow2.options import Qcow2Options
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, l1_clusters, load_snapshots
 
+if TYPE_CHECKING:
+    from fusedisk.drivers.format.qcow2.encryption import Encryption
+
 
 class SnapshotDriver(Driver):
     """The part of the qcow2 driver that is about snapshots."""
@@ -25,6 +30,7 @@ class SnapshotDriver(Driver):
     committer: Committer
     allocator: Allocator
     snapshots: list[Snapshot]
+    encryption: Encryption | None = None
 
     # --- opening ----------------------------------------------------------------------------------------
 
@@ -72,6 +78,11 @@ class SnapshotDriver(Driver):
                     l1 = await image.read_table(found.l1_table_offset, found.l1_size)
                     tables |= {entry & OFFSET_MASK: SNAPSHOT_L2 for entry in l1 if entry & OFFSET_MASK}
         image.snapshot_tables = tables
+
+    def take_key(self, other: Driver) -> None:
+        assert isinstance(other, SnapshotDriver)
+        if self.encryption is not None and other.encryption is not None:
+            self.encryption.take_key(other.encryption)
 
     # --- snapshots --------------------------------------------------------------------------------------
 

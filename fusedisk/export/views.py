@@ -1,0 +1,290 @@
+"""The files beside a disk's own: its partitions, ``NAME.p1``, and its internal snapshots, ``NAME@SNAPSHOT``.
+
+A partition is a raw node, a window of the disk's top node, so that requests for either are ordered by that node and see
+each other. The table is read once; what a guest makes of it later is seen in the next mount.
+
+A snapshot is a second, read-only node on the image's own storage. What it reads stays where it is while the disk is
+written to: the tables and clusters of a snapshot have a reference more, so writing copies them. That holds as long as
+the snapshot is there, and nothing deletes snapshots of an image that is mounted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import logging
+from collections.abc import Iterable, Sequence
+
+from fusedisk.block.driver import Role
+from fusedisk.block.graph import Graph
+from fusedisk.block.node import Node, NodeConfig
+from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.core.errors import FusediskError, NoSpaceError, OptionError, OutOfRangeError
+from fusedisk.export.export import Export, FileSettings
+from fusedisk.export.names import check_name
+from fusedisk.export.partitions.reading import read_table
+from fusedisk.export.partitions.table import Partition, Table
+
+log = logging.getLogger(__name__)
+
+MOST_SNAPSHOTS = 256
+"""Files that one image's snapshots get; each keeps tables in memory."""
+MOST_PARTITIONS = 1024
+"""Files that the partitions of one image's snapshots get together."""
+_CACHES = 32 << 20
+"""Bytes that the caches of all snapshots of an image share."""
+_SMALLEST_CACHE = 1 << 20
+_DEFAULT_CLUSTER_SIZE = 64 << 10
+_MAX_TABLES = 256 << 20
+"""Bytes for what each snapshot keeps of its mapping all the time."""
+
+
+class View(Export):
+    """A file over something of another file's image; ``disk`` is the file that it was made from."""
+
+    disk: Export
+
+    async def allocated(self) -> int:
+        """Bytes on the host, at most: nobody counts them for parts of an image."""
+        return min(self.backend.length, await self.disk.allocated())
+
+
+class PartitionExport(View):
+    """One partition of ``disk``."""
+
+    table: Table
+    partition: Partition
+
+    @property
+    def image(self) -> Node:
+        return self.disk.image
+
+    @property
+    def block_size(self) -> int:
+        """The disk's, unless that does not fit the partition's start."""
+        return min(self.disk.block_size, max(512, self.partition.start & -self.partition.start) or 1 << 62)
+
+    # The disk may have become shorter: a request for what is gone must not get as far as the drivers.
+
+    def _there(self) -> int:
+        """How much of the partition the disk still has, in bytes."""
+        return self.disk.backend.length - self.partition.start
+
+    async def read(self, offset: int, length: int) -> bytes | bytearray:
+        """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
+        end = min(offset + length, self.backend.length)
+        if end > max(self._there(), offset):
+            raise OutOfRangeError(
+                f"'{self.name}' goes on up to {self.partition.end}, but '{self.disk.name}' has become shorter and ends "
+                f"at {self.disk.backend.length}.",
+                errno=errno.EIO,
+            )
+        return await super().read(offset, length)
+
+    async def write(self, offset: int, data: bytes | memoryview) -> int:
+        """As to a disk, whose end has come nearer where that has become shorter."""
+        there = self._there()
+        if offset >= there and self.writable:
+            raise NoSpaceError(f"'{self.name}' has only {max(there, 0)} bytes left, as '{self.disk.name}' is shorter.")
+        return await super().write(offset, memoryview(data)[: there - offset])
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """As of a disk."""
+        return offset + len(buffer) <= self._there() and super().read_now(offset, buffer)
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """As to a disk."""
+        return offset + len(data) <= self._there() and super().write_now(offset, data)
+
+    async def xattrs(self) -> dict[str, str]:
+        """What the table says, besides what the disk says of itself."""
+        own = await super().xattrs()
+        return {
+            **await self.disk.xattrs(),
+            **{f"user.fusedisk.{key}": own[f"user.fusedisk.{key}"] for key in _OWN},
+            "user.fusedisk.partition-table": self.table.kind,
+            "user.fusedisk.partition-start": str(self.partition.start),
+            "user.fusedisk.partition-type": self.partition.type,
+            "user.fusedisk.partition-uuid": self.partition.uuid,
+            "user.fusedisk.partition-name": self.partition.name,
+        }
+
+
+_OWN = ("node-name", "virtual-size", "allocated", "read-only")
+"""Attributes of which a partition has its own."""
+
+
+class SnapshotExport(View):
+    """One internal snapshot of the image of ``disk``."""
+
+    snapshot: SnapshotInfo
+
+    async def xattrs(self) -> dict[str, str]:
+        """What the snapshot says, besides what the image says of itself."""
+        date = datetime.datetime.fromtimestamp(self.snapshot.date // 10**9, datetime.UTC)
+        return {
+            **await super().xattrs(),
+            "user.fusedisk.snapshot-id": self.snapshot.id,
+            "user.fusedisk.snapshot-name": self.snapshot.name,
+            "user.fusedisk.snapshot-date": date.isoformat(),
+        }
+
+
+# --- partitions -----------------------------------------------------------------------------------------
+
+
+async def open_partitions(graph: Graph, disk: Export, settings: FileSettings) -> list[Export]:
+    """A file for each partition of ``disk``; none, and a warning, where there is no partition table.
+
+    Raises OptionError where a name gets too long.
+    """
+    table = await _read_table(disk)
+    if table is None:
+        return []
+    assert disk.backend.root is not None
+    group = disk.backend.root.group = disk.backend.root.group or object()
+    config = NodeConfig(force_share=disk.backend.node.config.force_share, discard_unmap=True)
+    found: list[Export] = []
+    for partition in table.partitions:
+        name = check_name(f"{disk.name}.p{partition.number}")
+        window = {
+            "driver": "raw",
+            "file": disk.backend.node.name,
+            "offset": partition.start,
+            "size": partition.length,
+        }
+        source = f"{disk.source} (partition {partition.number})"
+        backend = await graph.open_backend(
+            window,
+            name=source,
+            writable=disk.writable,
+            config=config,
+            write_cache=disk.backend.write_cache,
+            group=group,
+        )
+        view = PartitionExport(backend, name, 0, dataclasses.replace(settings, growable=False))
+        view.disk, view.table, view.partition, view.source = disk, table, partition, source
+        view.overlay, view.immutable = disk.overlay, disk.immutable
+        view.join(disk)
+        found.append(view)
+    return found
+
+
+async def _read_table(disk: Export) -> Table | None:
+    try:
+        table = await read_table(disk.backend.read, disk.backend.length)
+    except FusediskError as exc:
+        log.warning("'%s' gets no files of partitions, as its partition table cannot be read: %s", disk.name, exc)
+        return None
+    if isinstance(table, str):
+        log.warning("'%s' gets no files of partitions: %s.", disk.name, table)
+        return None
+    for remark in table.remarks:
+        log.warning("'%s': %s.", disk.name, remark)
+    return table
+
+
+# --- snapshots ------------------------------------------------------------------------------------------
+
+
+async def open_snapshots(graph: Graph, disk: Export, settings: FileSettings, *, partitions: bool) -> list[Export]:
+    """A read-only file for each internal snapshot of the image of ``disk``, and with ``partitions`` for theirs.
+
+    What is wrong with one costs that one, with a warning.
+    """
+    image = disk.image
+    snapshots = image.driver.list_snapshots()
+    if not snapshots:
+        log.warning("'%s' gets no files of snapshots: its image holds none.", disk.name)
+    found: list[Export] = []
+    more = 0
+    for name, snapshot in _affordable(disk, _named(disk, snapshots)):
+        try:
+            view = await _open_snapshot(graph, disk, name, snapshot, settings, min(len(snapshots), MOST_SNAPSHOTS))
+        except FusediskError as exc:
+            log.warning("'%s' gets no file for snapshot '%s': %s", disk.name, snapshot.id, exc)
+            continue
+        found.append(view)
+        if partitions and more < MOST_PARTITIONS:
+            inside = await open_partitions(graph, view, settings)
+            more += len(inside)
+            found += inside
+            if more >= MOST_PARTITIONS:
+                log.warning("'%s': partitions of the snapshots after '%s' get no files.", disk.name, name)
+    return found
+
+
+async def _open_snapshot(
+    graph: Graph, disk: Export, name: str, snapshot: SnapshotInfo, settings: FileSettings, count: int
+) -> SnapshotExport:
+    image = disk.image
+    group = object()
+    spec: dict[str, object] = {
+        "driver": image.driver.name,
+        "internal-snapshot": snapshot.id,
+        "l2-cache-size": max(_CACHES // count, _SMALLEST_CACHE),
+        "backing": image.backing.node.name if image.backing is not None else None,
+    }
+    options = {child.name: child.option_name for child in image.driver.child_specs}
+    for edge in image.children.values():
+        if edge.role is not Role.BACKING:
+            group = edge.group = edge.group or group
+            spec[options[edge.name]] = edge.node.name
+    config = NodeConfig(force_share=image.config.force_share)
+    source = f"{disk.source} (snapshot {snapshot.id})"
+    backend = await graph.open_backend(spec, name=source, config=config, group=group)
+    backend.node.driver.take_key(image.driver)
+    view = SnapshotExport(backend, name, 0, dataclasses.replace(settings, growable=False))
+    view.disk, view.snapshot, view.source = disk, snapshot, source
+    view.immutable = not image.config.force_share
+    view.pin_mtime(snapshot.date)
+    return view
+
+
+def _named(disk: Export, snapshots: Sequence[SnapshotInfo]) -> list[tuple[str, SnapshotInfo]]:
+    """A file name for each snapshot that can have one, in their order: by its name where that is plain and no other's,
+    else by its id."""
+    names = [snapshot.name for snapshot in snapshots]
+    chosen: dict[int, str] = {}
+    taken: set[str] = set()
+    for index, snapshot in enumerate(snapshots):
+        if names.count(snapshot.name) == 1 and _is_plain(disk, snapshot.name):
+            chosen[index] = snapshot.name
+            taken.add(snapshot.name)
+    known: set[str] = set()
+    for index, snapshot in enumerate(snapshots):
+        if snapshot.id in known:
+            chosen.pop(index, None)
+            log.warning("'%s': only the first of the snapshots with the id '%s' gets a file.", disk.name, snapshot.id)
+            continue
+        known.add(snapshot.id)
+        if index not in chosen:
+            if snapshot.id in taken or not _is_plain(disk, snapshot.id):
+                log.warning("'%s': the snapshot in place %d has no name for a file.", disk.name, index + 1)
+                continue
+            chosen[index] = snapshot.id
+            taken.add(snapshot.id)
+    return [(f"{disk.name}@{chosen[index]}", snapshots[index]) for index in sorted(chosen)]
+
+
+def _is_plain(disk: Export, text: str) -> bool:
+    """Whether it can be a part of a file's name, and shown on a terminal."""
+    with contextlib.suppress(OptionError):
+        return bool(text) and text.isprintable() and bool(check_name(f"{disk.name}@{text}"))
+    return False
+
+
+def _affordable(disk: Export, named: Iterable[tuple[str, SnapshotInfo]]) -> list[tuple[str, SnapshotInfo]]:
+    """As many of them as may be open at the same time."""
+    unit = disk.image.limits.cluster_size or _DEFAULT_CLUSTER_SIZE
+    affordable: list[tuple[str, SnapshotInfo]] = []
+    left = _MAX_TABLES
+    for name, snapshot in named:
+        left -= snapshot.disk_size // unit // (unit // 8) * 8
+        if left < 0 or len(affordable) == MOST_SNAPSHOTS:
+            log.warning("'%s': only %d of its snapshots get files.", disk.name, len(affordable))
+            break
+        affordable.append((name, snapshot))
+    return affordable
