@@ -46,6 +46,7 @@ TEST_PACKAGES='
     cryptsetup-bin:cryptsetup
     dosfstools:mkfs.vfat
     fio:fio
+    gdisk:sgdisk
     qemu-system-common:qemu-storage-daemon
     qemu-utils:qemu-io
     rsync:rsync

@@ -132,13 +132,13 @@ class Daemon:
         exports = [
             runtime.ExportRecord(
                 name=export.name,
-                image=export.image.exact_filename() or image.text,
+                image=export.image.exact_filename() or export.source,
                 format=export.image.driver.name,
                 size=export.backend.length,
                 read_only=not export.writable,
                 overlay=export.overlay,
             )
-            for export, image in zip(self.exports, self.request.images, strict=True)
+            for export in self.exports
         ]
         return runtime.new_record(self.request.mountpoint, exports)
 

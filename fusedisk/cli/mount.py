@@ -24,6 +24,8 @@ Examples:
   fusedisk mount --read-only a.qcow2 b.raw /mnt/disks
   fusedisk mount --overlay vm.qcow2 /mnt/disk       # writes are thrown away at the end
   fusedisk mount --overlay-file try.qcow2 vm.qcow2 /mnt/disk
+  fusedisk mount --partitions vm.qcow2 /mnt/disk    # /mnt/disk/vm.p1 is its first partition
+  fusedisk mount --snapshots vm.qcow2 /mnt/disk     # /mnt/disk/vm@NAME is what it held once
   fusedisk mount --name data driver=raw,file.filename=disk.img,offset=1M /mnt/disk
   fusedisk mount vm.qcow2 disk.raw                  # on a regular file: that file is the disk
 
@@ -41,6 +43,10 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
 )
 @click.option(
     "--name", metavar="NAME", help="Name of the file (for one image; 'name=NAME' in an image's options for each)."
+)
+@click.option("--partitions", is_flag=True, help="Each partition of a disk is a file as well: NAME.p1 and so on.")
+@click.option(
+    "--snapshots", is_flag=True, help="Each internal snapshot of an image is a read-only file as well: NAME@SNAPSHOT."
 )
 @click.option(
     "-f",
@@ -146,6 +152,8 @@ def make_request(given: dict[str, Any]) -> MountRequest:
         discard_unmap=given["discard"] == "unmap",
         cache=given["cache"],
         force_share=given["force_share"],
+        partitions=given["partitions"],
+        snapshots=given["snapshots"],
         key_file=_key_file(given["key_file"]),
         file=FileSettings(_mode(given["mode"]), given["uid"], given["gid"], given["growable"]),
     )
@@ -223,6 +231,11 @@ def check_request(request: MountRequest) -> None:
     if mountpoint.clean_stale(request.mountpoint):
         click.echo(f"fusedisk: the mount of a daemon that died was cleaned up at '{request.mountpoint}'.", err=True)
     mountpoint.check_mountpoint(request.mountpoint, len(request.images))
+    if os.path.isfile(request.mountpoint) and (request.settings.partitions or request.settings.snapshots):
+        raise click.UsageError(
+            f"--partitions and --snapshots make several files, but the mountpoint '{request.mountpoint}' is a regular "
+            "file: use a directory."
+        )
     runtime.directory()
 
 
