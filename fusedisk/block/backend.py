@@ -272,6 +272,14 @@ class Backend:
             f"'{self.name}' is {self.length} bytes long, a request for {length} bytes at {offset} goes past its end."
         )
 
+    def hold(self) -> None:
+        """Count something as a request in flight until ``release``; not while quiesced."""
+        self.in_flight += 1
+
+    def release(self) -> None:
+        """Undo one ``hold``."""
+        self._end()
+
     def quiesce(self) -> None:
         """Let no new request start until ``resume``; may be nested."""
         self.quiesced += 1
