@@ -105,8 +105,8 @@ class ClusterMap:
         entry = table[index]
         inside = offset & self._cluster_mask
         if entry & COMPRESSED:
-            place = entry & self.image.geometry.compressed_offset_mask
-            return Extent(SPECIAL, min(length, self._cluster_size - inside), self.edge, place, False, True, entry)
+            end = index + (inside + length + self._cluster_mask >> self._cluster_bits)
+            return self._compressed_extent(table[index:end], inside, length)
         if entry & self._bad:
             return None
         host = entry & OFFSET_MASK
@@ -114,6 +114,17 @@ class ClusterMap:
         if not entry & bits.ZERO:
             return Extent(UNALLOCATED, count)
         return Extent(ZERO, count, self.edge, host + inside) if host else Extent(ZERO, count)
+
+    def _compressed_extent(self, entries: array[int], inside: int, length: int) -> Extent:
+        """The extent of a compressed cluster and of what follows it, as far as that is compressed. Its token is their
+        entries."""
+        for count, entry in enumerate(entries):
+            if not entry & COMPRESSED:
+                entries = entries[:count]
+                break
+        length = min(length, (len(entries) << self._cluster_bits) - inside)
+        place = entries[0] & self.image.geometry.compressed_offset_mask
+        return Extent(SPECIAL, length, self.edge, place, False, True, entries)
 
     def _without_table(self, offset: int, length: int) -> Extent:
         """An extent over all neighbouring spans that have no L2 table."""

@@ -1,167 +1,193 @@
 """Reading compressed clusters: raw deflate with a window of 4 KiB, or zstd.
 
-A whole cluster is inflated at once; the last few are kept, since small sequential reads meet the same cluster
-again and again. Output is bounded by one cluster whatever the data says. Clusters of up to 64 KiB are
-inflated inline, as a trip to a worker thread costs about as much; larger ones go to a thread.
+Clusters inflate whole and are kept for a while, many of a run at a time, ahead of those who read sequentially. Whoever
+wants a cluster that somebody else is inflating waits for that.
 
-Why this is safe beside writers: rewriting a compressed cluster frees its host clusters while others may be
-reading them. So after the data is read, the L2 entry is looked at again, and if it changed, the read starts
-over with the new entry.
+Why this is safe beside writers: rewriting a compressed cluster frees its host clusters while others may be reading
+them. Before they can be used again the cache is told (:mod:`fusedisk.core.inflated_cache`): then it keeps nothing that
+was read of them, and the reader resolves the guest offset anew. Content is taken from the cache in the same instant in
+which the L2 entry is looked at, or is that of a load that was under way in that instant.
 
 Source: docs/interop/qcow2.txt, "Compressed Clusters Descriptor" and "Compression type".
 """
 
 from __future__ import annotations
 
-import zlib
-from collections import OrderedDict
+import os
+from array import array
 from collections.abc import Callable
 
-import trio
-
+from fusedisk.block import background
 from fusedisk.block.extent import Extent
-from fusedisk.core.errors import CorruptImageError
-from fusedisk.core.offload import run_cpu
+from fusedisk.block.node import Node
+from fusedisk.core.errors import CorruptImageError, FusediskError
+from fusedisk.core.inflate import Inflate, zlib_inflater, zstd_inflater
+from fusedisk.core.inflated_cache import Load
+from fusedisk.core.readahead import Readahead
+from fusedisk.drivers.format.inflating import Inflater
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.layout import COMPRESSION_NAMES
 
-INLINE_SIZE = 64 << 10
-"""Clusters up to this size are inflated in the trio thread."""
-KEPT_BYTES = 4 << 20
-"""Inflated clusters kept, at least two of them."""
-
-_WINDOW_BITS = 12
+WINDOW_BITS = -12
+BATCH = 2 << 20
+"""Bytes that one request inflates at once; a single cluster may be as large."""
+AHEAD_BATCH = 1 << 20
+"""Bytes that one task inflates at once ahead of readers."""
+AHEAD_TASKS = min(len(os.sched_getaffinity(0)), 8)
 
 
 class CompressedReader:
-    """Inflates clusters of one image."""
+    """Reads the compressed clusters of one image."""
 
-    def __init__(self, clusters: ClusterMap) -> None:
+    def __init__(self, node: Node, clusters: ClusterMap) -> None:
+        self.node = node
         self.clusters = clusters
         self.image = clusters.image
-        self._inflate = _INFLATERS[self.image.header.compression_type]()
-        self._kept: OrderedDict[int, bytes] = self.image.inflated
-        self._kept_max = max(2, KEPT_BYTES >> self.image.geometry.cluster_bits)
-        self._under_way: dict[int, trio.Event] = {}
+        geometry = self.image.geometry
+        self._size, self._bits, self._mask = geometry.cluster_size, geometry.cluster_bits, geometry.cluster_mask
+        self._cache = self.image.inflated
+        self._readahead = Readahead(self._size, self._cache.capacity)
+        self._inflater = Inflater(self._cache, _INFLATERS[self.image.header.compression_type](), self._read)
+        self._ahead = 0
+        """Tasks that inflate ahead."""
 
-    async def read(self, extent: Extent, offset: int, buffer: memoryview) -> Extent | None:
-        """Fill ``buffer`` with the guest bytes at ``offset`` of a compressed cluster.
+    # --- requests ---------------------------------------------------------------------------------------
 
-        Returns None, or the extent to read instead where the cluster was rewritten meanwhile. Raises
-        CorruptImageError for data that does not inflate to a cluster.
+    async def read(self, extent: Extent, offset: int, buffer: memoryview) -> int:
+        """Fill a prefix of ``buffer`` with the guest bytes at ``offset``, where a compressed extent starts; returns its
+        length. What is left, maybe all of it, is to be resolved anew.
+
+        Raises CorruptImageError for data that does not inflate to a cluster.
         """
-        while extent.compressed:
-            content = await self._content(extent.token, offset)
-            if content is not None:
-                inside = offset & self.image.geometry.cluster_mask
-                buffer[:] = content[inside : inside + len(buffer)]
-                return None
-            extent = await self.clusters.map(offset, len(buffer))
-        return extent
+        inside = offset & self._mask
+        parts: list[bytes | Load] = []
+        own: list[Load] = []
+        room = BATCH
+        for entry in _entries(extent):
+            part = self._cache.get(entry) or self._cache.loading(entry)
+            if part is None:
+                room -= self._size
+                if room < 0 and own:
+                    break
+                part = self._begin(entry)
+                own.append(part)
+            parts.append(part)
+        length = min(len(parts) * self._size - inside, len(buffer))
+        self._notice(offset, length)
+        if own:
+            await self._inflater.run(own)
+        done = 0
+        for number, part in enumerate(parts):
+            if isinstance(part, Load):
+                await part.wait()
+                if part.error is not None and part in own:
+                    raise self._damaged(part, (offset & ~self._mask) + number * self._size) from part.error
+                if part.content is None:
+                    break
+                part = part.content
+            done += _copy(part, inside, buffer, done, length)
+            inside = 0
+        return done
 
-    async def _content(self, token: object, offset: int) -> bytes | None:
-        """The cluster that an L2 entry describes; None if the guest offset has another entry by now."""
-        assert isinstance(token, int)
-        while True:
-            content = self._kept.get(token)
-            if content is not None:
-                self._kept.move_to_end(token)
-                return content
-            under_way = self._under_way.get(token)
-            if under_way is None:
-                return await self._load(token, offset)
-            # Somebody inflates this very cluster.
-            await under_way.wait()
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` if all its clusters are compressed and inflated already; tells whether it did."""
+        length = len(buffer)
+        extent = self.clusters.lookup(offset, length)
+        if extent is None or not extent.compressed or extent.length != length:
+            return False
+        contents = []
+        for entry in _entries(extent):
+            content = self._cache.get(entry)
+            if content is None:
+                return False
+            contents.append(content)
+        self._notice(offset, length)
+        inside, done = offset & self._mask, 0
+        for content in contents:
+            done += _copy(content, inside, buffer, done, length)
+            inside = 0
+        return True
 
-    async def _load(self, entry: int, offset: int) -> bytes | None:
-        image = self.image
-        done = self._under_way[entry] = trio.Event()
+    def cached(self, entry: int, inside: int, length: int) -> memoryview | None:
+        """``length`` bytes from offset ``inside`` of the cluster that an L2 entry describes, if it is inflated
+        already. The entry is that of the active tables in this very instant."""
+        content = self._cache.get(entry)
+        return memoryview(content)[inside : inside + length] if content is not None else None
+
+    # --- ahead of requests ------------------------------------------------------------------------------
+
+    def _notice(self, offset: int, length: int) -> None:
+        """Somebody reads here: go ahead of them if they read sequentially."""
+        if not self._readahead.notice(offset, offset + length, self.image.header.size):
+            return
+        while self._ahead < AHEAD_TASKS and background.start(self.node, self._go_ahead):
+            self._ahead += 1
+
+    async def _go_ahead(self, welcome: background.Welcome) -> None:
         try:
-            start, length = image.geometry.compressed_range(entry)
-            await image.announce("read_compressed")
-            data = await image.read(start, length)
-            content = await self._inflated(data, offset)
-            if not await self._still(entry, offset):
-                return None
-            if isinstance(content, Exception):
-                raise CorruptImageError(
-                    f"'{image.filename}' has a compressed cluster for guest offset "
-                    f"{offset & ~image.geometry.cluster_mask} "
-                    f"that does not inflate to {image.geometry.cluster_size} bytes ({content})."
-                ) from content
-            # No await since the entry was looked at: what is kept belongs to an entry in use.
-            self._kept[entry] = content
-            while len(self._kept) > self._kept_max:
-                self._kept.popitem(last=False)
-            return content
+            while welcome():
+                loads = self._begin_wanted()
+                if not loads:
+                    return
+                await self._inflater.run(loads, threads=1)
+            self._readahead.forget()
+        except FusediskError:
+            # Whoever really wants to read there meets it again.
+            self._readahead.forget()
         finally:
-            del self._under_way[entry]
-            done.set()
+            self._ahead -= 1
 
-    async def _inflated(self, data: bytearray, offset: int) -> bytes | Exception:
-        """The cluster, or why there is none: if it was rewritten meanwhile that does not matter."""
-        size = self.image.geometry.cluster_size
-        try:
-            if size <= INLINE_SIZE:
-                return self._inflate(data, size)
-            return await run_cpu(self._inflate, data, size)
-        except InflateError as exc:
-            return exc
+    def _begin_wanted(self) -> list[Load]:
+        """Loads of clusters that readers will want next; none where nothing is wanted."""
+        loads: list[Load] = []
+        while not loads and (stream := self._readahead.wanted()) is not None:
+            room = AHEAD_BATCH
+            while room > 0 and stream.ahead < stream.until:
+                length = min(stream.until - stream.ahead, max(room, self._size))
+                extent = self.clusters.lookup(stream.ahead, length)
+                if extent is None:
+                    # Nobody has looked at that L2 table lately, or it is corrupt: not for us to find out.
+                    stream.ahead = stream.until
+                    break
+                if extent.compressed:
+                    new = [entry for entry in dict.fromkeys(_entries(extent)) if not self._cache.knows(entry)]
+                    loads += [self._begin(entry) for entry in new]
+                    room -= len(new) * self._size
+                stream.ahead += extent.length
+        return loads
 
-    async def _still(self, entry: int, offset: int) -> bool:
-        """Whether the guest offset still has this L2 entry."""
-        extent = await self.clusters.map(offset, 1)
-        return extent.token == entry
+    # --- inflating --------------------------------------------------------------------------------------
 
+    def _begin(self, entry: int) -> Load:
+        return self._cache.begin(entry, *self.image.geometry.compressed_range(entry), self._size)
 
-class InflateError(Exception):
-    """The data is not what the compression type asks for."""
+    async def _read(self, start: int, length: int) -> bytearray:
+        await self.image.announce("read_compressed")
+        return await self.image.read(start, length)
 
-
-Inflate = Callable[[bytearray, int], bytes]
-
-
-def inflate_zlib(data: bytearray, size: int) -> bytes:
-    """``size`` bytes from raw deflate data, which may be followed by anything. Raises InflateError."""
-    try:
-        content = zlib.decompressobj(-_WINDOW_BITS).decompress(data, size)
-    except zlib.error as exc:
-        raise InflateError(str(exc)) from exc
-    return _whole(content, size)
-
-
-def _zlib() -> Inflate:
-    from isal import isal_zlib
-
-    def inflate(data: bytearray, size: int) -> bytes:
-        try:
-            content: bytes = isal_zlib.decompressobj(-_WINDOW_BITS).decompress(data, size)
-        except isal_zlib.error:  # type: ignore[misc]
-            content = b""
-        # zlib has the last word on what isal, the faster one, does not take.
-        return content if len(content) == size else inflate_zlib(data, size)
-
-    return inflate
+    def _damaged(self, load: Load, offset: int) -> CorruptImageError:
+        return CorruptImageError(
+            f"'{self.image.filename}' has a compressed cluster for guest offset {offset} that does not inflate to "
+            f"{load.size} bytes ({load.error})."
+        )
 
 
-def _zstd() -> Inflate:
-    import zstandard
-
-    def inflate(data: bytearray, size: int) -> bytes:
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(data) as reader:
-                return _whole(reader.read(size), size)
-        except zstandard.ZstdError as exc:
-            raise InflateError(str(exc)) from exc
-
-    return inflate
+def _entries(extent: Extent) -> array[int]:
+    """The L2 entries of a compressed extent's clusters."""
+    assert isinstance(extent.token, array)
+    return extent.token
 
 
-def _whole(content: bytes, size: int) -> bytes:
-    if len(content) != size:
-        raise InflateError(f"it ends after {len(content)}")
-    return content
+def _copy(content: bytes, inside: int, buffer: memoryview, done: int, length: int) -> int:
+    """Copy what a cluster has from offset ``inside`` on to ``buffer[done:length]``, as far as there is room; returns
+    how much that is."""
+    count = min(len(content) - inside, length - done)
+    if count == len(content):
+        buffer[done : done + count] = content
+    else:
+        buffer[done : done + count] = memoryview(content)[inside : inside + count]
+    return count
 
 
-_INFLATERS: dict[int, Callable[[], Inflate]] = {0: _zlib, 1: _zstd}
+_INFLATERS: dict[int, Callable[[], Inflate]] = {0: lambda: zlib_inflater(WINDOW_BITS), 1: zstd_inflater}
 assert _INFLATERS.keys() == COMPRESSION_NAMES.keys()

@@ -316,14 +316,23 @@ class Qcow2Driver(SnapshotDriver):
             await self.write_zeroes(offset, length, MAY_UNMAP)
 
     async def read_special(self, extent: Extent, offset: int, buffer: Buffer) -> None:
-        if not extent.compressed:
-            await self._read_encrypted(extent, offset, buffer)
-            return
-        if self._compressed is None:
-            self._compressed = CompressedReader(self.clusters)
-        instead = await self._compressed.read(extent, offset, buffer)
-        if instead is not None:
-            await self._read_plain(instead, offset, buffer)
+        while True:
+            if extent.compressed:
+                if self._compressed is None:
+                    self._compressed = CompressedReader(self.node, self.clusters)
+                done = await self._compressed.read(extent, offset, buffer)
+            else:
+                done = extent.length
+                await self._read_plain(extent, offset, buffer[:done])
+            if done == len(buffer):
+                return
+            # What follows was rewritten meanwhile.
+            offset += done
+            buffer = buffer[done:]
+            extent = await self.map(offset, len(buffer))
+
+    def read_cached(self, offset: int, buffer: Buffer) -> bool:
+        return self._compressed is not None and self._compressed.read_cached(offset, buffer)
 
     async def _read_plain(self, extent: Extent, offset: int, buffer: Buffer) -> None:
         """Fill ``buffer`` from an extent that needs no transformation."""

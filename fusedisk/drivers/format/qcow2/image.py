@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 from array import array
 from bisect import bisect_left, insort
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from fusedisk.block import io
 from fusedisk.block.child import Child
 from fusedisk.block.node import Node
 from fusedisk.core.errors import CorruptImageError, FusediskError
+from fusedisk.core.inflated_cache import InflatedCache
 from fusedisk.core.locks import Mutex
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import layout
@@ -39,6 +39,8 @@ from fusedisk.drivers.format.qcow2.layout import Header
 log = logging.getLogger(__name__)
 
 MIN_L2_TABLES = 2
+INFLATED_BYTES = 32 << 20
+"""Inflated clusters kept, in bytes."""
 SNAPSHOT_L2 = "snapshot's L2 table"
 """What the overlap checks call it."""
 
@@ -120,8 +122,8 @@ class Image:
         """Grows in place and is never replaced."""
         self.l2: TableCache[array[int]] = TableCache(self._read_l2, self.geometry.cluster_size, MIN_L2_TABLES)
         self.l2.is_pinned = self.dirty.pins
-        self.inflated: OrderedDict[int, bytes] = OrderedDict()
-        """Content of compressed clusters by L2 entry; an entry that loses its reference goes."""
+        self.inflated = InflatedCache(INFLATED_BYTES)
+        """Content of compressed clusters by L2 entry; an entry that loses a reference goes."""
         self.fixed: list[tuple[int, int, str]] = []
         """Host ranges with their names that no guest data may ever lie in."""
         self.fixed_end = 0

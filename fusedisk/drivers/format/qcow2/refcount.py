@@ -256,7 +256,7 @@ class Refcounts:
         """:meth:`free` for what L2 entries refer to."""
         for entry in entries:
             if entry & COMPRESSED:
-                self.image.inflated.pop(entry, None)
+                self.image.inflated.drop(entry)
         references = compressed_references(entries, self.geometry)
         self.free(plain_runs(entries, self.geometry), references=references, reason=reason)
 

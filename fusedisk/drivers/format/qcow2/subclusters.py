@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 
-from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
+from fusedisk.block.extent import DATA, UNALLOCATED, ZERO, Extent, WriteExtent
 from fusedisk.core.errors import CorruptImageError
 from fusedisk.drivers.format.qcow2 import entries as bits
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap, Transform
@@ -66,8 +66,12 @@ class SubclusterMap(ClusterMap):
         if self._is_bad(entry, bitmap):
             return None
         if entry & COMPRESSED:
-            place = entry & self.image.geometry.compressed_offset_mask
-            return Extent(SPECIAL, min(length, self._cluster_size - inside), self.edge, place, False, True, entry)
+            end = at + (inside + length + self._cluster_mask >> self._cluster_bits << 1)
+            entries, bitmaps = table[at:end:2], table[at + 1 : end : 2]
+            if any(bitmaps):
+                # It is no entry that can be.
+                del entries[next(count for count, found in enumerate(bitmaps) if found) :]
+            return self._compressed_extent(entries, inside, length)
         status = _status(bitmap, inside >> self._subcluster_bits)
         length = self._status_run(table, at, inside, length, status)
         host = entry & OFFSET_MASK
