@@ -24,7 +24,8 @@ from fusedisk.core.errors import FusediskError, host_error
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
-from fusedisk.mount import holders, loop_device, mountinfo, mountpoint, runtime, unmounting
+from fusedisk.mount import holders, mountinfo, mountpoint, runtime, unmounting
+from fusedisk.mount.attachment import Attachment
 from fusedisk.mount.loop_device import LoopSettings
 from fusedisk.mount.loop_follower import LoopFollower
 from fusedisk.mount.operations import Operations
@@ -72,10 +73,7 @@ class Daemon:
         self._failures: list[str] = []
         self._bug = False
         self._helpers: trio.Nursery
-        self._loop_settled = trio.Event()
-        """No loop device is being attached (any more)."""
-        if request.loop is None:
-            self._loop_settled.set()
+        self._attachment: Attachment | None = None
 
     async def run(self) -> int:
         """All of it."""
@@ -126,6 +124,8 @@ class Daemon:
         for export in self.exports:
             path = request.mountpoint if single else os.path.join(request.mountpoint, export.name)
             self._helpers.start_soon(LoopFollower(export, path).run)
+            if request.loop is not None:
+                self._attachment = Attachment(export, path, request.loop)
         await session.serve(self._ready)
 
     def _make_record(self) -> runtime.MountRecord:
@@ -148,41 +148,28 @@ class Daemon:
         """The mount serves."""
         gc.collect()
         gc.freeze()
-        if self.request.loop is not None:
-            self._helpers.start_soon(self._attach, self.request.loop)
+        if self._attachment is not None:
+            self._helpers.start_soon(self._attach, self._attachment)
         else:
             self._announce()
 
-    async def _attach(self, loop: LoopSettings) -> None:
-        """Attach the loop device, from a thread: the kernel reads the partition table meanwhile."""
-        (export,) = self.exports
+    async def _attach(self, attachment: Attachment) -> None:
         assert self.record is not None
-        path = f"{self.request.mountpoint}/{export.name}"
         try:
-            self.record.loop = await trio.to_thread.run_sync(
-                lambda: loop_device.attach(path, loop, read_only=not export.writable)
-            )
+            self.record.loop = await attachment.attach()
             self.record.write()
         except FusediskError as exc:
             self._fail(str(exc))
-            await self._release_loop()
+            await attachment.release()
             assert self.session is not None
             self.session.stop()
         else:
             self._announce()
-        finally:
-            self._loop_settled.set()
 
     async def _release_loop(self) -> None:
-        """Take our loop device off, now or, if it is in use, as soon as it is not."""
-        device = self.record.loop if self.record is not None else None
-        if device is None:
-            return
-        path = f"{self.request.mountpoint}/{self.exports[0].name}"
-        try:
-            await trio.to_thread.run_sync(lambda: loop_device.detach(device, path, force=True), abandon_on_cancel=True)
-        except FusediskError as exc:
-            log.error("%s", exc)
+        if self._attachment is not None:
+            await self._attachment.settled.wait()
+            await self._attachment.release()
 
     def _announce(self) -> None:
         """Tell everybody who waits for it that the mount is ready."""
@@ -215,7 +202,6 @@ class Daemon:
                 if self.session is None:
                     opening.cancel()
                 elif number == signal.SIGQUIT:
-                    await self._loop_settled.wait()
                     await self._release_loop()
                     await self._flush()
                     self.session.stop()
@@ -225,7 +211,6 @@ class Daemon:
 
     async def _leave(self, session: Session) -> None:
         """Unmount as soon as nobody uses the mount; say who does."""
-        await self._loop_settled.wait()
         await self._release_loop()
         told = False
         while True:
