@@ -160,6 +160,17 @@ class Backend:
             self._end()
         self.accounting.discards += 1
 
+    async def preallocate(self, offset: int, length: int) -> None:
+        """Let a range have its space on the host; it reads as before."""
+        node = await self._begin(offset, length)
+        try:
+            await io.preallocate(node, offset, length)
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        finally:
+            self._end()
+
     async def write_back(self) -> None:
         """Let the drivers hand what they hold back to the OS, as far as a flush would, so that less is lost if the
         process dies."""

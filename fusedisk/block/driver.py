@@ -308,6 +308,11 @@ class Driver:
         NO_FALLBACK, which asks to refuse rather than to be slow."""
         raise NotSupportedError(f"{self.name} has no write-zeroes operation.")
 
+    async def preallocate(self, offset: int, length: int) -> None:
+        """Reserve host space for whole clusters (or up to the disk's end), which read as before. Serialised. Raises
+        NotSupportedError, with nothing changed, where it cannot; the core then writes what is not allocated."""
+        raise NotSupportedError(f"{self.name} has no preallocation.")
+
     async def discard(self, offset: int, length: int) -> None:
         """Give an aligned range back; it then reads as zeroes or as before, never as older data from a
         backing file. Serialised. Raises NotSupportedError, with nothing changed, where it cannot."""

@@ -18,7 +18,7 @@ import trio
 
 from fusedisk.block import permissions, transfer
 from fusedisk.block.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, ZERO_NEW, Buffer, Role
-from fusedisk.block.extent import UNALLOCATED
+from fusedisk.block.extent import UNALLOCATED, ZERO
 from fusedisk.block.node import Node
 from fusedisk.block.tracked import Request
 from fusedisk.core.errors import (
@@ -298,6 +298,46 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
         request.leave(node)
     if flags & FUA:
         await flush(node)
+
+
+async def preallocate(node: Node, offset: int, length: int) -> None:
+    """Let a range have its space on the host; it reads as before. A driver that cannot reserve it gets it written."""
+    if not length:
+        return
+    check_writable(node, UNCHANGED)
+    end = offset + length
+    if end > node.length:
+        raise OutOfRangeError(f"Allocating up to {end} goes past the end of '{node.filename}' at {node.length}.")
+    unit = max(node.limits.cluster_size, node.limits.request_alignment)
+    start, stop = offset // unit * unit, min(-(-end // unit) * unit, node.length)
+    request = Request(start, stop, True, serialising=True)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        try:
+            with trio.CancelScope(shield=True):
+                await node.driver.preallocate(start, stop - start)
+        except NotSupportedError:
+            await _write_unallocated(node, start, stop)
+        node.written += 1
+    except FusediskError as exc:
+        exc.at(node.name, "preallocate", offset, length)
+        raise
+    finally:
+        request.leave(node)
+
+
+async def _write_unallocated(node: Node, position: int, stop: int) -> None:
+    """Write what the top layer has no data for, as it reads. The caller holds the range."""
+    while position < stop:
+        length = min(stop - position, _COPY_CHUNK)
+        extent = await node.driver.map(position, length)
+        transfer.check_extent(node, extent, length)
+        if extent.status in (UNALLOCATED, ZERO):
+            content = memoryview(bytearray(extent.length))
+            await transfer.read(node, position, content)
+            await transfer.write(node, position, (content,), UNCHANGED)
+        position += extent.length
 
 
 async def discard(node: Node, offset: int, length: int) -> None:

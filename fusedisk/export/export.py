@@ -145,27 +145,41 @@ class Export:
         await self.backend.read_into(offset, memoryview(buffer))
         return buffer
 
+    async def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset``; returns how many bytes that were: fewer only at the end of the disk."""
+        length = min(len(buffer), self.backend.length - offset)
+        if length <= 0:
+            return 0
+        await self.backend.read_into(offset, buffer[:length])
+        return length
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` if that takes no waiting; False: it may hold anything."""
+        return self.backend.immediate.read(offset, buffer)
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Write ``data`` if that takes no waiting; False: a part may be written."""
+        if not self.writable or not self.backend.immediate.write(offset, data):
+            return False
+        self.touch()
+        return True
+
     async def write(self, offset: int, data: bytes | memoryview) -> int:
         """Write ``data``; returns how many bytes were written.
 
         As on a block device, a write that crosses the end is cut there, and one that starts there raises NoSpaceError
         (ENOSPC); a growable export grows first. Raises ReadOnlyError on a read-only export.
         """
-        if not self.writable:
-            raise ReadOnlyError(f"'{self.name}' is read-only.")
+        self.check_writable()
         end = offset + len(data)
         if end > self.backend.length:
-            if self.growable:
-                await self._grow(end)
-            elif offset >= self.backend.length:
-                raise NoSpaceError(
-                    f"'{self.name}' is {self.backend.length} bytes long, a write at {offset} lies past its end."
-                )
+            if self.growable or offset >= self.backend.length:
+                await self.extend(end)
             else:
                 data = memoryview(data)[: self.backend.length - offset]
-        self._touch()
+        self.touch()
         await self.backend.write(offset, data)
-        self._touch()
+        self.touch()
         return len(data)
 
     async def flush(self) -> None:
@@ -211,27 +225,36 @@ class Export:
 
     async def truncate(self, length: int) -> None:
         """Resize the disk; the size that it has already is no change, whatever the format can do."""
-        if not self.writable:
-            raise ReadOnlyError(f"'{self.name}' is read-only.")
+        self.check_writable()
         async with self._resize:
             if length != self.backend.length:
                 await self._set_length(length)
 
-    async def _grow(self, length: int) -> None:
+    def check_writable(self) -> None:
+        """Raise ReadOnlyError on a read-only export."""
+        if not self.writable:
+            raise ReadOnlyError(f"'{self.name}' is read-only.")
+
+    async def extend(self, length: int) -> None:
+        """Make the disk longer, for a request that goes past its end. Raises NoSpaceError (ENOSPC) unless growable."""
+        if not self.growable:
+            raise NoSpaceError(
+                f"'{self.name}' is {self.backend.length} bytes long and does not grow, a request went up to {length}."
+            )
         async with self._resize:
             if length > self.backend.length:
                 await self._set_length(length)
 
     async def _set_length(self, length: int) -> None:
-        self._touch()
+        self.touch()
         self._resizing += 1
         try:
             await self.backend.truncate(length)
         finally:
             self._resizing -= 1
-        self._touch()
+        self.touch()
 
-    def _touch(self) -> None:
+    def touch(self) -> None:
         """Guest-visible content has changed, or is about to. The kernel asks for the attributes anew after each
         such request."""
         self._unflushed = self._changed = True

@@ -4,8 +4,8 @@ An exception other than FUSEError would end pyfuse3's main loop and with it ever
 goes through :func:`_guarded`: an expected error becomes its errno, anything else is a bug, which is logged and
 costs EIO.
 
-Every handler is a task of its own, so one that waits for cold data holds up no other. Handles are small integers that
-count up; lookups need no counting since the files live as long as the mount.
+Every handler is a task of its own, so one that waits for cold data holds up no other. Lookups need no counting since
+the files live as long as the mount.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pyfuse3 import (
 from fusedisk.core.errors import FusediskError
 from fusedisk.export.export import Attributes, Export
 from fusedisk.export.names import NAME_MAX, ROOT_INODE
+from fusedisk.mount.handles import Handles
 
 log = logging.getLogger(__name__)
 
@@ -73,17 +74,6 @@ def _guarded(
     return guard
 
 
-class _Handle:
-    """An open file."""
-
-    __slots__ = ("direct", "export", "writable")
-
-    def __init__(self, export: Export, flags: int) -> None:
-        self.export = export
-        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
-        self.direct = bool(flags & os.O_DIRECT)
-
-
 class Operations(pyfuse3.Operations):
     """One directory with a file for each export, or with ``single`` the one export as the mount's root.
 
@@ -104,10 +94,7 @@ class Operations(pyfuse3.Operations):
             self._by_inode = {ROOT_INODE: only}
         self._live = live
         self._attr_timeout = 0.0 if live else ATTR_TIMEOUT
-        self._handles: dict[int, _Handle] = {}
-        self._last_handle = 0
-        self.released = trio.Event()
-        """Set, and replaced, whenever a file is closed for good."""
+        self.handles = Handles()
         first = exports[0]
         self._root_mode = stat.S_IFDIR | _directory_bits(first.mode)
         self._root_owner = (first.uid, first.gid)
@@ -115,7 +102,12 @@ class Operations(pyfuse3.Operations):
     @property
     def open_files(self) -> int:
         """How many file handles are open."""
-        return len(self._handles)
+        return len(self.handles)
+
+    @property
+    def released(self) -> trio.Event:
+        """Set, and replaced, whenever a file is closed for good."""
+        return self.handles.released
 
     def inode_of(self, export: Export) -> int:
         """The number by which the kernel knows an export."""
@@ -155,7 +147,7 @@ class Operations(pyfuse3.Operations):
         if inode == ROOT_INODE and not self._single:
             self._set_root(attr, fields)
             return await self._attributes(inode)
-        export = self._export(inode)
+        export = self.export_of(inode)
         if fields.update_size:
             await export.truncate(attr.st_size)
         if fields.update_mode:
@@ -175,7 +167,8 @@ class Operations(pyfuse3.Operations):
             attr.st_gid if fields.update_gid else gid,
         )
 
-    def _export(self, inode: int) -> Export:
+    def export_of(self, inode: int) -> Export:
+        """The file that the kernel knows by this number; raises FUSEError."""
         export = self._by_inode.get(inode)
         if export is None:
             raise FUSEError(errno.EISDIR if inode == ROOT_INODE else errno.ENOENT)
@@ -184,7 +177,7 @@ class Operations(pyfuse3.Operations):
     async def _attributes(self, inode: int) -> EntryAttributes:
         if inode == ROOT_INODE and not self._single:
             return await self._root_attributes()
-        return self._entry(await self._export(inode).attributes(), inode)
+        return self._entry(await self.export_of(inode).attributes(), inode)
 
     def _entry(self, found: Attributes, inode: int) -> EntryAttributes:
         entry = EntryAttributes()
@@ -256,7 +249,7 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def releasedir(self, fh: FileHandleT) -> None:
         """A directory handle is gone."""
-        self._wake()
+        self.handles.wake()
 
     @_guarded
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
@@ -266,60 +259,41 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        """Open a file. The page cache keeps its content over opens, since all changes come through the kernel.
+        """Open a file."""
+        export = self.export_of(inode)
+        number, _ = await self.handles.open(export, flags)
+        cached = self.cached(export)
+        return FileInfo(fh=FileHandleT(number), direct_io=not cached, keep_cache=cached)
 
-        O_TRUNC empties a growable disk; otherwise it is ignored, as block devices do: a disk that tools such as
-        ``cp`` and ``dd`` empty before they write it could never be filled again.
-        """
-        export = self._export(inode)
-        handle = _Handle(export, flags)
-        if handle.writable and not export.writable:
-            raise FUSEError(errno.EROFS)
-        if handle.writable and flags & os.O_TRUNC and export.growable:
-            await export.truncate(0)
-        self._last_handle += 1
-        self._handles[self._last_handle] = handle
-        uncached = self._live or export.shared_views
-        return FileInfo(fh=FileHandleT(self._last_handle), direct_io=uncached, keep_cache=not uncached)
+    def cached(self, export: Export) -> bool:
+        """Whether the kernel may keep what it reads, over opens too: all changes come through the same file then."""
+        return not self._live and not export.shared_views
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Read; short only at the end."""
-        return await self._handles[fh].export.read(off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
+        export = self.handles.by_number[fh].export
+        return await export.read(off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
 
     @_guarded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        """Write; short only at the end of a disk that may not grow.
-
-        Linux turns a short O_DIRECT write into EIO, so there the reason is told at once.
-        """
-        handle = self._handles[fh]
-        written = await handle.export.write(off, buf)
-        if written < len(buf) and handle.direct:
-            raise FUSEError(errno.ENOSPC)
-        return written
+        """Write; short only at the end of a disk that may not grow."""
+        return await self.handles.by_number[fh].write(off, buf)
 
     @_guarded
     async def flush(self, fh: FileHandleT) -> None:
-        """close(): the last chance to tell the writer of an error, so what was written goes to disk now."""
-        handle = self._handles[fh]
-        if handle.writable:
-            await handle.export.flush()
+        """close()."""
+        await self.handles.by_number[fh].flush()
 
     @_guarded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Everything written before is on stable storage afterwards. The only barrier that a loop device has."""
-        await self._handles[fh].export.flush()
+        await self.handles.by_number[fh].export.flush()
 
     @_guarded
     async def release(self, fh: FileHandleT) -> None:
         """The last descriptor of a handle is closed."""
-        del self._handles[fh]
-        self._wake()
-
-    def _wake(self) -> None:
-        self.released.set()
-        self.released = trio.Event()
+        self.handles.close(fh)
 
     # --- extended attributes ----------------------------------------------------------------------------
 

@@ -19,12 +19,16 @@ import trio
 from fusedisk.core.errors import HostError
 from fusedisk.export.export import Export
 from fusedisk.mount import mountinfo, unmounting
+from fusedisk.mount.channel import Channel
 from fusedisk.mount.operations import Operations
+from fusedisk.mount.splicing import fuse_descriptors, splice
 
 log = logging.getLogger(__name__)
 
 MAX_TASKS = 128
-"""Requests served at the same time."""
+"""Requests served at the same time by pyfuse3."""
+MAX_NAME_TASKS = 8
+"""The same where it only serves names and attributes: their replies must all fit into a socket."""
 READAHEAD_KIB = 1024
 """What the kernel reads ahead on a mount, if we may say so (root): FUSE's default of 128 KiB makes eight requests
 of one."""
@@ -33,15 +37,19 @@ of one."""
 class Session:
     """A mount from ``start`` to ``close``."""
 
-    def __init__(self, mountpoint: str, operations: Operations, options: set[str]) -> None:
+    def __init__(self, mountpoint: str, operations: Operations, options: set[str], *, channel: bool = True) -> None:
+        """``channel``: serve data past pyfuse3, if the host lets us."""
         self.mountpoint = mountpoint
         self.operations = operations
         self._options = options
+        self._wants_channel = channel
+        self._channel: Channel | None = None
         self._mount: mountinfo.Mount | None = None
         self._stale: trio.MemorySendChannel[int] | None = None
 
     def start(self) -> None:
         """Mount. Blocks for a moment; raises HostError with what libfuse says."""
+        before = fuse_descriptors() if self._wants_channel else set()
         with _StderrCapture() as said:
             try:
                 pyfuse3.init(self.operations, self.mountpoint, self._options)
@@ -49,6 +57,11 @@ class Session:
                 reason = said.text() or str(exc)
                 raise HostError(f"Could not mount on '{self.mountpoint}': {reason}") from exc
         self._mount = mountinfo.mount_at(self.mountpoint)
+        if self._wants_channel:
+            try:
+                self._channel = Channel(self.operations, splice(before))
+            except HostError as exc:
+                log.warning("The data channel is off, so holes and discard are missing: %s", exc)
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Serve until the mount is gone. ``ready`` is called once a ``stat`` from outside has been answered."""
@@ -58,8 +71,10 @@ class Session:
             for export in self.operations.exports:
                 if export.writable:
                     nursery.start_soon(export.write_behind)
+            if self._channel is not None:
+                nursery.start_soon(self._channel.run)
             try:
-                await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS)
+                await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS if self._channel is None else MAX_NAME_TASKS)
             finally:
                 nursery.cancel_scope.cancel()
 
@@ -71,6 +86,8 @@ class Session:
         """Let go of the connection. A mount that is still there loses its server by this, so it is taken away as
         well."""
         pyfuse3.close(unmount=False)
+        if self._channel is not None:
+            self._channel.close()
         if self._mount is not None and self._is_ours(mountinfo.mount_at(self.mountpoint)):
             unmounting.detach(self.mountpoint)
 
@@ -88,7 +105,7 @@ class Session:
         for export in self.operations.exports:
             export.on_change = self._watcher(export)
         async for inode in stale:
-            await trio.to_thread.run_sync(_invalidate_inode, inode, False, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._invalidate_inode, inode, False, abandon_on_cancel=True)
 
     def _watcher(self, export: Export) -> Callable[[bool], None]:
         inode = self.operations.inode_of(export)
@@ -97,7 +114,7 @@ class Session:
             assert self._stale is not None
             if not data:
                 # Attributes alone take no waiting, and whoever is answered next shall see the new ones.
-                _invalidate_inode(inode, True)
+                self._invalidate_inode(inode, True)
                 return
             try:
                 self._stale.send_nowait(inode)
@@ -106,6 +123,15 @@ class Session:
 
         return changed
 
+    def _invalidate_inode(self, inode: int, attributes_only: bool) -> None:
+        try:
+            if self._channel is not None:
+                self._channel.invalidate(inode, attributes_only=attributes_only)
+            else:
+                pyfuse3.invalidate_inode(inode, attributes_only)
+        except OSError as exc:  # ENOENT: the kernel does not know the inode
+            log.debug("invalidating inode %d: %s", inode, exc)
+
     def _raise_readahead(self) -> None:
         if self._mount is None:
             return
@@ -113,13 +139,6 @@ class Session:
             Path(f"/sys/class/bdi/{self._mount.device}/read_ahead_kb").write_text(str(READAHEAD_KIB))
         except OSError:
             pass
-
-
-def _invalidate_inode(inode: int, attributes_only: bool) -> None:
-    try:
-        pyfuse3.invalidate_inode(inode, attributes_only)
-    except OSError as exc:  # ENOENT: the kernel does not know the inode
-        log.debug("invalidating inode %d: %s", inode, exc)
 
 
 def mount_options(images: list[str], *, read_only: bool, allow_other: bool) -> set[str]:

@@ -78,6 +78,19 @@ def breakable(name):
     setattr(FileDriver, name, wrapper)
 
 
+def lengthened(short, broken):
+    # What breaks is not to be gone around.
+    method = getattr(FileDriver, short)
+
+    @functools.wraps(method)
+    def wrapper(self, *args):
+        return not any(rule[1] == broken for rule in rules()) and method(self, *args)
+
+    setattr(FileDriver, short, wrapper)
+
+
+lengthened("read_now", "preadv")
+lengthened("write_now", "pwritev")
 for name in ("preadv", "pwritev", "flush_to_disk", "allocated_size"):
     breakable(name)
 main()

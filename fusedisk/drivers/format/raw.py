@@ -112,6 +112,10 @@ class RawDriver(Driver):
         """The file's business."""
         await io.write_zeroes(self.node.children["file"].node, offset + self._offset, length, flags)
 
+    async def preallocate(self, offset: int, length: int) -> None:
+        """The file's business."""
+        await io.preallocate(self.node.children["file"].node, offset + self._offset, length)
+
     async def discard(self, offset: int, length: int) -> None:
         """The file's business."""
         await io.discard(self.node.children["file"].node, offset + self._offset, length)

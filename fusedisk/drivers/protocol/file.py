@@ -363,6 +363,9 @@ class FileDriver(Driver):
                 self._can_zero_range = False
                 raise
 
+    async def preallocate(self, offset: int, length: int) -> None:
+        await self._change_range(self._reserve_range, offset, length)
+
     async def discard(self, offset: int, length: int) -> None:
         if not self.node.config.discard_unmap:
             return
@@ -390,6 +393,10 @@ class FileDriver(Driver):
     def _free_range(self, offset: int, length: int) -> None:
         """Give a range's space back. Blocks; raises OSError."""
         fallocate(self.file.fd, _PUNCH, offset, length)
+
+    def _reserve_range(self, offset: int, length: int) -> None:
+        """Give space to the holes of a range. Blocks; raises OSError."""
+        fallocate(self.file.fd, FALLOC_FL_KEEP_SIZE, offset, length)
 
     async def _change_range(self, fn: Callable[[int, int], None], offset: int, length: int) -> None:
         """Run one of the above in a worker; what the host does not have becomes NotSupportedError."""

@@ -1,0 +1,105 @@
+"""Requests on ranges of a file beside reading and writing: holes, allocation, copies.
+
+They may span a whole disk, so they go in steps: others get their turn in between, and whoever cancels one leaves whole
+steps done.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import trio
+
+from fusedisk.core.errors import NotSupportedError, OutOfRangeError
+from fusedisk.export.export import Export
+
+ZERO_STEP = 256 << 20
+"""Bytes zeroed by one request: what serialises against all others."""
+ALLOCATE_STEP = 8 << 20
+COPY_STEP = 1 << 20
+MOST_COPIED = 64 << 20
+"""Bytes that one copy request copies at most; the caller comes again for the rest."""
+_LOOKUPS_AT_ONCE = 64
+
+
+async def seek(export: Export, offset: int, whence: int) -> int:
+    """Where from ``offset`` on the next data (SEEK_DATA) or hole (SEEK_HOLE) begins.
+
+    A hole is what is known, without a look at the bytes, to read as zeroes; there is one at the end of every disk.
+    Raises OutOfRangeError with ENXIO past the end, and where no data is left.
+    """
+    if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+        raise NotSupportedError(f"'{export.name}' cannot be searched for {whence}.", errno=errno.EINVAL)
+    backend = export.backend
+    end = backend.length
+    if not 0 <= offset < end:
+        raise OutOfRangeError(f"'{export.name}' ends at {end}, nothing is behind {offset}.", errno=errno.ENXIO)
+    lookups = 0
+    while offset < end:
+        status = await backend.block_status(offset, end - offset)
+        if status.zero == (whence == os.SEEK_HOLE):
+            return offset
+        offset += status.length
+        lookups += 1
+        if lookups % _LOOKUPS_AT_ONCE == 0:
+            await trio.lowlevel.checkpoint()
+    if whence == os.SEEK_HOLE:
+        return end
+    raise OutOfRangeError(f"'{export.name}' has no more data.", errno=errno.ENXIO)
+
+
+async def zero(export: Export, offset: int, length: int, *, punch: bool, keep_size: bool) -> None:
+    """Make a range read as zeroes. ``punch`` gives its space back, as far as the disk's settings allow that."""
+    end = await _end(export, offset, length, keep_size=keep_size)
+    while offset < end:
+        step = min(ZERO_STEP - offset % ZERO_STEP, end - offset)
+        export.touch()
+        await export.backend.write_zeroes(offset, step, may_unmap=punch)
+        export.touch()
+        offset += step
+        await trio.lowlevel.checkpoint()
+
+
+async def allocate(export: Export, offset: int, length: int, *, keep_size: bool) -> None:
+    """Let a range have its space, so that no write to it can fail for want of that. It reads as before."""
+    end = await _end(export, offset, length, keep_size=keep_size)
+    while offset < end:
+        step = min(ALLOCATE_STEP - offset % ALLOCATE_STEP, end - offset)
+        await export.backend.preallocate(offset, step)
+        offset += step
+        await trio.lowlevel.checkpoint()
+
+
+async def _end(export: Export, offset: int, length: int, *, keep_size: bool) -> int:
+    """Where a range ends after the file's size was changed for it, or was not."""
+    export.check_writable()
+    end = offset + length
+    if end > export.backend.length:
+        if keep_size:
+            return export.backend.length
+        await export.extend(end)
+    return end
+
+
+async def copy(source: Export, offset: int, target: Export, position: int, length: int) -> int:
+    """Copy a range, holes as holes; returns how many bytes were copied: fewer where the source ends, at most
+    MOST_COPIED. What was asked for must not overlap itself."""
+    target.check_writable()
+    length = min(length, MOST_COPIED, source.backend.length - offset)
+    done = 0
+    while done < length:
+        step = min(COPY_STEP, length - done)
+        done += await _copy_step(source, offset + done, target, position + done, step)
+        await trio.lowlevel.checkpoint()
+    return done
+
+
+async def _copy_step(source: Export, offset: int, target: Export, position: int, length: int) -> int:
+    status = await source.backend.block_status(offset, length)
+    if status.zero and position + status.length <= target.backend.length:
+        target.touch()
+        await target.backend.write_zeroes(position, status.length, may_unmap=True)
+        target.touch()
+        return status.length
+    return await target.write(position, memoryview(await source.read(offset, length)))

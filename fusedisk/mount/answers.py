@@ -1,0 +1,110 @@
+"""What the channel answers beside plain reads and writes: opening, closing, flushing, holes, allocation, copies."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import struct
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from pyfuse3 import FUSEError, InodeT
+
+from fusedisk.core.errors import FusediskError
+from fusedisk.export import ranges
+from fusedisk.mount import wire
+from fusedisk.mount.handles import Handle
+from fusedisk.mount.operations import Operations
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[], Awaitable[bytes]]
+"""Does what a request asks for and returns the body of the reply. Raises whatever :func:`failed` makes sense of."""
+
+_BODY = wire.IN_HEADER.size
+
+
+def failed(what: str, exc: Exception) -> int:
+    """The errno that tells the kernel of a failure; a bug is logged and costs one EIO."""
+    if isinstance(exc, FusediskError):
+        log.debug("%s: %s", what, exc)
+        return exc.errno
+    if isinstance(exc, FUSEError):
+        return int(exc.errno)
+    log.error("a bug in fusedisk: %s failed", what, exc_info=exc)
+    return errno.EIO
+
+
+class Answers:
+    """The requests of one mount, by opcode."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+        self._handles = operations.handles
+        self._table: dict[int, tuple[struct.Struct, Callable[..., Awaitable[bytes]]]] = {
+            wire.OPEN: (wire.OPEN_IN, self._open),
+            wire.RELEASE: (wire.RELEASE_IN, self._release),
+            wire.FSYNC: (wire.FSYNC_IN, self._fsync),
+            wire.FLUSH: (wire.FLUSH_IN, self._flush),
+            wire.FALLOCATE: (wire.FALLOCATE_IN, self._fallocate),
+            wire.LSEEK: (wire.LSEEK_IN, self._lseek),
+            wire.COPY_FILE_RANGE: (wire.COPY_IN, self._copy),
+        }
+
+    def work(self, opcode: int, head: bytearray) -> Work | None:
+        """How to answer the message that starts with ``head``; None: it is not for us."""
+        found = self._table.get(opcode)
+        if found is None:
+            return None
+        layout, answer = found
+        arguments = layout.unpack_from(head, _BODY)
+        if opcode == wire.OPEN:
+            return partial(answer, wire.IN_HEADER.unpack_from(head)[3], *arguments)
+        return partial(answer, *arguments)
+
+    def _handle(self, number: int) -> Handle:
+        handle = self._handles.by_number.get(number)
+        if handle is None:
+            raise FUSEError(errno.EBADF)
+        return handle
+
+    async def _open(self, inode: int, flags: int, open_flags: int) -> bytes:
+        export = self._operations.export_of(InodeT(inode))
+        number, _ = await self._handles.open(export, flags)
+        cached = self._operations.cached(export)
+        mode = wire.FOPEN_KEEP_CACHE if cached else wire.FOPEN_DIRECT_IO | wire.FOPEN_PARALLEL_DIRECT_WRITES
+        return wire.OPEN_OUT.pack(number, mode, 0)
+
+    async def _release(self, number: int) -> bytes:
+        self._handle(number)
+        self._handles.close(number)
+        return b""
+
+    async def _fsync(self, number: int, flags: int) -> bytes:
+        await self._handle(number).export.flush()
+        return b""
+
+    async def _flush(self, number: int) -> bytes:
+        await self._handle(number).flush()
+        return b""
+
+    async def _fallocate(self, number: int, offset: int, length: int, mode: int, padding: int) -> bytes:
+        export = self._handle(number).export
+        keep_size = bool(mode & wire.KEEP_SIZE)
+        what = mode & ~wire.KEEP_SIZE
+        if what == 0:
+            await ranges.allocate(export, offset, length, keep_size=keep_size)
+        elif what == wire.ZERO_RANGE or (what == wire.PUNCH_HOLE and keep_size):
+            await ranges.zero(export, offset, length, punch=what == wire.PUNCH_HOLE, keep_size=keep_size)
+        else:
+            raise FUSEError(errno.EOPNOTSUPP)
+        return b""
+
+    async def _lseek(self, number: int, offset: int, whence: int, padding: int) -> bytes:
+        return wire.LSEEK_OUT.pack(await ranges.seek(self._handle(number).export, offset, whence))
+
+    async def _copy(
+        self, source: int, offset: int, inode: int, target: int, position: int, length: int, flags: int
+    ) -> bytes:
+        copied = await ranges.copy(self._handle(source).export, offset, self._handle(target).export, position, length)
+        return wire.WRITE_OUT.pack(copied, 0)

@@ -1,0 +1,363 @@
+"""The data channel: requests for data are read from the kernel and answered here, all others go on to pyfuse3.
+
+One task reads. What can be answered without waiting (:mod:`fusedisk.block.immediate`) it answers on the spot, between
+two reads, with no task, lock or allocation; anything else becomes a task of its own and never holds up the next
+request. Requests in flight and their bytes are bounded: beyond that nothing is read, and the kernel holds back whoever
+asks.
+
+When there is nothing to read, the task asks again for some microseconds before it waits: waking up costs more than
+most requests do. It stops asking when that has not paid lately, so an idle mount takes no CPU at all.
+
+pyfuse3 is the other end of a socket (:mod:`.splicing`): it mounts, negotiates, and answers for names and attributes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import struct
+from time import perf_counter
+
+import pyfuse3
+import trio
+
+from fusedisk.core.errors import HostError
+from fusedisk.mount import wire
+from fusedisk.mount.answers import Answers, Work, failed
+from fusedisk.mount.handles import Handle
+from fusedisk.mount.negotiation import Negotiation
+from fusedisk.mount.operations import Operations
+from fusedisk.mount.splicing import Spliced
+
+log = logging.getLogger(__name__)
+
+MOST_TASKS = 64
+"""Requests that wait at the same time."""
+MOST_BYTES = 32 << 20
+"""Bytes of data that they hold."""
+_TURNS = 64
+"""Requests answered on the spot after which others that are ready get their turn."""
+_LONGEST_POLL = 50e-6
+"""Seconds."""
+_WORTH_POLLING = 150e-6
+"""Seconds of waiting, with what waking up takes, below which asking again would have been the better choice."""
+_SHORTEST_POLL = 5e-6
+
+_MOST_SPARE = 8
+"""Buffers of each kind that are kept for later."""
+_REPLY = 4096
+"""Where in a buffer the data of a reply begins: at a page, the header in front of it."""
+_REPLY_HEADER = _REPLY - wire.OUT_HEADER.size
+_OUT = wire.OUT_HEADER.size
+_HEAD = struct.Struct("=IIQ24xQQI")
+"""Of any message: len, opcode, unique; of a READ or WRITE also fh, offset, size."""
+_WRITTEN = struct.Struct("=IiQII")
+"""A reply to WRITE."""
+_GONE = (errno.ENODEV, errno.ECONNABORTED)
+"""The mount is gone."""
+_AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
+"""The request was taken back while it was read."""
+_INTERRUPTIBLE = frozenset((wire.FALLOCATE, wire.LSEEK, wire.COPY_FILE_RANGE))
+"""Beside READ: what may be left undone, or done in part, when nobody waits for it any more."""
+
+
+class Request:
+    """The buffer that a message is read into: the header and what follows it, and a write's data from a page on."""
+
+    __slots__ = ("data", "head", "vector", "view")
+
+    def __init__(self) -> None:
+        self.head = bytearray(wire.WRITE_HEAD)
+        self.view = memoryview(self.head)
+        self.data = memoryview(mmap.mmap(-1, wire.MAX_WRITE))
+        self.vector = [self.view, self.data]
+
+
+class Channel:
+    """The data channel of one mount."""
+
+    def __init__(self, operations: Operations, spliced: Spliced) -> None:
+        self._operations = operations
+        self._handles = operations.handles.by_number
+        self._device, self._library = spliced
+        self._negotiation = Negotiation(passthrough=False)
+        self._answers = Answers(operations)
+        self._spare: list[Request] = []
+        self._replies: list[memoryview] = []
+        self._tasks = 0
+        self._bytes = 0
+        self._room: trio.Event | None = None
+        self._forwarded = 0
+        self._interruptible: dict[int, trio.CancelScope] = {}
+        self._may_poll = len(os.sched_getaffinity(0)) > 1
+
+    async def run(self) -> None:
+        """Serve until the mount is gone, then let pyfuse3 end. Raises HostError where the connection breaks."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._return_replies)
+                try:
+                    await self._serve(nursery)
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            pyfuse3.terminate()
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._library.close()
+        os.close(self._device)
+
+    def invalidate(self, inode: int, *, attributes_only: bool) -> None:
+        """Let the kernel forget what it has cached of a file. For data it blocks until the kernel needs nothing of us,
+        so then it is for a worker thread. Raises OSError; ENOENT: there is nothing to forget."""
+        body = wire.INVALIDATE_INODE.pack(inode, -1 if attributes_only else 0, 0)
+        header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + len(body), wire.NOTIFY_INVALIDATE_INODE, 0)
+        os.write(self._device, header + body)
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        """Read requests and answer them, or see to it that they are answered, until there is no mount."""
+        device, handles = self._device, self._handles
+        readv, write, clock = os.readv, os.write, perf_counter
+        unpack, pack = _HEAD.unpack_from, wire.OUT_HEADER.pack_into
+        reply = self._take_reply()
+        written = bytearray(_WRITTEN.size)
+        request = self._take_request()
+        vector, head, data = request.vector, request.head, request.data
+        poll = deadline = 0.0
+        turns = 0
+        while True:
+            try:
+                length = readv(device, vector)
+            except BlockingIOError:
+                if clock() < deadline and not self._tasks and not self._forwarded:
+                    continue
+                start = clock()
+                await trio.lowlevel.wait_readable(device)
+                turns = 0
+                now = clock()
+                poll = self._next_poll(poll, now - start)
+                deadline = now + poll
+                continue
+            except OSError as exc:
+                if exc.errno in _GONE:
+                    return
+                if exc.errno in _AGAIN:
+                    continue
+                raise HostError(f"Reading requests from '/dev/fuse' failed: {exc.strerror}.", errno=exc.errno) from exc
+            declared, opcode, unique, number, offset, size = unpack(head)
+            if length != declared or length < wire.IN_HEADER.size:
+                raise HostError(f"The kernel sent {length} bytes as a request of {declared}: the mount ends.")
+            answered = False
+            handle = handles.get(number)
+            try:
+                if opcode == wire.READ:
+                    if (
+                        handle is not None
+                        and size <= wire.MAX_WRITE
+                        and handle.export.read_now(offset, reply[_REPLY : _REPLY + size])
+                    ):
+                        answered = True
+                        pack(reply, _REPLY_HEADER, _OUT + size, 0, unique)
+                        write(device, reply[_REPLY_HEADER : _REPLY + size])
+                elif opcode == wire.WRITE:
+                    if length != wire.WRITE_HEAD + size:
+                        raise HostError(f"The kernel sent a write of {size} bytes in {length}: the mount ends.")
+                    if handle is not None and handle.export.write_now(offset, data[:size]):
+                        answered = True
+                        _WRITTEN.pack_into(written, 0, len(written), 0, unique, size, 0)
+                        write(device, written)
+            except HostError:
+                raise
+            except OSError as exc:
+                self._reply_failed(exc)
+            except Exception as exc:
+                answered = True
+                self.answer(unique, -failed("a request", exc))
+            if not answered and await self._dispatch(nursery, request, length, opcode, unique):
+                request = self._take_request()
+                vector, head, data = request.vector, request.head, request.data
+            turns += 1
+            if turns >= _TURNS and (self._tasks or self._forwarded or turns >= 16 * _TURNS):
+                turns = 0
+                await trio.lowlevel.checkpoint()
+            deadline = clock() + poll
+
+    def _next_poll(self, poll: float, waited: float) -> float:
+        """How long to ask again from now on, after a wait."""
+        if not self._may_poll:
+            return 0.0
+        if waited < _WORTH_POLLING:
+            return min(max(poll * 2, _SHORTEST_POLL), _LONGEST_POLL)
+        return poll / 2 if poll > _SHORTEST_POLL else 0.0
+
+    async def _dispatch(self, nursery: trio.Nursery, request: Request, length: int, opcode: int, unique: int) -> bool:
+        """Let a request be answered. True: its buffer is taken."""
+        if opcode == wire.READ:
+            _, _, _, fh, offset, size = _HEAD.unpack_from(request.head)
+            handle = self._handles.get(fh)
+            if handle is None or size > wire.MAX_WRITE:
+                self.answer(unique, -errno.EBADF if handle is None else -errno.EINVAL)
+            else:
+                await self._make_room()
+                self._begin(size)
+                nursery.start_soon(self._read, unique, handle, offset, size)
+            return False
+        if opcode == wire.WRITE:
+            _, _, _, fh, offset, size = _HEAD.unpack_from(request.head)
+            handle = self._handles.get(fh)
+            if handle is None:
+                self.answer(unique, -errno.EBADF)
+                return False
+            await self._make_room()
+            self._begin(size)
+            nursery.start_soon(self._write, unique, handle, offset, size, request)
+            return True
+        if opcode == wire.INTERRUPT:
+            (number,) = wire.INTERRUPT_IN.unpack_from(request.head, wire.IN_HEADER.size)
+            if number in self._interruptible:
+                self._interruptible[number].cancel()
+            return False
+        work = self._answers.work(opcode, request.head)
+        if work is not None:
+            await self._make_room()
+            self._begin(0)
+            nursery.start_soon(self._work, unique, work, opcode)
+            return False
+        if opcode == wire.INIT:
+            self._negotiation.offered(request.head, unique)
+        await self._forward(request, length, opcode)
+        return False
+
+    # --- requests that wait -----------------------------------------------------------------------------
+
+    async def _make_room(self) -> None:
+        """Wait until another request may begin to wait."""
+        while self._tasks >= MOST_TASKS or self._bytes >= MOST_BYTES:
+            self._room = trio.Event()
+            await self._room.wait()
+
+    def _begin(self, size: int) -> None:
+        self._tasks += 1
+        self._bytes += size
+
+    def _end(self, size: int) -> None:
+        self._tasks -= 1
+        self._bytes -= size
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+
+    async def _read(self, unique: int, handle: Handle, offset: int, size: int) -> None:
+        reply = self._take_reply()
+        try:
+            with trio.CancelScope() as scope:
+                self._interruptible[unique] = scope
+                try:
+                    size_read = await handle.export.read_into(offset, reply[_REPLY : _REPLY + size])
+                except Exception as exc:
+                    self.answer(unique, -failed("read", exc))
+                    return
+                wire.OUT_HEADER.pack_into(reply, _REPLY_HEADER, _OUT + size_read, 0, unique)
+                self._send(reply[_REPLY_HEADER : _REPLY + size_read])
+            if scope.cancelled_caught:
+                self.answer(unique, -errno.EINTR)
+        finally:
+            del self._interruptible[unique]
+            if len(self._replies) < _MOST_SPARE:
+                self._replies.append(reply)
+            self._end(size)
+
+    async def _write(self, unique: int, handle: Handle, offset: int, size: int, request: Request) -> None:
+        try:
+            written = await handle.write(offset, request.data[:size])
+        except Exception as exc:
+            self.answer(unique, -failed("write", exc))
+        else:
+            self.answer(unique, 0, wire.WRITE_OUT.pack(written, 0))
+        finally:
+            if len(self._spare) < _MOST_SPARE:
+                self._spare.append(request)
+            self._end(size)
+
+    async def _work(self, unique: int, work: Work, opcode: int) -> None:
+        try:
+            with trio.CancelScope() as scope:
+                if opcode in _INTERRUPTIBLE:
+                    self._interruptible[unique] = scope
+                try:
+                    body = await work()
+                except Exception as exc:
+                    self.answer(unique, -failed(f"request {opcode}", exc))
+                    return
+                self.answer(unique, 0, body)
+            if scope.cancelled_caught:
+                self.answer(unique, -errno.EINTR)
+        finally:
+            self._interruptible.pop(unique, None)
+            self._end(0)
+
+    # --- answering --------------------------------------------------------------------------------------
+
+    def answer(self, unique: int, error: int, body: bytes = b"") -> None:
+        """Answer a request: ``error`` is 0 or a negative errno."""
+        self._send(wire.OUT_HEADER.pack(_OUT + len(body), error, unique) + body)
+
+    def _send(self, message: bytes | memoryview) -> None:
+        try:
+            os.write(self._device, message)
+        except OSError as exc:
+            self._reply_failed(exc)
+
+    def _reply_failed(self, exc: OSError) -> None:
+        """Nobody waits for a reply any more where a request was interrupted (ENOENT) or the mount is gone."""
+        if exc.errno not in (*_GONE, errno.ENOENT):
+            log.error("a reply to the kernel failed: %s", exc.strerror)
+
+    # --- pyfuse3 ----------------------------------------------------------------------------------------
+
+    async def _forward(self, request: Request, length: int, opcode: int) -> None:
+        """Let pyfuse3 answer."""
+        parts = [request.view[:length]]
+        if length > wire.WRITE_HEAD:
+            parts.append(request.data[: length - wire.WRITE_HEAD])
+        if opcode not in wire.NO_REPLY:
+            self._forwarded += 1
+        while True:
+            try:
+                self._library.sendmsg(parts)
+                return
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._library)
+
+    async def _return_replies(self) -> None:
+        """Hand pyfuse3's replies to the kernel."""
+        buffer = memoryview(bytearray(wire.MAX_WRITE + 4096))
+        library = self._library
+        while True:
+            try:
+                length = library.recv_into(buffer)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(library)
+                continue
+            if not length:
+                return
+            _, error, unique = wire.OUT_HEADER.unpack_from(buffer)
+            if not unique:
+                log.error("libfuse sent notification %d, which nobody asked for.", error)
+                continue
+            self._forwarded -= 1
+            self._negotiation.answered(buffer, length, unique)
+            self._send(buffer[:length])
+
+    # --- buffers ----------------------------------------------------------------------------------------
+
+    def _take_request(self) -> Request:
+        return self._spare.pop() if self._spare else Request()
+
+    def _take_reply(self) -> memoryview:
+        return self._replies.pop() if self._replies else memoryview(mmap.mmap(-1, _REPLY + wire.MAX_WRITE))

@@ -1,0 +1,60 @@
+"""What the kernel offers and what we take, beyond what libfuse knows of: INIT seen from between them."""
+
+from __future__ import annotations
+
+from fusedisk.mount import wire
+
+MAX_BACKGROUND = 64
+"""Requests that nobody waits for (readahead, asynchronous direct I/O) in flight at once; the kernel allows only root
+more than a few."""
+_CONGESTION = 48
+_MAX_PAGES = wire.MAX_WRITE >> 12
+_WANTED = (
+    wire.ASYNC_READ
+    | wire.BIG_WRITES
+    | wire.ASYNC_DIO
+    | wire.PARALLEL_DIROPS
+    | wire.MAX_PAGES
+    | wire.HANDLE_KILLPRIV_V2  # our files never have such bits
+)
+_WANTED_EXTENDED = wire.DIRECT_IO_ALLOW_MMAP
+_OFFERED = wire.IN_HEADER.size
+_REPLY = wire.OUT_HEADER.size
+
+
+class Negotiation:
+    """One INIT and its reply."""
+
+    def __init__(self, *, passthrough: bool) -> None:
+        self._wants_passthrough = passthrough
+        self._unique = 0
+        self._features = 0
+        self.taken = 0
+        """The features in force, once there was a reply: bits of flags and, above them, of flags2."""
+
+    @property
+    def passthrough(self) -> bool:
+        """Whether files may be opened so that the kernel reads and writes past us."""
+        return bool(self.taken & wire.PASSTHROUGH)
+
+    def offered(self, head: bytearray, unique: int) -> None:
+        """The kernel's INIT request, which has this number."""
+        _, _, _, flags, more = wire.INIT_IN.unpack_from(head, _OFFERED)
+        self._unique = unique
+        self._features = flags | (more << 32 if flags & wire.INIT_EXT else 0)
+
+    def answered(self, reply: memoryview, length: int, unique: int) -> None:
+        """Ask for more in libfuse's reply, if it is the one to INIT and long enough for that."""
+        if unique != self._unique or length < _REPLY + wire.INIT_OUT.size:
+            return
+        self._unique = 0
+        fields = list(wire.INIT_OUT.unpack_from(reply, _REPLY))
+        wanted = _WANTED
+        if self._features & wire.INIT_EXT:
+            wanted |= wire.INIT_EXT | _WANTED_EXTENDED | (wire.PASSTHROUGH if self._wants_passthrough else 0)
+        self.taken = fields[3] | fields[10] << 32 | wanted & self._features
+        fields[3], fields[10] = self.taken & 0xFFFFFFFF, self.taken >> 32
+        fields[4:8] = [MAX_BACKGROUND, _CONGESTION, wire.MAX_WRITE, 1]
+        fields[8] = _MAX_PAGES if self.taken & wire.MAX_PAGES else 0
+        fields[11] = 1 if self.passthrough else 0
+        wire.INIT_OUT.pack_into(reply, _REPLY, *fields)
