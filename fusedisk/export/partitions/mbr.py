@@ -115,8 +115,10 @@ class _Chain:
             return f"{lost} their chain comes back to sector {place}"
         if (place + 1) * SECTOR > self._length:
             return f"{lost} their chain goes on in sector {place}, past the disk's end at {self._length}"
-        if self._next > LAST_NUMBER or len(self._seen) >= _MOST_LINKS:
-            return f"{lost} Linux has no more numbers for them or {_MOST_LINKS} links are enough"
+        if self._next > LAST_NUMBER:
+            return f"{lost} Linux has no numbers above {LAST_NUMBER}"
+        if len(self._seen) >= _MOST_LINKS:
+            return f"{lost} {_MOST_LINKS} links of their chain were enough"
         return None
 
     def _take(self, found: list[Entry], place: int, room: int, extended: Entry) -> None:

@@ -48,18 +48,18 @@ class Table:
 
     def check(self, length: int) -> None:
         """Leave out what is no partition of a disk of ``length`` bytes, and remark on it and on what overlaps."""
-        self._leave_out("end before they start", lambda found: found.length <= 0)
-        self._leave_out("begin in sector 0, which is the table's,", lambda found: found.start < SECTOR)
-        self._leave_out(f"reach past the disk's end at {length}", lambda found: found.end > length)
-        self._leave_out(f"have a number above {LAST_NUMBER}", lambda found: found.number > LAST_NUMBER)
+        self._leave_out("of no length", lambda found: found.length <= 0)
+        self._leave_out("beginning in sector 0, which is the table's", lambda found: found.start < SECTOR)
+        self._leave_out(f"reaching past the disk's end at {length}", lambda found: found.end > length)
+        self._leave_out(f"numbered above {LAST_NUMBER}", lambda found: found.number > LAST_NUMBER)
         overlapping = _overlapping(self.partitions)
         if overlapping:
-            self.remarks.append(f"the partitions {_listed(overlapping)} overlap others")
+            self.remarks.append(f"{_listed(overlapping)} overlapping others")
 
     def _leave_out(self, why: str, wrong: Callable[[Partition], bool]) -> None:
         bad = [found.number for found in self.partitions if wrong(found)]
         if bad:
-            self.remarks.append(f"the partitions {_listed(bad)} {why} and are left out")
+            self.remarks.append(f"{_listed(bad)} left out, {why}")
             self.partitions = [found for found in self.partitions if not wrong(found)]
 
 
@@ -75,5 +75,8 @@ def _overlapping(partitions: Sequence[Partition]) -> list[int]:
 
 
 def _listed(numbers: Sequence[int]) -> str:
+    """``partition 1 is`` or ``partitions 1, 2 are``."""
     named = ", ".join(map(str, numbers[:_MOST_NAMED]))
-    return named if len(numbers) <= _MOST_NAMED else f"{named} and {len(numbers) - _MOST_NAMED} more"
+    if len(numbers) > _MOST_NAMED:
+        named += f" and {len(numbers) - _MOST_NAMED} more"
+    return f"partition {named} is" if len(numbers) == 1 else f"partitions {named} are"
