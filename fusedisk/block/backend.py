@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -175,6 +176,23 @@ class Backend:
         """Let the drivers hand what they hold back to the OS, as far as a flush would, so that less is lost if the
         process dies."""
         await self._run(_write_back)
+
+    def written_outside(self) -> None:
+        """Somebody may have written to the host file of a plain node: there is something to flush, and the length may
+        be another."""
+        node = self.node
+        descriptor = node.driver.host_descriptor()
+        length = os.fstat(descriptor).st_size if descriptor is not None else 0
+        longer = length > node.length
+        while True:
+            node.written += 1
+            node.length = max(node.length, length)
+            storage = node.children.get("file")
+            if storage is None:
+                break
+            node = storage.node
+        if longer:
+            self.graph.resized(self.node)
 
     async def require_keys(self) -> None:
         """Raise PassphraseError now, not at the first request, where the key of an encrypted node is missing or

@@ -299,6 +299,11 @@ class Driver:
         ``buffer`` may hold anything."""
         return False
 
+    def host_descriptor(self) -> int | None:
+        """A descriptor of a host file that is this node byte by byte, for who wants to reach it past us; None where
+        there is no such file."""
+        return None
+
     # --- other requests ---------------------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:

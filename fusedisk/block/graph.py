@@ -328,9 +328,10 @@ class Graph:
     async def replace(self, old: Node, new: Node) -> None:
         """Let every parent of ``old`` (but ``new`` itself) use ``new`` instead, under load.
 
-        ``old`` is closed if nobody else uses it. Raises OptionError if that would make a loop, PermissionConflictError
-        if permissions do not fit; then nothing has changed.
+        ``old`` is closed if nobody else uses it. Raises OperationBlockedError where somebody forbids it, OptionError if
+        that would make a loop, PermissionConflictError if permissions do not fit; then nothing has changed.
         """
+        old.check_operation("replace")
         async with self.drained(old, new):
             moved = [edge for edge in old.parents if edge.parent is not new]
             if any(edge.parent is not None and _reaches(new, edge.parent) for edge in moved):

@@ -57,6 +57,12 @@ class Immediate:
         self._off = True
         self._changes = -1
 
+    def is_plain(self) -> bool:
+        """Whether nothing in the graph must see requests, apart from finding their places."""
+        if self._changes != self._graph.changes:
+            self._look()
+        return self._reads and not self._detects and not any(each.before_write for each in _below(self._node))
+
     def read(self, offset: int, buffer: Buffer) -> bool:
         """Fill ``buffer`` from ``offset``. False: it may hold anything."""
         if self._changes != self._graph.changes:

@@ -30,6 +30,7 @@ from fusedisk.mount.loop_device import LoopSettings
 from fusedisk.mount.loop_follower import LoopFollower
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
+from fusedisk.mount.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class MountRequest:
     images: list[ImageRequest]
     mountpoint: str
     settings: OpenSettings
+    serve: ServeSettings = dataclasses.field(default_factory=ServeSettings)
     allow_other: bool = False
     allow_paths: tuple[str, ...] = ()
     allow_any_reference: bool = False
@@ -87,9 +89,7 @@ class Daemon:
                 except FusediskError as exc:
                     self._fail(str(exc))
                 except Exception as exc:
-                    log.exception("a bug in fusedisk: the mount ends")
-                    self._bug = True
-                    self._fail(f"internal error: {type(exc).__name__}: {exc}")
+                    self._fail_by_bug("the mount ends", exc)
                 finally:
                     with trio.CancelScope(shield=True):
                         await self._close()
@@ -110,13 +110,14 @@ class Daemon:
             self.exports,
             single=single,
             live=request.settings.force_share,
+            kernel_cache=request.serve.kernel_cache,
         )
         options = mount_options(
             [image.text for image in request.images],
             read_only=not any(export.writable for export in self.exports),
             allow_other=request.allow_other,
         )
-        session = Session(request.mountpoint, operations, options)
+        session = Session(request.mountpoint, operations, options, request.serve)
         self.record = self._make_record()
         self.record.write()
         session.start()
@@ -160,11 +161,14 @@ class Daemon:
             self.record.write()
         except FusediskError as exc:
             self._fail(str(exc))
-            await attachment.release()
-            assert self.session is not None
-            self.session.stop()
+        except Exception as exc:
+            self._fail_by_bug("the mount ends", exc)
         else:
             self._announce()
+            return
+        await attachment.release()  # the device first: it cannot go while nobody serves its file
+        assert self.session is not None
+        self.session.stop()
 
     async def _release_loop(self) -> None:
         if self._attachment is not None:
@@ -269,6 +273,11 @@ class Daemon:
                 log.error("%s", exc)
         else:
             record.remove()
+
+    def _fail_by_bug(self, what: str, exc: Exception) -> None:
+        log.exception("a bug in fusedisk: %s", what)
+        self._bug = True
+        self._fail(f"internal error: {type(exc).__name__}: {exc}")
 
     def _fail(self, sentence: str) -> None:
         self._failures.append(sentence)

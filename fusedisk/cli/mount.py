@@ -83,6 +83,28 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
     show_default=True,
     help="How the image is written; QEMU's modes.",
 )
+@click.option(
+    "--kernel-cache",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Let the kernel keep what it reads, where it knows of every change; off: it asks each time.",
+)
+@click.option(
+    "--passthrough",
+    type=click.Choice(["off", "auto", "on"]),
+    default="auto",
+    show_default=True,
+    help="Let the kernel read and write a plain raw image past us (Linux 6.9, root). auto: where a write past the end "
+    "cannot make the image longer, or may (--growable).",
+)
+@click.option(
+    "--channel",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Serve data by our own reader of /dev/fuse; off: by pyfuse3, slower and without holes and discard.",
+)
 @click.option("--growable", is_flag=True, help="A write past the end makes the disk longer.")
 @click.option(
     "--allow-other",
@@ -134,6 +156,7 @@ def make_request(given: dict[str, Any]) -> MountRequest:
     from fusedisk.export.names import check_name
     from fusedisk.export.opening import ImageRequest, OpenSettings, take_name
     from fusedisk.mount import mountinfo, mountpoint
+    from fusedisk.mount.settings import Passthrough, ServeSettings
 
     _check_combination(given)
     images = []
@@ -161,6 +184,11 @@ def make_request(given: dict[str, Any]) -> MountRequest:
         images=images,
         mountpoint=mountinfo.absolute(given["mountpoint"]),
         settings=settings,
+        serve=ServeSettings(
+            channel=given["channel"] != "off",
+            kernel_cache=given["kernel_cache"] != "off",
+            passthrough=Passthrough(given["passthrough"]),
+        ),
         allow_other=mountpoint.allow_other(given["allow_other"]),
         allow_paths=tuple(map(os.path.abspath, given["allow_path"])),
         allow_any_reference=given["allow_any_reference"],

@@ -34,6 +34,7 @@ DEFAULT_BLOCK_SIZE = 4096
 _MAX_BLOCK_SIZE = 2 << 20
 WRITE_BEHIND_SECONDS = 5
 """As most file systems do."""
+_PASSED_THROUGH = "the kernel reads and writes its host file past us while its file is open"
 _PERMISSION_BITS = 0o777
 _WRITE_BITS = 0o222
 
@@ -108,6 +109,7 @@ class Export:
         self._changed = False
         """Guest-visible writes, or a flush of them, since the files' times were last looked at."""
         self._unflushed = False
+        self._passed_through = False
         self._reported = False
         """Attributes were told and no request since then has made the kernel forget them."""
         self._written = trio.Event()
@@ -184,6 +186,7 @@ class Export:
 
     async def flush(self) -> None:
         """Put every write answered before on stable storage."""
+        self._look_past()
         if not self._unflushed:
             await self.backend.flush()
             return
@@ -194,6 +197,43 @@ class Export:
             self._unflushed = True
             raise
         await self._image_written()
+
+    # --- past us ----------------------------------------------------------------------------------------
+
+    def passthrough_descriptor(self, *, may_grow: bool) -> int | None:
+        """A descriptor of the host file that others may read, and write where we may, without our knowing; None where
+        something in between must see what they do. ``may_grow``: a write past the end may make the disk longer."""
+        backend, node = self.backend, self.backend.node
+        descriptor = node.driver.host_descriptor()
+        if descriptor is None or self.shared_views or not backend.immediate.is_plain():
+            return None
+        if self.writable:
+            if node.guards_probe or not backend.write_cache:
+                return None
+            if not self.growable and not may_grow and self._is_regular(descriptor):
+                return None
+        return descriptor
+
+    @staticmethod
+    def _is_regular(descriptor: int) -> bool:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
+
+    def begin_passthrough(self) -> None:
+        """Somebody reaches the host file without our knowing from now on."""
+        self._passed_through = True
+        self.backend.node.block_operation("replace", _PASSED_THROUGH)
+
+    def end_passthrough(self) -> None:
+        """Nobody does any more."""
+        self._look_past()
+        self._passed_through = False
+        self.backend.node.unblock_operation("replace", _PASSED_THROUGH)
+
+    def _look_past(self) -> None:
+        """Take it that the host file was written to."""
+        if self._passed_through and self.writable:
+            self.backend.written_outside()
+            self.touch()
 
     async def write_behind(self) -> None:
         """Hand what is written to the OS some seconds later, flushed or not: so much is lost at most if the process
@@ -290,6 +330,7 @@ class Export:
 
     async def attributes(self) -> Attributes:
         """What ``stat`` tells."""
+        self._look_past()
         self._reported = True  # before anything is looked at, so that no change meanwhile is kept from the kernel
         if self._changed:
             if self._own_clock:

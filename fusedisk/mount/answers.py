@@ -14,7 +14,9 @@ from fusedisk.core.errors import FusediskError
 from fusedisk.export import ranges
 from fusedisk.mount import wire
 from fusedisk.mount.handles import Handle
+from fusedisk.mount.negotiation import Negotiation
 from fusedisk.mount.operations import Operations
+from fusedisk.mount.passthrough import PassedThrough
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,10 @@ def failed(what: str, exc: Exception) -> int:
 class Answers:
     """The requests of one mount, by opcode."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: Operations, negotiation: Negotiation, passed: PassedThrough) -> None:
         self._operations = operations
+        self._negotiation = negotiation
+        self._passed = passed
         self._handles = operations.handles
         self._table: dict[int, tuple[struct.Struct, Callable[..., Awaitable[bytes]]]] = {
             wire.OPEN: (wire.OPEN_IN, self._open),
@@ -70,13 +74,19 @@ class Answers:
 
     async def _open(self, inode: int, flags: int, open_flags: int) -> bytes:
         export = self._operations.export_of(InodeT(inode))
-        number, _ = await self._handles.open(export, flags)
+        number, handle = await self._handles.open(export, flags)
+        if self._negotiation.passthrough:
+            handle.backing = self._passed.opened(export)
+            if handle.backing:
+                return wire.OPEN_OUT.pack(number, wire.FOPEN_PASSTHROUGH, handle.backing)
         cached = self._operations.cached(export)
         mode = wire.FOPEN_KEEP_CACHE if cached else wire.FOPEN_DIRECT_IO | wire.FOPEN_PARALLEL_DIRECT_WRITES
         return wire.OPEN_OUT.pack(number, mode, 0)
 
     async def _release(self, number: int) -> bytes:
-        self._handle(number)
+        handle = self._handle(number)
+        if self._negotiation.passthrough:
+            self._passed.closed(handle.export, handle.backing)
         self._handles.close(number)
         return b""
 

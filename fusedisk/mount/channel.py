@@ -29,6 +29,8 @@ from fusedisk.mount.answers import Answers, Work, failed
 from fusedisk.mount.handles import Handle
 from fusedisk.mount.negotiation import Negotiation
 from fusedisk.mount.operations import Operations
+from fusedisk.mount.passthrough import PassedThrough
+from fusedisk.mount.settings import Passthrough
 from fusedisk.mount.splicing import Spliced
 
 log = logging.getLogger(__name__)
@@ -78,12 +80,12 @@ class Request:
 class Channel:
     """The data channel of one mount."""
 
-    def __init__(self, operations: Operations, spliced: Spliced) -> None:
+    def __init__(self, operations: Operations, spliced: Spliced, passthrough: Passthrough) -> None:
         self._operations = operations
         self._handles = operations.handles.by_number
         self._device, self._library = spliced
-        self._negotiation = Negotiation(passthrough=False)
-        self._answers = Answers(operations)
+        self._negotiation = Negotiation(passthrough=passthrough is not Passthrough.OFF)
+        self._answers = Answers(operations, self._negotiation, PassedThrough(self._device, passthrough))
         self._spare: list[Request] = []
         self._replies: list[memoryview] = []
         self._tasks = 0

@@ -78,12 +78,15 @@ class Operations(pyfuse3.Operations):
     """One directory with a file for each export, or with ``single`` the one export as the mount's root.
 
     ``live``: the images may change without our doing (shared with another writer), so nothing is cached.
+    ``kernel_cache``: the kernel may keep what it reads, where it hears of every change.
     """
 
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, exports: Sequence[Export], *, single: bool = False, live: bool = False) -> None:
+    def __init__(
+        self, exports: Sequence[Export], *, single: bool = False, live: bool = False, kernel_cache: bool = True
+    ) -> None:
         super().__init__()
         self.exports = list(exports)
         self._by_name = {os.fsencode(export.name): export for export in exports}
@@ -93,6 +96,7 @@ class Operations(pyfuse3.Operations):
             (only,) = exports
             self._by_inode = {ROOT_INODE: only}
         self._live = live
+        self._kernel_cache = kernel_cache and not live
         self._attr_timeout = 0.0 if live else ATTR_TIMEOUT
         self.handles = Handles()
         first = exports[0]
@@ -267,7 +271,7 @@ class Operations(pyfuse3.Operations):
 
     def cached(self, export: Export) -> bool:
         """Whether the kernel may keep what it reads, over opens too: all changes come through the same file then."""
-        return not self._live and not export.shared_views
+        return self._kernel_cache and not export.shared_views
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:

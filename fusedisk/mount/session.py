@@ -21,6 +21,7 @@ from fusedisk.export.export import Export
 from fusedisk.mount import mountinfo, unmounting
 from fusedisk.mount.channel import Channel
 from fusedisk.mount.operations import Operations
+from fusedisk.mount.settings import ServeSettings
 from fusedisk.mount.splicing import fuse_descriptors, splice
 
 log = logging.getLogger(__name__)
@@ -37,19 +38,20 @@ of one."""
 class Session:
     """A mount from ``start`` to ``close``."""
 
-    def __init__(self, mountpoint: str, operations: Operations, options: set[str], *, channel: bool = True) -> None:
-        """``channel``: serve data past pyfuse3, if the host lets us."""
+    def __init__(
+        self, mountpoint: str, operations: Operations, options: set[str], settings: ServeSettings | None = None
+    ) -> None:
         self.mountpoint = mountpoint
         self.operations = operations
         self._options = options
-        self._wants_channel = channel
+        self._settings = settings or ServeSettings()
         self._channel: Channel | None = None
         self._mount: mountinfo.Mount | None = None
         self._stale: trio.MemorySendChannel[int] | None = None
 
     def start(self) -> None:
         """Mount. Blocks for a moment; raises HostError with what libfuse says."""
-        before = fuse_descriptors() if self._wants_channel else set()
+        before = fuse_descriptors() if self._settings.channel else set()
         with _StderrCapture() as said:
             try:
                 pyfuse3.init(self.operations, self.mountpoint, self._options)
@@ -57,9 +59,9 @@ class Session:
                 reason = said.text() or str(exc)
                 raise HostError(f"Could not mount on '{self.mountpoint}': {reason}") from exc
         self._mount = mountinfo.mount_at(self.mountpoint)
-        if self._wants_channel:
+        if self._settings.channel:
             try:
-                self._channel = Channel(self.operations, splice(before))
+                self._channel = Channel(self.operations, splice(before), self._settings.passthrough)
             except HostError as exc:
                 log.warning("The data channel is off, so holes and discard are missing: %s", exc)
 

@@ -108,6 +108,10 @@ class RawDriver(Driver):
         """Where the bytes are read from."""
         return WriteExtent(length, self.node.children["file"], offset + self._offset)
 
+    def host_descriptor(self) -> int | None:
+        """The file's, unless only a window of it is shown."""
+        return None if self._windowed else self.node.children["file"].node.driver.host_descriptor()
+
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         """The file's business."""
         await io.write_zeroes(self.node.children["file"].node, offset + self._offset, length, flags)

@@ -330,6 +330,9 @@ class FileDriver(Driver):
                 os.ftruncate(self.file.fd, length)
         self._padded = False
 
+    def host_descriptor(self) -> int | None:
+        return self.file.fd if self.file.alignment is None else None
+
     async def map(self, offset: int, length: int) -> Extent:
         fd, unit = self.file.fd, self.node.limits.request_alignment
         try:
