@@ -245,7 +245,7 @@ def _update_capacity(device: str, length: int) -> bool:
     wanted: int = max(0, length - offset)
     if limit:
         wanted = min(wanted, limit)
-    return size(device) == wanted // SECTOR * SECTOR
+    return size_of(device) == wanted // SECTOR * SECTOR
 
 
 def _look_afresh(path: str) -> None:
@@ -290,9 +290,9 @@ def partitions(device: str) -> list[str]:
     return [f"/dev/{part}" for part in sorted(found, key=lambda part: int(part.removeprefix(f"{name}p")))]
 
 
-def size(device: str) -> int:
-    """Size of a block device in bytes."""
-    return int((_SYSFS / os.path.basename(device) / "size").read_text()) * SECTOR
+def size_of(device: str) -> int:
+    """Size of a block device or partition in bytes."""
+    return int(Path("/sys/class/block", os.path.basename(device), "size").read_text()) * SECTOR
 
 
 @contextlib.contextmanager
