@@ -74,6 +74,15 @@ class PartitionExport(View):
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
+        self._check_read(offset, length)
+        return await super().read(offset, length)
+
+    async def read_into(self, offset: int, buffer: memoryview) -> int:
+        """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
+        self._check_read(offset, len(buffer))
+        return await super().read_into(offset, buffer)
+
+    def _check_read(self, offset: int, length: int) -> None:
         end = min(offset + length, self.backend.length)
         if end > max(self._there(), offset):
             raise OutOfRangeError(
@@ -81,7 +90,6 @@ class PartitionExport(View):
                 f"at {self.disk.backend.length}.",
                 errno=errno.EIO,
             )
-        return await super().read(offset, length)
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:
         """As to a disk, whose end has come nearer where that has become shorter."""
