@@ -30,6 +30,7 @@ from fusedisk.mount.loop_device import LoopSettings
 from fusedisk.mount.loop_follower import LoopFollower
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
+from fusedisk.mount.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class MountRequest:
     images: list[ImageRequest]
     mountpoint: str
     settings: OpenSettings
+    serve: ServeSettings = dataclasses.field(default_factory=ServeSettings)
     allow_other: bool = False
     allow_paths: tuple[str, ...] = ()
     allow_any_reference: bool = False
@@ -108,13 +110,14 @@ class Daemon:
             self.exports,
             single=single,
             live=request.settings.force_share,
+            kernel_cache=request.serve.kernel_cache,
         )
         options = mount_options(
             [image.text for image in request.images],
             read_only=not any(export.writable for export in self.exports),
             allow_other=request.allow_other,
         )
-        session = Session(request.mountpoint, operations, options)
+        session = Session(request.mountpoint, operations, options, request.serve)
         self.record = self._make_record()
         self.record.write()
         session.start()
