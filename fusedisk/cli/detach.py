@@ -35,18 +35,20 @@ def command(target: str, wait: bool, timeout: float | None, force: bool) -> None
     deadline = None if timeout is None else time.monotonic() + timeout
     wait = wait or timeout is not None
     record = _find(target)
-    assert record.loop is not None
-    (export,) = record.exports
-    _detach(record.loop, f"{record.mountpoint}/{export.name}", deadline if wait else time.monotonic(), force)
+    _detach(record, deadline if wait else time.monotonic(), force)
     unmount(record.mountpoint, wait, deadline, force=force)
 
 
-def _detach(device: str, path: str, deadline: float | None, force: bool) -> None:
-    """Take the device off the file at ``path``, trying until the deadline; raises OperationBlockedError with the names
-    of who uses it."""
+def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
+    """Take the device off the mount's file, trying until the deadline; raises OperationBlockedError with the names of
+    who uses it."""
     from fusedisk.core.errors import OperationBlockedError
     from fusedisk.mount import loop_device, loop_users
 
+    assert record.loop is not None
+    device = record.loop
+    (export,) = record.exports
+    path = f"{record.mountpoint}/{export.name}"
     if force:
         loop_users.flush_filesystems(device)
         loop_device.detach(device, path, force=True)
@@ -54,7 +56,8 @@ def _detach(device: str, path: str, deadline: float | None, force: bool) -> None
     while loop_device.backing_file(device) == path:
         users = loop_users.users(device) + loop_users.openers(device)
         if not users:
-            if loop_device.detach(device, path):
+            # Where the daemon has died, there is nobody left who could take what is not written.
+            if loop_device.detach(device, path, force=not record.alive):
                 return
             users = ["in use by something that cannot be seen from here"]
         if deadline is not None and time.monotonic() >= deadline:
