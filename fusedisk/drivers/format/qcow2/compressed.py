@@ -80,7 +80,7 @@ class CompressedReader:
         for number, part in enumerate(parts):
             if isinstance(part, Load):
                 await part.wait()
-                if part.error is not None and part in own:
+                if part.error is not None:
                     raise self._damaged(part, (offset & ~self._mask) + number * self._size) from part.error
                 if part.content is None:
                     break
