@@ -18,9 +18,9 @@ import logging
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from time import perf_counter
 
-import pyfuse3
 import trio
 
 from fusedisk.core.errors import HostError
@@ -80,8 +80,11 @@ class Request:
 class Channel:
     """The data channel of one mount."""
 
-    def __init__(self, operations: Operations, spliced: Spliced, passthrough: Passthrough) -> None:
-        self._operations = operations
+    def __init__(
+        self, operations: Operations, spliced: Spliced, passthrough: Passthrough, ended: Callable[[], None]
+    ) -> None:
+        """``ended`` is called when nothing is served any more."""
+        self._ended = ended
         self._handles = operations.handles.by_number
         self._device, self._library = spliced
         self._negotiation = Negotiation(passthrough=passthrough is not Passthrough.OFF)
@@ -105,7 +108,7 @@ class Channel:
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
-            pyfuse3.terminate()
+            self._ended()
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -175,11 +178,12 @@ class Channel:
                         write(device, written)
             except HostError:
                 raise
-            except OSError as exc:
-                self._reply_failed(exc)
             except Exception as exc:
-                answered = True
-                self.answer(unique, -failed("a request", exc))
+                if answered and isinstance(exc, OSError):
+                    self._reply_failed(exc)
+                else:
+                    answered = True
+                    self.answer(unique, -failed("a request", exc))
             if not answered and await self._dispatch(nursery, request, length, opcode, unique):
                 request = self._take_request()
                 vector, head, data = request.vector, request.head, request.data

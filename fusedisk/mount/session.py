@@ -61,7 +61,7 @@ class Session:
         self._mount = mountinfo.mount_at(self.mountpoint)
         if self._settings.channel:
             try:
-                self._channel = Channel(self.operations, splice(before), self._settings.passthrough)
+                self._channel = Channel(self.operations, splice(before), self._settings.passthrough, pyfuse3.terminate)
             except HostError as exc:
                 log.warning("The data channel is off, so holes and discard are missing: %s", exc)
 

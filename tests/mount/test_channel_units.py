@@ -1,0 +1,309 @@
+"""The channel between a kernel and a libfuse that are both sockets of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from fusedisk.core.errors import HostError, NoSpaceError
+from fusedisk.mount import channel, wire
+from fusedisk.mount.channel import Channel
+from fusedisk.mount.handles import Handle
+from fusedisk.mount.settings import Passthrough
+from fusedisk.mount.splicing import Spliced
+
+LENGTH = 1 << 20
+CONTENT = bytes(index * 7 % 251 for index in range(4096)) * (LENGTH // 4096)
+
+
+class Disk:
+    """A file that answers at once unless it is told to hold, or to break."""
+
+    name = "disk"
+    writable = True
+    growable = shared_views = immutable = False
+
+    def __init__(self) -> None:
+        self.content = bytearray(CONTENT)
+        self.cached = True
+        self.bug: Exception | None = None
+        self.held = 0
+        self.most_held = 0
+        self.go_on = trio.Event()
+        self._one_more = trio.Event()
+
+    async def until_held(self, count: int) -> None:
+        """Wait until so many requests wait."""
+        while self.held < count:
+            await self._one_more.wait()
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        if self.bug is not None:
+            raise self.bug
+        if not self.cached or offset + len(buffer) > LENGTH:
+            return False
+        buffer[:] = self.content[offset : offset + len(buffer)]
+        return True
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        if self.bug is not None:
+            raise self.bug
+        if not self.cached or offset + len(data) > LENGTH:
+            return False
+        self.content[offset : offset + len(data)] = data
+        return True
+
+    async def _wait(self) -> None:
+        if self.cached:
+            return
+        self.held += 1
+        self.most_held = max(self.held, self.most_held)
+        self._one_more.set()
+        self._one_more = trio.Event()
+        try:
+            await self.go_on.wait()
+        finally:
+            self.held -= 1
+
+    async def read_into(self, offset: int, buffer: memoryview) -> int:
+        await self._wait()
+        length = max(0, min(len(buffer), LENGTH - offset))
+        buffer[:length] = self.content[offset : offset + length]
+        return length
+
+    async def write(self, offset: int, data: memoryview) -> int:
+        await self._wait()
+        if offset >= LENGTH:
+            raise NoSpaceError("the disk ends there")
+        data = data[: LENGTH - offset]
+        self.content[offset : offset + len(data)] = data
+        return len(data)
+
+    async def flush(self) -> None:
+        await self._wait()
+
+
+class Kernel:
+    """Sends requests and takes replies, as ``/dev/fuse`` does."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = trio.socket.from_stdlib_socket(end)
+        self._unique = 0
+
+    async def send(self, opcode: int, body: bytes = b"", *, length: int | None = None) -> int:
+        self._unique += 2
+        size = wire.IN_HEADER.size + len(body)
+        header = wire.IN_HEADER.pack(size if length is None else length, opcode, self._unique, 7, 0, 0, 0, 0, 0)
+        await self._end.send(header + body)
+        return self._unique
+
+    async def read(self, offset: int, size: int, handle: int = 1) -> int:
+        return await self.send(wire.READ, wire.READ_IN.pack(handle, offset, size, 0, 0, 0, 0))
+
+    async def write(self, offset: int, data: bytes, *, claimed: int | None = None) -> int:
+        size = len(data) if claimed is None else claimed
+        return await self.send(wire.WRITE, wire.WRITE_IN.pack(1, offset, size, 0, 0, 0, 0) + data)
+
+    async def raw(self, message: bytes) -> None:
+        await self._end.send(message)
+
+    async def reply(self) -> tuple[int, int, bytes]:
+        """Unique, errno and body of the next reply."""
+        with trio.fail_after(30):
+            message = await self._end.recv(wire.MAX_WRITE + 4096)
+        length, error, unique = wire.OUT_HEADER.unpack_from(message)
+        assert length == len(message)
+        return unique, -error, message[wire.OUT_HEADER.size :]
+
+
+class Setup(SimpleNamespace):
+    """What a test deals with."""
+
+    kernel: Kernel
+    library: trio.socket.SocketType
+    disk: Disk
+    channel: Channel
+    ended: trio.Event
+
+
+@contextlib.asynccontextmanager
+async def serving() -> AsyncIterator[Setup]:
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    for end in (end for pair in pairs for end in pair):
+        end.setblocking(False)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    (kernel, device), (library, ours) = pairs
+    disk, ended = Disk(), trio.Event()
+    handle = Handle(disk, os.O_RDWR)  # type: ignore[arg-type]
+    operations: Any = SimpleNamespace(handles=SimpleNamespace(by_number={1: handle}))
+    served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set)
+    device.close()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(served.run)
+            far = trio.socket.from_stdlib_socket(library)
+            yield Setup(kernel=Kernel(kernel), library=far, disk=disk, channel=served, ended=ended)
+            nursery.cancel_scope.cancel()
+        assert ended.is_set()
+    finally:
+        served.close()
+        kernel.close()
+        library.close()
+
+
+@pytest.fixture
+async def setup() -> AsyncIterator[Setup]:
+    async with serving() as found:
+        yield found
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_reads_and_writes(setup: Setup, cached: bool) -> None:
+    setup.disk.cached = cached
+    setup.disk.go_on.set()
+    unique = await setup.kernel.read(4000, 9000)
+    assert await setup.kernel.reply() == (unique, 0, CONTENT[4000:13000])
+    unique = await setup.kernel.write(100, b"x" * 5000)
+    assert await setup.kernel.reply() == (unique, 0, wire.WRITE_OUT.pack(5000, 0))
+    assert setup.disk.content[99:5101] == CONTENT[99:100] + b"x" * 5000 + CONTENT[5100:5101]
+
+
+async def test_requests_at_the_end_are_short(setup: Setup) -> None:
+    unique = await setup.kernel.read(LENGTH - 10, 4096)
+    assert await setup.kernel.reply() == (unique, 0, CONTENT[-10:])
+    unique = await setup.kernel.read(LENGTH, 4096)
+    assert await setup.kernel.reply() == (unique, 0, b"")
+    unique = await setup.kernel.write(LENGTH - 10, b"y" * 20)
+    assert await setup.kernel.reply() == (unique, 0, wire.WRITE_OUT.pack(10, 0))
+    unique = await setup.kernel.write(LENGTH, b"y")
+    assert await setup.kernel.reply() == (unique, errno.ENOSPC, b"")
+
+
+async def test_a_request_that_waits_holds_up_no_other(setup: Setup) -> None:
+    setup.disk.cached = False
+    waiting = {await setup.kernel.read(0, 4096), await setup.kernel.write(8192, b"z" * 4096)}
+    await setup.disk.until_held(2)
+    setup.disk.cached = True
+    for offset in range(0, LENGTH, 65536):
+        unique = await setup.kernel.read(offset, 512)
+        assert (await setup.kernel.reply())[0] == unique
+    setup.disk.go_on.set()
+    assert {(await setup.kernel.reply())[0], (await setup.kernel.reply())[0]} == waiting
+    assert setup.disk.content[8192:12288] == b"z" * 4096
+
+
+async def test_requests_in_flight_are_bounded(setup: Setup) -> None:
+    """What is beyond waits where it came from, and is answered in the end."""
+    setup.disk.cached = False
+    sent = [await setup.kernel.read(512 * index, 512) for index in range(3 * channel.MOST_TASKS)]
+    await setup.disk.until_held(channel.MOST_TASKS)
+    await trio.testing.wait_all_tasks_blocked()
+    assert setup.disk.most_held == channel.MOST_TASKS
+    setup.disk.go_on.set()
+    answered = {}
+    for _ in sent:
+        unique, error, body = await setup.kernel.reply()
+        assert not error
+        answered[unique] = body
+    assert [answered[unique] for unique in sent] == [CONTENT[512 * index :][:512] for index in range(len(sent))]
+
+
+async def test_bytes_in_flight_are_bounded(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "MOST_BYTES", 8 * 16384)
+    setup.disk.cached = False
+    sent = [await setup.kernel.read(0, 16384) for _ in range(16)]
+    await setup.disk.until_held(8)
+    await trio.testing.wait_all_tasks_blocked()
+    assert setup.disk.most_held == 8
+    setup.disk.go_on.set()
+    assert {(await setup.kernel.reply())[0] for _ in sent} == set(sent)
+
+
+async def test_an_interrupted_read_ends(setup: Setup) -> None:
+    setup.disk.cached = False
+    read, write = await setup.kernel.read(0, 512), await setup.kernel.write(0, b"w" * 512)
+    await setup.disk.until_held(2)
+    for unique in (read, write, 4711):
+        await setup.kernel.send(wire.INTERRUPT, wire.INTERRUPT_IN.pack(unique))
+    assert await setup.kernel.reply() == (read, errno.EINTR, b"")
+    setup.disk.go_on.set()
+    # A write is not cut short: half of one would be worse than waiting for it.
+    assert await setup.kernel.reply() == (write, 0, wire.WRITE_OUT.pack(512, 0))
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("a bug"), OSError(errno.EBADF, "a bug")])
+async def test_a_bug_costs_one_request(setup: Setup, bug: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    setup.disk.bug = bug
+    read, write = await setup.kernel.read(0, 512), await setup.kernel.write(0, b"w")
+    assert [await setup.kernel.reply(), await setup.kernel.reply()] == [
+        (read, errno.EIO, b""),
+        (write, errno.EIO, b""),
+    ]
+    assert "a bug in fusedisk" in caplog.text
+    setup.disk.bug = None
+    unique = await setup.kernel.read(0, 512)
+    assert await setup.kernel.reply() == (unique, 0, CONTENT[:512])
+
+
+async def test_unknown_handles_and_sizes(setup: Setup) -> None:
+    unique = await setup.kernel.read(0, 512, handle=99)
+    assert await setup.kernel.reply() == (unique, errno.EBADF, b"")
+    unique = await setup.kernel.read(0, wire.MAX_WRITE + 1)
+    assert await setup.kernel.reply() == (unique, errno.EINVAL, b"")
+    unique = await setup.kernel.send(wire.FSYNC, wire.FSYNC_IN.pack(99, 0) + bytes(4))
+    assert await setup.kernel.reply() == (unique, errno.EBADF, b"")
+
+
+async def test_what_is_not_for_us_goes_to_libfuse_and_back(setup: Setup) -> None:
+    lookup = 1
+    unique = await setup.kernel.send(lookup, b"a name that is longer than eighty bytes, " * 4)
+    seen = await setup.library.recv(1 << 20)
+    assert wire.IN_HEADER.unpack_from(seen)[:3] == (len(seen), lookup, unique)
+    assert seen[wire.IN_HEADER.size :] == b"a name that is longer than eighty bytes, " * 4
+    await setup.library.send(wire.OUT_HEADER.pack(16 + 5, 0, unique) + b"reply")
+    assert await setup.kernel.reply() == (unique, 0, b"reply")
+
+
+async def test_features_that_libfuse_does_not_know_are_negotiated(setup: Setup) -> None:
+    flags = wire.ASYNC_READ | wire.MAX_PAGES | wire.INIT_EXT | wire.HANDLE_KILLPRIV_V2
+    offer = wire.INIT_IN.pack(7, 45, 131072, flags, wire.DIRECT_IO_ALLOW_MMAP >> 32) + bytes(44)
+    unique = await setup.kernel.send(wire.INIT, offer)
+    await setup.library.recv(1 << 20)
+    theirs = wire.INIT_OUT.pack(7, 38, 131072, wire.ASYNC_READ, 12, 9, 131072, 1, 32, 0, 0, 0, 0)
+    theirs += bytes(64 - len(theirs))
+    await setup.library.send(wire.OUT_HEADER.pack(16 + len(theirs), 0, unique) + theirs)
+    _, _, body = await setup.kernel.reply()
+    found = wire.INIT_OUT.unpack_from(body)
+    assert found[3] == flags, "nothing that was not offered"
+    assert found[10] == wire.DIRECT_IO_ALLOW_MMAP >> 32
+    assert (found[6], found[8]) == (wire.MAX_WRITE, wire.MAX_WRITE >> 12)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"short",
+        wire.IN_HEADER.pack(4096, wire.READ, 2, 1, 0, 0, 0, 0, 0),
+        wire.IN_HEADER.pack(80, wire.WRITE, 2, 1, 0, 0, 0, 0, 0) + wire.WRITE_IN.pack(1, 0, 4096, 0, 0, 0, 0),
+    ],
+    ids=["nothing", "short", "wrong length", "write without its data"],
+)
+async def test_a_malformed_message_ends_the_mount(message: bytes) -> None:
+    with pytest.raises(BaseExceptionGroup) as caught:  # noqa: PT012
+        async with serving() as setup:
+            await setup.kernel.raw(message)
+            with trio.fail_after(30):
+                await setup.ended.wait()
+    found = caught.value.split(HostError)
+    assert found[0] is not None
+    assert found[1] is None
