@@ -97,6 +97,7 @@ def _translate_options(options: list[str], *, sloppy: bool) -> list[str]:
         name, has_value, value = option.partition("=")
         name = name.replace("_", "-")
         if name in ("ro", "rw", "read-only"):
+            _one_option(known["read-only"], name, value if has_value else None)
             read_only = name != "rw"
         elif name == "umask":
             words["mode"] = ["--mode", f"{_OWN_MODE & ~_octal(value):o}"]

@@ -39,6 +39,10 @@ class Mounts:
         path.mkdir()
         return path
 
+    def adopt(self, mountpoint: Path) -> None:
+        """Unmount what somebody else will have mounted there."""
+        self._mountpoints.append(mountpoint)
+
     def try_mount(self, *args: str | os.PathLike[str], on: Path | None = None, **keywords: Any) -> tuple[Path, Outcome]:
         """Run ``fusedisk mount`` with options and images; returns the mountpoint and what the command did."""
         on = self.directory() if on is None else on
