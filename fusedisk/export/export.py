@@ -104,7 +104,6 @@ class Export:
         self._mtime_ns = 0
         self._ctime_ns = 0
         self._own_clock = False
-        self._pinned_ns: int | None = None
         self._family = Family()
         self._changed = False
         """Guest-visible writes, or a flush of them, since the files' times were last looked at."""
@@ -131,7 +130,7 @@ class Export:
     def join(self, other: Export) -> None:
         """Show the same bytes as ``other``: what is written through one changes the times of both."""
         self._family = other._family
-        self._own_clock, self._pinned_ns = other._own_clock, other._pinned_ns
+        self._own_clock = other._own_clock
         self._mtime_ns, self._ctime_ns = other._mtime_ns, other._ctime_ns
         self._is_up_to_date()
         self.shared_views = other.shared_views = self.writable or other.writable
@@ -372,8 +371,8 @@ class Export:
         self._ctime_ns = time.time_ns()
 
     def pin_mtime(self, mtime_ns: int) -> None:
-        """Be as old as that, whatever happens to the image's files."""
-        self._pinned_ns = self._mtime_ns = self._ctime_ns = mtime_ns
+        """Be as old as that, whatever happens to the image's files. For exports that are never written to."""
+        self._mtime_ns = self._ctime_ns = mtime_ns
 
     def _is_up_to_date(self) -> None:
         self._changed = False
@@ -382,9 +381,6 @@ class Export:
     async def _look_at_files(self) -> None:
         """Take the newest mtime of the chain's files."""
         self._is_up_to_date()
-        if self._pinned_ns is not None:
-            self._mtime_ns = self._ctime_ns = self._pinned_ns
-            return
         paths = [node.exact_filename() for node in _storage(self.backend.node)]
         newest = await run_host_io(_newest_mtime, paths)
         if newest:

@@ -230,17 +230,20 @@ def test_a_gpt_of_a_disk_with_large_sectors(mounts: Mounts, tmp_path: Path) -> N
         assert os.getxattr(part, "user.fusedisk.partition-start") == str(start).encode()
 
 
-def test_a_disk_that_becomes_shorter(mounts: Mounts, image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [0, 4096], ids=["between-clusters", "inside-a-cluster"])
+def test_a_disk_that_becomes_shorter(mounts: Mounts, image: Path, tmp_path: Path, more: int) -> None:
     expected = places(tmp_path / "vm.raw")
     on = mounts.mount("--partitions", image)
     start, length = expected[2]
-    os.truncate(on / "vm", start + MIB)
     with (on / "vm.p2").open("r+b", buffering=0) as part:
         handle = part.fileno()
+        os.pwrite(handle, bytes(65536), MIB)
+        os.pread(handle, 65536, MIB)
+        os.truncate(on / "vm", start + MIB + more)
         assert os.fstat(handle).st_size == length
         os.pwrite(handle, b"x" * 4096, MIB - 4096)
         assert os.pread(handle, 4096, MIB - 4096) == b"x" * 4096
-        for offset in (MIB, length - 4096):
+        for offset in (MIB + more, MIB + more + 8192, length - 4096):
             with pytest.raises(OSError, match="Input/output error") as caught:
                 os.pread(handle, 4096, offset)
             assert caught.value.errno == errno.EIO
@@ -249,7 +252,7 @@ def test_a_disk_that_becomes_shorter(mounts: Mounts, image: Path, tmp_path: Path
             assert caught.value.errno == errno.ENOSPC
             for mode in (0, 1, 2, 3, 16, 17):
                 _fallocate(handle, mode, offset, 4096)
-        assert os.lseek(handle, MIB + 4096, os.SEEK_HOLE) == MIB + 4096
+        assert os.lseek(handle, MIB + 8192, os.SEEK_HOLE) == MIB + 8192
         os.fsync(handle)
         with pytest.raises(OSError, match="Operation not supported"):
             os.truncate(on / "vm.p2", MIB)
