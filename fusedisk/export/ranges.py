@@ -11,7 +11,7 @@ import os
 
 import trio
 
-from fusedisk.core.errors import NotSupportedError, OutOfRangeError
+from fusedisk.core.errors import FusediskError, NotSupportedError, OutOfRangeError
 from fusedisk.export.export import Export
 
 ZERO_STEP = 256 << 20
@@ -52,13 +52,19 @@ async def seek(export: Export, offset: int, whence: int) -> int:
 async def zero(export: Export, offset: int, length: int, *, punch: bool, keep_size: bool) -> None:
     """Make a range read as zeroes. ``punch`` gives its space back, as far as the disk's settings allow that."""
     end = await _end(export, offset, length, keep_size=keep_size)
-    while offset < end:
-        step = min(ZERO_STEP - offset % ZERO_STEP, end - offset)
-        export.touch()
-        await export.backend.write_zeroes(offset, step, may_unmap=punch)
-        export.touch()
-        offset += step
-        await trio.lowlevel.checkpoint()
+    try:
+        while offset < end:
+            step = min(ZERO_STEP - offset % ZERO_STEP, end - offset)
+            export.touch()
+            await export.backend.write_zeroes(offset, step, may_unmap=punch)
+            export.touch()
+            offset += step
+            await trio.lowlevel.checkpoint()
+    except BaseException:
+        # The kernel forgets what it has cached of the range only where all of it was zeroed.
+        if export.on_change is not None:
+            export.on_change(True)
+        raise
 
 
 async def allocate(export: Export, offset: int, length: int, *, keep_size: bool) -> None:
@@ -83,14 +89,20 @@ async def _end(export: Export, offset: int, length: int, *, keep_size: bool) -> 
 
 
 async def copy(source: Export, offset: int, target: Export, position: int, length: int) -> int:
-    """Copy a range, holes as holes; returns how many bytes were copied: fewer where the source ends, at most
-    MOST_COPIED. What was asked for must not overlap itself."""
+    """Copy a range, holes as holes; returns how many bytes were copied: fewer where the source ends or a later part
+    failed, at most MOST_COPIED. What was asked for must not overlap itself."""
     target.check_writable()
     length = min(length, MOST_COPIED, source.backend.length - offset)
     done = 0
     while done < length:
         step = min(COPY_STEP, length - done)
-        done += await _copy_step(source, offset + done, target, position + done, step)
+        try:
+            done += await _copy_step(source, offset + done, target, position + done, step)
+        except FusediskError:
+            # The kernel forgets only what it has cached of bytes that are said to be copied.
+            if not done:
+                raise
+            break
         await trio.lowlevel.checkpoint()
     return done
 
@@ -102,4 +114,4 @@ async def _copy_step(source: Export, offset: int, target: Export, position: int,
         await target.backend.write_zeroes(position, status.length, may_unmap=True)
         target.touch()
         return status.length
-    return await target.write(position, memoryview(await source.read(offset, length)))
+    return await target.write(position, memoryview(await source.read(offset, status.length)))

@@ -61,8 +61,9 @@ _GONE = (errno.ENODEV, errno.ECONNABORTED)
 """The mount is gone."""
 _AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
 """The request was taken back while it was read."""
-_INTERRUPTIBLE = frozenset((wire.FALLOCATE, wire.LSEEK, wire.COPY_FILE_RANGE))
-"""Beside READ: what may be left undone, or done in part, when nobody waits for it any more."""
+_INTERRUPTIBLE = frozenset((wire.FALLOCATE, wire.LSEEK))
+"""Beside READ: what may be left undone, or done in part, when nobody waits for it any more. Not a copy: the kernel
+keeps what it has cached of the target's bytes unless it is told how many were copied."""
 
 
 class Request:
@@ -75,6 +76,13 @@ class Request:
         self.view = memoryview(self.head)
         self.data = memoryview(mmap.mmap(-1, wire.MAX_WRITE))
         self.vector = [self.view, self.data]
+
+    def start(self, length: int) -> bytearray:
+        """A message of that length up to where any that is answered here ends: a copy's arguments are longer than
+        what comes before a write's data."""
+        if length <= wire.WRITE_HEAD:
+            return self.head
+        return self.head + self.data[: min(length, wire.LONGEST_HEAD) - wire.WRITE_HEAD]
 
 
 class Channel:
@@ -228,7 +236,7 @@ class Channel:
             if number in self._interruptible:
                 self._interruptible[number].cancel()
             return False
-        work = self._answers.work(opcode, request.head)
+        work = self._answers.work(opcode, request.start(length))
         if work is not None:
             await self._make_room()
             self._begin(0)

@@ -51,6 +51,8 @@ INVALIDATE_INODE = struct.Struct("=Qqq")
 
 WRITE_HEAD = IN_HEADER.size + WRITE_IN.size
 """Bytes in front of a WRITE's data."""
+LONGEST_HEAD = IN_HEADER.size + COPY_IN.size
+"""Bytes of the longest message without data that the channel answers."""
 
 OPEN, READ, WRITE, RELEASE, FSYNC, FLUSH, INIT = 14, 15, 16, 18, 20, 25, 26
 FORGET, INTERRUPT, DESTROY, BATCH_FORGET, FALLOCATE, LSEEK, COPY_FILE_RANGE = 2, 36, 38, 42, 43, 46, 47
