@@ -1,0 +1,112 @@
+"""Plain raw disks that the kernel serves past us, and everything that keeps it from doing so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_tool
+from tests.support.images import make_qcow2
+from tests.support.mounts import Mounts, daemon_of
+
+MIB = 1 << 20
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+
+
+pytestmark = [
+    pytest.mark.skipif(_kernel() < (6, 9), reason="the kernel has no FUSE passthrough"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="passthrough is for root"),
+]
+
+
+def _is_passed(path: Path, on: Path) -> bool:
+    """Whether reading the file through the mount goes past the daemon: its own count of bytes read does not move."""
+    daemon = daemon_of(on)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        before = daemon.io_counters().read_chars
+        os.pread(descriptor, MIB, 0)
+        return daemon.io_counters().read_chars - before < MIB
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"),
+    [
+        (["--read-only"], True),
+        (["--read-only", "-f", "raw"], True),
+        (["-f", "raw", "--passthrough", "on"], True),
+        (["-f", "raw", "--growable"], True),
+        (["-f", "raw"], False),
+        (["--passthrough", "on"], False),
+        (["--read-only", "--passthrough", "off"], False),
+        (["--read-only", "--channel", "off"], False),
+        (["-f", "raw", "--growable", "--detect-zeroes", "on"], False),
+        (["-f", "raw", "--growable", "--cache", "writethrough"], False),
+        (["-f", "raw", "--growable", "--cache", "none"], False),
+        (["--overlay", "-f", "raw"], False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_where_nothing_is_in_between(mounts: Mounts, raw: Path, options: list[str], passed: bool) -> None:
+    on = mounts.mount(*options, raw)
+    assert (on / "disk").read_bytes() == raw.read_bytes()
+    assert _is_passed(on / "disk", on) == passed
+
+
+def test_windows_and_formats_are_not_passed_through(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "vm.qcow2", MIB, "write -P 1 0 1M")
+    window = f"driver=raw,offset=4096,file.driver=file,file.filename={raw},name=window"
+    on = mounts.mount("--read-only", image, window)
+    assert not _is_passed(on / "vm", on)
+    assert not _is_passed(on / "window", on)
+    assert (on / "window").read_bytes() == raw.read_bytes()[4096:]
+
+
+def test_what_is_written_past_us_counts(mounts: Mounts, raw: Path) -> None:
+    """Size, times and flushes are those of the file, and our own way reads what was written."""
+    on = mounts.mount("-f", "raw", "--growable", raw)
+    path = on / "disk"
+    os.utime(raw, ns=(10**18, 10**18))
+    with path.open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"past us", 4 * MIB + 100)
+        os.fsync(file.fileno())
+        assert os.fstat(file.fileno()).st_size == 4 * MIB + 107
+        assert os.fstat(file.fileno()).st_mtime_ns == raw.stat().st_mtime_ns > 10**18
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        run_tool("fallocate", "-p", "-o", "0", "-l", "8192", path)
+        assert os.pread(file.fileno(), 8192, 0) == bytes(8192)
+        os.ftruncate(file.fileno(), 2 * MIB)
+        assert raw.stat().st_size == 2 * MIB
+    assert path.stat().st_size == 2 * MIB
+    mounts.umount(on)
+    assert raw.stat().st_size == 2 * MIB
+
+
+def test_the_disk_ends_where_it_ends_unless_asked_otherwise(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount("-f", "raw", raw)
+    with (on / "disk").open("r+b", buffering=0) as file, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        os.pwrite(file.fileno(), b"x", 4 * MIB)
+    assert raw.stat().st_size == 4 * MIB
+
+
+def test_a_loop_device_over_it(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount("-f", "raw", "--passthrough", "on", raw)
+    device = mounts.loop(on / "disk")
+    run_tool("mkfs.ext4", "-q", device)
+    filesystem = mounts.mount_filesystem(device)
+    (filesystem / "file").write_bytes(b"content" * 1000)
+    mounts.umount_filesystem(filesystem)
+    mounts.detach(device)
+    mounts.umount(on)
+    run_tool("e2fsck", "-fn", raw)
+    assert b"content" * 100 in raw.read_bytes()
