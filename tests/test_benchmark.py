@@ -46,6 +46,26 @@ def test_ratio_is_ours_divided_by_theirs() -> None:
     assert result.ratio is None
 
 
+def test_missed_goals_are_told() -> None:
+    result = Result("raw", READ, {OURS: [199.0], THEIRS: [100.0]}, cpu={OURS: [3.0], THEIRS: [2.0]})
+    assert result.missed == [
+        "raw, randread-4k-d1: the ratio is 1.99, the goal at least 2.00",
+        "raw, randread-4k-d1: the CPU ratio is 1.50, the goal at most 1.00",
+    ]
+    output = io.StringIO()
+    print_results(Console(file=output, width=200), [result], [OURS, THEIRS])
+    assert "≥ 2.00 MISSED" in output.getvalue()
+    reached = Result("raw", READ, {OURS: [200.0], THEIRS: [100.0]}, cpu={OURS: [2.0], THEIRS: [2.0]})
+    assert reached.missed == []
+
+
+def test_compressed_image_is_compressed_about_two_to_one(tmp_path: Path) -> None:
+    require_tool("qemu-img")
+    image = make_images(tmp_path, 1 << 20, ("compressed",))["compressed"]
+    assert 0.4 < (image.stat().st_size - (4 << 16)) / (1 << 20) < 0.7
+    assert list(tmp_path.iterdir()) == [image]
+
+
 def test_servers_take_turns(plain: list[str], tmp_path: Path) -> None:
     require_tool("fio")
     console = Console(file=io.StringIO())

@@ -17,6 +17,8 @@ from scripts.benchmark.workloads import Workload
 
 OURS = "fusedisk"
 THEIRS = "qemu-storage-daemon"
+CPU_GOAL = 1.0
+"""CPU seconds for each GiB, ours divided by theirs, at most."""
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Result:
     runs: dict[str, list[float]] = field(default_factory=dict)
     """By server, in the workload's unit."""
     errors: dict[str, str] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+    """By server, the daemon's CPU seconds for each GiB served."""
 
     def median(self, server: str) -> float | None:
         """The median of a server's runs; None when it has none, or failed."""
@@ -40,6 +44,27 @@ class Result:
         ours, theirs = self.median(OURS), self.median(THEIRS)
         return ours / theirs if ours is not None and theirs else None
 
+    def cpu_median(self, server: str) -> float | None:
+        """CPU seconds for each GiB served, the median of a server's runs; None when it has none, or failed."""
+        taken = self.cpu.get(server)
+        return statistics.median(taken) if taken and server not in self.errors else None
+
+    @property
+    def cpu_ratio(self) -> float | None:
+        """Our CPU seconds for each GiB divided by theirs: below 1, fusedisk is cheaper."""
+        ours, theirs = self.cpu_median(OURS), self.cpu_median(THEIRS)
+        return ours / theirs if ours is not None and theirs else None
+
+    @property
+    def missed(self) -> list[str]:
+        """A sentence for each goal that was measured and not reached."""
+        name, found = f"{self.fmt}, {self.workload.name}", []
+        if self.ratio is not None and self.workload.goal is not None and self.ratio < self.workload.goal:
+            found.append(f"{name}: the ratio is {self.ratio:.2f}, the goal at least {self.workload.goal:.2f}")
+        if self.cpu_ratio is not None and self.cpu_ratio > CPU_GOAL:
+            found.append(f"{name}: the CPU ratio is {self.cpu_ratio:.2f}, the goal at most {CPU_GOAL:.2f}")
+        return found
+
 
 def print_results(console: Console, results: list[Result], servers: list[str]) -> None:
     """Print a row for each result: medians, their ranges, and the ratio."""
@@ -48,12 +73,18 @@ def print_results(console: Console, results: list[Result], servers: list[str]) -
     table.add_column("workload")
     for server in servers:
         table.add_column(server, justify="right")
-    table.add_column("ratio", justify="right")
+    for column in ("ratio", "goal", "CPU s/GiB", "ratio"):
+        table.add_column(column, justify="right")
     for result in results:
         cells = [_cell(result, server) for server in servers]
-        ratio = result.ratio
-        shown = "–" if ratio is None else f"[{'green' if ratio >= 1 else 'yellow'}]{ratio:.2f}[/]"
-        table.add_row(result.fmt, result.workload.name, *cells, shown)
+        ratio, goal, cpu = result.ratio, result.workload.goal, result.cpu_ratio
+        shown = "–" if ratio is None else _coloured(ratio, ratio >= (1 if goal is None else goal))
+        wanted = "–" if goal is None else f"≥ {goal:.2f}"
+        if goal is not None and ratio is not None:
+            wanted += " reached" if ratio >= goal else " MISSED"
+        taken = " / ".join("–" if (c := result.cpu_median(server)) is None else f"{c:.2f}" for server in servers)
+        cheap = "–" if cpu is None else _coloured(cpu, cpu <= CPU_GOAL)
+        table.add_row(result.fmt, result.workload.name, *cells, shown, wanted, taken, cheap)
     console.print(table)
     for result in results:
         for server, error in result.errors.items():
@@ -93,6 +124,11 @@ def as_json(results: list[Result], memory: dict[str, Memory], settings: dict[str
                 "runs": result.runs,
                 "median": {server: result.median(server) for server in result.runs},
                 "ratio": result.ratio,
+                "goal": result.workload.goal,
+                "cpu_seconds_per_gib": result.cpu,
+                "cpu_ratio": result.cpu_ratio,
+                "cpu_goal": CPU_GOAL,
+                "missed": result.missed,
                 "errors": result.errors,
             }
             for result in results
@@ -100,6 +136,10 @@ def as_json(results: list[Result], memory: dict[str, Memory], settings: dict[str
         "memory": {server: asdict(taken) for server, taken in memory.items()},
         "memory_limit": LIMIT,
     }
+
+
+def _coloured(ratio: float, good: bool) -> str:
+    return f"[{'green' if good else 'yellow'}]{ratio:.2f}[/]"
 
 
 def _cell(result: Result, server: str) -> str:
