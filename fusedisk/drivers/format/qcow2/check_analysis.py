@@ -79,7 +79,9 @@ class Analysis:
     def is_shared(self, table: L1Table, index: int) -> bool:
         """Whether something else is in the cluster of an L1 table's entry, too."""
         cluster = table.region.offset + 8 * index >> self.image.cluster_bits
-        return self.counts[cluster] - self.walk.phantoms[cluster] > table.users
+        # The place and the length of a snapshot's table are as likely to be wrong as what seems to be in it.
+        phantoms = self.walk.phantoms[cluster] if table.active else 0
+        return self.counts[cluster] - phantoms > table.users
 
     def _sum_up(self) -> None:
         walk, result, image = self.walk, self.result, self.image
