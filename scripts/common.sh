@@ -43,6 +43,7 @@ RUN_PACKAGES='
     util-linux:flock
 '
 TEST_PACKAGES='
+    btrfs-progs:mkfs.btrfs
     cryptsetup-bin:cryptsetup
     dosfstools:mkfs.vfat
     fio:fio
@@ -51,6 +52,7 @@ TEST_PACKAGES='
     qemu-utils:qemu-io
     rsync:rsync
     strace:strace
+    stress-ng:stress-ng
     xfsprogs:mkfs.xfs
 '
 

@@ -81,10 +81,11 @@ class Immediate:
         """Overwrite what has its place already. False: a part may be written, so the same is to be written again."""
         if self._changes != self._graph.changes:
             self._look()
+        if not self._writes:
+            return False
         backend, length, node = self._backend, len(data), self._node
         if (
-            not self._writes
-            or backend.quiesced
+            backend.quiesced
             or backend.root is None
             or offset + length > node.length
             or (self._detects and is_zero(data))

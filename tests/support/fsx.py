@@ -328,7 +328,7 @@ class Exerciser:
         """Where ``length`` bytes may lie without touching those at ``offset``."""
         size = len(self.content)
         before, after = offset - length, size - (offset + 2 * length)
-        places = [range(0, before + 1)] if before >= 0 else []
+        places = [range(before + 1)] if before >= 0 else []
         if after >= 0:
             places.append(range(offset + length, offset + length + after + 1))
         return self._random.choice(self._random.choice(places)) if places else -1
