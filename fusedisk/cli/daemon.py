@@ -38,6 +38,7 @@ EXIT_FAILED, EXIT_BUG = 1, 70
 _RETRY = 1.0
 """Seconds between attempts to unmount what is in use by something other than our own file handles."""
 _PR_SET_IO_FLUSHER = 57
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 
 @dataclasses.dataclass(slots=True)
@@ -79,7 +80,7 @@ class Daemon:
 
     async def run(self) -> int:
         """All of it."""
-        _become_io_flusher()
+        _prepare_for_memory_pressure()
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) as signals:
             async with trio.open_nursery() as nursery:
                 self._helpers = nursery
@@ -290,10 +291,15 @@ def _describe_users(path: str) -> str:
     return holders.describe(mount) if mount is not None else "not in use"
 
 
-def _become_io_flusher() -> None:
-    """Tell the kernel that it must not wait for us while it waits for memory that we are to free (prctl(2)); root
-    only."""
-    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+def _prepare_for_memory_pressure() -> None:
+    """Let the kernel not wait for us while it waits for memory that only our writing frees, as far as it lets us: it
+    must not ask us for pages while it serves us (prctl(2), CAP_SYS_RESOURCE), nor take those away that we have
+    (mlockall(2), CAP_IPC_LOCK)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
+        log.debug("the process cannot be marked as an I/O flusher: %s", os.strerror(ctypes.get_errno()))
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
+        log.debug("the process's memory cannot be locked: %s", os.strerror(ctypes.get_errno()))
 
 
 def _write_pid_file(path: str) -> None:

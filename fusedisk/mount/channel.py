@@ -47,8 +47,8 @@ _WORTH_POLLING = 150e-6
 """Seconds of waiting, with what waking up takes, below which asking again would have been the better choice."""
 _SHORTEST_POLL = 5e-6
 
-_MOST_SPARE = 8
-"""Buffers of each kind that are kept for later."""
+_LEAST_SPARE, _MOST_SPARE = 2, 8
+"""Buffers of each kind that are made at once, and kept for later."""
 _REPLY = 4096
 """Where in a buffer the data of a reply begins: at a page, the header in front of it."""
 _REPLY_HEADER = _REPLY - wire.OUT_HEADER.size
@@ -66,6 +66,12 @@ _INTERRUPTIBLE = frozenset((wire.FALLOCATE, wire.LSEEK))
 keeps what it has cached of the target's bytes unless it is told how many were copied."""
 
 
+def _pages(size: int) -> memoryview:
+    """Memory that is there: the kernel must not have to look for some while it copies a message to or from it, since
+    to find some it may have to wait for us."""
+    return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
+
+
 class Request:
     """The buffer that a message is read into: the header and what follows it, and a write's data from a page on."""
 
@@ -74,7 +80,7 @@ class Request:
     def __init__(self) -> None:
         self.head = bytearray(wire.WRITE_HEAD)
         self.view = memoryview(self.head)
-        self.data = memoryview(mmap.mmap(-1, wire.MAX_WRITE))
+        self.data = _pages(wire.MAX_WRITE)
         self.vector = [self.view, self.data]
 
     def start(self, length: int) -> bytearray:
@@ -97,8 +103,8 @@ class Channel:
         self._device, self._library = spliced
         self._negotiation = Negotiation(passthrough=passthrough is not Passthrough.OFF)
         self._answers = Answers(operations, self._negotiation, PassedThrough(self._device, passthrough))
-        self._spare: list[Request] = []
-        self._replies: list[memoryview] = []
+        self._spare = [Request() for _ in range(_LEAST_SPARE)]
+        self._replies = [_pages(_REPLY + wire.MAX_WRITE) for _ in range(_LEAST_SPARE)]
         self._tasks = 0
         self._bytes = 0
         self._room: trio.Event | None = None
@@ -374,4 +380,4 @@ class Channel:
         return self._spare.pop() if self._spare else Request()
 
     def _take_reply(self) -> memoryview:
-        return self._replies.pop() if self._replies else memoryview(mmap.mmap(-1, _REPLY + wire.MAX_WRITE))
+        return self._replies.pop() if self._replies else _pages(_REPLY + wire.MAX_WRITE)
