@@ -38,6 +38,7 @@ from pyfuse3 import (
 from fusedisk.core.errors import FusediskError
 from fusedisk.export.export import Attributes, Export
 from fusedisk.export.names import NAME_MAX, ROOT_INODE
+from fusedisk.export.views import View
 from fusedisk.mount.handles import Handles
 
 log = logging.getLogger(__name__)
@@ -181,9 +182,10 @@ class Operations(pyfuse3.Operations):
     async def _attributes(self, inode: int) -> EntryAttributes:
         if inode == ROOT_INODE and not self._single:
             return await self._root_attributes()
-        return self._entry(await self.export_of(inode).attributes(), inode)
+        export = self.export_of(inode)
+        return self._entry(await export.attributes(), inode, lasting=export.immutable)
 
-    def _entry(self, found: Attributes, inode: int) -> EntryAttributes:
+    def _entry(self, found: Attributes, inode: int, *, lasting: bool = False) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = inode
         entry.st_mode = found.mode
@@ -195,7 +197,7 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = found.block_size
         entry.st_atime_ns = entry.st_mtime_ns = found.mtime_ns
         entry.st_ctime_ns = found.ctime_ns
-        entry.attr_timeout = self._attr_timeout
+        entry.attr_timeout = ENTRY_TIMEOUT if lasting else self._attr_timeout
         entry.entry_timeout = ENTRY_TIMEOUT
         return entry
 
@@ -222,8 +224,9 @@ class Operations(pyfuse3.Operations):
         """Sizes of all disks together. ``f_bsize`` is the smallest unit in which one of them allocates, which is what a
         loop device takes for its discard granularity."""
         unit = max(512, min(export.block_size for export in self.exports))
-        total = sum(export.backend.length for export in self.exports)
-        used = min(total, sum([await export.allocated() for export in self.exports]))
+        disks = [export for export in self.exports if not isinstance(export, View)]
+        total = sum(export.backend.length for export in disks)
+        used = min(total, sum([await export.allocated() for export in disks]))
         answer = StatvfsData()
         answer.f_bsize = answer.f_frsize = unit
         answer.f_blocks = -(-total // unit)
