@@ -105,7 +105,7 @@ def _tree(archive: Path, count: int) -> dict[str, bytes]:
     for index in range(count):
         name = f"{random_.randrange(12)}/{random_.randrange(20)}/file{index}.c"
         start = random_.randrange(len(text))
-        content = text[start : start + int(random_.paretovariate(0.9) * 700) % 120_000] + b"%d" % index
+        content = text[start : start + int(random_.paretovariate(0.9) * 700) % 115_000] + b"%d" % index
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -127,8 +127,8 @@ def _sums(folder: Path) -> dict[str, bytes]:
     ("kind", "count"),
     [
         ("qcow2", 1500),
-        pytest.param("subclusters", 20_000, marks=pytest.mark.slow),
-        pytest.param("overlay", 20_000, marks=pytest.mark.slow),
+        pytest.param("subclusters", 15_000, marks=pytest.mark.slow),
+        pytest.param("overlay", 15_000, marks=pytest.mark.slow),
     ],
 )
 def test_a_tree_of_small_files(mounts: Mounts, tmp_path: Path, kind: str, count: int, filesystem: str) -> None:
