@@ -225,7 +225,7 @@ class Channel:
             else:
                 await self._make_room()
                 self._begin(size)
-                nursery.start_soon(self._read, unique, handle, offset, size)
+                nursery.start_soon(self._read, unique, handle, offset, size, self._may_interrupt(unique))
             return False
         if opcode == wire.WRITE:
             _, _, _, fh, offset, size = _HEAD.unpack_from(request.head)
@@ -246,7 +246,8 @@ class Channel:
         if work is not None:
             await self._make_room()
             self._begin(0)
-            nursery.start_soon(self._work, unique, work, opcode)
+            scope = self._may_interrupt(unique) if opcode in _INTERRUPTIBLE else trio.CancelScope()
+            nursery.start_soon(self._work, unique, work, opcode, scope)
             return False
         if opcode == wire.INIT:
             self._negotiation.offered(request.head, unique)
@@ -272,11 +273,15 @@ class Channel:
             self._room.set()
             self._room = None
 
-    async def _read(self, unique: int, handle: Handle, offset: int, size: int) -> None:
+    def _may_interrupt(self, unique: int) -> trio.CancelScope:
+        """What ends a request when nobody waits for it any more; known before the next message is read."""
+        scope = self._interruptible[unique] = trio.CancelScope()
+        return scope
+
+    async def _read(self, unique: int, handle: Handle, offset: int, size: int, scope: trio.CancelScope) -> None:
         reply = self._take_reply()
         try:
-            with trio.CancelScope() as scope:
-                self._interruptible[unique] = scope
+            with scope:
                 try:
                     size_read = await handle.export.read_into(offset, reply[_REPLY : _REPLY + size])
                 except Exception as exc:
@@ -304,11 +309,9 @@ class Channel:
                 self._spare.append(request)
             self._end(size)
 
-    async def _work(self, unique: int, work: Work, opcode: int) -> None:
+    async def _work(self, unique: int, work: Work, opcode: int, scope: trio.CancelScope) -> None:
         try:
-            with trio.CancelScope() as scope:
-                if opcode in _INTERRUPTIBLE:
-                    self._interruptible[unique] = scope
+            with scope:
                 try:
                     body = await work()
                 except Exception as exc:

@@ -8,6 +8,7 @@ import os
 import trio
 
 from fusedisk.core.errors import NoSpaceError, ReadOnlyError
+from fusedisk.export import ranges
 from fusedisk.export.export import Export
 
 
@@ -54,14 +55,17 @@ class Handles:
     async def open(self, export: Export, flags: int) -> tuple[int, Handle]:
         """A new handle and its number. Raises ReadOnlyError where it could not be written to.
 
-        O_TRUNC empties a growable disk; otherwise it is ignored, as block devices do: a disk that tools such as
-        ``cp`` and ``dd`` empty before they write it could never be filled again.
+        O_TRUNC takes all content away: a growable disk is empty then, any other keeps its length, all zeroes. Tools
+        such as ``cp`` skip the holes of what they copy into a file that they have just emptied.
         """
         handle = Handle(export, flags)
         if handle.writable and not export.writable:
             raise ReadOnlyError(f"'{export.name}' is read-only.", errno=errno.EROFS)
-        if handle.writable and flags & os.O_TRUNC and export.growable:
-            await export.truncate(0)
+        if handle.writable and flags & os.O_TRUNC:
+            if export.growable:
+                await export.truncate(0)
+            else:
+                await ranges.zero(export, 0, export.backend.length, punch=True, keep_size=True)
         self._last += 1
         self.by_number[self._last] = handle
         return self._last, handle

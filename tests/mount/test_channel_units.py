@@ -240,6 +240,14 @@ async def test_an_interrupted_read_ends(setup: Setup) -> None:
     assert await setup.kernel.reply() == (write, 0, wire.WRITE_OUT.pack(512, 0))
 
 
+async def test_an_interrupt_that_comes_at_once(setup: Setup) -> None:
+    """It may be read before the request's task has begun."""
+    setup.disk.cached = False
+    read = await setup.kernel.read(0, 512)
+    await setup.kernel.send(wire.INTERRUPT, wire.INTERRUPT_IN.pack(read))
+    assert await setup.kernel.reply() == (read, errno.EINTR, b"")
+
+
 @pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("a bug"), OSError(errno.EBADF, "a bug")])
 async def test_a_bug_costs_one_request(setup: Setup, bug: Exception, caplog: pytest.LogCaptureFixture) -> None:
     setup.disk.bug = bug

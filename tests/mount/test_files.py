@@ -250,7 +250,26 @@ def test_tools_that_truncate_first_can_write_a_disk(mounts: Mounts, raw: Path, t
     run_tool("dd", f"if={new}", f"of={on / 'disk'}", "bs=1M", "count=1", "status=none")
     assert (on / "disk").stat().st_size == 4 * MIB
     mounts.umount(on)
-    assert raw.read_bytes() == new.read_bytes()
+    assert raw.read_bytes() == new.read_bytes()[:MIB] + bytes(3 * MIB)
+
+
+def test_what_is_truncated_at_opening_reads_as_zeroes(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
+    """cp skips the holes of what it copies, since it has just emptied the target."""
+    sparse = tmp_path / "sparse"
+    with sparse.open("wb") as file:
+        file.truncate(4 * MIB)
+        file.seek(2 * MIB)
+        file.write(b"in between")
+    for name in ("vm", "over"):
+        base = make_qcow2(tmp_path / f"{name}.qcow2", 4 * MIB, "write -P 1 0 4M")
+        on = mounts.mount(*(["--overlay"] if name == "over" else []), base)
+        run_tool("cp", "--sparse=auto", sparse, on / name)
+        assert (on / name).stat().st_size == 4 * MIB
+        assert (on / name).read_bytes() == sparse.read_bytes()
+        with (on / name).open("wb"):
+            pass
+        assert (on / name).read_bytes() == bytes(4 * MIB)
+        mounts.umount(on)
 
 
 def test_truncate_resizes(mounts: Mounts, tmp_path: Path) -> None:
