@@ -14,12 +14,13 @@ import psutil
 from rich.console import Console
 from rich.progress import Progress
 
+from scripts.benchmark.images import FORMATS, MIB, Image, make_images, settle
 from scripts.benchmark.memory import LIMIT, Memory, measure_memory
-from scripts.benchmark.report import OURS, Result, as_json, print_memory, print_results
+from scripts.benchmark.report import Result, as_json, print_memory, print_results
 from scripts.benchmark.servers import SERVERS, ServerError, versions
-from scripts.benchmark.workloads import GIB, IMAGES, MIB, WORKLOADS, make_images, measure, settle
+from scripts.benchmark.workloads import CONTENDERS, OURS, WORKLOADS
 
-FORMATS = tuple(IMAGES)
+GIB = 1 << 30
 MEMORY = "memory"
 
 
@@ -35,7 +36,7 @@ MEMORY = "memory"
 @click.option("--size", type=click.IntRange(min=16), default=1024, show_default=True, help="Image size in MiB.")
 @click.option("--quick", is_flag=True, help="Two runs of one second on 256 MiB.")
 @click.option("--workload", "-w", "names", multiple=True, type=click.Choice([*WORKLOADS, MEMORY]), help="Only this.")
-@click.option("--format", "-f", "formats", multiple=True, type=click.Choice(FORMATS), help="Only this.")
+@click.option("--format", "-f", "formats", multiple=True, type=click.Choice(list(FORMATS)), help="Only this.")
 @click.option("--server", "-s", "servers", multiple=True, type=click.Choice(list(SERVERS)), help="Only this.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all runs here.")
 @click.option(
@@ -61,22 +62,25 @@ def main(
 
     Both serve the same fully allocated image, warm in the page cache, in turns; fio measures with direct I/O.
     The ratio is ours divided by theirs, its goal beside it; CPU seconds are the daemon's (ours / theirs).
-    The memory of both is taken with a 1 TiB qcow2 mounted.
+    In tables of their own, fusedisk is compared with the host's file (passthrough) and with itself (a chain of images).
+    The memory of both is taken with a 1 TiB qcow2 mounted. Rows that cannot run on this machine are skipped and named.
     """
     if quick:
         runs, runtime, size = 2, 1.0, 256
     names = names or (*WORKLOADS, MEMORY)
-    formats = formats or FORMATS
+    formats = formats or tuple(FORMATS)
     chosen = list(servers or SERVERS)
     console = Console()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, _interrupt)
     console.print(", ".join(f"{name} {version}" for name, version in versions().items()), style="dim")
     with tempfile.TemporaryDirectory(prefix="fusedisk-bench.", dir=folder) as temporary:
         place = Path(temporary).resolve()
         results: list[Result] = []
         if set(names) != {MEMORY}:
             results = compare(console, place, chosen, names, formats, runs, runtime, size)
-            print_results(console, results, chosen)
+            print_results(console, results)
         memory: dict[str, Memory] = {}
         failed = any(result.errors for result in results)
         if MEMORY in names:
@@ -112,44 +116,56 @@ def compare(
     runtime: float,
     size: int,
 ) -> list[Result]:
-    """Measure every workload on every format, the servers taking turns; who goes first alternates, too."""
-    workloads = [WORKLOADS[name] for name in names if name in WORKLOADS]
-    results = [Result(fmt, workload) for fmt in formats for workload in workloads if fmt in workload.images]
+    """Measure every workload on every format, the contenders taking turns; who goes first alternates, too."""
+    results = []
+    for workload in [WORKLOADS[name] for name in names if name in WORKLOADS]:
+        contenders = workload.contenders(servers)
+        if contenders and workload.unable:
+            console.print(f"skipped: {workload.name}: {workload.unable}", markup=False)
+        elif contenders:
+            results += [Result(fmt, workload, contenders) for fmt in formats if fmt in workload.images]
+    results.sort(key=lambda result: list(FORMATS).index(result.fmt))
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("making the images", total=len(results) * runs * len(servers))
+        task = progress.add_task("making the images", total=sum(len(result.contenders) for result in results) * runs)
         images = make_images(place, size * MIB, tuple({result.fmt: None for result in results}))
         for result in results:
             progress.update(task, description=f"{result.fmt} {result.workload.name}")
             for turn in range(runs):
-                for server in servers if turn % 2 == 0 else servers[::-1]:
-                    if server not in result.errors:
-                        measure_once(result, server, images[result.fmt], place, runtime)
+                for contender in result.contenders if turn % 2 == 0 else result.contenders[::-1]:
+                    if contender not in result.errors:
+                        measure_once(result, contender, images[result.fmt], place, runtime)
                     progress.advance(task)
     return results
 
 
-def measure_once(result: Result, server: str, image: Path, place: Path, runtime: float) -> None:
-    """Add one run of one server to *result*, or the reason why there is none."""
+def measure_once(result: Result, name: str, image: Image, place: Path, runtime: float) -> None:
+    """Add one run of the contender *name* to *result*, or the reason why there is none."""
+    contender = CONTENDERS[name]
+    if contender.bottom:
+        image = image.bottom
     settle(image)
     try:
-        with SERVERS[server](image, IMAGES[result.fmt], place) as served:
+        with contender.server(image.path, image.fmt, place) as served:
             before = _cpu_seconds(served.process)
-            found = measure(result.workload, served.path, runtime)
+            found = result.workload.job.measure(served.path, runtime)
             cpu = _cpu_seconds(served.process) - before
     except (ServerError, OSError, psutil.Error) as exc:
-        result.errors[server] = str(exc)
+        result.errors[name] = str(exc)
     else:
-        result.runs.setdefault(server, []).append(found.rate)
-        result.cpu.setdefault(server, []).append(cpu * GIB / found.served)
+        result.runs.setdefault(name, []).append(found.value)
+        if served.process is not None:
+            result.cpu.setdefault(name, []).append(cpu * GIB / found.served)
 
 
-def _cpu_seconds(process: psutil.Process) -> float:
+def _cpu_seconds(process: psutil.Process | None) -> float:
+    if process is None:
+        return 0.0
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Let SIGTERM unwind like Ctrl-C, so that nothing stays mounted."""
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that nothing stays mounted."""
     raise KeyboardInterrupt
 
 

@@ -38,6 +38,8 @@ def measure_memory(server: str, folder: Path) -> Memory:
         image = Path(name) / "large.qcow2"
         run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(TIB)])
         with SERVERS[server](image, "qcow2", Path(name)) as served:
+            if served.process is None:
+                raise ServerError(f"{server} serves without a daemon that could be weighed")
             mounted = _resident(served.process)
             _work(served)
             return Memory(mounted, _resident(served.process), _peak(served.process))

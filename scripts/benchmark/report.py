@@ -13,10 +13,10 @@ from rich.table import Table
 
 from scripts.benchmark.memory import LIMIT, Memory
 from scripts.benchmark.servers import versions
-from scripts.benchmark.workloads import Workload
+from scripts.benchmark.workloads import OURS, THEIRS, Workload
 
-OURS = "fusedisk"
-THEIRS = "qemu-storage-daemon"
+SHOWN = {"IOPS": (1e3, "k/s", 1), "B/s": (1e6, "MB/s", 0), "s": (1.0, "s", 2)}
+"""By a job's unit: what one of the table's units is, its name, and its digits."""
 CPU_GOAL = 1.0
 """CPU seconds for each GiB, ours divided by theirs, at most."""
 
@@ -27,33 +27,42 @@ class Result:
 
     fmt: str
     workload: Workload
+    contenders: tuple[str, ...] = (OURS, THEIRS)
+    """Those of the workload's pair that take part."""
     runs: dict[str, list[float]] = field(default_factory=dict)
-    """By server, in the workload's unit."""
+    """By contender, in the workload's unit."""
     errors: dict[str, str] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)
-    """By server, the daemon's CPU seconds for each GiB served."""
+    """By contender, its daemon's CPU seconds for each GiB served."""
 
-    def median(self, server: str) -> float | None:
-        """The median of a server's runs; None when it has none, or failed."""
-        runs = self.runs.get(server)
-        return statistics.median(runs) if runs and server not in self.errors else None
+    def median(self, name: str) -> float | None:
+        """The median of a contender's runs; None when it has none, or failed."""
+        runs = self.runs.get(name)
+        return statistics.median(runs) if runs and name not in self.errors else None
 
     @property
     def ratio(self) -> float | None:
-        """Ours divided by theirs: above 1, fusedisk is faster."""
-        ours, theirs = self.median(OURS), self.median(THEIRS)
-        return ours / theirs if ours is not None and theirs else None
+        """The first contender's rate divided by the second's: above 1, the first is faster. Seconds the other way."""
+        first, second = map(self.median, self.workload.pair)
+        if not first or not second:
+            return None
+        return second / first if self.workload.unit == "s" else first / second
 
-    def cpu_median(self, server: str) -> float | None:
-        """CPU seconds for each GiB served, the median of a server's runs; None when it has none, or failed."""
-        taken = self.cpu.get(server)
-        return statistics.median(taken) if taken and server not in self.errors else None
+    def cpu_median(self, name: str) -> float | None:
+        """CPU seconds for each GiB served, the median of a contender's runs; None when it has none, or failed."""
+        taken = self.cpu.get(name)
+        return statistics.median(taken) if taken and name not in self.errors else None
 
     @property
     def cpu_ratio(self) -> float | None:
-        """Our CPU seconds for each GiB divided by theirs: below 1, fusedisk is cheaper."""
-        ours, theirs = self.cpu_median(OURS), self.cpu_median(THEIRS)
-        return ours / theirs if ours is not None and theirs else None
+        """The first one's CPU seconds for each GiB divided by the second's: below 1, the first is cheaper."""
+        first, second = map(self.cpu_median, self.workload.pair)
+        return first / second if first is not None and second else None
+
+    @property
+    def cpu_goal(self) -> float | None:
+        """At most this CPU ratio; None where fusedisk is compared with itself or with no daemon."""
+        return CPU_GOAL if self.workload.pair == (OURS, THEIRS) else None
 
     @property
     def missed(self) -> list[str]:
@@ -61,34 +70,26 @@ class Result:
         name, found = f"{self.fmt}, {self.workload.name}", []
         if self.ratio is not None and self.workload.goal is not None and self.ratio < self.workload.goal:
             found.append(f"{name}: the ratio is {self.ratio:.2f}, the goal at least {self.workload.goal:.2f}")
-        if self.cpu_ratio is not None and self.cpu_ratio > CPU_GOAL:
-            found.append(f"{name}: the CPU ratio is {self.cpu_ratio:.2f}, the goal at most {CPU_GOAL:.2f}")
+        if self.cpu_ratio is not None and self.cpu_goal is not None and self.cpu_ratio > self.cpu_goal:
+            found.append(f"{name}: the CPU ratio is {self.cpu_ratio:.2f}, the goal at most {self.cpu_goal:.2f}")
         return found
 
 
-def print_results(console: Console, results: list[Result], servers: list[str]) -> None:
-    """Print a row for each result: medians, their ranges, and the ratio."""
-    table = Table(title="median (lowest – highest)", title_style="dim")
-    table.add_column("format")
-    table.add_column("workload")
-    for server in servers:
-        table.add_column(server, justify="right")
-    for column in ("ratio", "goal", "CPU s/GiB", "ratio"):
-        table.add_column(column, justify="right")
+def print_results(console: Console, results: list[Result]) -> None:
+    """Print a table for each group of contenders, a row for each result: medians, their ranges, and the ratio."""
+    for contenders in dict.fromkeys(result.contenders for result in results):
+        table = Table(title="median (lowest – highest)", title_style="dim")
+        table.add_column("format")
+        table.add_column("workload")
+        for column in (*contenders, "ratio", "goal", "CPU s/GiB", "ratio"):
+            table.add_column(column, justify="right")
+        for result in results:
+            if result.contenders == contenders:
+                table.add_row(*_row(result))
+        console.print(table)
     for result in results:
-        cells = [_cell(result, server) for server in servers]
-        ratio, goal, cpu = result.ratio, result.workload.goal, result.cpu_ratio
-        shown = "–" if ratio is None else _coloured(ratio, ratio >= (1 if goal is None else goal))
-        wanted = "–" if goal is None else f"≥ {goal:.2f}"
-        if goal is not None and ratio is not None:
-            wanted += " reached" if ratio >= goal else " MISSED"
-        taken = " / ".join("–" if (c := result.cpu_median(server)) is None else f"{c:.2f}" for server in servers)
-        cheap = "–" if cpu is None else _coloured(cpu, cpu <= CPU_GOAL)
-        table.add_row(result.fmt, result.workload.name, *cells, shown, wanted, taken, cheap)
-    console.print(table)
-    for result in results:
-        for server, error in result.errors.items():
-            console.print(f"failed: {server}, {result.fmt}, {result.workload.name}: {error}", markup=False)
+        for contender, error in result.errors.items():
+            console.print(f"failed: {contender}, {result.fmt}, {result.workload.name}: {error}", markup=False)
 
 
 def print_memory(console: Console, memory: dict[str, Memory]) -> None:
@@ -120,14 +121,15 @@ def as_json(results: list[Result], memory: dict[str, Memory], settings: dict[str
             {
                 "format": result.fmt,
                 "workload": result.workload.name,
+                "pair": result.workload.pair,
                 "unit": result.workload.unit,
                 "runs": result.runs,
-                "median": {server: result.median(server) for server in result.runs},
+                "median": {name: result.median(name) for name in result.runs},
                 "ratio": result.ratio,
                 "goal": result.workload.goal,
                 "cpu_seconds_per_gib": result.cpu,
                 "cpu_ratio": result.cpu_ratio,
-                "cpu_goal": CPU_GOAL,
+                "cpu_goal": result.cpu_goal,
                 "missed": result.missed,
                 "errors": result.errors,
             }
@@ -138,16 +140,27 @@ def as_json(results: list[Result], memory: dict[str, Memory], settings: dict[str
     }
 
 
+def _row(result: Result) -> list[str]:
+    ratio, goal, cpu = result.ratio, result.workload.goal, result.cpu_ratio
+    shown = "–" if ratio is None else _coloured(ratio, ratio >= (1 if goal is None else goal))
+    wanted = "–" if goal is None else f"≥ {goal:.2f}"
+    if goal is not None and ratio is not None:
+        wanted += " reached" if ratio >= goal else " MISSED"
+    taken = " / ".join("–" if (c := result.cpu_median(name)) is None else f"{c:.2f}" for name in result.contenders)
+    cheap = "–" if cpu is None else _coloured(cpu, result.cpu_goal is None or cpu <= result.cpu_goal)
+    cells = [_cell(result, name) for name in result.contenders]
+    return [result.fmt, result.workload.name, *cells, shown, wanted, taken, cheap]
+
+
 def _coloured(ratio: float, good: bool) -> str:
     return f"[{'green' if good else 'yellow'}]{ratio:.2f}[/]"
 
 
-def _cell(result: Result, server: str) -> str:
-    median = result.median(server)
+def _cell(result: Result, name: str) -> str:
+    median = result.median(name)
     if median is None:
-        return "failed" if server in result.errors else "–"
-    runs = result.runs[server]
-    scale, unit = (1e3, "k/s") if result.workload.unit == "IOPS" else (1e6, "MB/s")
-    digits = 1 if scale == 1e3 else 0
+        return "failed" if name in result.errors else "–"
+    runs = result.runs[name]
+    scale, unit, digits = SHOWN[result.workload.unit]
     low, high = (f"{value / scale:.{digits}f}" for value in (min(runs), max(runs)))
     return f"{median / scale:.{digits}f} {unit} ({low} – {high})"

@@ -18,6 +18,9 @@ import psutil
 COMMAND_TIMEOUT = 60.0
 """Seconds that mounting or unmounting may take."""
 
+STRAY = 1 << 20
+"""Bytes that a daemon may read and write for itself while the data goes past it."""
+
 FUSEDISK = [sys.executable, "-c", "from fusedisk.cli.main import main; main()"]
 """The command line of this checkout, whether it is installed or not."""
 
@@ -32,8 +35,8 @@ class Served:
 
     path: Path
     """The flat file."""
-    process: psutil.Process
-    """The daemon behind it."""
+    process: psutil.Process | None
+    """The daemon behind it, if there is one."""
 
 
 Server = Callable[[Path, str, Path], AbstractContextManager[Served]]
@@ -41,12 +44,12 @@ Server = Callable[[Path, str, Path], AbstractContextManager[Served]]
 
 
 @contextmanager
-def fusedisk(image: Path, fmt: str, folder: Path) -> Iterator[Served]:
-    """Serve *image* by ``fusedisk mount``; raises ServerError."""
+def fusedisk(image: Path, fmt: str, folder: Path, *options: str) -> Iterator[Served]:
+    """Serve *image* by ``fusedisk mount`` with more of its *options*; raises ServerError."""
     mountpoint = folder / "fusedisk"
     mountpoint.mkdir()
     pid_file = folder / "fusedisk.pid"
-    mount = ["mount", "--format", fmt, "--name", "disk", "--pid-file", str(pid_file), str(image)]
+    mount = ["mount", "--format", fmt, "--name", "disk", "--pid-file", str(pid_file), *options, str(image)]
     with _cleaned_up(mountpoint, pid_file):
         run([*FUSEDISK, *mount, str(mountpoint)])
         process = _process_of(pid_file)
@@ -74,6 +77,22 @@ def qemu_storage_daemon(image: Path, fmt: str, folder: Path) -> Iterator[Served]
         run(["umount", str(mountpoint)] if os.geteuid() == 0 else ["fusermount3", "-u", str(mountpoint)])
         process.send_signal(signal.SIGTERM)
         _wait_for_end(process.pid)
+
+
+@contextmanager
+def passed_through(image: Path, fmt: str, folder: Path) -> Iterator[Served]:
+    """Serve a raw *image* past the daemon; raises ServerError, also when data went through the daemon after all."""
+    with fusedisk(image, fmt, folder, "--passthrough=on") as served:
+        before = _moved(served)
+        yield served
+        if _moved(served) - before > STRAY:
+            raise ServerError(f"{image} was not passed through: the daemon read or wrote its data itself")
+
+
+@contextmanager
+def host_file(image: Path, fmt: str, folder: Path) -> Iterator[Served]:
+    """The raw *image* as it is, without a daemon."""
+    yield Served(image, None)
 
 
 SERVERS: dict[str, Server] = {"fusedisk": fusedisk, "qemu-storage-daemon": qemu_storage_daemon}
@@ -131,6 +150,14 @@ def _cleaned_up(mountpoint: Path, pid_file: Path) -> Iterator[None]:
             mountpoint.rmdir()
         else:
             mountpoint.unlink()
+
+
+def _moved(served: Served) -> int:
+    """Bytes that the daemon has read and written so far, by the kernel's count."""
+    if served.process is None:
+        return 0
+    counters = served.process.io_counters()
+    return int(counters.read_chars + counters.write_chars)
 
 
 def _end(pid: int) -> None:

@@ -1,0 +1,132 @@
+"""The images that the workloads run on."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.benchmark.servers import run
+
+MIB = 1 << 20
+CLUSTER = 64 << 10
+"""qcow2's cluster size, in bytes."""
+DEPTH = 16
+"""Images in the chain."""
+FILES = 4000
+"""Files in the filesystem, of 1 to 48 KiB each."""
+FILES_SIZE = 256 * MIB
+"""Size of the disk with the filesystem, whatever that of the other images, in bytes."""
+
+FORMATS = {"raw": "raw", "qcow2": "qcow2", "compressed": "qcow2", "ext4": "qcow2", "chain": "qcow2"}
+"""What is served, and the driver that opens it.
+
+``compressed``: zlib in clusters of 64 KiB, about 2:1. ``ext4``: a filesystem with some thousand files. ``chain``: the
+lowest of DEPTH images holds everything, each other one a sixteenth of it again, cluster by cluster in turns.
+"""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image file and what it stands on."""
+
+    path: Path
+    fmt: str
+    """The driver that opens it."""
+    backing: Image | None = None
+
+    @property
+    def bottom(self) -> Image:
+        """The lowest image of the chain; itself where it stands on nothing."""
+        return self if self.backing is None else self.backing.bottom
+
+    @property
+    def depth(self) -> int:
+        """How many images there are from here down."""
+        return 1 if self.backing is None else 1 + self.backing.depth
+
+
+def make_images(folder: Path, size: int, formats: tuple[str, ...]) -> dict[str, Image]:
+    """Write one fully allocated image of *size* bytes for each of *formats*, keys of FORMATS.
+
+    Raw, qcow2 and the chain hold the same random content; what ``compressed`` holds says everything twice, half a KiB
+    at a time.
+    """
+    images = {}
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        scratch = Path(name)
+        raw = (folder if "raw" in formats else scratch) / "image.raw"
+        if {"raw", "qcow2", "chain"} & set(formats):
+            _write(raw, size, 1)
+        for fmt in formats:
+            image = Image(folder / f"image.{fmt}", FORMATS[fmt])
+            if fmt == "qcow2":
+                _convert(raw, image.path)
+            elif fmt == "compressed":
+                doubled = scratch / "doubled.raw"
+                _write(doubled, size, 2)
+                _convert(doubled, image.path, "-c")
+            elif fmt == "ext4":
+                _convert(_filesystem(scratch), image.path)
+            elif fmt == "chain":
+                image = _chain(folder, raw, scratch)
+            images[fmt] = image
+    return images
+
+
+def settle(image: Image) -> None:
+    """Write dirty pages of *image* and all below it to disk and read them: runs start with a clean, warm page cache."""
+    buffer = bytearray(MIB)
+    with image.path.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        while file.readinto(buffer):
+            pass
+    if image.backing is not None:
+        settle(image.backing)
+
+
+def _write(path: Path, size: int, repeats: int) -> None:
+    source = random.Random(size)
+    with path.open("wb") as file:
+        for _ in range(size // MIB):
+            data = source.randbytes(MIB // repeats)
+            file.write(b"".join(data[start : start + 512] * repeats for start in range(0, len(data), 512)))
+
+
+def _convert(raw: Path, image: Path, *options: str) -> None:
+    run(["qemu-img", "convert", *options, "-f", "raw", "-O", "qcow2", str(raw), str(image)], timeout=600)
+
+
+def _chain(folder: Path, raw: Path, scratch: Path) -> Image:
+    """The chain's top. A layer is converted from its own clusters with holes between them, then put on its place."""
+    image = Image(folder / "chain-0.qcow2", "qcow2")
+    _convert(raw, image.path)
+    part = scratch / "part.raw"
+    for layer in range(1, DEPTH):
+        with raw.open("rb") as source, part.open("wb") as target:
+            size = os.fstat(source.fileno()).st_size
+            target.truncate(size)
+            for offset in range(layer * CLUSTER, size, DEPTH * CLUSTER):
+                os.pwrite(target.fileno(), os.pread(source.fileno(), CLUSTER, offset), offset)
+        above = Image(folder / f"chain-{layer}.qcow2", "qcow2", image)
+        _convert(part, above.path)
+        run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", image.path.name, "-F", "qcow2", str(above.path)])
+        image = above
+    return image
+
+
+def _filesystem(scratch: Path) -> Path:
+    """A raw disk with ext4 on it and FILES files in a hundred directories, made without mounting it."""
+    source = random.Random(FILES)
+    tree = scratch / "tree"
+    for number in range(FILES):
+        path = tree / f"{number % 100:02}" / f"{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.randbytes(source.randrange(1 << 10, 48 << 10)))
+    disk = scratch / "ext4.raw"
+    with disk.open("wb") as file:
+        file.truncate(FILES_SIZE)
+    run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0", "-d", str(tree), str(disk)], timeout=600)
+    return disk

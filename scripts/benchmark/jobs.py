@@ -1,0 +1,209 @@
+"""How one run is measured: fio on a flat file or on a loop device over it, and tar of the files inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from scripts.benchmark.images import MIB
+from scripts.benchmark.servers import COMMAND_TIMEOUT, ServerError, run
+
+RAMP = 0.5
+"""Seconds before each measurement with fio, in which tables and caches fill."""
+PATIENCE = 300.0
+"""Seconds that reading all files may take."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one run found."""
+
+    value: float
+    """In the job's unit."""
+    served: float
+    """Bytes moved, those of the ramp included at the rate of the rest."""
+
+
+class Job(Protocol):
+    """Something to be measured on a flat file."""
+
+    @property
+    def unit(self) -> str:
+        """``IOPS`` or ``B/s``, of which more is better, or ``s``, of which less is."""
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether only root can run it."""
+
+    def measure(self, path: Path, runtime: float) -> Measurement:
+        """Run it on the flat file at *path*, for *runtime* seconds if it has no end; raises ServerError."""
+
+
+@dataclass(frozen=True)
+class Fio:
+    """fio on the file."""
+
+    rw: str
+    """fio's word: randread, randwrite, read or write."""
+    block_size: int
+    """In bytes."""
+    depth: int = 1
+    direct: bool = True
+    """Whether past the kernel's page cache, so that each request reaches the daemon."""
+    options: tuple[str, ...] = ()
+    """More of fio's options."""
+
+    @property
+    def unit(self) -> str:
+        """Requests per second for small blocks, bytes per second for large ones."""
+        return "IOPS" if self.block_size < MIB else "B/s"
+
+    @property
+    def needs_root(self) -> bool:
+        """It does not."""
+        return False
+
+    def measure(self, path: Path, runtime: float) -> Measurement:
+        """Run fio on a file or block device for *runtime* seconds; raises ServerError when it fails."""
+        command = [
+            "fio",
+            "--name=bench",
+            f"--filename={str(path).replace(':', chr(92) + ':')}",
+            "--allow_file_create=0",
+            f"--size={_size(path)}",
+            f"--rw={self.rw}",
+            f"--bs={self.block_size}",
+            f"--iodepth={self.depth}",
+            f"--ioengine={'libaio' if self.depth > 1 else 'psync'}",
+            f"--direct={self.direct:d}",
+            "--invalidate=0",
+            "--norandommap",
+            "--randrepeat=1",
+            "--time_based",
+            f"--runtime={runtime * 1000:.0f}ms",
+            f"--ramp_time={RAMP * 1000:.0f}ms",
+            *self.options,
+            "--output-format=json",
+        ]
+        output = run(command, timeout=runtime + 60)
+        job = json.loads(output[output.index("{") :])["jobs"][0]
+        side = job["read" if "read" in self.rw else "write"]
+        if job["error"] or not side["total_ios"]:
+            raise ServerError(f"fio --rw={self.rw} on {path} failed with error {job['error']}")
+        value = float(side["iops"] if self.unit == "IOPS" else side["bw_bytes"])
+        return Measurement(value, side["bw_bytes"] * (runtime + RAMP))
+
+
+@dataclass(frozen=True)
+class OnLoop:
+    """A job on a loop device over the file, with direct I/O between the two."""
+
+    job: Fio
+
+    @property
+    def unit(self) -> str:
+        """That of the job."""
+        return self.job.unit
+
+    @property
+    def needs_root(self) -> bool:
+        """Loop devices are root's."""
+        return True
+
+    def measure(self, path: Path, runtime: float) -> Measurement:
+        """Run the job on the device; raises ServerError."""
+        with loop_device(path) as device:
+            return self.job.measure(device, runtime)
+
+
+@dataclass(frozen=True)
+class Tar:
+    """Reading every file of the filesystem in the flat file, mounted from a loop device, once.
+
+    Daemon, mount and loop device are new for each run, so no cache between tar and the daemon holds anything yet.
+    """
+
+    @property
+    def unit(self) -> str:
+        """Seconds."""
+        return "s"
+
+    @property
+    def needs_root(self) -> bool:
+        """Loop devices and mounting are root's."""
+        return True
+
+    def measure(self, path: Path, runtime: float) -> Measurement:
+        """Read all files; *runtime* is not used. Raises ServerError."""
+        with loop_device(path) as device, filesystem(device) as files:
+            # GNU tar does not read what it writes to /dev/null.
+            command = ["bash", "-o", "pipefail", "-c", 'tar -C "$1" -cf - . | cat >/dev/null', "tar", str(files)]
+            before, start = _bytes_read(device), time.perf_counter()
+            run(command, timeout=PATIENCE)
+            seconds = time.perf_counter() - start
+            return Measurement(seconds, _bytes_read(device) - before)
+
+
+@contextmanager
+def loop_device(path: Path) -> Iterator[Path]:
+    """A loop device over the file at *path*, detached again whatever happens; raises ServerError."""
+    try:
+        device = Path(run(["losetup", "--find", "--show", "--direct-io=on", str(path)]).splitlines()[-1])
+        if (_of(device) / "loop/dio").read_text().strip() != "1":
+            raise ServerError(f"{device} over {path} does not take direct I/O")
+        yield device
+    finally:
+        # Found by name, not by what losetup printed: it may have been interrupted before.
+        for attached in _devices_on(path):
+            run(["losetup", "--detach", str(attached)])
+            _wait_until_detached(attached)
+
+
+@contextmanager
+def filesystem(device: Path) -> Iterator[Path]:
+    """The filesystem on *device*, mounted read-only and taken away whatever happens; raises ServerError."""
+    mountpoint = Path(tempfile.mkdtemp(prefix="fusedisk-bench."))
+    try:
+        run(["mount", "-t", "ext4", "-o", "ro,noload", str(device), str(mountpoint)])
+        yield mountpoint
+    finally:
+        if os.path.ismount(mountpoint):
+            run(["umount", str(mountpoint)])
+        mountpoint.rmdir()
+
+
+def _size(path: Path) -> int:
+    with path.open("rb", buffering=0) as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def _of(device: Path) -> Path:
+    return Path("/sys/block", device.name)
+
+
+def _bytes_read(device: Path) -> int:
+    """By the kernel's count, which is in sectors of 512 bytes on every device."""
+    return int((_of(device) / "stat").read_text().split()[2]) * 512
+
+
+def _devices_on(path: Path) -> list[Path]:
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        if backing.read_text().rstrip("\n") == str(path):
+            found.append(Path("/dev", backing.parent.parent.name))
+    return found
+
+
+def _wait_until_detached(device: Path) -> None:
+    deadline = time.monotonic() + COMMAND_TIMEOUT
+    while (_of(device) / "loop").exists():
+        if time.monotonic() > deadline:
+            raise ServerError(f"{device} is still attached after {COMMAND_TIMEOUT:.0f} seconds")
+        time.sleep(0.01)
