@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,14 @@ import psutil
 import pytest
 from rich.console import Console
 
-from scripts.benchmark import servers
+from scripts.benchmark import images, jobs, servers
 from scripts.benchmark.__main__ import compare, measure_once
 from scripts.benchmark.images import make_images
+from scripts.benchmark.jobs import Fio, OnLoop, Tar, loop_device
 from scripts.benchmark.report import Result, as_json, print_results
 from scripts.benchmark.servers import SERVERS, Served, ServerError
-from scripts.benchmark.workloads import OURS, THEIRS, WORKLOADS, Contender
-from tests.conftest import qemu_img, require_fuse, require_tool
+from scripts.benchmark.workloads import CHAIN, HOST_FILE, OURS, PASSTHROUGH, SINGLE, THEIRS, WORKLOADS, Contender
+from tests.conftest import qemu_img, require_fuse, require_root, require_tool, run_tool
 
 READ = WORKLOADS["randread-4k-d1"]
 
@@ -61,6 +63,129 @@ def test_missed_goals_are_told() -> None:
     assert reached.missed == []
 
 
+def test_fewer_seconds_are_better() -> None:
+    result = Result("ext4", WORKLOADS["loop-tar"], runs={OURS: [2.0], THEIRS: [3.0]})
+    assert result.ratio == 1.5
+    assert result.missed == []
+    output = io.StringIO()
+    print_results(Console(file=output, width=200), [result])
+    assert "2.00 s (2.00 – 2.00)" in output.getvalue()
+
+
+def test_rows_of_other_pairs_have_tables_of_their_own_and_no_goal_for_cpu() -> None:
+    chain = WORKLOADS["chain-randread-4k-d1"]
+    result = Result(
+        "chain", chain, chain.pair, runs={CHAIN: [80.0], SINGLE: [100.0]}, cpu={CHAIN: [3.0], SINGLE: [2.0]}
+    )
+    assert result.ratio == 0.8
+    assert result.missed == ["chain, chain-randread-4k-d1: the ratio is 0.80, the goal at least 0.83"]
+    output = io.StringIO()
+    print_results(Console(file=output, width=200), [Result("raw", READ), result])
+    lines = output.getvalue().splitlines()
+    assert [line for line in lines if OURS in line and THEIRS in line] != []
+    assert [line for line in lines if CHAIN in line and SINGLE in line and OURS not in line] != []
+
+
+def test_own_rows_run_where_our_server_is_asked_for() -> None:
+    chain = WORKLOADS["chain-randread-4k-d1"]
+    assert chain.contenders([OURS]) == (CHAIN, SINGLE)
+    assert chain.contenders([THEIRS]) == ()
+    assert READ.contenders([THEIRS]) == (THEIRS,)
+
+
+def test_what_cannot_run_here_is_skipped_and_told(
+    plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.release", lambda: "6.8.12-generic")
+    output = io.StringIO()
+    names, formats = ("passthrough-seqread-1m",), ("raw",)
+    assert compare(Console(file=output), tmp_path, [OURS], names, formats, runs=1, runtime=0.05, size=1) == []
+    assert "skipped: passthrough-seqread-1m: passthrough needs root and Linux 6.9" in output.getvalue()
+    assert plain == []
+
+
+def test_chain_shows_the_same_and_each_layer_has_its_part(tmp_path: Path) -> None:
+    require_tool("qemu-img")
+    made = make_images(tmp_path, 3 << 20, ("raw", "chain"))
+    top = made["chain"]
+    assert [len(json.loads(qemu_img("info", "--backing-chain", "--output=json", top.path))), top.depth] == [16, 16]
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", made["raw"].path, top.path)
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", made["raw"].path, top.bottom.path)
+    shown: dict[int, int] = {}
+    for extent in json.loads(qemu_img("map", "--output=json", top.path)):
+        shown[extent["depth"]] = shown.get(extent["depth"], 0) + extent["length"]
+    assert shown == dict.fromkeys(range(16), (3 << 20) // 16)
+
+
+def test_every_file_is_read_from_the_loop_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require_root()
+    require_tool("qemu-img")
+    monkeypatch.setattr(images, "FILES", 200)
+    monkeypatch.setattr(images, "FILES_SIZE", 32 << 20)
+    image = make_images(tmp_path, 1 << 20, ("ext4",))["ext4"]
+    flat = tmp_path / "flat"
+    qemu_img("convert", "-O", "raw", image.path, flat)
+    run_tool("e2fsck", "-fn", flat)
+    found = Tar().measure(flat, 0.0)
+    assert 0 < found.value < jobs.PATIENCE
+    assert 200 * (20 << 10) < found.served < 32 << 20
+    assert jobs._devices_on(flat) == []
+
+
+def test_a_damaged_filesystem_leaves_nothing_attached(tmp_path: Path) -> None:
+    require_root()
+    flat = tmp_path / "flat"
+    flat.write_bytes(bytes(1 << 20))
+    with pytest.raises(ServerError, match="mount -t ext4"):
+        Tar().measure(flat, 0.0)
+    assert jobs._devices_on(flat) == []
+
+
+def test_fio_runs_on_the_loop_device(tmp_path: Path) -> None:
+    require_root()
+    require_tool("fio")
+    flat = tmp_path / "flat"
+    flat.write_bytes(bytes(1 << 20))
+    assert OnLoop(Fio("randread", 4096, 16)).measure(flat, 0.05).value > 0
+    assert jobs._devices_on(flat) == []
+
+
+def test_an_interrupt_while_attaching_leaves_nothing_attached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require_root()
+    flat = tmp_path / "flat"
+    flat.write_bytes(bytes(1 << 20))
+
+    def interrupted(command: list[str], timeout: float = 60) -> str:
+        text = servers.run(command, timeout)
+        if "--find" in command:
+            assert jobs._devices_on(flat) != []
+            raise KeyboardInterrupt
+        return text
+
+    monkeypatch.setattr(jobs, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt), loop_device(flat):
+        pass
+    assert jobs._devices_on(flat) == []
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_data_that_is_not_passed_through_is_noticed(fmt: str, tmp_path: Path) -> None:
+    require_fuse()
+    row = WORKLOADS["passthrough-seqread-1m"]
+    if row.unable:
+        pytest.skip(row.unable)
+    image = make_images(tmp_path, 4 << 20, (fmt,))[fmt]
+    result = Result(fmt, row, row.pair)
+    measure_once(result, PASSTHROUGH, image, tmp_path, 0.05)
+    if fmt == "raw":
+        assert result.errors == {}
+        measure_once(result, HOST_FILE, image, tmp_path, 0.05)
+        assert result.ratio is not None
+        assert result.cpu_ratio is None
+    else:
+        assert "was not passed through" in result.errors[PASSTHROUGH]
+
+
 def test_compressed_image_is_compressed_about_two_to_one(tmp_path: Path) -> None:
     require_tool("qemu-img")
     image = make_images(tmp_path, 1 << 20, ("compressed",))["compressed"].path
@@ -91,20 +216,20 @@ def test_a_failed_run_is_told_and_counts_as_none(monkeypatch: pytest.MonkeyPatch
 
 def test_images_of_all_formats_hold_the_same(tmp_path: Path) -> None:
     require_tool("qemu-img")
-    images = make_images(tmp_path, 1 << 20, ("raw", "qcow2"))
-    qemu_img("compare", "-f", "raw", "-F", "qcow2", images["raw"].path, images["qcow2"].path)
-    assert '"zero": true' not in qemu_img("map", "--output=json", images["qcow2"].path)
+    made = make_images(tmp_path, 1 << 20, ("raw", "qcow2"))
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", made["raw"].path, made["qcow2"].path)
+    assert '"zero": true' not in qemu_img("map", "--output=json", made["qcow2"].path)
 
 
 @pytest.mark.parametrize("server", [OURS, THEIRS])
 def test_a_served_image_is_flat_and_goes_away(server: str, tmp_path: Path) -> None:
     require_fuse()
     require_tool("qemu-storage-daemon")
-    images = make_images(tmp_path, 1 << 20, ("raw", "qcow2"))
-    with SERVERS[server](images["qcow2"].path, "qcow2", tmp_path) as served:
-        assert served.path.read_bytes() == images["raw"].path.read_bytes()
+    made = make_images(tmp_path, 1 << 20, ("raw", "qcow2"))
+    with SERVERS[server](made["qcow2"].path, "qcow2", tmp_path) as served:
+        assert served.path.read_bytes() == made["raw"].path.read_bytes()
         pid = served.process.pid
-    with pytest.raises(RuntimeError, match="interrupted"), SERVERS[server](images["qcow2"].path, "qcow2", tmp_path):
+    with pytest.raises(RuntimeError, match="interrupted"), SERVERS[server](made["qcow2"].path, "qcow2", tmp_path):
         raise RuntimeError("interrupted")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.qcow2", "image.raw"]
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

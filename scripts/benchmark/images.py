@@ -15,15 +15,15 @@ CLUSTER = 64 << 10
 """qcow2's cluster size, in bytes."""
 DEPTH = 16
 """Images in the chain."""
-FILES = 4000
+FILES = 10_000
 """Files in the filesystem, of 1 to 48 KiB each."""
-FILES_SIZE = 256 * MIB
+FILES_SIZE = 512 * MIB
 """Size of the disk with the filesystem, whatever that of the other images, in bytes."""
 
 FORMATS = {"raw": "raw", "qcow2": "qcow2", "compressed": "qcow2", "ext4": "qcow2", "chain": "qcow2"}
 """What is served, and the driver that opens it.
 
-``compressed``: zlib in clusters of 64 KiB, about 2:1. ``ext4``: a filesystem with some thousand files. ``chain``: the
+``compressed``: zlib in clusters of 64 KiB, about 2:1. ``ext4``: a filesystem with ten thousand files. ``chain``: the
 lowest of DEPTH images holds everything, each other one a sixteenth of it again, cluster by cluster in turns.
 """
 
