@@ -9,11 +9,21 @@ All of it is synchronous, but for waiting.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 
 import trio
 
 from fusedisk.core.inflate import InflateError
+
+_LEAST_CAPACITY, _MOST_CAPACITY = 16 << 20, 128 << 20
+_SHARE_OF_MEMORY = 64
+
+
+def inflated_capacity() -> int:
+    """Bytes that one image's pieces may take up on this machine: a sixty-fourth of its memory, within reason."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(max(memory // _SHARE_OF_MEMORY, _LEAST_CAPACITY), _MOST_CAPACITY)
 
 
 class Load:

@@ -19,7 +19,7 @@ from fusedisk.block import io
 from fusedisk.block.child import Child
 from fusedisk.block.node import Node
 from fusedisk.core.errors import CorruptImageError, FusediskError
-from fusedisk.core.inflated_cache import InflatedCache
+from fusedisk.core.inflated_cache import InflatedCache, inflated_capacity
 from fusedisk.core.locks import Mutex
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import layout
@@ -39,8 +39,8 @@ from fusedisk.drivers.format.qcow2.layout import Header
 log = logging.getLogger(__name__)
 
 MIN_L2_TABLES = 2
-INFLATED_BYTES = 32 << 20
-"""Inflated clusters kept, in bytes."""
+INFLATED_BYTES = inflated_capacity()
+"""Inflated clusters kept of each image."""
 SNAPSHOT_L2 = "snapshot's L2 table"
 """What the overlap checks call it."""
 
