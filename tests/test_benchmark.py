@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ from rich.console import Console
 from scripts.benchmark import images, jobs, servers
 from scripts.benchmark.__main__ import compare, measure_once
 from scripts.benchmark.images import make_images
-from scripts.benchmark.jobs import Fio, OnLoop, Tar, loop_device
+from scripts.benchmark.jobs import Fio, OnLoop, Tar, filesystem, loop_device
 from scripts.benchmark.report import Result, as_json, print_results
 from scripts.benchmark.servers import SERVERS, Served, ServerError
 from scripts.benchmark.workloads import CHAIN, HOST_FILE, OURS, PASSTHROUGH, SINGLE, THEIRS, WORKLOADS, Contender
@@ -247,3 +247,36 @@ def test_json_holds_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_command_that_hangs_is_told() -> None:
     with pytest.raises(ServerError, match="sleep 60 did not end within 0 seconds"):
         servers.run(["sleep", "60"], timeout=0.01)
+
+
+def test_what_a_hanging_command_started_ends_with_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    with pytest.raises(ServerError, match="did not end"):
+        servers.run(["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"], timeout=1.0)
+    child = int(pid.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_busy_filesystem_hides_no_interrupt_and_goes_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require_root()
+    require_tool("qemu-img")
+    monkeypatch.setattr(images, "FILES", 10)
+    monkeypatch.setattr(images, "FILES_SIZE", 32 << 20)
+    flat = tmp_path / "flat"
+    qemu_img("convert", "-O", "raw", make_images(tmp_path, 1 << 20, ("ext4",))["ext4"].path, flat)
+    monkeypatch.setattr(jobs, "COMMAND_TIMEOUT", 0.5)
+    mountpoints = []
+    with ExitStack() as readers:
+
+        def read_and_be_interrupted() -> None:
+            with loop_device(flat) as device, filesystem(device) as files:
+                mountpoints.append(files)
+                readers.enter_context((files / "00" / "0").open("rb"))
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            read_and_be_interrupted()
+        devices = jobs._devices_on(flat)
+        assert len(devices) == 1
+    assert [path.exists() for path in mountpoints] == [False]
+    jobs._wait_until_detached(devices[0])

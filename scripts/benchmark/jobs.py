@@ -6,9 +6,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -161,29 +162,49 @@ class Tar:
 @contextmanager
 def loop_device(path: Path) -> Iterator[Path]:
     """A loop device over the file at *path*, detached again whatever happens; raises ServerError."""
-    try:
+    with _undone(partial(_detach, path)):
         device = Path(run(["losetup", "--find", "--show", "--direct-io=on", str(path)]).splitlines()[-1])
         if (_of(device) / "loop/dio").read_text().strip() != "1":
             raise ServerError(f"{device} over {path} does not take direct I/O")
         yield device
-    finally:
-        # Found by name, not by what losetup printed: it may have been interrupted before.
-        for attached in _devices_on(path):
-            run(["losetup", "--detach", str(attached)])
-            _wait_until_detached(attached)
 
 
 @contextmanager
 def filesystem(device: Path) -> Iterator[Path]:
     """The filesystem on *device*, mounted read-only and taken away whatever happens; raises ServerError."""
     mountpoint = Path(tempfile.mkdtemp(prefix="fusedisk-bench."))
-    try:
+    with _undone(partial(_unmount, mountpoint)):
         run(["mount", "-t", "ext4", "-o", "ro,noload", str(device), str(mountpoint)])
         yield mountpoint
-    finally:
-        if os.path.ismount(mountpoint):
+
+
+@contextmanager
+def _undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Call *undo* at the end; what it raises does not hide what happened before, least of all Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        with suppress(ServerError):
+            undo()
+        raise
+    undo()
+
+
+def _unmount(mountpoint: Path) -> None:
+    """Unmount, at once in name only where a reader that was killed still holds it, and remove the mountpoint."""
+    if os.path.ismount(mountpoint):
+        try:
             run(["umount", str(mountpoint)])
-        mountpoint.rmdir()
+        except ServerError:
+            run(["umount", "--lazy", str(mountpoint)])
+    mountpoint.rmdir()
+
+
+def _detach(path: Path) -> None:
+    """Take every loop device off the file; found by name, since losetup may not have told which it made."""
+    for device in _devices_on(path):
+        run(["losetup", "--detach", str(device)])
+        _wait_until_detached(device)
 
 
 def _size(path: Path) -> int:

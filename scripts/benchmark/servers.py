@@ -101,20 +101,24 @@ SERVERS: dict[str, Server] = {"fusedisk": fusedisk, "qemu-storage-daemon": qemu_
 def run(command: list[str], timeout: float = COMMAND_TIMEOUT) -> str:
     """Run a command and return its stdout; raises ServerError with its last words when it fails or hangs.
 
-    Output goes through a file: a daemon that keeps our pipe open must not make us wait for it.
+    Output goes through a file: a daemon that keeps our pipe open must not make us wait for it. What the command started
+    ends with it when it hangs or we are interrupted; daemons have left its process group by then.
     """
     with os.fdopen(os.memfd_create("output"), "w+", errors="replace") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0)
         try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=timeout, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise ServerError(f"{_short(command)} did not end within {timeout:.0f} seconds") from None
+            code = process.wait(timeout)
+        except BaseException as exc:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(exc, subprocess.TimeoutExpired):
+                raise ServerError(f"{_short(command)} did not end within {timeout:.0f} seconds") from None
+            raise
         output.seek(0)
         text = output.read()
-    if done.returncode != 0:
+    if code != 0:
         last = "\n".join(text.strip().splitlines()[-5:])
-        raise ServerError(f"{_short(command)} exited {done.returncode}: {last}")
+        raise ServerError(f"{_short(command)} exited {code}: {last}")
     return text
 
 
