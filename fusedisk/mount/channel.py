@@ -128,6 +128,8 @@ class Channel:
         """Let go of the connection."""
         self._library.close()
         os.close(self._device)
+        self._spare.clear()
+        self._replies.clear()
 
     def invalidate(self, inode: int, *, attributes_only: bool) -> None:
         """Let the kernel forget what it has cached of a file. For data it blocks until the kernel needs nothing of us,
