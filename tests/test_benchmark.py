@@ -63,6 +63,17 @@ def test_missed_goals_are_told() -> None:
     assert reached.missed == []
 
 
+def test_each_row_and_goal_is_described() -> None:
+    text = (Path(__file__).parents[1] / "docs/benchmark.md").read_text()
+    for workload in WORKLOADS.values():
+        start, _, depth = workload.name.rpartition("-")
+        lines = [line for line in text.splitlines() if f"`{workload.name}`" in line]
+        if depth == "d16" and not lines:
+            lines = [line for line in text.splitlines() if f"`{start}-d1`, `-d16`" in line]
+        assert len(lines) == 1, workload.name
+        assert ("none" if workload.goal is None else f"{workload.goal:.2f}") in lines[0].split("|")[-2]
+
+
 def test_fewer_seconds_are_better() -> None:
     result = Result("ext4", WORKLOADS["loop-tar"], runs={OURS: [2.0], THEIRS: [3.0]})
     assert result.ratio == 1.5
