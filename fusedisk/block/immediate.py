@@ -11,6 +11,7 @@ range of it leads, through all layers, is remembered: a chain of sixteen images 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -160,17 +161,20 @@ class Immediate:
         if room <= 0:
             zero_fill(buffer)
             return length
-        length = min(length, room)
+        if length > room:
+            length = room
         runs = self._chains.get(below)
         if runs is None:
             return length if self._fill(below, offset, buffer[:length], length) else 0
-        index = runs.find(offset)
-        if index < 0:
+        index = bisect_right(runs.starts, offset) - 1
+        if index < 0 or offset >= runs.ends[index]:
             self._learn(runs, below, offset, length)
             index = runs.find(offset)
             if index < 0:
                 return 0
-        length = min(length, runs.ends[index] - offset)
+        known = runs.ends[index] - offset
+        if length > known:
+            length = known
         part = buffer if length == len(buffer) else buffer[:length]
         return length if runs.targets[index](offset + runs.deltas[index], part) else 0
 

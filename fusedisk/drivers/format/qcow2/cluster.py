@@ -80,9 +80,11 @@ class ClusterMap:
         index = offset >> self._cluster_bits & self._l2_mask
         entry = table[index]
         host = entry & OFFSET_MASK
-        if not host or entry & self._unusual:
-            return self._unusual_extent(table, index, offset, length)
         inside = offset & self._cluster_mask
+        if not host or entry & self._unusual:
+            if not entry and inside + length <= self._cluster_size:
+                return _new(Extent, (UNALLOCATED, length, None, 0, False, False, None))
+            return self._unusual_extent(table, index, offset, length)
         if inside + length > self._cluster_size:
             length = self._run(table, index, inside, length, self._cluster_size)
         # Extent() itself costs twice as much.
