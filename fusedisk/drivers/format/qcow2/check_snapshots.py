@@ -95,7 +95,7 @@ async def read_snapshot_table(image: CheckedImage, *, repair: bool) -> SnapshotT
     count, offset = header.nb_snapshots, header.snapshots_offset
     if count > layout.MAX_SNAPSHOTS and not repair:
         raise _refuse(image, f"{count} snapshots, but at most {layout.MAX_SNAPSHOTS} were wanted")
-    if offset & image.cluster_mask or offset + layout.MAX_SNAPSHOTS * _FIXED.size >> 63:
+    if offset & image.cluster_mask or offset + min(count, layout.MAX_SNAPSHOTS) * _FIXED.size >> 63:
         raise _refuse(image, f"its snapshot table at {offset}, where none can be")
     table = SnapshotTable([], 0, dropped=max(count - layout.MAX_SNAPSHOTS, 0))
     reader = _Reader(image)
