@@ -99,6 +99,8 @@ class Run:
         self.graph = Graph(JITTER_DRIVERS)
         options = open_options(self.scenario, self.chain, self._opening)
         self.backend = await self.graph.open_backend(options, writable=True)
+        if random.Random(f"short way {self.scenario.seed} {self._snapshots}").random() < 0.5:
+            self.backend.immediate.disable()
 
     async def close(self) -> None:
         """Close it, and leave nothing."""
