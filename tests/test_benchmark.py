@@ -20,6 +20,7 @@ from scripts.benchmark.report import Result, as_json, print_results
 from scripts.benchmark.servers import SERVERS, Served, ServerError
 from scripts.benchmark.workloads import CHAIN, HOST_FILE, OURS, PASSTHROUGH, SINGLE, THEIRS, WORKLOADS, Contender
 from tests.conftest import qemu_img, require_fuse, require_root, require_tool, run_tool
+from tests.support.mounts import wait_until
 
 READ = WORKLOADS["randread-4k-d1"]
 
@@ -265,7 +266,14 @@ def test_what_a_hanging_command_started_ends_with_it(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="did not end"):
         servers.run(["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"], timeout=1.0)
     child = int(pid.read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+    def has_ended() -> bool:
+        try:
+            return psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_until(has_ended, "the child of the command has ended")
 
 
 def test_a_busy_filesystem_hides_no_interrupt_and_goes_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
