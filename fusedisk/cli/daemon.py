@@ -7,7 +7,6 @@ flush and close everything. SIGTERM, SIGINT and SIGHUP unmount as soon as nobody
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import logging
@@ -25,7 +24,7 @@ from fusedisk.core.errors import FusediskError, host_error
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
-from fusedisk.mount import holders, mountinfo, mountpoint, runtime, unmounting
+from fusedisk.mount import holders, memory_pressure, mountinfo, mountpoint, runtime, unmounting
 from fusedisk.mount.attachment import Attachment
 from fusedisk.mount.loop_device import LoopSettings
 from fusedisk.mount.loop_follower import LoopFollower
@@ -41,8 +40,6 @@ _RETRY = 1.0
 _SWITCH_INTERVAL = 0.0002
 """Seconds after which a thread that wants to run Python gets to. Those that inflate ask for a few microseconds between
 two clusters, and would wait for Python's default of five milliseconds."""
-_PR_SET_IO_FLUSHER = 57
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,7 +81,7 @@ class Daemon:
 
     async def run(self) -> int:
         """All of it."""
-        _prepare_for_memory_pressure()
+        memory_pressure.prepare()
         sys.setswitchinterval(_SWITCH_INTERVAL)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) as signals:
             async with trio.open_nursery() as nursery:
@@ -294,17 +291,6 @@ class Daemon:
 def _describe_users(path: str) -> str:
     mount = mountinfo.mount_at(path)
     return holders.describe(mount) if mount is not None else "not in use"
-
-
-def _prepare_for_memory_pressure() -> None:
-    """Let the kernel not wait for us while it waits for memory that only our writing frees, as far as it lets us: it
-    must not ask us for pages while it serves us (prctl(2), CAP_SYS_RESOURCE), nor take those away that we have
-    (mlockall(2), CAP_IPC_LOCK)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
-        log.debug("the process cannot be marked as an I/O flusher: %s", os.strerror(ctypes.get_errno()))
-    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
-        log.debug("the process's memory cannot be locked: %s", os.strerror(ctypes.get_errno()))
 
 
 def _write_pid_file(path: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from fusedisk.core.errors import HostError
-from fusedisk.mount import holders, mountinfo, runtime
+from fusedisk.mount import holders, memory_pressure, mountinfo, runtime
 from fusedisk.mount.mountinfo import Mount
 from fusedisk.mount.runtime import ExportRecord, MountRecord
 from fusedisk.mount.session import mount_options
@@ -173,3 +175,23 @@ def test_json_of_a_record_is_plain(tmp_path: Path) -> None:
     record.write()
     content = json.loads(Path(record.path).read_text())
     assert content.keys() == {"mountpoint", "pid", "started", "exports", "error", "loop"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "capable", "may"),
+    [(8 << 20, False, False), (1 << 40, False, False), (resource.RLIM_INFINITY, False, True), (8 << 20, True, True)],
+)
+def test_memory_is_locked_only_where_there_is_no_limit(
+    monkeypatch: pytest.MonkeyPatch, limit: int, capable: bool, may: bool
+) -> None:
+    """A lock under a limit holds for the stacks of threads to come as well."""
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (limit, limit))
+    monkeypatch.setattr(memory_pressure, "_has_capability", lambda number: capable)
+    assert memory_pressure._may_lock() == may
+
+
+def test_capabilities_are_those_of_the_process() -> None:
+    held = int(re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)  # type: ignore[index]
+    assert [memory_pressure._has_capability(number) for number in range(41)] == [
+        bool(held >> number & 1) for number in range(41)
+    ]
