@@ -66,7 +66,19 @@ class Session:
                 log.warning("The data channel is off, so holes and discard are missing: %s", exc)
 
     async def serve(self, ready: Callable[[], None]) -> None:
-        """Serve until the mount is gone. ``ready`` is called once a ``stat`` from outside has been answered."""
+        """Serve until the mount is gone. ``ready`` is called once a ``stat`` from outside has been answered.
+
+        Raises HostError where the connection to the kernel breaks.
+        """
+        try:
+            await self._serve(ready)
+        except BaseExceptionGroup as group:
+            broken, others = group.split(HostError)
+            if broken is None or others is not None:
+                raise
+            raise _first(broken) from group
+
+    async def _serve(self, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._wait_ready, ready)
             nursery.start_soon(self._invalidate)
@@ -141,6 +153,12 @@ class Session:
             Path(f"/sys/class/bdi/{self._mount.device}/read_ahead_kb").write_text(str(READAHEAD_KIB))
         except OSError:
             pass
+
+
+def _first(group: BaseExceptionGroup[HostError]) -> HostError:
+    """One of the errors of a group."""
+    found = group.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 def mount_options(images: list[str], *, read_only: bool, allow_other: bool) -> set[str]:

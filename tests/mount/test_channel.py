@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from tests.conftest import run_tool
+from tests.support.commands import process_environment
 from tests.support.images import make_qcow2
 from tests.support.mounts import Mounts, daemon_of, is_mounted, wait_until
 
@@ -120,6 +122,23 @@ def test_a_reader_that_hangs_can_be_killed(mounts: Mounts, raw: Path, tmp_path: 
         reader.kill()
         reader.wait()
         broken.unlink()
+
+
+def test_a_message_that_makes_no_sense(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
+    """The mount ends, with one sentence and its image closed."""
+    script = tmp_path / "misread.py"
+    script.write_text(
+        "import struct\n"
+        "from fusedisk.cli.main import main\n"
+        "from fusedisk.mount import channel\n"
+        "channel._HEAD = struct.Struct('=4xIIQ20xQQI')\n"
+        "main()\n"
+    )
+    command = [sys.executable, str(script), "mount", "--foreground", "-f", "raw", str(raw), str(mounts.directory())]
+    done = subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"fusedisk: The kernel sent \d+ bytes as a request of \d+: the mount ends\.\n", done.stderr)
+    assert not is_mounted(Path(command[-1]))
 
 
 def test_a_connection_that_the_kernel_aborts(mounts: Mounts, raw: Path) -> None:
