@@ -35,8 +35,10 @@ from fusedisk.mount.splicing import Spliced
 
 log = logging.getLogger(__name__)
 
+MOST_PLACES = 256
+"""Requests that are known of and not answered."""
 MOST_TASKS = 64
-"""Requests that wait at the same time."""
+"""Of them, those that are served at the same time."""
 MOST_BYTES = 32 << 20
 """Bytes of data that they hold."""
 _TURNS = 64
@@ -105,6 +107,7 @@ class Channel:
         self._answers = Answers(operations, self._negotiation, PassedThrough(self._device, passthrough))
         self._spare = [Request() for _ in range(_LEAST_SPARE)]
         self._replies = [_pages(_REPLY + wire.MAX_WRITE) for _ in range(_LEAST_SPARE)]
+        self._places = 0
         self._tasks = 0
         self._bytes = 0
         self._room: trio.Event | None = None
@@ -155,7 +158,7 @@ class Channel:
             try:
                 length = readv(device, vector)
             except BlockingIOError:
-                if clock() < deadline and not self._tasks and not self._forwarded:
+                if clock() < deadline and not self._places and not self._forwarded:
                     continue
                 start = clock()
                 await trio.lowlevel.wait_readable(device)
@@ -204,7 +207,7 @@ class Channel:
                 request = self._take_request()
                 vector, head, data = request.vector, request.head, request.data
             turns += 1
-            if turns >= _TURNS and (self._tasks or self._forwarded or turns >= 16 * _TURNS):
+            if turns >= _TURNS and (self._places or self._forwarded or turns >= 16 * _TURNS):
                 turns = 0
                 await trio.lowlevel.checkpoint()
             deadline = clock() + poll
@@ -225,8 +228,7 @@ class Channel:
             if handle is None or size > wire.MAX_WRITE:
                 self.answer(unique, -errno.EBADF if handle is None else -errno.EINVAL)
             else:
-                await self._make_room()
-                self._begin(size)
+                await self._take_place()
                 nursery.start_soon(self._read, unique, handle, offset, size, self._may_interrupt(unique))
             return False
         if opcode == wire.WRITE:
@@ -235,6 +237,7 @@ class Channel:
             if handle is None:
                 self.answer(unique, -errno.EBADF)
                 return False
+            await self._take_place()
             await self._make_room()
             self._begin(size)
             nursery.start_soon(self._write, unique, handle, offset, size, request)
@@ -246,8 +249,7 @@ class Channel:
             return False
         work = self._answers.work(opcode, request.start(length))
         if work is not None:
-            await self._make_room()
-            self._begin(0)
+            await self._take_place()
             scope = self._may_interrupt(unique) if opcode in _INTERRUPTIBLE else trio.CancelScope()
             nursery.start_soon(self._work, unique, work, opcode, scope)
             return False
@@ -258,19 +260,31 @@ class Channel:
 
     # --- requests that wait -----------------------------------------------------------------------------
 
+    async def _take_place(self) -> None:
+        """Wait until another request may be known of. While places are left, interrupts are read, too."""
+        while self._places >= MOST_PLACES:
+            await self._changed()
+        self._places += 1
+
     async def _make_room(self) -> None:
-        """Wait until another request may begin to wait."""
+        """Wait until another request may be served, and may hold data."""
         while self._tasks >= MOST_TASKS or self._bytes >= MOST_BYTES:
+            await self._changed()
+
+    async def _changed(self) -> None:
+        if self._room is None:
             self._room = trio.Event()
-            await self._room.wait()
+        await self._room.wait()
 
     def _begin(self, size: int) -> None:
         self._tasks += 1
         self._bytes += size
 
-    def _end(self, size: int) -> None:
-        self._tasks -= 1
-        self._bytes -= size
+    def _end(self, size: int, *, begun: bool = True) -> None:
+        self._places -= 1
+        if begun:
+            self._tasks -= 1
+            self._bytes -= size
         if self._room is not None:
             self._room.set()
             self._room = None
@@ -281,9 +295,12 @@ class Channel:
         return scope
 
     async def _read(self, unique: int, handle: Handle, offset: int, size: int, scope: trio.CancelScope) -> None:
-        reply = self._take_reply()
+        reply: memoryview | None = None
         try:
             with scope:
+                await self._make_room()
+                self._begin(size)
+                reply = self._take_reply()
                 try:
                     size_read = await handle.export.read_into(offset, reply[_REPLY : _REPLY + size])
                 except Exception as exc:
@@ -295,9 +312,9 @@ class Channel:
                 self.answer(unique, -errno.EINTR)
         finally:
             del self._interruptible[unique]
-            if len(self._replies) < _MOST_SPARE:
+            if reply is not None and len(self._replies) < _MOST_SPARE:
                 self._replies.append(reply)
-            self._end(size)
+            self._end(size, begun=reply is not None)
 
     async def _write(self, unique: int, handle: Handle, offset: int, size: int, request: Request) -> None:
         try:
@@ -312,8 +329,12 @@ class Channel:
             self._end(size)
 
     async def _work(self, unique: int, work: Work, opcode: int, scope: trio.CancelScope) -> None:
+        begun = False
         try:
             with scope:
+                await self._make_room()
+                self._begin(0)
+                begun = True
                 try:
                     body = await work()
                 except Exception as exc:
@@ -324,7 +345,7 @@ class Channel:
                 self.answer(unique, -errno.EINTR)
         finally:
             self._interruptible.pop(unique, None)
-            self._end(0)
+            self._end(0, begun=begun)
 
     # --- answering --------------------------------------------------------------------------------------
 

@@ -248,6 +248,29 @@ async def test_an_interrupt_that_comes_at_once(setup: Setup) -> None:
     assert await setup.kernel.reply() == (read, errno.EINTR, b"")
 
 
+async def test_interrupts_are_heard_although_nothing_more_is_served(setup: Setup) -> None:
+    setup.disk.cached = False
+    sent = [await setup.kernel.read(512 * index, 512) for index in range(2 * channel.MOST_TASKS)]
+    await setup.disk.until_held(channel.MOST_TASKS)
+    served, parked = sent[0], sent[-1]
+    for unique in (parked, served):
+        await setup.kernel.send(wire.INTERRUPT, wire.INTERRUPT_IN.pack(unique))
+        assert await setup.kernel.reply() == (unique, errno.EINTR, b"")
+    setup.disk.go_on.set()
+    assert {(await setup.kernel.reply())[0] for _ in sent[2:]} == set(sent[1:-1])
+
+
+async def test_requests_that_are_known_of_are_bounded(setup: Setup) -> None:
+    """The others stay where they are."""
+    setup.disk.cached = False
+    sent = [await setup.kernel.read(512 * index, 512) for index in range(channel.MOST_PLACES + 30)]
+    await setup.disk.until_held(channel.MOST_TASKS)
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(setup.channel._interruptible) == channel.MOST_PLACES
+    setup.disk.go_on.set()
+    assert {(await setup.kernel.reply())[0] for _ in sent} == set(sent)
+
+
 @pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("a bug"), OSError(errno.EBADF, "a bug")])
 async def test_a_bug_costs_one_request(setup: Setup, bug: Exception, caplog: pytest.LogCaptureFixture) -> None:
     setup.disk.bug = bug
