@@ -131,10 +131,7 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     if flags & COMPRESSED and not node.driver.is_filter:
         await _write_compressed(node, offset, buffers, length, flags)
         return
-    if end > node.length and not node.driver.moves_bytes and not node.driver.is_filter:
-        raise OutOfRangeError(f"A write up to {end} goes past the end of '{node.filename}' at {node.length}.").at(
-            node.name, "write", offset, length
-        )
+    _check_end(node, end, "A write")
     align = node.limits.request_alignment
     unaligned = align > 1 and bool((offset | length) & (align - 1))
     guard = node.guards_probe and offset < PROBE_SIZE
@@ -152,6 +149,7 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
+            _check_end(node, end, "A write")
         for hook in tuple(node.before_write):
             await hook(offset, length)
         if guard:
@@ -185,6 +183,7 @@ async def _write_compressed(node: Node, offset: int, buffers: Sequence[Buffer], 
     request.enter(node)
     try:
         await request.wait_for_earlier(node)
+        _check_end(node, end, "A compressed write")
         for hook in tuple(node.before_write):
             await hook(offset, length)
         data = buffers[0] if len(buffers) == 1 else memoryview(b"".join(buffers))
@@ -221,6 +220,13 @@ async def write_unaligned(node: Node, offset: int, buffers: Sequence[Buffer], le
             await node.driver.debug_event("pwritev_rmw_after_tail")
         parts.append(last[align - tail :])
     await transfer.write(node, start, (memoryview(b"".join(parts)),), flags)
+
+
+def _check_end(node: Node, end: int, what: str, *, also_files: bool = False) -> None:
+    """Raise OutOfRangeError where ``what`` ends behind the node's end: before a request waits for others, and again
+    after that, since they may have made the node shorter. Files grow, unless ``also_files``."""
+    if end > node.length and (also_files or not (node.driver.moves_bytes or node.driver.is_filter)):
+        raise OutOfRangeError(f"{what} up to {end} goes past the end of '{node.filename}' at {node.length}.")
 
 
 def check_writable(node: Node, flags: int = 0) -> None:
@@ -271,8 +277,7 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
         return
     check_writable(node, flags)
     end = offset + length
-    if end > node.length and not node.driver.moves_bytes and not node.driver.is_filter:
-        raise OutOfRangeError(f"Zeroing up to {end} goes past the end of '{node.filename}' at {node.length}.")
+    _check_end(node, end, "Zeroing")
     if not node.config.discard_unmap and node.config.detect_zeroes != "unmap":
         flags &= ~MAY_UNMAP
     unit = max(node.limits.zeroes_alignment, node.limits.request_alignment, node.limits.cluster_size)
@@ -285,6 +290,7 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
+            _check_end(node, end, "Zeroing")
         for hook in tuple(node.before_write):
             await hook(offset, length)
         if guard:
@@ -306,14 +312,14 @@ async def preallocate(node: Node, offset: int, length: int) -> None:
         return
     check_writable(node, UNCHANGED)
     end = offset + length
-    if end > node.length:
-        raise OutOfRangeError(f"Allocating up to {end} goes past the end of '{node.filename}' at {node.length}.")
+    _check_end(node, end, "Allocating", also_files=True)
     unit = max(node.limits.cluster_size, node.limits.request_alignment)
     start, stop = offset // unit * unit, min(-(-end // unit) * unit, node.length)
     request = Request(start, stop, True, serialising=True)
     request.enter(node)
     try:
         await request.wait_for_earlier(node)
+        _check_end(node, end, "Allocating", also_files=True)
         try:
             with trio.CancelScope(shield=True):
                 await node.driver.preallocate(start, stop - start)
@@ -361,6 +367,9 @@ async def discard(node: Node, offset: int, length: int) -> None:
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
+            stop = min(stop, node.length)
+            if start >= stop:
+                return
         for hook in tuple(node.before_write):
             await hook(start, stop - start)
         if guard:
