@@ -137,6 +137,7 @@ async def _drop_table(allocator: Allocator, l1_index: int) -> None:
     await discard.check_dropped(allocator, dropped)
     image.put_l1_entry(l1_index, 0)
     image.dirty.forget_l2(offset)
+    image.l2.drop(offset)  # another table may be written there next
     allocator.space.free_entries(dropped, reason=Reason.REQUEST)
     allocator.refcounts.free([HostRun(offset >> geometry.cluster_bits, 1)], reason=Reason.REQUEST)
 

@@ -81,6 +81,8 @@ class Switch:
             await self.refcounts.add(run.first, [references - 1] * run.clusters)
             self._new |= dict.fromkeys(range(run.first, run.first + run.clusters), references)
         offset = run.first << self.geometry.cluster_bits
+        for number in range(run.clusters):
+            self.image.l2.drop(offset + (number << self.geometry.cluster_bits))
         padding = bytes(-len(data) % self.geometry.cluster_size)
         await self.image.put_new_table(offset, b"".join((data, padding)) if padding else data)
         return offset
