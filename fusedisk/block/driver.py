@@ -19,7 +19,7 @@ Everything here runs in the one trio thread. Threads do host I/O and CPU work on
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from fusedisk.block import permissions
@@ -294,10 +294,15 @@ class Driver:
         """What ``pwritev`` does within the node's length, if that does not wait. False: a part may be written."""
         return False
 
-    def read_cached(self, offset: int, buffer: Buffer) -> bool:
-        """Fill ``buffer`` with the guest bytes at ``offset`` of a SPECIAL extent, if that does not wait. False:
-        ``buffer`` may hold anything."""
+    def read_cached(self, offset: int, buffer: Buffer, extent: Extent | None = None) -> bool:
+        """Fill ``buffer`` with the guest bytes at ``offset`` of a SPECIAL extent, if that does not wait. ``extent`` is
+        what ``lookup`` has just told of that range, if it was asked. False: ``buffer`` may hold anything."""
         return False
+
+    def cached_source(self, extent: Extent, offset: int) -> tuple[Callable[[int, Buffer], bool], int] | None:
+        """What does :meth:`read_cached` for a range that begins where the SPECIAL ``extent`` does, at ``offset``, and
+        for how many bytes, until the mapping changes; None where there is no such thing."""
+        return None
 
     def host_descriptor(self) -> int | None:
         """A descriptor of a host file that is this node byte by byte, for who wants to reach it past us; None where

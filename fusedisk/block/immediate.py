@@ -6,7 +6,8 @@ is False, and the caller goes through the door, which also finds the words for e
 request is finished before any other can begin, and need not be tracked.
 
 What lies below the top layer of a read-only backing chain does not change as long as the graph does not, so where each
-range of it leads, through all layers, is remembered: a chain of sixteen images costs one search more than a single one.
+range of it leads, through all layers, is remembered. So is, for small reads, where each 64 KiB of the top layer lead,
+until its mapping changes: what is read again takes one look into a table, whatever the depth of the chain.
 """
 
 from __future__ import annotations
@@ -28,6 +29,17 @@ if TYPE_CHECKING:
 
 _Fill = Callable[[int, Buffer], bool]
 """Fills a buffer from a place."""
+_Place = tuple[_Fill, int, int, Node | None]
+"""What fills a buffer, how much its places are more than the disk's offsets, where on the disk that ends, and the node
+that may have serialising requests."""
+
+_PLACE_BITS = 16
+MOST_PLACES = 1 << 15
+"""Kept of one disk: some 8 MiB."""
+PAUSE = 1 << 19
+"""The same, at most, where that did not pay; each place shall be found several times."""
+STEADY = 64
+"""Reads without remembering places after a change of the mapping, at least."""
 
 _MOST_RUNS = 1 << 16
 """Kept of one chain: some 20 MiB."""
@@ -42,7 +54,22 @@ _MOST_STEPS = 64
 class Immediate:
     """The short way to one backend's node."""
 
-    __slots__ = ("_backend", "_chains", "_changes", "_detects", "_graph", "_node", "_off", "_reads", "_writes")
+    __slots__ = (
+        "_backend",
+        "_chains",
+        "_changes",
+        "_detects",
+        "_generation",
+        "_graph",
+        "_node",
+        "_off",
+        "_pause",
+        "_places",
+        "_reads",
+        "_since",
+        "_wait",
+        "_writes",
+    )
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -52,6 +79,15 @@ class Immediate:
         self._node: Node
         self._reads = self._writes = self._detects = False
         self._chains: dict[Node, RunMap[_Fill]] = {}
+        self._places: dict[int, _Place] = {}
+        self._generation = -1
+        """Of the node's mapping, which the places come from."""
+        self._pause = 0
+        """Reads until places are remembered."""
+        self._wait = STEADY
+        """Reads between a change of the mapping and the first place that is remembered."""
+        self._since = 0
+        """Reads that there were when the first of the places was remembered."""
 
     def disable(self) -> None:
         """Answer nothing from now on."""
@@ -68,11 +104,25 @@ class Immediate:
         """Fill ``buffer`` from ``offset``. False: it may hold anything."""
         if self._changes != self._graph.changes:
             self._look()
-        backend, length = self._backend, len(buffer)
-        if not self._reads or backend.quiesced or backend.root is None or offset + length > self._node.length:
+        if not self._reads:
             return False
-        if not self._fill(self._node, offset, buffer, length):
+        backend, node, length = self._backend, self._node, len(buffer)
+        if backend.quiesced or backend.root is None or offset + length > node.length:
             return False
+        if node.generation != self._generation:
+            self._outdate()
+        place = self._places.get(offset >> _PLACE_BITS)
+        if place is not None and offset + length <= place[2]:
+            fill, delta, _, leaf = place
+            if node.serialising or (leaf is not None and leaf.serialising) or not fill(offset + delta, buffer):
+                return False
+        else:
+            if not self._fill(node, offset, buffer, length):
+                return False
+            if self._pause:
+                self._pause -= 1
+            elif place is None and length <= 1 << _PLACE_BITS:
+                self._remember(offset)
         accounting = backend.accounting
         accounting.reads += 1
         accounting.bytes_read += length
@@ -103,6 +153,8 @@ class Immediate:
         """Work out anew, after a change of the graph, what holds for all requests."""
         self._changes = self._graph.changes
         self._chains.clear()
+        self._places.clear()
+        self._generation = -1
         backend = self._backend
         root = backend.root
         if root is None or self._off:
@@ -142,7 +194,7 @@ class Immediate:
                     return False
             elif status == ZERO:
                 zero_fill(part)
-            elif not driver.read_cached(offset, part):
+            elif not driver.read_cached(offset, part, extent):
                 return False
             if count == length:
                 return True
@@ -199,6 +251,63 @@ class Immediate:
             found = _resolve(node, offset, length)
             if found is not None:
                 _add(runs, offset, found)
+
+    # --- places of small reads --------------------------------------------------------------------------
+
+    def _outdate(self) -> None:
+        """The mapping has changed: forget all places. Where they come to nothing, wait longer each time before there
+        are new ones."""
+        if self._places:
+            self._wait = STEADY if self._pay() else min(2 * self._wait + 1, PAUSE)
+        self._places.clear()
+        self._generation = self._node.generation
+        self._pause = max(self._pause, self._wait)
+
+    def _pay(self) -> bool:
+        """Whether each place was found several times."""
+        return self._backend.accounting.reads - self._since >= 4 * len(self._places)
+
+    def _remember(self, offset: int) -> None:
+        """Keep where the part of the disk around ``offset`` leads, if that is to one place."""
+        places = self._places
+        if not places:
+            self._since = self._backend.accounting.reads
+        elif len(places) >= MOST_PLACES:
+            # Where most reads found no place, the disk is too large for them.
+            self._pause = 0 if self._pay() else PAUSE
+            places.clear()
+            return
+        place = self._place(offset & -(1 << _PLACE_BITS))
+        if place is not None:
+            places[offset >> _PLACE_BITS] = place
+
+    def _place(self, start: int) -> _Place | None:
+        """Where the disk leads at ``start``; None where that takes more than tables in memory."""
+        node = self._node
+        if node.driver.moves_bytes:
+            return _NOWHERE
+        extent = node.driver.lookup(start, min(2 << _PLACE_BITS, node.length - start))
+        if extent is None:
+            return None
+        status, count, child, place, _, _, _ = extent
+        if status == DATA:
+            leaf = child.node  # type: ignore[union-attr]
+            return (leaf.driver.read_now, place - start, start + count, leaf) if leaf.driver.moves_bytes else _NOWHERE
+        if status == SPECIAL:
+            source = node.driver.cached_source(extent, start)
+            return (source[0], 0, start + source[1], None) if source is not None else _NOWHERE
+        backing = node.backing if status == UNALLOCATED else None
+        if backing is None:
+            return _zeroes, 0, start + count, None
+        runs = self._chains.get(backing.node)
+        if runs is None:
+            return _NOWHERE  # it may change, and become longer
+        if start >= backing.node.length:
+            return _zeroes, 0, start + count, None
+        index = runs.find(start)
+        if index < 0:
+            return None
+        return runs.targets[index], runs.deltas[index], min(runs.ends[index], start + count), None
 
     # --- writing ----------------------------------------------------------------------------------------
 
@@ -277,3 +386,7 @@ def _resolve(node: Node, offset: int, length: int) -> _Found | None:
 def _zeroes(place: int, buffer: Buffer) -> bool:
     zero_fill(buffer)
     return True
+
+
+_NOWHERE: _Place = (_zeroes, 0, 0, None)
+"""The place of what has none that could be remembered."""

@@ -180,9 +180,10 @@ async def alone(node: Node, operation: str) -> AsyncIterator[None]:
         with trio.CancelScope(shield=True):
             yield
         node.written += 1
-        node.change_mapping()
     except FusediskError as exc:
         exc.at(node.name, operation)
         raise
     finally:
+        # What failed half-way may have changed it too.
+        node.change_mapping()
         request.leave(node)

@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Callable
 
 Source = bytes | bytearray | memoryview
-Inflate = Callable[[Source, int], bytes]
+Content = bytes | bytearray
+Inflate = Callable[[Source, int], Content]
 """From compressed data, which may be followed by anything, and a length in bytes to as many bytes. Raises
 InflateError. Any thread may call it, also several at once."""
 
@@ -19,21 +20,27 @@ class InflateError(Exception):
 
 
 def zlib_inflater(window_bits: int) -> Inflate:
-    """``window_bits`` as :func:`zlib.decompressobj` has them: negative for raw deflate."""
-    from isal import isal_zlib
+    """``window_bits`` as :func:`zlib.decompressobj` has them: negative for raw deflate, else a zlib stream."""
+    import deflate
 
-    def inflate(data: Source, size: int) -> bytes:
+    decompress = deflate.deflate_decompress if window_bits < 0 else deflate.zlib_decompress
+
+    def inflate(data: Source, size: int) -> Content:
         try:
-            content: bytes = isal_zlib.decompressobj(window_bits).decompress(data, size)
-        except isal_zlib.error:  # type: ignore[misc]
-            content = b""
-        # zlib has the last word on what isal, the faster one, does not take.
-        return content if len(content) == size else inflate_by_zlib(data, size, window_bits)
+            content: bytearray = decompress(data, size)
+        except deflate.DeflateError:
+            pass
+        else:
+            if len(content) == size:
+                return content
+        # libdeflate is faster, zlib has the last word: it also takes data that stops in the middle, or goes on after
+        # what is wanted.
+        return inflate_by_zlib(data, size, window_bits)
 
     return inflate
 
 
-def inflate_by_zlib(data: Source, size: int, window_bits: int) -> bytes:
+def inflate_by_zlib(data: Source, size: int, window_bits: int) -> Content:
     """What :func:`zlib_inflater` does, by the standard library alone."""
     try:
         content = zlib.decompressobj(window_bits).decompress(data, size)

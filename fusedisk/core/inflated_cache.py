@@ -4,6 +4,10 @@ A piece has a key that says where its compressed data lies, so two pieces may ha
 its host space is freed and holds something else later. So whoever frees it calls :meth:`InflatedCache.drop` before
 the space can be used again. That holds for loads under way too: what they read is theirs to use no more.
 
+What is asked for long after it came is kept in preference to what is not, so that reading an image from one end to the
+other does not cost those their pieces who read some of them all the time. Long, since who reads on in small steps asks
+for each piece many times in a row, and a while after it was fetched ahead of them.
+
 All of it is synchronous, but for waiting.
 """
 
@@ -14,10 +18,15 @@ from collections import OrderedDict
 
 import trio
 
-from fusedisk.core.inflate import InflateError
+from fusedisk.core.inflate import Content, InflateError
 
 _LEAST_CAPACITY, _MOST_CAPACITY = 16 << 20, 128 << 20
 _SHARE_OF_MEMORY = 64
+_SHARE_OF_NEW = 4
+"""The share of the room, one in so many, that is for pieces that are not proven."""
+_SHARE_OF_PROOF = 6
+"""The share of the room, one in so many, that must come in between before a piece that is asked for is proven. More
+than goes ahead of a reader, less than there is room for."""
 
 
 def inflated_capacity() -> int:
@@ -42,7 +51,7 @@ class Load:
         self.stale = False
         """The space was freed meanwhile."""
         self.finished = False
-        self.content: bytes | None = None
+        self.content: Content | None = None
         """The piece, once it is there and not stale."""
         self.error: InflateError | None = None
         """Why it could not be inflated, unless it is stale."""
@@ -63,24 +72,47 @@ class Load:
 
 
 class InflatedCache:
-    """Least recently used pieces by key."""
+    """Pieces by key: new ones, and proven ones that were asked for long after they came, least recently used first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         """Bytes. The piece that came last stays, however large it is."""
         self.size = 0
         """Bytes kept."""
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._new: OrderedDict[int, tuple[Content, int]] = OrderedDict()
+        """With what had come before."""
+        self._came = 0
+        """Bytes."""
+        self._proof = capacity // _SHARE_OF_PROOF
+        self._proven: OrderedDict[int, Content] = OrderedDict()
+        self._proven_size = 0
+        self._proven_capacity = capacity - capacity // _SHARE_OF_NEW
         self._loads: dict[int, Load] = {}
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._new) + len(self._proven)
 
-    def get(self, key: int) -> bytes | None:
+    def get(self, key: int) -> Content | None:
         """The piece, if it is there."""
-        content = self._kept.get(key)
+        content = self._proven.get(key)
         if content is not None:
-            self._kept.move_to_end(key)
+            self._proven.move_to_end(key)
+            return content
+        new = self._new.get(key)
+        if new is None:
+            return None
+        content, came = new
+        if self._came - came < self._proof:
+            self._new.move_to_end(key)
+            return content
+        del self._new[key]
+        self._proven[key] = content
+        self._proven_size += len(content)
+        while self._proven_size > self._proven_capacity and len(self._proven) > 1:
+            # It gets another chance.
+            oldest, demoted = self._proven.popitem(last=False)
+            self._proven_size -= len(demoted)
+            self._new[oldest] = demoted, self._came
         return content
 
     def loading(self, key: int) -> Load | None:
@@ -89,22 +121,22 @@ class InflatedCache:
 
     def knows(self, key: int) -> bool:
         """Whether the piece is there or on its way."""
-        return key in self._kept or key in self._loads
+        return key in self._proven or key in self._new or key in self._loads
 
     def begin(self, key: int, start: int, length: int, size: int) -> Load:
         """Start a load, for a key that has none; :meth:`finish` is called for it whatever happens."""
         load = self._loads[key] = Load(key, start, length, size)
         return load
 
-    def finish(self, load: Load, result: bytes | InflateError | None) -> None:
+    def finish(self, load: Load, result: Content | InflateError | None) -> None:
         """End a load: with the piece, with the reason why there is none, or with nothing where that is not known."""
         if not load.stale:
             del self._loads[load.key]
-            if isinstance(result, bytes):
-                load.content = result
-                self._keep(load.key, result)
-            else:
+            if result is None or isinstance(result, InflateError):
                 load.error = result
+            else:
+                load.content = result
+                self.keep(load.key, result)
         load.finish()
 
     def drop(self, key: int) -> None:
@@ -112,21 +144,31 @@ class InflatedCache:
         load = self._loads.pop(key, None)
         if load is not None:
             load.stale = True
-        content = self._kept.pop(key, None)
+        content = self._proven.pop(key, None)
         if content is not None:
+            self._proven_size -= len(content)
             self.size -= len(content)
+        elif key in self._new:
+            self.size -= len(self._new.pop(key)[0])
 
     def clear(self) -> None:
         """Drop everything."""
         for load in self._loads.values():
             load.stale = True
         self._loads.clear()
-        self._kept.clear()
-        self.size = 0
+        self._new.clear()
+        self._proven.clear()
+        self.size = self._proven_size = 0
 
-    def _keep(self, key: int, content: bytes) -> None:
-        self._kept[key] = content
+    def keep(self, key: int, content: Content) -> None:
+        """Keep the piece of a key that has none and no load under way."""
+        self._new[key] = content, self._came
+        self._came += len(content)
         self.size += len(content)
-        while self.size > self.capacity and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
+        while self.size > self.capacity and len(self) > 1:
+            if len(self._new) > 1:
+                _, (oldest, _) = self._new.popitem(last=False)
+            else:
+                _, oldest = self._proven.popitem(last=False)
+                self._proven_size -= len(oldest)
             self.size -= len(oldest)

@@ -21,7 +21,7 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
         kept(cache, key)
     assert cache.get(1) == b"\1" * 10
     kept(cache, 4)
-    assert [cache.get(key) is not None for key in (1, 2, 3, 4)] == [True, False, True, True]
+    assert [cache.knows(key) for key in (1, 2, 3, 4)] == [True, False, True, True]
     assert (cache.size, len(cache)) == (30, 3)
     kept(cache, 5, 25)
     assert (cache.size, len(cache)) == (25, 1)
@@ -30,6 +30,60 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert cache.size == 100
     cache.clear()
     assert (cache.size, len(cache)) == (0, 0)
+
+
+def prove(cache: InflatedCache, keys: range, others: range) -> None:
+    """Have pieces, and ask for them after others came."""
+    for key in (*keys, *others):
+        kept(cache, key)
+    for key in keys:
+        assert cache.get(key) is not None
+
+
+def test_what_is_asked_for_later_survives_what_is_not() -> None:
+    cache = InflatedCache(240)
+    prove(cache, range(10), range(50, 54))
+    for key in range(100, 200):
+        kept(cache, key)
+        for _ in range(5):
+            assert cache.get(key) is not None
+        assert cache.size <= 240
+    assert [cache.knows(key) for key in range(10)] == [True] * 10
+    assert [key for key in range(100, 200) if cache.knows(key)] == [*range(186, 200)]
+
+
+def test_who_reads_on_behind_what_was_fetched_proves_nothing() -> None:
+    cache = InflatedCache(240)
+    prove(cache, range(10), range(50, 54))
+    for key in range(100, 200):
+        kept(cache, key)
+        if key >= 102:
+            assert cache.get(key - 2) is not None
+    assert [cache.knows(key) for key in range(10)] == [True] * 10
+
+
+def test_the_proven_leave_room_and_get_another_chance() -> None:
+    cache = InflatedCache(240)
+    prove(cache, range(20), range(50, 54))
+    # Eighteen of them fit in three quarters; the first two are new again.
+    kept(cache, 60)
+    assert cache.get(1) is not None
+    for key in range(61, 70):
+        kept(cache, key)
+    assert [key for key in range(20) if not cache.knows(key)] == [0, 1]
+    assert (cache.size, len(cache)) == (240, 24)
+
+
+def test_proven_pieces_that_are_dropped_leave_room_for_others() -> None:
+    cache = InflatedCache(120)
+    prove(cache, range(8), range(50, 52))
+    for key in range(8):
+        cache.drop(key)
+    assert (cache.size, len(cache)) == (20, 2)
+    prove(cache, range(10, 18), range(52, 54))
+    for key in range(20, 40):
+        kept(cache, key)
+    assert all(cache.knows(key) for key in range(10, 18))
 
 
 def test_dropped_pieces_take_no_room() -> None:

@@ -107,12 +107,13 @@ class Oracle:
         content, start = self._place(request.offset)
         content[start : start + request.length] = data
 
-    def grow(self, length: int) -> None:
-        """The disk is longer; if its end was in a window, that window reaches to the new end."""
+    def resize(self, length: int) -> None:
+        """The disk is longer, or shorter but not without its last window; if its end was in a window, that window
+        reaches to the new end."""
         start, count = self.windows[-1]
         if start + count == self.length:
             self.windows = (*self.windows[:-1], (start, length - start))
-            self.contents[-1] += bytes(length - self.length)
+            self.contents[-1] = self.contents[-1][: length - start] + bytes(max(0, length - self.length))
         self.length = length
 
     def compare(self, other: Oracle, what: str) -> None:

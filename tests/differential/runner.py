@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from fusedisk.block import immediate
 from fusedisk.block.backend import Backend
 from fusedisk.block.check import CheckResult, Repair
 from fusedisk.block.graph import Graph
@@ -28,7 +29,7 @@ _MOST_SNAPSHOTS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Requests that run at once, or a single other step: grow, reopen, and create, apply or delete a snapshot."""
+    """Requests that run at once, or one other step: grow, shrink, reopen, and create, apply or delete a snapshot."""
 
     kind: str
     requests: tuple[Request, ...] = ()
@@ -44,12 +45,16 @@ def batches(scenario: Scenario, oracle: Oracle, count: int) -> Iterator[Batch]:
     """The steps of a run. Depends on the seed and on the oracle's windows and length only."""
     rng = random.Random(f"batches {scenario.seed}")
     for _ in range(count):
-        kinds = ("apart", "overlapping", "grow", "reopen", "create", "apply", "delete")
-        kind = rng.choices(kinds, (60, 30, 4, 3, 4, 3, 2))[0]
+        kinds = ("apart", "overlapping", "grow", "shrink", "reopen", "create", "apply", "delete")
+        kind = rng.choices(kinds, (60, 30, 4, 4, 3, 4, 3, 2))[0]
         if kind == "grow":
             yield Batch(
                 kind, length=oracle.length + rng.choice((512, 3 * 512, scenario.cluster_size, rng.randrange(1, MIB)))
             )
+        elif kind == "shrink":
+            start, size = oracle.windows[-1]
+            at_end = start + size == oracle.length
+            yield Batch(kind, length=rng.randint(start + max(1, size // 2) if at_end else start + size, oracle.length))
         elif kind == "reopen":
             yield Batch(kind)
         elif kind in ("create", "apply", "delete"):
@@ -75,6 +80,10 @@ def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: in
             continue
         taken.append(request)
         yield request
+
+
+# Reads and changes come by turns here: places are to be remembered all the same.
+immediate.STEADY = immediate.PAUSE = 1
 
 
 class Run:
@@ -113,22 +122,22 @@ class Run:
             await self.oracle.run_apart(self.backend, list(batch.requests))
         elif batch.kind == "overlapping":
             await self.oracle.run_overlapping(self.backend, list(batch.requests))
-        elif batch.kind == "grow":
-            await self._grow(-(-batch.length // 512) * 512)
+        elif batch.kind in ("grow", "shrink"):
+            await self._resize(-(-batch.length // 512) * 512)
         elif batch.kind in ("create", "apply", "delete"):
             await self._change_snapshots(batch.kind, batch.choice)
         else:
             await self.close()
             await self.open()
 
-    async def _grow(self, length: int) -> None:
+    async def _resize(self, length: int) -> None:
         backing = self.backend.node.backing
         hides = backing is not None and backing.node.length > self.oracle.length
         snapshots = "snapshots" in self.backend.node.driver.information()
         if self.scenario.version == "0.10" and (hides or snapshots):
             return  # version 2 has nothing to hide it with, nor a size for each snapshot
         await self.backend.truncate(length)
-        self.oracle.grow(length)
+        self.oracle.resize(length)
 
     async def _change_snapshots(self, kind: str, choice: int) -> None:
         if self.scenario.data_file:

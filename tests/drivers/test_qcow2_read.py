@@ -232,7 +232,7 @@ def test_a_bomb_inflates_to_one_cluster_at_most() -> None:
     assert zstd_inflater()(bytearray(frame), CLUSTER) == bytes(CLUSTER)
 
 
-def test_isal_and_zlib_agree() -> None:
+def test_libdeflate_and_zlib_agree() -> None:
     rng = random.Random(2)
     inflate = zlib_inflater(-12)
     for _ in range(200):

@@ -65,7 +65,8 @@ def entries(backend: Backend) -> list[int]:
 def inflated(backend: Backend) -> set[int]:
     """Numbers of the guest clusters that are in the cache."""
     cache = driver_of(backend).image.inflated
-    return {number for number, entry in enumerate(entries(backend)) if entry & COMPRESSED and entry in cache._kept}
+    wanted = {number: entry for number, entry in enumerate(entries(backend)) if entry & COMPRESSED}
+    return {number for number, entry in wanted.items() if cache.knows(entry) and cache.loading(entry) is None}
 
 
 async def read_on(backend: Backend, first: int = 0, count: int = 3) -> None:

@@ -54,6 +54,16 @@ class JitterDriver(FilterDriver):
         await io.write(self.filtered.node, offset, buffers, flags)
         await self._give_way()
 
+    def read_now(self, offset: int, buffer: Buffer) -> bool:
+        return self._rng.random() < 0.8 and self.filtered.node.driver.read_now(offset, buffer)
+
+    def write_now(self, offset: int, buffer: Buffer) -> bool:
+        below = self.filtered.node
+        if self._rng.random() < 0.2 or not below.driver.write_now(offset, buffer):
+            return False
+        below.written += 1
+        return True
+
     async def map(self, offset: int, length: int) -> Extent:
         return Extent(DATA, length, self.filtered, offset, recurse=True)
 

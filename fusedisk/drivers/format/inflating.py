@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from fusedisk.core.inflate import Inflate, InflateError
+from fusedisk.core.inflate import Content, Inflate, InflateError
 from fusedisk.core.inflated_cache import InflatedCache, Load
 from fusedisk.core.offload import run_cpu
 
@@ -26,7 +26,7 @@ HOST_READ = 1 << 20
 
 Read = Callable[[int, int], Awaitable[bytearray]]
 """Reads compressed data: from host offset and length to bytes, zeroes past the end of the file."""
-_Result = bytes | InflateError
+_Result = Content | InflateError
 
 
 class Inflater:

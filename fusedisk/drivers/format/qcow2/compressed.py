@@ -16,15 +16,16 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable
+from functools import partial
 
 from fusedisk.block import background
 from fusedisk.block.extent import Extent
 from fusedisk.block.node import Node
 from fusedisk.core.errors import CorruptImageError, FusediskError
-from fusedisk.core.inflate import Inflate, zlib_inflater, zstd_inflater
+from fusedisk.core.inflate import Content, Inflate, InflateError, zlib_inflater, zstd_inflater
 from fusedisk.core.inflated_cache import Load
 from fusedisk.core.readahead import Readahead
-from fusedisk.drivers.format.inflating import Inflater
+from fusedisk.drivers.format.inflating import INLINE_SIZE, Inflater
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.layout import COMPRESSION_NAMES
 
@@ -47,7 +48,8 @@ class CompressedReader:
         self._size, self._bits, self._mask = geometry.cluster_size, geometry.cluster_bits, geometry.cluster_mask
         self._cache = self.image.inflated
         self._readahead = Readahead(self._size, self._cache.capacity)
-        self._inflater = Inflater(self._cache, _INFLATERS[self.image.header.compression_type](), self._read)
+        self._inflate = _INFLATERS[self.image.header.compression_type]()
+        self._inflater = Inflater(self._cache, self._inflate, self._read)
         self._ahead = 0
         """Tasks that inflate ahead."""
 
@@ -60,7 +62,7 @@ class CompressedReader:
         Raises CorruptImageError for data that does not inflate to a cluster.
         """
         inside = offset & self._mask
-        parts: list[bytes | Load] = []
+        parts: list[Content | Load] = []
         own: list[Load] = []
         room = BATCH
         for entry in _entries(extent):
@@ -89,15 +91,19 @@ class CompressedReader:
             inside = 0
         return done
 
-    def read_cached(self, offset: int, buffer: memoryview) -> bool:
-        """Fill ``buffer`` if all its clusters are compressed and inflated already; tells whether it did."""
+    def read_cached(self, offset: int, buffer: memoryview, extent: Extent | None) -> bool:
+        """Fill ``buffer`` if all its clusters are compressed and inflated already, or there is one that can be inflated
+        at once; tells whether it did."""
         length = len(buffer)
-        extent = self.clusters.lookup(offset, length)
+        extent = extent or self.clusters.lookup(offset, length)
         if extent is None or not extent.compressed or extent.length != length:
             return False
+        entries = _entries(extent)
         contents = []
-        for entry in _entries(extent):
+        for entry in entries:
             content = self._cache.get(entry)
+            if content is None and len(entries) == 1:
+                content = self._inflate_now(entry)
             if content is None:
                 return False
             contents.append(content)
@@ -107,6 +113,39 @@ class CompressedReader:
             done += _copy(content, inside, buffer, done, length)
             inside = 0
         return True
+
+    def source(self, extent: Extent, offset: int) -> tuple[Callable[[int, memoryview], bool], int]:
+        """What fills buffers from the cluster at ``offset``, where a compressed extent starts, and how much of it is
+        left from there on."""
+        return partial(self._read_cluster, _entries(extent)[0]), self._size - (offset & self._mask)
+
+    def _read_cluster(self, entry: int, offset: int, buffer: memoryview) -> bool:
+        content = self._cache.get(entry)
+        if content is None:
+            content = self._inflate_now(entry)
+            if content is None:
+                return False
+        length = len(buffer)
+        self._notice(offset, length)
+        inside = offset & self._mask
+        buffer[:] = memoryview(content)[inside : inside + length]
+        return True
+
+    def _inflate_now(self, entry: int) -> Content | None:
+        """The content of a cluster whose data is in the host's page cache, unless inflating it is for a thread."""
+        storage = self.image.storage.node
+        if self._size > INLINE_SIZE or storage.serialising or self._cache.loading(entry) is not None:
+            return None
+        start, length = self.image.geometry.compressed_range(entry)
+        data = memoryview(bytearray(max(min(length, storage.length - start), 0)))
+        if not storage.driver.read_now(start, data):
+            return None
+        try:
+            content = self._inflate(data, self._size)
+        except InflateError:
+            return None  # read says what it is
+        self._cache.keep(entry, content)
+        return content
 
     def cached(self, entry: int, inside: int, length: int) -> memoryview | None:
         """``length`` bytes from offset ``inside`` of the cluster that an L2 entry describes, if it is inflated
@@ -178,7 +217,7 @@ def _entries(extent: Extent) -> array[int]:
     return extent.token
 
 
-def _copy(content: bytes, inside: int, buffer: memoryview, done: int, length: int) -> int:
+def _copy(content: Content, inside: int, buffer: memoryview, done: int, length: int) -> int:
     """Copy what a cluster has from offset ``inside`` on to ``buffer[done:length]``, as far as there is room; returns
     how much that is."""
     count = min(len(content) - inside, length - done)

@@ -15,6 +15,7 @@ Specification: docs/interop/qcow2.txt of QEMU.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import trio
@@ -331,8 +332,11 @@ class Qcow2Driver(SnapshotDriver):
             buffer = buffer[done:]
             extent = await self.map(offset, len(buffer))
 
-    def read_cached(self, offset: int, buffer: Buffer) -> bool:
-        return self._compressed is not None and self._compressed.read_cached(offset, buffer)
+    def read_cached(self, offset: int, buffer: Buffer, extent: Extent | None = None) -> bool:
+        return self._compressed is not None and self._compressed.read_cached(offset, buffer, extent)
+
+    def cached_source(self, extent: Extent, offset: int) -> tuple[Callable[[int, Buffer], bool], int] | None:
+        return self._compressed.source(extent, offset) if self._compressed is not None else None
 
     async def _read_plain(self, extent: Extent, offset: int, buffer: Buffer) -> None:
         """Fill ``buffer`` from an extent that needs no transformation."""

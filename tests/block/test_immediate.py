@@ -1,0 +1,235 @@
+"""The short way for requests: where a part of the disk leads is remembered until that changes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusedisk.block import immediate, snapshot
+from fusedisk.block.backend import Backend
+from fusedisk.block.extent import Extent
+from fusedisk.block.graph import Graph
+from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.tracked import Request
+from fusedisk.core.errors import HostError
+from fusedisk.drivers.table import DRIVERS
+from tests.conftest import qemu_img, qemu_io
+from tests.support.qcow2 import assert_clean, create_image, opened
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 8 * MIB
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are remembered from the first read on, and again from the first one after a change."""
+    monkeypatch.setattr(immediate, "STEADY", 0)
+    monkeypatch.setattr(immediate, "PAUSE", 0)
+
+
+def read(backend: Backend, offset: int, length: int) -> bytes | None:
+    """What the short way reads, if it does."""
+    buffer = memoryview(bytearray(b"\xee" * length))
+    return bytes(buffer) if backend.immediate.read(offset, buffer) else None
+
+
+def no_lookup(offset: int, length: int) -> Extent | None:
+    raise AssertionError("the place was not remembered")
+
+
+@asynccontextmanager
+async def chain(tmp_path: Path, depth: int, **options: Any) -> AsyncIterator[Backend]:
+    """Overlays with a piece of data each, the lowest shorter than the others; the top is open."""
+    path = await create_image(tmp_path / "0.qcow2", size=SIZE - 3 * MIB)
+    for number in range(1, depth):
+        above = tmp_path / f"{number}.qcow2"
+        qemu_img("create", "-q", "-f", "qcow2", "-b", path, "-F", "qcow2", above, str(SIZE))
+        path = above
+    for number in range(depth):
+        image = tmp_path / f"{number}.qcow2"
+        qemu_io(
+            image, *(f"write -P {10 + number} {at * MIB + number * 192 * KIB} 256k" for at in range(5)), fmt="qcow2"
+        )
+    async with opened(path, **options) as backend:
+        await backend.read(0, backend.length)  # tables and pages are in memory then
+        yield backend
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+async def test_what_was_read_is_found_without_a_lookup(
+    tmp_path: Path, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with chain(tmp_path, depth) as backend:
+        places = range(0, SIZE - 4 * KIB if depth > 1 else SIZE - 3 * MIB, 12 * KIB)
+        expected = {offset: bytes(await backend.read(offset, 4 * KIB)) for offset in places}
+        assert len({content[:1] for content in expected.values()}) == depth + 1
+        for offset in places:
+            assert read(backend, offset, 4 * KIB) == expected[offset]
+        monkeypatch.setattr(backend.node.driver, "lookup", no_lookup)
+        for offset in places:
+            if offset // (64 * KIB) == (offset + 4 * KIB - 1) // (64 * KIB):
+                assert read(backend, offset, 4 * KIB) == expected[offset]
+
+
+async def test_a_place_ends_where_its_data_does(tmp_path: Path) -> None:
+    async with chain(tmp_path, 2) as backend:
+        await backend.write(MIB, b"a" * 64 * KIB)
+        await backend.write(3 * MIB, b"b" * 64 * KIB)
+        await backend.write(MIB + 64 * KIB, b"c" * 64 * KIB)
+        assert read(backend, MIB, 512) == b"a" * 512
+        assert read(backend, MIB + 60 * KIB, 8 * KIB) == b"a" * 4 * KIB + b"c" * 4 * KIB
+
+
+async def test_nothing_is_read_past_a_serialising_request(tmp_path: Path) -> None:
+    async with chain(tmp_path, 1) as backend:
+        assert read(backend, 0, 512) == b"\x0a" * 512
+        for node in (backend.node, backend.node.children["file"].node):
+            request = Request(0, 512, write=True, serialising=True)
+            request.enter(node)
+            assert read(backend, 0, 512) is None
+            request.leave(node)
+            assert read(backend, 0, 512) == b"\x0a" * 512
+
+
+async def test_places_are_bounded_and_not_kept_where_they_do_not_pay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(immediate, "MOST_PLACES", 8)
+    monkeypatch.setattr(immediate, "PAUSE", 1000)
+    async with chain(tmp_path, 1) as backend:
+        known = backend.immediate._places
+        known.clear()
+        for offset in range(0, 8 * 64 * KIB, 64 * KIB):
+            assert read(backend, offset, 512) is not None
+        assert len(known) == 8
+        # What is read again and again pays: it starts anew.
+        for _ in range(32):
+            assert read(backend, 0, 512) is not None
+        assert read(backend, MIB, 512) is not None
+        assert len(known) == 0
+        assert read(backend, MIB, 512) is not None
+        assert len(known) == 1
+        # What is read only once does not.
+        for offset in range(0, 5 * MIB, 64 * KIB):
+            assert read(backend, offset, 512) is not None
+        assert len(known) == 0
+        assert read(backend, 0, 512) is not None
+        assert len(known) == 0
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("seed", range(6))
+async def test_changes_of_all_kinds_between_reads(tmp_path: Path, depth: int, seed: int) -> None:
+    rng = random.Random(seed)
+    by_place = 0
+    async with chain(tmp_path, depth, discard="unmap") as backend:
+        if depth == 1:
+            await backend.truncate(SIZE)
+        disk = bytearray(await backend.read(0, SIZE))
+        kept: dict[str, bytes] = {}
+        for _ in range(120):
+            offset = rng.randrange(SIZE // 512) * 512
+            length = min(rng.choice((512, 4 * KIB, 64 * KIB, 200 * KIB)), len(disk) - offset)
+            what = rng.choice(("write", "write", "write", "zero", "unmap", "discard", "compressed", "snapshot", "size"))
+            if what == "write" and length > 0:
+                data = rng.randbytes(length)
+                await backend.write(offset, data)
+                disk[offset : offset + length] = data
+            elif what in ("zero", "unmap") and length > 0:
+                await backend.write_zeroes(offset, length, may_unmap=what == "unmap")
+                disk[offset : offset + length] = bytes(length)
+            elif what == "discard" and length > 0:
+                await backend.discard(offset, length)
+                disk[:] = await backend.read(0, len(disk))
+            elif what == "compressed" and offset + 64 * KIB <= len(disk):
+                offset &= -64 * KIB
+                data = rng.randbytes(1 * KIB) * 64
+                await backend.write_compressed(offset, data)
+                disk[offset : offset + 64 * KIB] = data
+            elif what == "size" and not kept:
+                length = SIZE - rng.randrange(4) * MIB
+                await backend.truncate(length)
+                disk[:] = disk[:length].ljust(length, b"\0")
+            elif what == "snapshot":
+                if kept and rng.random() < 0.6:
+                    name = rng.choice(list(kept))
+                    await snapshot.apply_snapshot(
+                        backend.node, snapshot.find_snapshot(snapshot.list_snapshots(backend.node), name, "").id
+                    )
+                    disk[:] = kept[name]
+                else:
+                    made = await snapshot.create_snapshot(
+                        backend.node, SnapshotInfo(id="", name=f"s{len(kept)}", date=0)
+                    )
+                    kept[made.name] = bytes(disk)
+            for _ in range(60):
+                position = rng.randrange(len(disk) // 512) * 512
+                if rng.random() < 0.7:
+                    position = min(offset // (64 * KIB) * 64 * KIB + rng.randrange(256) * 512, len(disk) - 512)
+                length = min(rng.choice((512, 4 * KIB, 60 * KIB)), len(disk) - position)
+                place = backend.immediate._places.get(position >> 16)
+                found = read(backend, position, length)
+                if found is not None:
+                    by_place += place is not None and position + length <= place[2]
+                    assert found == disk[position : position + length]
+    assert by_place > 1000
+    assert_clean(tmp_path / f"{depth - 1}.qcow2")
+
+
+async def test_places_that_come_to_nothing_are_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each change of the mapping that comes too early doubles the wait; one that comes late ends that."""
+    monkeypatch.setattr(immediate, "STEADY", 2)
+    monkeypatch.setattr(immediate, "PAUSE", 12)
+    async with chain(tmp_path, 1) as backend:
+        known = backend.immediate._places
+        waits = []
+        for _ in range(5):
+            backend.node.change_mapping()
+            waits.append(0)
+            assert read(backend, 0, 512) is not None
+            while not known:
+                assert read(backend, 0, 512) is not None
+                waits[-1] += 1
+        assert waits == sorted(waits)
+        assert waits[0] < waits[-1] == 12
+        for _ in range(4):
+            assert read(backend, 0, 512) is not None
+        backend.node.change_mapping()
+        for _ in range(2):
+            assert read(backend, 0, 512) is not None
+            assert not known
+        assert read(backend, 0, 512) is not None
+        assert known
+
+
+async def test_a_backing_node_that_grows(tmp_path: Path) -> None:
+    """It is not read-only, so nothing is known of what lies behind its end."""
+    (tmp_path / "base").write_bytes(bytes(MIB))
+    qemu_img("create", "-q", "-f", "qcow2", tmp_path / "top", str(4 * MIB))
+    graph = Graph(DRIVERS)
+    try:
+        file = {"driver": "file", "filename": str(tmp_path / "base")}
+        base = await graph.open_backend({"driver": "raw", "node-name": "base", "file": file}, writable=True)
+        file = {"driver": "file", "filename": str(tmp_path / "top")}
+        top = await graph.open_backend({"driver": "qcow2", "file": file, "backing": "base"})
+        assert await top.read(2 * MIB, 512) == bytes(512)
+        assert read(top, 2 * MIB, 512) == bytes(512)
+        await base.truncate(4 * MIB)
+        await base.write(2 * MIB, b"x" * 512)
+        assert read(top, 2 * MIB, 512) in (None, b"x" * 512)
+    finally:
+        await graph.close()
+
+
+async def test_a_failed_change_of_the_whole_image(tmp_path: Path) -> None:
+    async with chain(tmp_path, 1) as backend:
+        before = backend.node.generation
+        with pytest.raises(HostError):
+            async with snapshot.alone(backend.node, "amend"):
+                raise HostError("half-way")
+        assert backend.node.generation > before
