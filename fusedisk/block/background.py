@@ -26,6 +26,14 @@ Welcome = Callable[[], bool]
 Work = Callable[[Welcome], Awaitable[None]]
 
 
+_running = 0
+
+
+def running() -> int:
+    """How many works are under way in this process."""
+    return _running
+
+
 def start(node: Node, work: Work) -> bool:
     """Start ``work`` in a task of its own, unless somebody waits for the node to be idle. Synchronous, called from
     inside a request; tells whether it was started.
@@ -39,6 +47,8 @@ def start(node: Node, work: Work) -> bool:
         backend.hold()
     request = Request(0, _EVERYTHING, False)
     request.enter(node)
+    global _running
+    _running += 1
     trio.lowlevel.spawn_system_task(_run, node, backends, request, work, name=f"background of '{node.name}'")
     return True
 
@@ -53,6 +63,8 @@ async def _run(node: Node, backends: list[Backend], request: Request, work: Work
     except Exception:
         log.exception("background work on node '%s' failed", node.name)
     finally:
+        global _running
+        _running -= 1
         request.leave(node)
         for backend in backends:
             backend.release()

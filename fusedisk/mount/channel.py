@@ -23,6 +23,7 @@ from time import perf_counter
 
 import trio
 
+from fusedisk.block import background
 from fusedisk.core.errors import HostError
 from fusedisk.mount import wire
 from fusedisk.mount.answers import Answers, Work, failed
@@ -42,7 +43,11 @@ MOST_TASKS = 64
 MOST_BYTES = 32 << 20
 """Bytes of data that they hold."""
 _TURNS = 64
-"""Requests answered on the spot after which others that are ready get their turn."""
+"""Requests answered on the spot after which other work gets its turn."""
+_LONGEST_TURN = 1e-3
+"""Seconds after which it gets it in any case: some requests take a hundred times as long as others."""
+_PATIENCE = 10e-3
+"""Seconds more that work waits which nobody here knows of."""
 _LONGEST_POLL = 50e-6
 """Seconds."""
 _WORTH_POLLING = 150e-6
@@ -146,24 +151,24 @@ class Channel:
     async def _serve(self, nursery: trio.Nursery) -> None:
         """Read requests and answer them, or see to it that they are answered, until there is no mount."""
         device, handles = self._device, self._handles
-        readv, write, clock = os.readv, os.write, perf_counter
+        readv, write, clock, in_background = os.readv, os.write, perf_counter, background.running
         unpack, pack = _HEAD.unpack_from, wire.OUT_HEADER.pack_into
         reply = self._take_reply()
         written = bytearray(_WRITTEN.size)
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
         poll = deadline = 0.0
-        turns = 0
+        turns, turn = 0, clock() + _LONGEST_TURN
         while True:
             try:
                 length = readv(device, vector)
             except BlockingIOError:
-                if clock() < deadline and not self._places and not self._forwarded:
+                if clock() < deadline and not self._places and not self._forwarded and not in_background():
                     continue
                 start = clock()
                 await trio.lowlevel.wait_readable(device)
-                turns = 0
-                now = clock()
+                turns, now = 0, clock()
+                turn = now + _LONGEST_TURN
                 poll = self._next_poll(poll, now - start)
                 deadline = now + poll
                 continue
@@ -207,10 +212,14 @@ class Channel:
                 request = self._take_request()
                 vector, head, data = request.vector, request.head, request.data
             turns += 1
-            if turns >= _TURNS and (self._places or self._forwarded or turns >= 16 * _TURNS):
-                turns = 0
+            now = clock()
+            if (turns >= _TURNS or now >= turn) and (
+                self._places or self._forwarded or in_background() or turns >= 16 * _TURNS or now >= turn + _PATIENCE
+            ):
                 await trio.lowlevel.checkpoint()
-            deadline = clock() + poll
+                turns, now = 0, clock()
+                turn = now + _LONGEST_TURN
+            deadline = now + poll
 
     def _next_poll(self, poll: float, waited: float) -> float:
         """How long to ask again from now on, after a wait."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+from fusedisk.block import background
 from fusedisk.core.errors import HostError, NoSpaceError
 from fusedisk.mount import channel, wire
 from fusedisk.mount.channel import Channel
@@ -36,6 +38,7 @@ class Disk:
         self.content = bytearray(CONTENT)
         self.cached = True
         self.bug: Exception | None = None
+        self.writes = 0
         self.held = 0
         self.most_held = 0
         self.go_on = trio.Event()
@@ -59,6 +62,7 @@ class Disk:
             raise self.bug
         if not self.cached or offset + len(data) > LENGTH:
             return False
+        self.writes += 1
         self.content[offset : offset + len(data)] = data
         return True
 
@@ -99,12 +103,21 @@ class Kernel:
         self._end = trio.socket.from_stdlib_socket(end)
         self._unique = 0
 
-    async def send(self, opcode: int, body: bytes = b"", *, length: int | None = None) -> int:
+    def _message(self, opcode: int, body: bytes, length: int | None = None) -> bytes:
         self._unique += 2
         size = wire.IN_HEADER.size + len(body)
         header = wire.IN_HEADER.pack(size if length is None else length, opcode, self._unique, 7, 0, 0, 0, 0, 0)
-        await self._end.send(header + body)
+        return header + body
+
+    async def send(self, opcode: int, body: bytes = b"", *, length: int | None = None) -> int:
+        await self._end.send(self._message(opcode, body, length))
         return self._unique
+
+    def push_write(self, offset: int, data: bytes) -> None:
+        """Send a write while nothing else can happen."""
+        os.write(
+            self._end.fileno(), self._message(wire.WRITE, wire.WRITE_IN.pack(1, offset, len(data), 0, 0, 0, 0) + data)
+        )
 
     async def read(self, offset: int, size: int, handle: int = 1) -> int:
         return await self.send(wire.READ, wire.READ_IN.pack(handle, offset, size, 0, 0, 0, 0))
@@ -199,6 +212,24 @@ async def test_a_request_that_waits_holds_up_no_other(setup: Setup) -> None:
     setup.disk.go_on.set()
     assert {(await setup.kernel.reply())[0], (await setup.kernel.reply())[0]} == waiting
     assert setup.disk.content[8192:12288] == b"z" * 4096
+
+
+@pytest.mark.parametrize(("tick", "most"), [(0.0, 64), (100e-6, 10)])
+async def test_work_in_the_background_gets_its_turn(monkeypatch: pytest.MonkeyPatch, tick: float, most: int) -> None:
+    """However many requests are there that can be answered at once, and however long each of them takes."""
+    monkeypatch.setattr(background, "running", lambda: 1)
+    ticks = itertools.count()
+    monkeypatch.setattr(channel, "perf_counter", lambda: tick * next(ticks))
+    async with serving() as setup:
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(200):
+            setup.kernel.push_write(0, bytes(4096))
+        answered = [0]
+        while answered[-1] < 200:
+            await trio.lowlevel.checkpoint()
+            answered.append(setup.disk.writes)
+    # One or two turns, as the event loop does not keep an order.
+    assert most <= max(later - earlier for earlier, later in itertools.pairwise(answered)) <= 2 * most + 2
 
 
 async def test_requests_in_flight_are_bounded(setup: Setup) -> None:
