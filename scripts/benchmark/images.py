@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.benchmark.servers import run
+from scripts.benchmark.servers import ServerError, run
 
 MIB = 1 << 20
 CLUSTER = 64 << 10
@@ -20,11 +21,15 @@ FILES = 10_000
 FILES_SIZE = 512 * MIB
 """Size of the disk with the filesystem, whatever that of the other images, in bytes."""
 
+PROGRAMS = (Path("/usr/bin"), Path("/usr/lib"))
+"""Where programs and libraries are."""
+
 FORMATS = {"raw": "raw", "qcow2": "qcow2", "compressed": "qcow2", "ext4": "qcow2", "chain": "qcow2"}
 """What is served, and the driver that opens it.
 
-``compressed``: zlib in clusters of 64 KiB, about 2:1. ``ext4``: a filesystem with ten thousand files. ``chain``: the
-lowest of DEPTH images holds everything, each other one a sixteenth of it again, cluster by cluster in turns.
+``compressed``: this machine's programs and libraries, zlib in clusters of 64 KiB. ``ext4``: a filesystem with ten
+thousand files. ``chain``: the lowest of DEPTH images holds everything, each other one a sixteenth of it again, cluster
+by cluster in turns.
 """
 
 
@@ -51,23 +56,22 @@ class Image:
 def make_images(folder: Path, size: int, formats: tuple[str, ...]) -> dict[str, Image]:
     """Write one fully allocated image of *size* bytes for each of *formats*, keys of FORMATS.
 
-    Raw, qcow2 and the chain hold the same random content; what ``compressed`` holds says everything twice, half a KiB
-    at a time.
+    Raw, qcow2 and the chain hold the same random content.
     """
     images = {}
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
         raw = (folder if "raw" in formats else scratch) / "image.raw"
         if {"raw", "qcow2", "chain"} & set(formats):
-            _write(raw, size, 1)
+            _write(raw, size)
         for fmt in formats:
             image = Image(folder / f"image.{fmt}", FORMATS[fmt])
             if fmt == "qcow2":
                 _convert(raw, image.path)
             elif fmt == "compressed":
-                doubled = scratch / "doubled.raw"
-                _write(doubled, size, 2)
-                _convert(doubled, image.path, "-c")
+                content = scratch / "programs.raw"
+                _write_programs(content, size)
+                _convert(content, image.path, "-c")
             elif fmt == "ext4":
                 _convert(_filesystem(scratch), image.path)
             elif fmt == "chain":
@@ -87,12 +91,39 @@ def settle(image: Image) -> None:
         settle(image.backing)
 
 
-def _write(path: Path, size: int, repeats: int) -> None:
+def _write(path: Path, size: int) -> None:
     source = random.Random(size)
     with path.open("wb") as file:
         for _ in range(size // MIB):
-            data = source.randbytes(MIB // repeats)
-            file.write(b"".join(data[start : start + 512] * repeats for start in range(0, len(data), 512)))
+            file.write(source.randbytes(MIB))
+
+
+def _write_programs(path: Path, size: int) -> None:
+    """What disks of machines are full of, over and over if there is not enough: the content decides how fast it
+    inflates."""
+    written = 0
+    with path.open("wb") as file:
+        while written < size:
+            before = written
+            for program in _programs():
+                written += file.write(program.read_bytes()[: size - written])
+                if written == size:
+                    return
+            if written == before:
+                raise ServerError(f"{' and '.join(map(str, PROGRAMS))} hold no programs to fill an image with")
+
+
+def _programs() -> Iterator[Path]:
+    for folder in PROGRAMS:
+        for parent, folders, names in os.walk(folder):
+            folders.sort()
+            for name in sorted(names):
+                path = Path(parent, name)
+                if path.is_file() and not path.is_symlink():
+                    with path.open("rb") as file:
+                        program = file.read(4) == b"\x7fELF"
+                    if program:
+                        yield path
 
 
 def _convert(raw: Path, image: Path, *options: str) -> None:
