@@ -304,6 +304,11 @@ class Driver:
         for how many bytes, until the mapping changes; None where there is no such thing."""
         return None
 
+    def resident_descriptor(self, offset: int, length: int) -> int | None:
+        """A descriptor of a host file that is this node byte by byte, if all of the range is in the host's page cache;
+        None: it is not, or nobody knows."""
+        return None
+
     def host_descriptor(self) -> int | None:
         """A descriptor of a host file that is this node byte by byte, for who wants to reach it past us; None where
         there is no such file."""

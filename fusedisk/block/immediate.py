@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fusedisk.block import permissions
-from fusedisk.block.driver import Buffer
+from fusedisk.block.driver import Buffer, Driver
 from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO
 from fusedisk.block.io import PROBE_SIZE
 from fusedisk.block.node import Node
@@ -32,6 +32,11 @@ _Fill = Callable[[int, Buffer], bool]
 _Place = tuple[_Fill, int, int, Node | None]
 """What fills a buffer, how much its places are more than the disk's offsets, where on the disk that ends, and the node
 that may have serialising requests."""
+
+Lent = tuple[int, int, int]
+"""A part of a host file: its descriptor, an offset and a length in bytes."""
+_MOST_LENT = 16
+"""Parts of one range."""
 
 _PLACE_BITS = 16
 MOST_PLACES = 1 << 15
@@ -127,6 +132,22 @@ class Immediate:
         accounting.reads += 1
         accounting.bytes_read += length
         return True
+
+    def lend(self, offset: int, length: int) -> list[Lent] | None:
+        """What :meth:`read` would read, as parts of host files that are in the host's page cache, for who takes it from
+        there in this very instant; counted as read. None where it does not lie like that."""
+        if self._changes != self._graph.changes:
+            self._look()
+        backend = self._backend
+        if not self._reads or backend.quiesced or backend.root is None or offset + length > self._node.length:
+            return None
+        parts: list[Lent] = []
+        if not self._trace(self._node, offset, length, parts):
+            return None
+        accounting = backend.accounting
+        accounting.reads += 1
+        accounting.bytes_read += length
+        return parts
 
     def write(self, offset: int, data: Buffer) -> bool:
         """Overwrite what has its place already. False: a part may be written, so the same is to be written again."""
@@ -252,6 +273,48 @@ class Immediate:
             if found is not None:
                 _add(runs, offset, found)
 
+    # --- lending ----------------------------------------------------------------------------------------
+
+    def _trace(self, node: Node, offset: int, length: int, parts: list[Lent]) -> bool:
+        """Add the parts that a range of ``node`` consists of."""
+        driver = node.driver
+        if node.serialising or len(parts) >= _MOST_LENT:
+            return False
+        if driver.moves_bytes:
+            return _lend(driver, offset, length, parts)
+        while True:
+            extent = driver.lookup(offset, length)
+            if extent is None:
+                return False
+            status, count, child, place, _, _, _ = extent
+            if status == DATA:
+                found = self._trace(child.node, place, count, parts)  # type: ignore[union-attr]
+            else:
+                found = status == UNALLOCATED and self._trace_below(node, offset, count, parts)
+            if not found or count == length:
+                return found
+            offset += count
+            length -= count
+
+    def _trace_below(self, node: Node, offset: int, length: int, parts: list[Lent]) -> bool:
+        """Add the parts of what backs ``node``, if that is known already."""
+        backing = node.backing
+        runs = self._chains.get(backing.node) if backing is not None else None
+        end = offset + length
+        while runs is not None and offset < end:
+            index = runs.find(offset)
+            if index < 0 or len(parts) >= _MOST_LENT:
+                return False
+            # What fills a buffer from a file is a method of its driver.
+            driver = getattr(runs.targets[index], "__self__", None)
+            stop = min(runs.ends[index], end)
+            if not isinstance(driver, Driver) or not driver.moves_bytes:
+                return False
+            if not _lend(driver, offset + runs.deltas[index], stop - offset, parts):
+                return False
+            offset = stop
+        return runs is not None
+
     # --- places of small reads --------------------------------------------------------------------------
 
     def _outdate(self) -> None:
@@ -333,6 +396,15 @@ class Immediate:
             offset += count
             length -= count
             data = data[count:]
+
+
+def _lend(driver: Driver, offset: int, length: int, parts: list[Lent]) -> bool:
+    """Add a range of a file, if it is in the page cache."""
+    descriptor = driver.resident_descriptor(offset, length)
+    if descriptor is None:
+        return False
+    parts.append((descriptor, offset, length))
+    return True
 
 
 def _below(node: Node) -> list[Node]:

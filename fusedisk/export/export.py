@@ -23,6 +23,7 @@ import trio
 
 from fusedisk.block.backend import Backend
 from fusedisk.block.driver import Role
+from fusedisk.block.immediate import Lent
 from fusedisk.block.node import Node
 from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex
@@ -157,6 +158,11 @@ class Export:
     def read_now(self, offset: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` if that takes no waiting; False: it may hold anything."""
         return self.backend.immediate.read(offset, buffer)
+
+    def lend_now(self, offset: int, length: int) -> list[Lent] | None:
+        """Where in host files the bytes of a range lie, for who takes them from there before anything else happens;
+        None where that takes more, or waiting."""
+        return self.backend.immediate.lend(offset, length)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write ``data`` if that takes no waiting; False: a part may be written."""

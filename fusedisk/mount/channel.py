@@ -31,6 +31,7 @@ from fusedisk.mount.handles import Handle
 from fusedisk.mount.negotiation import Negotiation
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.passthrough import PassedThrough
+from fusedisk.mount.reply_pipe import LEAST, ReplyPipe
 from fusedisk.mount.settings import Passthrough
 from fusedisk.mount.splicing import Spliced
 
@@ -102,13 +103,20 @@ class Channel:
     """The data channel of one mount."""
 
     def __init__(
-        self, operations: Operations, spliced: Spliced, passthrough: Passthrough, ended: Callable[[], None]
+        self,
+        operations: Operations,
+        spliced: Spliced,
+        passthrough: Passthrough,
+        ended: Callable[[], None],
+        pipe: ReplyPipe | None,
     ) -> None:
-        """``ended`` is called when nothing is served any more."""
+        """``ended`` is called when nothing is served any more. ``pipe`` is closed with the channel."""
         self._ended = ended
+        self._pipe = pipe
         self._handles = operations.handles.by_number
         self._device, self._library = spliced
-        self._negotiation = Negotiation(passthrough=passthrough is not Passthrough.OFF)
+        longest = wire.MAX_WRITE if pipe is None else pipe.longest
+        self._negotiation = Negotiation(passthrough=passthrough is not Passthrough.OFF, longest=longest)
         self._answers = Answers(operations, self._negotiation, PassedThrough(self._device, passthrough))
         self._spare = [Request() for _ in range(_LEAST_SPARE)]
         self._replies = [_pages(_REPLY + wire.MAX_WRITE) for _ in range(_LEAST_SPARE)]
@@ -136,6 +144,8 @@ class Channel:
         """Let go of the connection."""
         self._library.close()
         os.close(self._device)
+        if self._pipe is not None:
+            self._pipe.close()
         self._spare.clear()
         self._replies.clear()
 
@@ -185,7 +195,9 @@ class Channel:
             handle = handles.get(number)
             try:
                 if opcode == wire.READ:
-                    if (
+                    if size >= LEAST and self._lend(unique, handle, offset, size):
+                        answered = True
+                    elif (
                         handle is not None
                         and size <= wire.MAX_WRITE
                         and handle.export.read_now(offset, reply[_REPLY : _REPLY + size])
@@ -220,6 +232,17 @@ class Channel:
                 turns, now = 0, clock()
                 turn = now + _LONGEST_TURN
             deadline = now + poll
+
+    def _lend(self, unique: int, handle: Handle | None, offset: int, size: int) -> bool:
+        """Answer a READ out of the page cache, past our memory; tells whether it did."""
+        if self._pipe is None or handle is None or size > wire.MAX_WRITE:
+            return False
+        parts = handle.export.lend_now(offset, size)
+        try:
+            return parts is not None and self._pipe.send(self._device, unique, size, parts)
+        except OSError as exc:
+            self._reply_failed(exc)
+            return True
 
     def _next_poll(self, poll: float, waited: float) -> float:
         """How long to ask again from now on, after a wait."""

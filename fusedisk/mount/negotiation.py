@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from mmap import PAGESIZE
+
 from fusedisk.mount import wire
 
 MAX_BACKGROUND = 64
 """Requests that nobody waits for (readahead, asynchronous direct I/O) in flight at once; the kernel allows only root
 more than a few."""
 _CONGESTION = 48
-_MAX_PAGES = wire.MAX_WRITE >> 12
 _WANTED = (
     wire.ASYNC_READ
     | wire.BIG_WRITES
@@ -25,8 +26,10 @@ _REPLY = wire.OUT_HEADER.size
 class Negotiation:
     """One INIT and its reply."""
 
-    def __init__(self, *, passthrough: bool) -> None:
+    def __init__(self, *, passthrough: bool, longest: int) -> None:
+        """``longest``: bytes of data in one request at most."""
         self._wants_passthrough = passthrough
+        self._longest = longest
         self._unique = 0
         self._features = 0
         self.taken = 0
@@ -54,7 +57,7 @@ class Negotiation:
             wanted |= wire.INIT_EXT | _WANTED_EXTENDED | (wire.PASSTHROUGH if self._wants_passthrough else 0)
         self.taken = fields[3] | fields[10] << 32 | wanted & self._features
         fields[3], fields[10] = self.taken & 0xFFFFFFFF, self.taken >> 32
-        fields[4:8] = [MAX_BACKGROUND, _CONGESTION, wire.MAX_WRITE, 1]
-        fields[8] = _MAX_PAGES if self.taken & wire.MAX_PAGES else 0
+        fields[4:8] = [MAX_BACKGROUND, _CONGESTION, self._longest, 1]
+        fields[8] = self._longest // PAGESIZE if self.taken & wire.MAX_PAGES else 0
         fields[11] = 1 if self.passthrough else 0
         wire.INIT_OUT.pack_into(reply, _REPLY, *fields)

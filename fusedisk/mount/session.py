@@ -21,6 +21,7 @@ from fusedisk.export.export import Export
 from fusedisk.mount import mountinfo, unmounting
 from fusedisk.mount.channel import Channel
 from fusedisk.mount.operations import Operations
+from fusedisk.mount.reply_pipe import ReplyPipe
 from fusedisk.mount.settings import ServeSettings
 from fusedisk.mount.splicing import fuse_descriptors, splice
 
@@ -52,6 +53,7 @@ class Session:
     def start(self) -> None:
         """Mount. Blocks for a moment; raises HostError with what libfuse says."""
         before = fuse_descriptors() if self._settings.channel else set()
+        pipe = _reply_pipe() if self._settings.channel else None
         with _StderrCapture() as said:
             try:
                 pyfuse3.init(self.operations, self.mountpoint, self._options)
@@ -61,9 +63,13 @@ class Session:
         self._mount = mountinfo.mount_at(self.mountpoint)
         if self._settings.channel:
             try:
-                self._channel = Channel(self.operations, splice(before), self._settings.passthrough, pyfuse3.terminate)
+                spliced = splice(before)
             except HostError as exc:
+                if pipe is not None:
+                    pipe.close()
                 log.warning("The data channel is off, so holes and discard are missing: %s", exc)
+                return
+            self._channel = Channel(self.operations, spliced, self._settings.passthrough, pyfuse3.terminate, pipe)
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Serve until the mount is gone. ``ready`` is called once a ``stat`` from outside has been answered.
@@ -153,6 +159,14 @@ class Session:
             Path(f"/sys/class/bdi/{self._mount.device}/read_ahead_kb").write_text(str(READAHEAD_KIB))
         except OSError:
             pass
+
+
+def _reply_pipe() -> ReplyPipe | None:
+    try:
+        return ReplyPipe()
+    except OSError as exc:
+        log.info("Large reads are copied twice, as there is no pipe for them: %s", exc)
+        return None
 
 
 def _first(group: BaseExceptionGroup[HostError]) -> HostError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +19,7 @@ from fusedisk.block.graph import Graph
 from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.block.tracked import Request
 from fusedisk.core.errors import HostError
+from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io
 from tests.support.qcow2 import assert_clean, create_image, opened
@@ -233,3 +236,61 @@ async def test_a_failed_change_of_the_whole_image(tmp_path: Path) -> None:
             async with snapshot.alone(backend.node, "amend"):
                 raise HostError("half-way")
         assert backend.node.generation > before
+
+
+def lent(backend: Backend, offset: int, length: int) -> bytes | None:
+    """What the parts hold that a range is lent as, if it is."""
+    parts = backend.immediate.lend(offset, length)
+    if parts is None:
+        return None
+    return b"".join(os.pread(descriptor, count, place) for descriptor, place, count in parts)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+async def test_what_lies_in_files_is_lent(tmp_path: Path, depth: int) -> None:
+    async with chain(tmp_path, depth) as backend:
+        found = 0
+        for offset in range(0, SIZE - 4 * MIB, 60 * KIB):
+            expected = bytes(await backend.read(offset, 128 * KIB))
+            assert read(backend, offset, 128 * KIB) == expected  # the chain is known from now on
+            data = lent(backend, offset, 128 * KIB)
+            assert data in (None, expected)
+            found += data is not None
+        assert found >= 5
+        reads = backend.accounting.reads
+        assert lent(backend, 0, 128 * KIB)
+        assert backend.accounting.reads == reads + 1
+
+
+async def test_what_does_not_lie_in_a_file_is_not_lent(tmp_path: Path) -> None:
+    async with chain(tmp_path, 1, discard="unmap") as backend:
+        assert lent(backend, 0, 128 * KIB) == b"\x0a" * 128 * KIB
+        assert lent(backend, 128 * KIB, 256 * KIB) is None  # nothing is there
+        assert lent(backend, backend.length - 512, 1024) is None
+        for node in (backend.node, backend.node.children["file"].node):
+            request = Request(0, 512, write=True, serialising=True)
+            request.enter(node)
+            assert lent(backend, 0, 128 * KIB) is None
+            request.leave(node)
+        await backend.write_compressed(0, b"c" * 64 * KIB)
+        assert lent(backend, 0, 128 * KIB) is None
+        backend.immediate.disable()
+        assert lent(backend, 64 * KIB, 64 * KIB) is None
+
+
+async def test_what_is_not_in_the_page_cache_is_not_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with chain(tmp_path, 1) as backend:
+        assert lent(backend, 0, 128 * KIB) is not None
+        pages = 32
+        monkeypatch.setattr(host_file, "cached_pages", lambda *_: pages - 1)
+        assert lent(backend, 0, 128 * KIB) is None
+        monkeypatch.setattr(host_file, "cached_pages", lambda *_: pages)
+        assert lent(backend, 0, 128 * KIB) is not None
+
+        def unknown(*_: object) -> int:
+            raise OSError(errno.ENOSYS, "")
+
+        monkeypatch.setattr(host_file, "cached_pages", unknown)
+        assert lent(backend, 0, 128 * KIB) is None
+        monkeypatch.setattr(host_file, "cached_pages", lambda *_: pages)
+        assert lent(backend, 0, 128 * KIB) is None  # not asked again

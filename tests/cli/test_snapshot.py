@@ -98,6 +98,7 @@ def test_what_a_name_stands_for(image: Path) -> None:
     _check(image)
 
 
+@pytest.mark.slow
 def test_a_name_of_any_bytes(image: Path) -> None:
     name = "caf\udce9 \N{SNOWMAN}"
     assert fusedisk_process("snapshot", "-c", name, image).code == 0

@@ -75,6 +75,7 @@ def test_damaged_key_material_does_not_unlock(area: Area) -> None:
             _area(bytes(content)).unlock("first")
 
 
+@pytest.mark.slow
 def test_every_slot(made: luks.NewHeader, area: Area) -> None:
     """Eight passphrases at once; a ninth has no place; then they go one by one but for the last."""
     content, header = area.content, area.header

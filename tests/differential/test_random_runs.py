@@ -21,7 +21,7 @@ def _tools() -> None:
         require_tool(tool)
 
 
-@pytest.mark.seeds(26)
+@pytest.mark.seeds(12)
 async def test_some_of_everything(seed: int, batches: int | None, tmp_path: Path) -> None:
     await run_or_explain(Scenario.of(seed), tmp_path, batches)
 

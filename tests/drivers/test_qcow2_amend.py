@@ -169,6 +169,7 @@ async def test_widths_beside_other_features(tmp_path: Path, options: str) -> Non
 
 @pytest.mark.parametrize("unit", [512, 65536, 2 << 20])
 @pytest.mark.parametrize("width", [1, 64])
+@pytest.mark.slow
 async def test_widths_of_large_images(tmp_path: Path, unit: int, width: int) -> None:
     image = tmp_path / "disk.qcow2"
     size = 40 << 20 if unit == 512 else 8 << 30

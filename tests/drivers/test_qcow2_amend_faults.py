@@ -61,6 +61,7 @@ async def _run(
 
 @pytest.mark.parametrize("operation", ["write", "written", "flush", "read"])
 @pytest.mark.parametrize(("options", "change"), CHANGES, ids=lambda value: str(value)[:50])
+@pytest.mark.slow
 async def test_every_operation_fails_once(tmp_path: Path, options: str, change: dict[str, Any], operation: str) -> None:
     image = make(tmp_path / "disk.qcow2", options, backing=True, snapshots=True)
     if "backing_file" in change:

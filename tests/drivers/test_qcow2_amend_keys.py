@@ -99,6 +99,7 @@ async def test_qemu_adds_and_removes_and_we_open(image: Path, keys: Keys) -> Non
     assert opening(image, PASSPHRASE, NEW) == [NEW]
 
 
+@pytest.mark.slow
 async def test_every_slot(image: Path, keys: Keys) -> None:
     for slot in range(1, 8):
         await amend(image, keys(PASSPHRASE), state="active", new_key_file=keys(f"number {slot}"), keyslot=str(slot))
@@ -227,6 +228,7 @@ async def test_zero_clusters_over_a_backing_file(tmp_path: Path, keys: Keys, enc
 # --- crashes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_crashes_leave_a_passphrase_that_opens(image: Path, keys: Keys) -> None:
     """One is added, another replaced, one removed: at each instant the one that nobody touches opens the image."""
 
@@ -251,6 +253,7 @@ async def test_crashes_leave_a_passphrase_that_opens(image: Path, keys: Keys) ->
     assert len(seen) > 10
 
 
+@pytest.mark.slow
 async def test_power_cuts_while_one_takes_the_place_of_the_other(image: Path, keys: Keys) -> None:
     """Once the new one is answered it opens the image, whatever becomes of the old one."""
 

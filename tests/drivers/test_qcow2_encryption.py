@@ -84,6 +84,7 @@ async def test_what_qemu_wrote(tmp_path: Path, key: Path, encryption: str) -> No
 
 @pytest.mark.parametrize("encryption", ["luks", "aes"])
 @pytest.mark.parametrize("by_us", [False, True])
+@pytest.mark.slow
 async def test_random_writes_are_what_qemu_reads(tmp_path: Path, key: Path, encryption: str, by_us: bool) -> None:
     image = tmp_path / "x.qcow2"
     if by_us:
@@ -125,6 +126,7 @@ async def test_what_is_written_is_not_in_the_file(tmp_path: Path, key: Path, enc
 
 
 @pytest.mark.parametrize("encryption", ["luks", "aes"])
+@pytest.mark.slow
 async def test_a_snapshot_of_qemus_shares_clusters(tmp_path: Path, key: Path, encryption: str) -> None:
     image = create_qcow2(tmp_path / "x.qcow2", encryption)
     run_qemu_io(image, "qcow2", "write -P 9 0 256k")
@@ -139,6 +141,7 @@ async def test_a_snapshot_of_qemus_shares_clusters(tmp_path: Path, key: Path, en
 
 
 @pytest.mark.parametrize("encryption", ["luks", "aes"])
+@pytest.mark.slow
 async def test_growing_and_preallocation(tmp_path: Path, key: Path, encryption: str) -> None:
     image = await made(tmp_path / "x.qcow2", key, encryption)
     async with unlocked(image, key) as backend:
@@ -169,6 +172,7 @@ async def test_an_encrypted_backing_file(tmp_path: Path, key: Path) -> None:
         assert await backend.read(700, 500) == b"\x07" * 77 + b"top" + b"\x07" * 420
 
 
+@pytest.mark.slow
 async def test_compressed_clusters_are_not_encrypted(tmp_path: Path, key: Path) -> None:
     image = create_qcow2(tmp_path / "x.qcow2", "luks")
     run_qemu_io(image, "qcow2", "write -c -P 5 0 64k", "write -P 6 64k 64k")

@@ -155,7 +155,7 @@ async def test_snapshots_are_never_overwritten(tmp_path: Path, cluster_size: int
 
 
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, pytest.param(2 << 20, marks=pytest.mark.slow)])
 async def test_compressed_clusters(tmp_path: Path, cluster_size: int, kind: str) -> None:
     size = max(32 * cluster_size, 1 << 20)
     rng = random.Random(cluster_size)

@@ -352,6 +352,7 @@ async def test_growing_shows_nothing_that_lay_behind_the_end(longer: bool, tmp_p
     assert raw_content(top, tmp_path) == expected
 
 
+@pytest.mark.slow
 async def test_encrypted_subclusters(tmp_path: Path) -> None:
     (tmp_path / "base.raw").write_bytes(b"b" * 4 * CLUSTER)
     (tmp_path / "key").write_text("secret")

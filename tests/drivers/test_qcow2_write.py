@@ -184,6 +184,7 @@ async def test_death_while_shared_and_compressed_clusters_are_replaced(tmp_path:
     assert_clean(saved(store, tmp_path))
 
 
+@pytest.mark.slow
 async def test_death_during_growth_of_the_refcount_table(tmp_path: Path) -> None:
     size = 20 << 20
     store = await created_in_memory(Store(), size=size, cluster_size=512, refcount_bits=64)

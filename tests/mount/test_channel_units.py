@@ -158,7 +158,7 @@ async def serving() -> AsyncIterator[Setup]:
     disk, ended = Disk(), trio.Event()
     handle = Handle(disk, os.O_RDWR)  # type: ignore[arg-type]
     operations: Any = SimpleNamespace(handles=SimpleNamespace(by_number={1: handle}))
-    served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set)
+    served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set, None)
     device.close()
     try:
         async with trio.open_nursery() as nursery:

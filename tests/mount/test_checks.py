@@ -46,6 +46,7 @@ def test_two_images_on_a_file(raw: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_busy_mountpoint(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
     on = mounts.mount("-r", raw)
     expected = (

@@ -96,6 +96,7 @@ def test_processes_are_named_and_the_device_works_on(attached: Attachments, tmp_
     attached.detach(image)
 
 
+@pytest.mark.slow
 def test_who_cannot_be_seen_keeps_the_device(attached: Attachments, tmp_path: Path) -> None:
     """A descriptor on its way between processes is in none of them. The device stays, also after the refusal."""
     device = attached.attach(make_qcow2(tmp_path / "vm.qcow2", MIB))
@@ -126,6 +127,7 @@ def test_swap_and_devices_above_are_named(attached: Attachments, tmp_path: Path)
 # --- waiting and force ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wait_returns_when_the_last_user_is_done(attached: Attachments, mounts: Mounts, ext4: Path) -> None:
     device = attached.attach(ext4)
     files = mounts.mount_filesystem(device)

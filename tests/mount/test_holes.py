@@ -254,6 +254,7 @@ def test_nothing_is_punched_in_a_read_only_disk(mounts: Mounts, tmp_path: Path) 
     assert caught.value.errno == errno.EROFS
 
 
+@pytest.mark.slow
 def test_a_range_that_is_zeroed_in_part_is_not_shown_from_the_cache(mounts: Mounts, tmp_path: Path) -> None:
     """Whoever interrupts a long request gets it undone from some place on, and everybody sees the same."""
     image = make_qcow2(tmp_path / "disk.qcow2", 8 * TIB, "write -P 5 0 1M", cluster_size=512 * 1024)

@@ -243,6 +243,7 @@ def test_list_tells_what_is_mounted(mounts: Mounts, raw: Path, tmp_path: Path) -
     assert f"{raw} raw (overlay) 4 MiB {on}/disk - {found['pid']}" in " ".join(row.split())
 
 
+@pytest.mark.slow
 def test_ten_mounts_come_and_go_at_once(mounts: Mounts, raw: Path) -> None:
     places = [mounts.directory() for _ in range(10)]
     outcomes: list[int] = []

@@ -143,7 +143,9 @@ def test_copy_on_read_fills_the_layer(mounts: Mounts, image: Path, tmp_path: Pat
     assert (on / "vm").stat().st_mtime_ns == before.st_mtime_ns
     mounts.umount(on)
     found = fusedisk_process("map", "--output", "json", layer).json
-    assert [entry["depth"] for entry in found if entry["data"]] == [0]
+    data = [entry for entry in found if entry["data"]]
+    assert {entry["depth"] for entry in data} == {0}
+    assert sum(entry["length"] for entry in data) == MIB
 
 
 def test_detect_zeroes_keeps_zeroes_out_of_the_image(mounts: Mounts, tmp_path: Path) -> None:

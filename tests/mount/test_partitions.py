@@ -85,6 +85,7 @@ def test_each_partition_is_its_range_of_the_disk(mounts: Mounts, image: Path, tm
         mounts.umount(on)
 
 
+@pytest.mark.slow
 def test_random_writes_through_all_files(mounts: Mounts, image: Path, tmp_path: Path) -> None:
     """What was written where, through whichever file, is what every file and the image have in the end."""
     raw = tmp_path / "vm.raw"

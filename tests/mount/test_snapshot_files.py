@@ -36,7 +36,15 @@ def scribble(file: Path, random_: random.Random, count: int, content: bytearray)
                 os.fsync(handle.fileno())
 
 
-@pytest.mark.parametrize("options", [{}, {"cluster_size": 4096}, {"extended_l2": "on"}, {"compat": "0.10"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"cluster_size": 4096}, marks=pytest.mark.slow),
+        pytest.param({"extended_l2": "on"}, marks=pytest.mark.slow),
+        pytest.param({"compat": "0.10"}, marks=pytest.mark.slow),
+    ],
+)
 def test_snapshots_stay_while_the_disk_is_written_to(
     mounts: Mounts, tmp_path: Path, options: dict[str, object]
 ) -> None:
@@ -125,6 +133,7 @@ def test_an_image_without_snapshots(mounts: Mounts, tmp_path: Path, raw: Path) -
         assert said.decode() == "fusedisk: 'disk' gets no files of snapshots: its image holds none.\n"
 
 
+@pytest.mark.slow
 def test_below_an_overlay_and_above_a_backing_file(mounts: Mounts, tmp_path: Path) -> None:
     base = make_qcow2(tmp_path / "base.qcow2", SIZE, "write -P 9 0 4M")
     image = make_qcow2(tmp_path / "vm.qcow2", None, "write -P 1 1M 64k", backing=base)
@@ -148,6 +157,7 @@ def test_below_an_overlay_and_above_a_backing_file(mounts: Mounts, tmp_path: Pat
     qemu_img("check", image)
 
 
+@pytest.mark.slow
 def test_of_an_encrypted_image(mounts: Mounts, tmp_path: Path) -> None:
     key, image = tmp_path / "key", tmp_path / "vm.qcow2"
     key.write_text(PASSPHRASE)

@@ -96,6 +96,7 @@ def test_wait_returns_when_the_last_user_is_done(mounts: Mounts, raw: Path) -> N
     assert not is_mounted(on)
 
 
+@pytest.mark.slow
 def test_wait_ends_at_the_timeout(mounts: Mounts, raw: Path) -> None:
     on = mounts.mount(raw)
     with (on / "disk").open("rb"):

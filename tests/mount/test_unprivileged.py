@@ -121,6 +121,7 @@ def test_busy_and_force(user: User, image: Path) -> None:
         holder.communicate()
 
 
+@pytest.mark.slow
 def test_a_mount_of_a_dead_daemon(user: User, image: Path) -> None:
     user.fusedisk("mount", "--pid-file", "pid", "disk.img", "mnt")
     user.run("kill", "-9", (user.home / "pid").read_text().strip())

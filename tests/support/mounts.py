@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import subprocess
@@ -103,9 +104,13 @@ class Mounts:
         return on
 
     def umount_filesystem(self, on: Path) -> None:
-        """Unmount it."""
+        """Unmount it, and wait until its device is free: another test's process in a mount namespace of its own may
+        hold it for a moment more."""
+        found = mountinfo.mount_at(str(on))
+        assert found is not None
         run_tool("umount", on)
         self._filesystems.remove(on)
+        wait_until(lambda: _is_free(found.source), f"nobody has {found.source} mounted")
 
     def close(self) -> None:
         """Take everything away: filesystems, loop devices, mounts, processes."""
@@ -154,6 +159,16 @@ def has_ended(process: psutil.Process) -> bool:
 def is_mounted(mountpoint: Path) -> bool:
     """Whether something is mounted exactly there."""
     return mountinfo.mount_at(str(mountpoint)) is not None
+
+
+def _is_free(device: str) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            return False
+        raise
+    return True
 
 
 def wait_until(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:

@@ -311,6 +311,9 @@ class FileDriver(Driver):
         except OSError:
             return False
 
+    def resident_descriptor(self, offset: int, length: int) -> int | None:
+        return self.file.fd if self.file.is_resident(offset, length) else None
+
     @contextlib.contextmanager
     def _extension(self, end: int) -> Iterator[None]:
         """Around a request that ends at ``end``, in a worker thread: with O_DIRECT it may leave the file longer

@@ -10,11 +10,12 @@ import errno
 import os
 import time
 from collections.abc import Sequence
+from mmap import PAGESIZE
 
 from fusedisk.core.offload import run_host_io
 from fusedisk.drivers.protocol.direct_io import Alignment, read_direct, write_direct
 from fusedisk.drivers.protocol.host_io import read_vector, total_length, write_vector
-from fusedisk.drivers.protocol.hostcalls import lives_in_memory
+from fusedisk.drivers.protocol.hostcalls import cached_pages, lives_in_memory
 
 INLINE_MAX = 1 << 20
 """Longest transfer that the trio thread makes itself, in bytes: a copy of about 150 microseconds, which is what
@@ -55,7 +56,17 @@ class Pace:
 class HostFile:
     """A descriptor with what is known about it. All methods raise OSError."""
 
-    __slots__ = ("alignment", "fd", "in_memory", "nowait_reads", "nowait_writes", "pace", "read_only")
+    __slots__ = (
+        "_probe",
+        "_tells_residency",
+        "alignment",
+        "fd",
+        "in_memory",
+        "nowait_reads",
+        "nowait_writes",
+        "pace",
+        "read_only",
+    )
 
     def __init__(self, fd: int, read_only: bool, alignment: Alignment | None) -> None:
         """Takes over ``fd``. ``alignment`` is given for descriptors opened with O_DIRECT."""
@@ -66,6 +77,8 @@ class HostFile:
         self.nowait_reads = alignment is None and not self.in_memory
         self.nowait_writes = alignment is None and not self.in_memory
         self.pace = Pace()
+        self._tells_residency = True
+        self._probe = bytearray(1)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -110,6 +123,24 @@ class HostFile:
         now = time.perf_counter()
         self.pace.measured(now, now - start)
         return ()
+
+    def is_resident(self, offset: int, length: int) -> bool:
+        """Whether all of a range is in the page cache; False also where the kernel (before 6.5) does not tell."""
+        if self.alignment is not None or not self._tells_residency:
+            return False
+        last = offset + length - 1
+        try:
+            if cached_pages(self.fd, offset, length) <= last // PAGESIZE - offset // PAGESIZE:
+                return False
+            # A page that is on its way counts too, and comes last where the kernel reads ahead.
+            return self.in_memory or (
+                self.nowait_reads and os.preadv(self.fd, (self._probe,), last, os.RWF_NOWAIT) == 1
+            )
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._tells_residency = False
+            return False
 
     async def read(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Fill all buffers in a worker thread; what lies past the end becomes zeroes."""
