@@ -16,6 +16,7 @@ from tests.crash.recording import Recording
 from tests.crash.replay import Crash, power_cuts, prefixes
 from tests.support.memory import Store, stores
 from tests.support.qcow2 import MEMORY_DRIVERS
+from tests.support.thinning import thinned
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ async def check_crashes(recording: Recording, crashes: list[Crash], checker: Che
     return result.different
 
 
-@pytest.mark.parametrize("name", AMENDING)
+@pytest.mark.parametrize("name", thinned(AMENDING))
 async def test_process_death(name: str, tmp_path: Path, checker: Checker) -> None:
     recording = await AMENDING[name].record(tmp_path, seed=1)
     changes = sum(operation.kind in ("write", "discard") for operation in recording.log)
@@ -61,7 +62,7 @@ async def test_process_death(name: str, tmp_path: Path, checker: Checker) -> Non
     assert await check_crashes(recording, crashes, checker) > 5
 
 
-@pytest.mark.parametrize("name", AMENDING)
+@pytest.mark.parametrize("name", thinned(AMENDING))
 async def test_power_cut(name: str, tmp_path: Path, checker: Checker) -> None:
     await _check_power_cuts(name, tmp_path, checker, seed=1, cuts=30, tries=3)
 

@@ -10,6 +10,7 @@ import pytest
 from tests.crash.judge import Checker, judge
 from tests.crash.replay import prefixes
 from tests.crash.workloads import WORKLOADS
+from tests.support.thinning import thinned
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ async def check_prefixes(name: str, folder: Path, checker: Checker, seed: int, c
     assert result.different > 30
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", thinned(WORKLOADS))
 async def test_some_prefixes(name: str, tmp_path: Path, checker: Checker) -> None:
     await check_prefixes(name, tmp_path, checker, seed=1, count=40)
 

@@ -19,6 +19,7 @@ from tests.mutation.damage import Places, damage
 from tests.mutation.images import FEATURE_SETS
 from tests.support.memory import Store, stores
 from tests.support.qcow2 import MEMORY_DRIVERS
+from tests.support.thinning import thinned
 
 SETS = ("v2", "v3", "clusters-512", "snapshots", "compressed-zlib", "extended-l2")
 
@@ -93,7 +94,7 @@ async def check_repairs(name: str, folder: Path, checker: Checker, images: int, 
     raise AssertionError(f"only {interrupted} damaged images could be repaired")
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", thinned(SETS))
 async def test_some_interrupted_repairs(name: str, tmp_path: Path, checker: Checker) -> None:
     await check_repairs(name, tmp_path, checker, images=6, crashes=5)
 

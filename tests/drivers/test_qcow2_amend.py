@@ -18,6 +18,7 @@ from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import ToolError, qemu_img, qemu_io
 from tests.support.qcow2 import assert_clean, opened
+from tests.support.thinning import thinned
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 KIB = 1 << 10
@@ -311,7 +312,7 @@ async def _try_width(image: Path, width: int) -> None:
         assert specific(image) == specific(copy)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", thinned(range(6)))
 async def test_random_sequences(tmp_path: Path, seed: int) -> None:
     """Amends, writes by us and by QEMU, and snapshots, in any order."""
     rng = random.Random(seed)

@@ -20,6 +20,7 @@ from tests.support.qcow2 import (
     opened,
     raw_content,
 )
+from tests.support.thinning import thinned
 
 VERSIONS = ("0.10", "1.1")
 
@@ -56,7 +57,7 @@ async def write_at_random(backend: Backend, oracle: bytearray, rng: random.Rando
 
 
 @pytest.mark.parametrize("compat", VERSIONS)
-@pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
+@pytest.mark.parametrize("cluster_size", thinned(CLUSTER_SIZES))
 async def test_what_we_write_qemu_reads(tmp_path: Path, cluster_size: int, compat: str) -> None:
     size = min(64 * cluster_size, 16 << 20) + 512
     image = await create_image(tmp_path / "x.qcow2", size=size, cluster_size=cluster_size, compat=compat)
@@ -76,7 +77,7 @@ async def test_what_we_write_qemu_reads(tmp_path: Path, cluster_size: int, compa
 
 
 @pytest.mark.parametrize("compat", VERSIONS)
-@pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
+@pytest.mark.parametrize("cluster_size", thinned(CLUSTER_SIZES))
 async def test_what_qemu_writes_we_read_and_go_on_with(tmp_path: Path, cluster_size: int, compat: str) -> None:
     size = min(64 * cluster_size, 16 << 20)
     image = by_qemu(tmp_path / "x.qcow2", size, f"cluster_size={cluster_size}", f"compat={compat}")

@@ -30,6 +30,7 @@ from tests.conftest import qemu_img, qemu_io
 from tests.support.images import make_qcow2, make_sparse_raw, random_commands
 from tests.support.jitter import JITTER_DRIVERS
 from tests.support.qcow2 import assert_clean, create_image, driver_of, opened, raw_content
+from tests.support.thinning import thinned
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -81,7 +82,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=thinned(KINDS, 3))
 def image(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """An image with data, zeroes and holes."""
     kind, options = request.param, KINDS[request.param]

@@ -123,6 +123,7 @@ def test_extended_attributes(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
         os.getxattr(file, "user.fusedisk.nothing")
 
 
+@pytest.mark.slow
 def test_times_and_inodes_are_the_same_in_the_next_mount(mounts: Mounts, tmp_path: Path) -> None:
     image = make_qcow2(tmp_path / "vm.qcow2", MIB, "write 0 1M")
     before = image.read_bytes()

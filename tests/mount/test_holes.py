@@ -28,6 +28,7 @@ from tests.support.fsx import (
 )
 from tests.support.images import make_qcow2, make_sparse_raw
 from tests.support.mounts import Mounts, wait_until
+from tests.support.thinning import thinned
 
 MIB = 1 << 20
 TIB = 1 << 40
@@ -178,7 +179,7 @@ def _flat(image: Path) -> bytes:
     return flat.read_bytes()
 
 
-@pytest.mark.parametrize("growable", [False, True])
+@pytest.mark.parametrize("growable", thinned([False, True], 2))
 @pytest.mark.parametrize("mode", _ALLOWED)
 def test_every_mode_of_fallocate(mounts: Mounts, tmp_path: Path, mode: int, growable: bool) -> None:
     """Over a backing file, at odd places, and around the end."""
@@ -229,7 +230,7 @@ def test_a_hole_gives_its_space_back_and_a_zeroed_range_keeps_it(mounts: Mounts,
     assert all("offset" in entry for entry in entries if 8 * MIB <= entry["start"] < 24 * MIB)
 
 
-@pytest.mark.parametrize("mode", _REFUSED)
+@pytest.mark.parametrize("mode", thinned(_REFUSED))
 def test_other_modes_are_not_there(mounts: Mounts, tmp_path: Path, mode: int) -> None:
     image = _on_backing(tmp_path)
     content = _flat(image)

@@ -14,6 +14,7 @@ from tests.mutation.guest import Guest
 from tests.mutation.images import FEATURE_SETS
 from tests.mutation.judge import Verdict
 from tests.mutation.runs import MEMORY, run
+from tests.support.thinning import thinned
 
 # Each found a fault once: (set, seed).
 FOUND = [
@@ -45,7 +46,7 @@ async def _run(name: str, seeds: range, folder: Path) -> None:
     assert tally.grown < MEMORY
 
 
-@pytest.mark.parametrize("name", FEATURE_SETS)
+@pytest.mark.parametrize("name", thinned(FEATURE_SETS))
 async def test_a_few(name: str, tmp_path: Path) -> None:
     await _run(name, range(4), tmp_path)
 

@@ -1,0 +1,16 @@
+"""Fewer parameters for quick runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def thinned(values: Iterable[Any], one_in: int = 4) -> list[Any]:
+    """The same parameters; all but one in so many, beginning with the first, are for slow runs."""
+    return [
+        value if index % one_in == 0 else pytest.param(value, marks=pytest.mark.slow)
+        for index, value in enumerate(values)
+    ]
