@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import select
 import subprocess
 import time
 from pathlib import Path
@@ -19,8 +21,11 @@ from tests.mutation.images import Sample
 PATIENCE = 1.0
 """Seconds of processor time that one check or repair may take."""
 
-_QEMU_PATIENCE = 30.0
+_QEMU_PATIENCE = 30
 """Seconds; it takes milliseconds."""
+
+_QEMU_OUTPUT = 1 << 30
+"""Bytes of complaints that come only from something endless."""
 
 Numbers = tuple[int, int, int]
 """Check errors, corruptions, leaks."""
@@ -57,6 +62,7 @@ class Judge:
     def __init__(self, sample: Sample, folder: Path) -> None:
         self.sample = sample
         self.path = folder / "damaged.qcow2"
+        self._out, self._err = folder / "out", folder / "err"
         self.data = sample.data_file.read_bytes() if sample.data_file else None
         self.metadata = Guest(sample.content, sample, self.data).metadata()
 
@@ -80,7 +86,6 @@ class Judge:
         return verdict
 
     async def _repair(self, image: bytes, verdict: Verdict) -> None:
-        before = self._readable(image)
         result = await self._ours(Repair.ALL, verdict)
         if isinstance(result, FusediskError):
             if self.path.read_bytes() != image:
@@ -91,12 +96,12 @@ class Judge:
             return
         after = self.path.read_bytes()
         verdict.repaired = True
-        verdict.wrong += [f"the repair lost {line}" for line in self._lost(before, after)[:3]]
-        again = await self._ours(Repair.NOTHING, verdict)
+        with self._qemu("check", "--output=json") as process:
+            again = await self._ours(Repair.NOTHING, verdict)
+            verdict.wrong += [f"the repair lost {line}" for line in self._lost(self._readable(image), after)[:3]]
+            theirs = self._answer(process, verdict)
         if _numbers(result) != _numbers(again):
             verdict.wrong.append(f"our repair told {_told(result)}, but we then found {_told(again)}")
-        with self._qemu("check", "--output=json") as process:
-            theirs = self._answer(process, verdict)
         if theirs != _numbers(again) and verdict.exception is None:
             verdict.wrong.append(f"after our repair we found {_told(again)}, QEMU {theirs or 'refused'}")
         if _numbers(again) != (0, 0, 0):
@@ -148,20 +153,21 @@ class Judge:
             if seconds > PATIENCE:
                 verdict.wrong.append(f"{seconds:.1f} s for one check or repair ({repair.value})")
 
-    def _qemu(self, command: str, *options: str) -> subprocess.Popen[str]:
+    def _qemu(self, command: str, *options: str) -> subprocess.Popen[bytes]:
+        """Start qemu-img. It writes to files: line by line through a pipe would take longer than the check."""
         objects = self.sample.qemu_objects()
         args = [require_tool("qemu-img"), command, *objects, *options, self.sample.qemu_name(self.path)]
-        return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            return subprocess.Popen(args, stdout=out, stderr=err)
 
-    def _answer(self, process: subprocess.Popen[str], verdict: Verdict) -> Numbers | None:
+    def _answer(self, process: subprocess.Popen[bytes], verdict: Verdict) -> Numbers | None:
         """What qemu-img found; None where it refuses the image."""
-        try:
-            out, err = process.communicate(timeout=_QEMU_PATIENCE)
-        except subprocess.TimeoutExpired:
+        if not _ends(process, self._err):
             process.kill()
-            process.communicate()
+            process.wait()
             verdict.exception = "endless"
             return None
+        out, err = self._out.read_text(errors="replace"), self._err.read_text(errors="replace")
         if process.returncode < 0:
             verdict.exception = "crash"
         if "key" in err or "LUKS" in err or "ncrypt" in err:
@@ -172,6 +178,24 @@ class Judge:
             return None
         found = json.loads(out)
         return found["check-errors"], found.get("corruptions", 0), found.get("leaks", 0)
+
+
+def _ends(process: subprocess.Popen[bytes], output: Path) -> bool:
+    """Whether a process ends in time. (``Popen.wait`` would look by and by, up to 50 ms late.)"""
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        # Second by second, as this run may be stopped meanwhile.
+        for _ in range(_QEMU_PATIENCE):
+            if poll.poll(1000):
+                process.wait()
+                return True
+            if output.stat().st_size > _QEMU_OUTPUT:
+                break
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _numbers(found: CheckResult | FusediskError | None) -> Numbers | None:
