@@ -11,7 +11,7 @@ import trio
 
 from fusedisk.block.backend import Backend
 from tests.conftest import qemu_img
-from tests.differential.scenario import Window, random_range
+from tests.differential.scenario import SECRET, Chain, Window, random_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +70,13 @@ class Oracle:
         self.length = length
 
     @classmethod
-    def of_image(cls, path: Path, windows: tuple[Window, ...], scratch: Path) -> Oracle:
-        """What QEMU reads from a qcow2 image."""
-        information = json.loads(qemu_img("info", "--output=json", "-f", "qcow2", path))
+    def of_image(cls, chain: Chain, windows: tuple[Window, ...], scratch: Path, copy: Path | None = None) -> Oracle:
+        """What QEMU reads from the active image of a chain, or from a copy of it."""
+        information = json.loads(qemu_img("info", "--output=json", "-f", "qcow2", copy or chain.top))
         contents = []
         for offset, count in windows:
-            image = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}}
-            window = {"driver": "raw", "offset": offset, "size": count, "file": image}
-            qemu_img("convert", "-O", "raw", f"json:{json.dumps(window)}", scratch)
+            window = {"driver": "raw", "offset": offset, "size": count, "file": chain.theirs(copy)}
+            qemu_img("convert", *SECRET, "-O", "raw", f"json:{json.dumps(window)}", scratch)
             contents.append(bytearray(scratch.read_bytes()).ljust(count, b"\0"))
             scratch.unlink()
         return cls(windows, contents, information["virtual-size"])

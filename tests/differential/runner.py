@@ -21,7 +21,7 @@ from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.format.qcow2.layout import DIRTY
 from tests.conftest import qemu_img
 from tests.differential.oracle import Mismatch, Oracle, Request, random_request
-from tests.differential.scenario import MIB, Chain, Scenario, build, open_options
+from tests.differential.scenario import MIB, SECRET, Chain, Scenario, build, open_options
 from tests.support.jitter import JITTER_DRIVERS
 
 _MOST_SNAPSHOTS = 4
@@ -74,7 +74,7 @@ def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: in
         windows = ((start + rng.randrange(count - span + 1), span),)
     for _ in range(wanted):
         request = random_request(rng, windows, min(scenario.cluster_size, 256 << 10), scenario.cluster_size)
-        if request.kind == "compressed" and scenario.data_file:
+        if request.kind == "compressed" and not scenario.compresses:
             continue
         if apart and any(request.overlaps(other) and (request.changes or other.changes) for other in taken):
             continue
@@ -95,7 +95,7 @@ class Run:
         self.scratch = directory / "scratch"
         self.chain: Chain = build(scenario, directory)
         self.fingerprints = self.chain.fingerprints()
-        self.oracle = Oracle.of_image(self.chain.top, scenario.windows, self.scratch)
+        self.oracle = Oracle.of_image(self.chain, scenario.windows, self.scratch)
         self.kept: dict[str, Oracle] = {}
         """What our snapshots hold, by name."""
         self._snapshots = 0
@@ -172,13 +172,13 @@ class Run:
         try:
             if is_dirty(copy):
                 # Its refcounts are behind, and say so; QEMU too counts them again before it writes.
-                qemu_img("check", "-q", "-r", "all", "-f", "qcow2", copy, check=False)
-            found = check_image(copy)
+                qemu_img("check", "-q", "-r", "all", *SECRET, self.chain.name(copy), check=False)
+            found = check_image(self.chain, copy)
             wrong = {key: found[key] for key in ("corruptions", "check-errors") if found.get(key)}
             if wrong:
                 raise Mismatch(f"qemu-img check of the image as it lies: {wrong}")
             if compare:
-                content = Oracle.of_image(copy, self.oracle.windows, self.scratch)
+                content = Oracle.of_image(self.chain, self.oracle.windows, self.scratch, copy)
                 self.oracle.compare(content, "QEMU's reading of the image as it lies")
         finally:
             copy.unlink()
@@ -189,11 +189,11 @@ class Run:
         ours = await our_check(self.chain.top)
         if not ours.clean:
             raise Mismatch(f"our check: {ours.findings[:3]}")
-        found = check_image(self.chain.top)
+        found = check_image(self.chain)
         wrong = {key: found[key] for key in ("corruptions", "leaks", "check-errors") if found.get(key)}
         if wrong:
             raise Mismatch(f"qemu-img check: {wrong}")
-        self.oracle.compare(Oracle.of_image(self.chain.top, self.oracle.windows, self.scratch), "QEMU's reading")
+        self.oracle.compare(Oracle.of_image(self.chain, self.oracle.windows, self.scratch), "QEMU's reading")
         for name, expected in self.kept.items():
             self._check_snapshot(name, expected)
         if self.chain.fingerprints() != self.fingerprints:
@@ -204,11 +204,10 @@ class Run:
         copy = self.directory / "copy.qcow2"
         shutil.copyfile(self.chain.top, copy)
         try:
-            qemu_img("snapshot", "-a", name, copy)
-            expected.compare(
-                Oracle.of_image(copy, expected.windows, self.scratch), f"QEMU's reading of snapshot {name}"
-            )
-            found = check_image(copy)
+            qemu_img("snapshot", *SECRET, "-a", name, self.chain.name(copy))
+            content = Oracle.of_image(self.chain, expected.windows, self.scratch, copy)
+            expected.compare(content, f"QEMU's reading of snapshot {name}")
+            found = check_image(self.chain, copy)
             if found.get("corruptions") or found.get("check-errors"):
                 raise Mismatch(f"qemu-img check of the image with snapshot {name} applied: {found}")
         finally:
@@ -222,9 +221,9 @@ def is_dirty(path: Path) -> bool:
     return int.from_bytes(head[4:8], "big") >= 3 and bool(int.from_bytes(head[72:80], "big") & DIRTY)
 
 
-def check_image(path: Path) -> dict[str, Any]:
-    """What ``qemu-img check`` says."""
-    report: dict[str, Any] = json.loads(qemu_img("check", "--output=json", "-f", "qcow2", path, check=False))
+def check_image(chain: Chain, copy: Path | None = None) -> dict[str, Any]:
+    """What ``qemu-img check`` says of the active image, or of a copy of it."""
+    report: dict[str, Any] = json.loads(qemu_img("check", "--output=json", *SECRET, chain.name(copy), check=False))
     return report
 
 

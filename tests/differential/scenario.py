@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 from fusedisk.drivers.format.qcow2.layout import MIN_EXTENDED_L2_CLUSTER
 from tests.conftest import qemu_img, qemu_io
+from tests.crypto.images import qemu_img_patiently
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER_SIZES = tuple(512 << shift for shift in range(13))
 VERSIONS = ("0.10", "1.1")
 DEPTHS = tuple(range(1, 9))
 SYSTEMATIC = 10_000
+ENCRYPTED = 20_000
+"""From here on seeds stand for the same as those below ``SYSTEMATIC``, but always with encryption."""
 COMBINATIONS = len(CLUSTER_SIZES) * len(VERSIONS) * len(DEPTHS)
 
 Window = tuple[int, int]
@@ -36,7 +40,7 @@ class Scenario:
 
     @classmethod
     def of(cls, seed: int) -> Scenario:
-        """The scenario of a seed. Those from ``SYSTEMATIC`` on go through all cluster sizes, versions and depths."""
+        """The scenario of a seed. From ``SYSTEMATIC`` on they go through all cluster sizes, versions and depths."""
         rng = random.Random(f"scenario {seed}")
         depth: int
         cluster_size, version, depth = (
@@ -44,7 +48,7 @@ class Scenario:
             rng.choice(VERSIONS),
             rng.choice((1, 1, 2, 2, *DEPTHS)),
         )
-        if seed >= SYSTEMATIC:
+        if SYSTEMATIC <= seed < ENCRYPTED:
             number, depth_index = divmod(seed - SYSTEMATIC, len(DEPTHS))
             number, version_index = divmod(number, len(VERSIONS))
             cluster_size = CLUSTER_SIZES[number % len(CLUSTER_SIZES)]
@@ -55,17 +59,36 @@ class Scenario:
     @property
     def batches(self) -> int:
         """How long the run is."""
-        return 500 if self.seed >= SYSTEMATIC else 60
+        return 500 if SYSTEMATIC <= self.seed < ENCRYPTED else 60
 
     @property
     def data_file(self) -> bool:
         """Whether the active image has its data in a file of its own: no snapshots then, and nothing compressed."""
         return self.version == "1.1" and random.Random(f"data file {self.seed}").random() < 0.15
 
+    @property
+    def encryption(self) -> tuple[str | None, ...]:
+        """``luks``, ``aes`` or None for each image of the chain that can be encrypted, the base first."""
+        rng = random.Random(f"encryption {self.seed}")
+        if rng.random() >= 0.12 and self.seed < ENCRYPTED:
+            return (None,) * self.depth
+        found: list[str | None] = [rng.choice(("luks", "luks", "aes")) for _ in range(self.depth)]
+        for level in range(self.depth - 1):
+            if rng.random() < 0.6:
+                found[level] = None
+        if any(found[:-1]) and rng.random() < 0.3:
+            found[-1] = None
+        return tuple(found)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether we can write compressed clusters."""
+        return not self.data_file and self.encryption[-1] is None
+
     def __str__(self) -> str:
         return (
             f"seed {self.seed}: clusters of {self.cluster_size}, version {self.version}, depth {self.depth}, "
-            f"{self.size} bytes, windows {self.windows}"
+            f"{self.size} bytes, windows {self.windows}, encryption {self.encryption}"
         )
 
 
@@ -87,23 +110,61 @@ def _layout(rng: random.Random, cluster_size: int) -> tuple[int, tuple[Window, .
 class Chain:
     """The files of a scenario, the base first."""
 
-    files: list[Path]
-    formats: list[str]
+    key: Path
+    """The file with the passphrase of all that is encrypted."""
+    files: list[Path] = dataclasses.field(default_factory=list)
+    formats: list[str] = dataclasses.field(default_factory=list)
+    encrypted: list[bool] = dataclasses.field(default_factory=list)
+
+    def add(self, path: Path, fmt: str, *, encrypted: bool = False) -> None:
+        """Put an image on top."""
+        self.files.append(path)
+        self.formats.append(fmt)
+        self.encrypted.append(encrypted)
 
     @property
     def top(self) -> Path:
         """The active image."""
         return self.files[-1]
 
+    def theirs(self, path: Path | None = None) -> dict[str, Any]:
+        """QEMU's options for the active image, or for a copy of it."""
+        return self._options(path or self.top, len(self.files) - 1, {"encrypt.key-secret": "key"})
+
+    def ours(self) -> dict[str, Any]:
+        """fusedisk's options for the active image."""
+        return self._options(self.top, len(self.files) - 1, {"encrypt.key-file": str(self.key)})
+
+    def _options(self, path: Path, level: int, key: dict[str, Any]) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "driver": self.formats[level],
+            "file": {"driver": "file", "filename": str(path)},
+        }
+        if self.encrypted[level]:
+            options |= key
+        if any(self.encrypted[:level]):
+            # What the header says does not lead to the keys.
+            options["backing"] = self._options(self.files[level - 1], level - 1, key)
+        return options
+
+    def name(self, path: Path | None = None) -> str:
+        """For QEMU's tools, together with :data:`SECRET`: the active image, or a copy of it."""
+        return f"json:{json.dumps(self.theirs(path))}"
+
     def fingerprints(self) -> list[tuple[int, int]]:
         """Of everything below the active image, which nobody may change: lengths and times of the last write."""
         return [(found.st_size, found.st_mtime_ns) for found in map(os.stat, self.files[:-1])]
 
 
+SECRET = ("--object", "secret,id=key,data=secret")
+"""What QEMU's tools need to open an image of a chain."""
+
+
 def build(scenario: Scenario, directory: Path) -> Chain:
     """Make the chain with QEMU's tools."""
     rng = random.Random(f"chain {scenario.seed}")
-    chain = Chain([], [])
+    chain = Chain(directory / "key")
+    chain.key.write_text("secret")
     for level in range(scenario.depth):
         top = level == scenario.depth - 1
         if level == 0 and not top:
@@ -148,8 +209,7 @@ def _add_base(scenario: Scenario, chain: Chain, directory: Path, rng: random.Ran
                 file.write((part * (count // len(part) + 1))[: min(count // 3 + 1, offset + count - start)])
         file.truncate(length)
     if kind != "compressed":
-        chain.files.append(raw)
-        chain.formats.append("raw")
+        chain.add(raw, "raw")
         return
     path = directory / "base.qcow2"
     version = rng.choice(VERSIONS)
@@ -158,8 +218,7 @@ def _add_base(scenario: Scenario, chain: Chain, directory: Path, rng: random.Ran
         options += f",compression_type={rng.choice(('zlib', 'zstd'))}"
     qemu_img("convert", "-q", "-c", "-O", "qcow2", "-o", options, raw, path)
     raw.unlink()
-    chain.files.append(path)
-    chain.formats.append("qcow2")
+    chain.add(path, "qcow2")
 
 
 def _cluster_size(scenario: Scenario, rng: random.Random) -> int:
@@ -185,21 +244,38 @@ def _add_overlay(scenario: Scenario, chain: Chain, directory: Path, rng: random.
         options.append(f"data_file={directory / 'data'},data_file_raw={'on' if raw else 'off'}")
     if version == "1.1" and cluster_size >= MIN_EXTENDED_L2_CLUSTER and rng.random() < 0.5:
         options.append("extended_l2=on")
-    if not chain.files and rng.random() < 0.2 and scenario.windows == ((0, scenario.size),):
+    preallocated = not chain.files and rng.random() < 0.2 and scenario.windows == ((0, scenario.size),)
+    if preallocated:
         options.append(f"preallocation={rng.choice(('metadata', 'falloc', 'full'))}")
-    args: list[str | os.PathLike[str]] = ["create", "-q", "-f", "qcow2", "-o", ",".join(options)]
+    encryption = scenario.encryption[len(chain.files)]
+    if encryption:
+        options += _encryption_options(scenario, encryption, len(chain.files))
+    args: list[str | os.PathLike[str]] = ["create", "-q", *SECRET, "-f", "qcow2", "-o", ",".join(options)]
     if chain.files:
         args += ["-b", chain.files[-1].name, "-F", chain.formats[-1]]
-    qemu_img(*args, path, str(length))
-    chain.files.append(path)
-    chain.formats.append("qcow2")
+    qemu_img_patiently(*args, path, str(length))
+    chain.add(path, "qcow2", encrypted=bool(encryption))
     for number in range(rng.choice((1, 1, 2, 3))):
         commands = qemu_commands(rng, _windows(scenario, length), cluster_size, count=rng.randrange(2, 14))
-        if "preallocation" not in options[-1] and not external:
+        if not preallocated and not external:
             commands = _compressed(rng, _windows(scenario, length), cluster_size) + commands if not number else commands
-        qemu_io(path, *commands, fmt="qcow2", options="-d unmap")
+        qemu_io(chain.name(), *commands, options=" ".join(("-d unmap", *SECRET)))
         if rng.random() < 0.3 and not external:
-            qemu_img("snapshot", "-q", "-c", f"s{number}", path)
+            qemu_img("snapshot", "-q", *SECRET, "-c", f"s{number}", chain.name())
+
+
+def _encryption_options(scenario: Scenario, kind: str, level: int) -> list[str]:
+    options = {"format": kind, "key-secret": "key"}
+    if kind == "luks":
+        ciphers: tuple[dict[str, str], ...] = (
+            {},
+            {"cipher-alg": "aes-128"},
+            {"cipher-mode": "cbc", "ivgen-alg": "essiv", "ivgen-hash-alg": "sha256"},
+            {"cipher-mode": "cbc", "ivgen-alg": "plain"},
+        )
+        options["iter-time"] = "10"
+        options |= random.Random(f"cipher {scenario.seed} {level}").choice(ciphers)
+    return [f"encrypt.{key}={value}" for key, value in options.items()]
 
 
 def qemu_commands(rng: random.Random, windows: list[Window], cluster_size: int, *, count: int) -> list[str]:
@@ -248,9 +324,10 @@ def random_range(rng: random.Random, windows: list[Window] | tuple[Window, ...],
 
 def open_options(scenario: Scenario, chain: Chain, rng: random.Random) -> dict[str, Any]:
     """Options to open the chain with fusedisk, each time others."""
+    ours = chain.ours()
     options: dict[str, Any] = {
-        "driver": "qcow2",
-        "file": {"driver": "jitter", "seed": scenario.seed, "file": {"driver": "file", "filename": str(chain.top)}},
+        **ours,
+        "file": {"driver": "jitter", "seed": scenario.seed, "file": ours["file"]},
         "discard": rng.choice(("unmap", "unmap", "unmap", "ignore")),
         "detect-zeroes": rng.choice(("off", "off", "on", "unmap")),
         "copy-on-read": rng.random() < 0.2,
