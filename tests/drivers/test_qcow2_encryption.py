@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fusedisk.block.backend import Backend
-from fusedisk.core.errors import FusediskError, ImageError, OptionError, PassphraseError
+from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError, PassphraseError
 from fusedisk.drivers.format.qcow2 import layout
 from tests.conftest import qemu_img
 from tests.crypto.images import PASSPHRASE, create_qcow2, run_qemu_io, secret
@@ -155,6 +155,21 @@ async def test_growing_and_preallocation(tmp_path: Path, key: Path, encryption: 
     preallocated = await made(tmp_path / "y.qcow2", key, encryption, preallocation="metadata")
     async with unlocked(preallocated, key) as backend:
         assert await backend.read(0, SIZE) == bytes(SIZE)
+
+
+@pytest.mark.parametrize("encryption", ["luks", "aes"])
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+async def test_version_2_cannot_reserve_space_that_reads_as_zeroes(
+    tmp_path: Path, key: Path, encryption: str, mode: str
+) -> None:
+    image = await made(tmp_path / "x.qcow2", key, encryption, compat="0.10")
+    async with unlocked(image, key) as backend:
+        with pytest.raises(NotSupportedError, match="would not read as zeroes"):
+            await backend.truncate(2 * SIZE, mode)
+        assert backend.length == SIZE
+        await backend.truncate(2 * SIZE)
+        assert await backend.read(SIZE, SIZE) == bytes(SIZE)
+    check(image)
 
 
 async def test_an_encrypted_backing_file(tmp_path: Path, key: Path) -> None:

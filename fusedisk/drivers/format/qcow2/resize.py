@@ -55,6 +55,11 @@ def check_size(allocator: Allocator, length: int, preallocation: str, *, zero_ne
             f"'{image.filename}' is qcow2 of version 2 with snapshots, which cannot be resized: delete the "
             "snapshots first."
         )
+    if header.version < 3 and header.crypt_method and preallocation != "off" and length > header.size:
+        raise NotSupportedError(
+            f"'{image.filename}' is qcow2 of version 2 and encrypted, so space that is reserved for what is added "
+            "would not read as zeroes; in version 3 (compat=1.1) it does."
+        )
     if header.version < 3 and zero_new:
         raise NotSupportedError(
             f"'{image.filename}' is qcow2 of version 2 and cannot hide its longer backing file behind "
