@@ -136,8 +136,15 @@ class Run:
         snapshots = "snapshots" in self.backend.node.driver.information()
         if self.scenario.version == "0.10" and (hides or snapshots):
             return  # version 2 has nothing to hide it with, nor a size for each snapshot
-        await self.backend.truncate(length)
+        await self.backend.truncate(length, self._preallocation(length))
         self.oracle.resize(length)
+
+    def _preallocation(self, length: int) -> str:
+        """How space is reserved for what is added: in encrypted images that must not show what the file holds there."""
+        if self.scenario.encryption[-1] is None or self.scenario.version == "0.10" or length <= self.oracle.length:
+            return "off"
+        rng = random.Random(f"preallocation {self.scenario.seed} {length}")
+        return rng.choice(("off", "off", "metadata", "falloc", "full"))
 
     async def _change_snapshots(self, kind: str, choice: int) -> None:
         if self.scenario.data_file:
