@@ -6,6 +6,7 @@ some tens of pages on, below that the additional calls cost more.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -16,6 +17,8 @@ from fusedisk.mount import wire
 
 LEAST = 128 << 10
 """Bytes of data from which on a reply goes through the pipe."""
+_SHORTEST = 512 << 10
+"""Requests that may not even be as long as that would cost more than the pipe saves."""
 _WANTED_PAGES = 512
 """Enough for the longest reply: one for the header, one for each page, and more where parts start amid pages."""
 
@@ -24,7 +27,7 @@ class ReplyPipe:
     """A pipe that takes one reply at a time; nothing is in it between two."""
 
     def __init__(self) -> None:
-        """Raises OSError where there cannot be one."""
+        """Raises OSError where there cannot be one that is long enough."""
         self._take, self._give = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.pages = fcntl.fcntl(self._give, fcntl.F_GETPIPE_SZ) // mmap.PAGESIZE
         for wanted in (_WANTED_PAGES, _WANTED_PAGES // 2):
@@ -33,6 +36,9 @@ class ReplyPipe:
                 break
             except OSError:  # more than a user may have
                 continue
+        if self.longest < _SHORTEST:
+            self.close()
+            raise OSError(errno.EPERM, f"a pipe may only have {self.pages} pages")
 
     @property
     def longest(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
@@ -101,6 +103,22 @@ def test_what_has_no_room_is_refused(pipe: ReplyPipe, file: int, device: Device)
     assert not pipe.send(device.descriptor, 1, pipe.pages * mmap.PAGESIZE, [(file, 0, pipe.pages * mmap.PAGESIZE)])
     with pytest.raises(BlockingIOError):
         device.taken()
+
+
+def test_where_pipes_are_short_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user who has many of them: then they have sixteen pages, or two."""
+    control = fcntl.fcntl
+
+    def limited(fd: int, command: int, *args: int) -> int:
+        if command == fcntl.F_SETPIPE_SZ:
+            raise PermissionError(errno.EPERM, "")
+        return control(fd, command, *args)
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "fcntl", limited)
+    with pytest.raises(OSError, match="a pipe may only have 16 pages"):
+        ReplyPipe()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
