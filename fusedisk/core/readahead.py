@@ -58,6 +58,9 @@ class Readahead:
         if stream is not None:
             streams[end] = stream
             return self._advance(stream, offset, end, limit)
+        late = self._passed(offset, end)
+        if late is not None:
+            return late.ahead < late.until
         if len(streams) == MAX_STREAMS:
             del streams[next(iter(streams))]
         streams[end] = Stream(offset, end)
@@ -70,6 +73,13 @@ class Readahead:
             for position in self._streams:
                 if 0 < offset - position <= self._gap and not position % self._unit:
                     return self._streams.pop(position)
+        return None
+
+    def _passed(self, offset: int, end: int) -> Stream | None:
+        """The stream that has just gone past there: parts of a long request may come in any order."""
+        for position, stream in self._streams.items():
+            if stream.following >= SEQUENTIAL and position - self._gap <= offset and end <= position:
+                return stream
         return None
 
     def _advance(self, stream: Stream, offset: int, end: int, limit: int) -> bool:

@@ -95,6 +95,18 @@ def test_holes_and_repeated_requests_do_not_end_a_stream() -> None:
     assert not readahead.notice(100 * UNIT, 101 * UNIT, SIZE), "too far"
 
 
+def test_parts_of_a_request_that_come_the_other_way_round_are_no_stream_of_their_own() -> None:
+    readahead = Readahead(UNIT, 1 << 30)
+    for step in range(3):
+        readahead.notice(step * UNIT, (step + 1) * UNIT, SIZE)
+    for step in range(4, 40, 2):
+        readahead.notice(step * UNIT, (step + 1) * UNIT, SIZE)
+        readahead.notice((step - 1) * UNIT, step * UNIT, SIZE)
+    assert [stream.next for stream in readahead._streams.values()] == [39 * UNIT]
+    readahead.notice(100 * UNIT, 101 * UNIT, SIZE)
+    assert len(readahead._streams) == 2
+
+
 def test_it_ends_where_the_disk_does() -> None:
     readahead = Readahead(UNIT, 1 << 30)
     size = 5 * UNIT + 100
