@@ -6,6 +6,7 @@ import click
 
 from fusedisk.cli.image import complete_file, complete_format, gate_options
 from fusedisk.cli.output import print_facts, progress
+from fusedisk.cli.running import run_async
 
 
 @click.command(
@@ -65,12 +66,10 @@ def command(
         return
     if image is None:
         raise click.UsageError("the name of the image is missing.", click.get_current_context())
-    import trio
-
     from fusedisk.block.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
-    trio.run(_amend, image, format, _collect(options), force, key_file, gate)
+    run_async(_amend, image, format, _collect(options), force, key_file, gate)
 
 
 def _collect(texts: tuple[str, ...]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import click
 
 from fusedisk.cli.image import one_image_options
 from fusedisk.cli.output import output_option, print_json, progress, say
+from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult
@@ -44,13 +45,11 @@ def command(image: str, format: str | None, repair: str | None, dry_run: bool, f
     Corruptions endanger data; leaks only waste space, and a process that dies while it writes may leave some. Neither
     the backing files nor the disk's content are looked at.
     """
-    import trio
-
     if dry_run and repair is None:
         raise click.UsageError("--dry-run needs --repair.")
     if force_share and repair is not None and not dry_run:
         raise click.UsageError("an image that another process may write to cannot be repaired.")
-    result, facts = trio.run(_check, image, format, repair, dry_run, force_share)
+    result, facts = run_async(_check, image, format, repair, dry_run, force_share)
     if output == "json":
         print_json(facts | result.information())
     else:

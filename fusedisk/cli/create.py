@@ -10,6 +10,7 @@ import click
 
 from fusedisk.cli.image import complete_file, complete_format, gate_options
 from fusedisk.cli.output import exact_size_text, print_facts, progress, say
+from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
     from fusedisk.core.options import CreateOptions
@@ -72,12 +73,10 @@ def command(
     if filename is None:
         raise click.UsageError("the name of the new image is missing.", click.get_current_context())
     given = _collect(options, size, backing, backing_format)
-    import trio
-
     from fusedisk.block.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
-    created = trio.run(_create, format, filename, given, gate, not unsafe)
+    created = run_async(_create, format, filename, given, gate, not unsafe)
     if not quiet:
         _print_created(format, filename, created)
 

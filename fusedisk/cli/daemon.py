@@ -20,6 +20,7 @@ import trio
 from fusedisk.block.gate import Gate
 from fusedisk.block.graph import Graph
 from fusedisk.cli.background import Report, notify_service_manager
+from fusedisk.cli.running import run_async
 from fusedisk.core.errors import FusediskError, host_error
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
@@ -61,7 +62,7 @@ class MountRequest:
 
 def run_daemon(request: MountRequest, report: Report) -> int:
     """Serve a mount until it is gone; returns the exit code. ``report`` hears once whether it came to be."""
-    return trio.run(Daemon(request, report).run)
+    return run_async(Daemon(request, report).run)
 
 
 class Daemon:

@@ -10,6 +10,7 @@ import click
 
 from fusedisk.cli.image import ImageChoice, image_options
 from fusedisk.cli.output import exact_size_text, output_option, print_facts, print_json, say, size_text
+from fusedisk.cli.running import run_async
 
 _TOLD = frozenset(
     (
@@ -47,9 +48,7 @@ def command(backing_chain: bool, output: str, **choice: Any) -> None:
 
     The backing file is named, not opened, unless --backing-chain asks for it.
     """
-    import trio
-
-    chain = trio.run(_gather, ImageChoice(**choice), backing_chain)
+    chain = run_async(_gather, ImageChoice(**choice), backing_chain)
     if output == "json":
         print_json(chain if backing_chain else chain[0])
         return

@@ -9,6 +9,7 @@ import click
 
 from fusedisk.cli.image import ImageChoice, image_options
 from fusedisk.cli.output import output_option, progress, say, write
+from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
     from fusedisk.block.mapping import MapEntry
@@ -49,9 +50,7 @@ def command(start_offset: int, max_length: int | None, output: str, **choice: An
     For people: the ranges with data, their place on the host and the file. Compressed ranges have no place of their
     own and say so.
     """
-    import trio
-
-    trio.run(_print_map, ImageChoice(**choice), start_offset, max_length, output == "json")
+    run_async(_print_map, ImageChoice(**choice), start_offset, max_length, output == "json")
 
 
 async def _print_map(choice: ImageChoice, start: int, length: int | None, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import click
 from fusedisk.cli.image import ImageChoice, complete_file, complete_format, gate_options, opening_options
 from fusedisk.cli.map import parse_size_option
 from fusedisk.cli.output import exact_size_text, output_option, print_facts, print_json
+from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
     from fusedisk.block.measure import Measurement
@@ -48,14 +49,12 @@ def command(
     image: str | None, size: int | None, target_format: str, options: tuple[str, ...], output: str, **choice: Any
 ) -> None:
     """Tell how much space a new image takes: one with a disk of --size, or a copy of the disk in IMAGE."""
-    import trio
-
     if "help" in options:
         _print_options(target_format)
         return
     if (image is None) is (size is None):
         raise click.UsageError("either IMAGE or --size is wanted.")
-    found = trio.run(_measure, image, size, target_format, options, choice)
+    found = run_async(_measure, image, size, target_format, options, choice)
     if output == "json":
         print_json(found.information())
         return

@@ -12,6 +12,7 @@ import click
 from fusedisk.cli.image import ImageChoice, image_options
 from fusedisk.cli.info import print_snapshots
 from fusedisk.cli.output import output_option, print_json, progress, say
+from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
     from fusedisk.block.backend import Backend
@@ -45,27 +46,25 @@ def command(
     An image that another process uses is left alone; one whose process died in the midst of a change has either the old
     snapshots or the new ones.
     """
-    import trio
-
     if listing + sum(value is not None for value in (create, apply, delete)) > 1:
         raise click.UsageError("of --list, --create, --apply and --delete only one can be done at a time.")
     image = ImageChoice(**choice)
     if create is apply is delete is None:
-        _print_list(trio.run(_list, image), output)
+        _print_list(run_async(_list, image), output)
         return
     if image.force_share:
         raise click.UsageError("the snapshots of an image that another process may write to cannot be changed.")
     if create is not None:
-        made = trio.run(_create, image, create)
+        made = run_async(_create, image, create)
         if output == "json":
             print_json(made)
             return
         text = f"Created snapshot {made['id']} ('{made['name']}') of '{image.image}'."
     elif apply is not None:
-        text = f"Applied snapshot {trio.run(_apply, image, apply)} to '{image.image}'."
+        text = f"Applied snapshot {run_async(_apply, image, apply)} to '{image.image}'."
     else:
         assert delete is not None
-        text = f"Deleted snapshot {trio.run(_delete, image, delete)} of '{image.image}'."
+        text = f"Deleted snapshot {run_async(_delete, image, delete)} of '{image.image}'."
     if not quiet:
         say(text)
 
