@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 
 from fusedisk.block.driver import Role
 from fusedisk.block.graph import Graph
+from fusedisk.block.immediate import Lent
 from fusedisk.block.node import Node, NodeConfig
 from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import FusediskError, NoSpaceError, OptionError, OutOfRangeError
@@ -101,6 +102,10 @@ class PartitionExport(View):
     def read_now(self, offset: int, buffer: memoryview) -> bool:
         """As of a disk."""
         return offset + len(buffer) <= self._there() and super().read_now(offset, buffer)
+
+    def lend_now(self, offset: int, length: int) -> list[Lent] | None:
+        """As of a disk."""
+        return super().lend_now(offset, length) if offset + length <= self._there() else None
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """As to a disk."""

@@ -268,6 +268,27 @@ def test_a_disk_that_becomes_shorter(mounts: Mounts, image: Path, tmp_path: Path
     assert not _log_of(on).exists() or "Traceback" not in _log_of(on).read_text()
 
 
+def test_what_a_shorter_disk_has_no_longer_is_not_read_from_below(mounts: Mounts, tmp_path: Path) -> None:
+    """Nor in requests so large that they are answered out of the page cache."""
+    base = partitioned(tmp_path / "base.raw", "label: dos\n1M,8M\n", 16 * MIB)
+    with base.open("r+b") as file:
+        file.seek(MIB)
+        file.write(b"b" * 8 * MIB)
+    qemu_img("create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", tmp_path / "vm.qcow2")
+    on = mounts.mount("--partitions", tmp_path / "vm.qcow2")
+    handle, buffer = os.open(on / "vm.p1", os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, MIB)
+    try:
+        assert os.preadv(handle, [buffer], 0) == MIB
+        os.truncate(on / "vm", 5 * MIB)
+        assert os.preadv(handle, [buffer], 3 * MIB) == MIB
+        assert buffer[:] == b"b" * MIB
+        for offset in (4 * MIB - 4096, 4 * MIB, 6 * MIB):
+            with pytest.raises(OSError, match="Input/output error"):
+                os.preadv(handle, [buffer], offset)
+    finally:
+        os.close(handle)
+
+
 def _fallocate(handle: int, mode: int, offset: int, length: int) -> None:
     """Whatever comes of it; it must be told apart from a bug by the log alone."""
     import ctypes
