@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from fusedisk.block import immediate, snapshot
 from fusedisk.block.backend import Backend
@@ -20,6 +22,7 @@ from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.block.tracked import Request
 from fusedisk.core.errors import HostError
 from fusedisk.drivers.protocol import host_file
+from fusedisk.drivers.protocol.host_io import read_vector
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io
 from tests.support.qcow2 import assert_clean, create_image, opened
@@ -294,3 +297,31 @@ async def test_what_is_not_in_the_page_cache_is_not_lent(tmp_path: Path, monkeyp
         assert lent(backend, 0, 128 * KIB) is None
         monkeypatch.setattr(host_file, "cached_pages", lambda *_: pages)
         assert lent(backend, 0, 128 * KIB) is None  # not asked again
+
+
+async def test_nothing_is_lent_while_a_thread_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages count as cached before they are there, and whoever took them would wait for them."""
+    begun, go_on = trio.Event(), threading.Event()
+
+    def slow(fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> Sequence[memoryview]:
+        if flags:
+            return buffers
+        trio.from_thread.run_sync(begun.set)
+        assert go_on.wait(60)
+        return read_vector(fd, buffers, offset)
+
+    async with chain(tmp_path, 1) as backend:
+        assert lent(backend, 0, 128 * KIB) is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(host_file, "read_vector", slow)
+            async with trio.open_nursery() as nursery:
+                storage = backend.node.children["file"].node
+                (part,) = backend.immediate.lend(0, 128 * KIB) or ()
+                buffers = [memoryview(bytearray(4096))]
+                nursery.start_soon(storage.driver.preadv, part[1] + 64 * KIB, buffers)
+                try:
+                    await begun.wait()
+                    assert lent(backend, 0, 128 * KIB) is None
+                finally:
+                    go_on.set()
+        assert lent(backend, 0, 128 * KIB) is not None

@@ -58,6 +58,7 @@ class HostFile:
 
     __slots__ = (
         "_probe",
+        "_reading",
         "_tells_residency",
         "alignment",
         "fd",
@@ -79,6 +80,8 @@ class HostFile:
         self.pace = Pace()
         self._tells_residency = True
         self._probe = bytearray(1)
+        self._reading = 0
+        """Worker threads that read: their pages, and what is read ahead, are in the cache before their content is."""
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -125,8 +128,8 @@ class HostFile:
         return ()
 
     def is_resident(self, offset: int, length: int) -> bool:
-        """Whether all of a range is in the page cache; False also where the kernel (before 6.5) does not tell."""
-        if self.alignment is not None or not self._tells_residency:
+        """Whether all of a range is in the page cache; False also where that is not known for certain."""
+        if self._reading or self.alignment is not None or not self._tells_residency:
             return False
         last = offset + length - 1
         try:
@@ -146,8 +149,12 @@ class HostFile:
         """Fill all buffers in a worker thread; what lies past the end becomes zeroes."""
         if self.alignment is not None:
             await run_host_io(read_direct, self.fd, buffers, offset, self.alignment)
-        else:
+            return
+        self._reading += 1
+        try:
             await run_host_io(read_vector, self.fd, buffers, offset)
+        finally:
+            self._reading -= 1
 
     async def write(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Write all buffers in a worker thread."""
