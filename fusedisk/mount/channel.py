@@ -241,8 +241,10 @@ class Channel:
         try:
             return parts is not None and self._pipe.send(self._device, unique, size, parts)
         except OSError as exc:
-            self._reply_failed(exc)
-            return True
+            if exc.errno in (*_GONE, errno.ENOENT):
+                return True
+            log.warning("a large read is copied, as its reply through a pipe failed: %s", exc.strerror)
+            return False
 
     def _next_poll(self, poll: float, waited: float) -> float:
         """How long to ask again from now on, after a wait."""

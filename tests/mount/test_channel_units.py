@@ -20,6 +20,7 @@ from fusedisk.core.errors import HostError, NoSpaceError
 from fusedisk.mount import channel, wire
 from fusedisk.mount.channel import Channel
 from fusedisk.mount.handles import Handle
+from fusedisk.mount.reply_pipe import LEAST
 from fusedisk.mount.settings import Passthrough
 from fusedisk.mount.splicing import Spliced
 
@@ -314,6 +315,22 @@ async def test_a_bug_costs_one_request(setup: Setup, bug: Exception, caplog: pyt
     setup.disk.bug = None
     unique = await setup.kernel.read(0, 512)
     assert await setup.kernel.reply() == (unique, 0, CONTENT[:512])
+
+
+@pytest.mark.parametrize(("code", "answered"), [(errno.ENOMEM, True), (errno.EINVAL, True), (errno.ENOENT, False)])
+async def test_a_pipe_that_fails_costs_nothing(setup: Setup, code: int, answered: bool) -> None:
+    """Whoever reads would wait for ever, unless the kernel knows of the request no more."""
+
+    def fail(*_: object) -> bool:
+        raise OSError(code, os.strerror(code))
+
+    setup.disk.lend_now = lambda offset, length: [(0, offset, length)]
+    setup.channel._pipe = SimpleNamespace(send=fail, close=lambda: None)
+    large = await setup.kernel.read(4096, LEAST)
+    small = await setup.kernel.read(0, 512)
+    if answered:
+        assert await setup.kernel.reply() == (large, 0, CONTENT[4096 : 4096 + LEAST])
+    assert await setup.kernel.reply() == (small, 0, CONTENT[:512])
 
 
 async def test_unknown_handles_and_sizes(setup: Setup) -> None:
