@@ -32,6 +32,7 @@ from fusedisk.mount.negotiation import Negotiation
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.passthrough import PassedThrough
 from fusedisk.mount.reply_pipe import LEAST, ReplyPipe
+from fusedisk.mount.requesters import is_dying
 from fusedisk.mount.settings import Passthrough
 from fusedisk.mount.splicing import Spliced
 
@@ -72,6 +73,8 @@ _AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
 _INTERRUPTIBLE = frozenset((wire.FALLOCATE, wire.LSEEK))
 """Beside READ: what may be left undone, or done in part, when nobody waits for it any more. Not a copy: the kernel
 keeps what it has cached of the target's bytes unless it is told how many were copied."""
+_LOOK_AGAIN = 0.1
+"""Seconds between looks at a reader that has had a signal: the kernel tells of the first one only."""
 
 
 def _pages(size: int) -> memoryview:
@@ -125,7 +128,8 @@ class Channel:
         self._bytes = 0
         self._room: trio.Event | None = None
         self._forwarded = 0
-        self._interruptible: dict[int, trio.CancelScope] = {}
+        self._interruptible: dict[int, tuple[trio.CancelScope, int]] = {}
+        """With the thread that must be dying for that; 0: any signal will do."""
         self._may_poll = len(os.sched_getaffinity(0)) > 1
 
     async def run(self) -> None:
@@ -263,7 +267,8 @@ class Channel:
                 self.answer(unique, -errno.EBADF if handle is None else -errno.EINVAL)
             else:
                 await self._take_place()
-                nursery.start_soon(self._read, unique, handle, offset, size, self._may_interrupt(unique))
+                scope = self._may_interrupt(unique, wire.IN_HEADER.unpack_from(request.head)[6])
+                nursery.start_soon(self._read, unique, handle, offset, size, scope)
             return False
         if opcode == wire.WRITE:
             _, _, _, fh, offset, size = _HEAD.unpack_from(request.head)
@@ -279,12 +284,12 @@ class Channel:
         if opcode == wire.INTERRUPT:
             (number,) = wire.INTERRUPT_IN.unpack_from(request.head, wire.IN_HEADER.size)
             if number in self._interruptible:
-                self._interruptible[number].cancel()
+                self._interrupt(nursery, number)
             return False
         work = self._answers.work(opcode, request.start(length))
         if work is not None:
             await self._take_place()
-            scope = self._may_interrupt(unique) if opcode in _INTERRUPTIBLE else trio.CancelScope()
+            scope = self._may_interrupt(unique, 0) if opcode in _INTERRUPTIBLE else trio.CancelScope()
             nursery.start_soon(self._work, unique, work, opcode, scope)
             return False
         if opcode == wire.INIT:
@@ -323,10 +328,27 @@ class Channel:
             self._room.set()
             self._room = None
 
-    def _may_interrupt(self, unique: int) -> trio.CancelScope:
+    def _may_interrupt(self, unique: int, thread: int) -> trio.CancelScope:
         """What ends a request when nobody waits for it any more; known before the next message is read."""
-        scope = self._interruptible[unique] = trio.CancelScope()
+        scope = trio.CancelScope()
+        self._interruptible[unique] = scope, thread
         return scope
+
+    def _interrupt(self, nursery: trio.Nursery, unique: int) -> None:
+        """Somebody who waits for this request has had a signal. Reads of files are not restarted after that, by the
+        kernel or by programs, so only those end whose reader does."""
+        scope, thread = self._interruptible[unique]
+        if not thread or is_dying(thread):
+            scope.cancel()
+        else:
+            nursery.start_soon(self._interrupt_if_dying, unique, scope, thread)
+
+    async def _interrupt_if_dying(self, unique: int, scope: trio.CancelScope, thread: int) -> None:
+        while unique in self._interruptible:
+            if is_dying(thread):
+                scope.cancel()
+                return
+            await trio.sleep(_LOOK_AGAIN)
 
     async def _read(self, unique: int, handle: Handle, offset: int, size: int, scope: trio.CancelScope) -> None:
         reply: memoryview | None = None

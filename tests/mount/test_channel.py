@@ -101,7 +101,10 @@ def test_an_idle_mount_does_nothing(mounts: Mounts, raw: Path) -> None:
     wait_until(is_quiet, "the daemon is quiet")
 
 
-def test_a_reader_that_hangs_can_be_killed(mounts: Mounts, raw: Path, tmp_path: Path, program: list[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_reader_that_hangs_can_be_killed(
+    mounts: Mounts, raw: Path, tmp_path: Path, program: list[str], number: int
+) -> None:
     """The kernel interrupts the request of a process that is to die, and others are served all the time."""
     on = mounts.directory()
     mounts.start("-f", "raw", "--kernel-cache", "off", raw, on=on, program=program)
@@ -114,14 +117,45 @@ def test_a_reader_that_hangs_can_be_killed(mounts: Mounts, raw: Path, tmp_path: 
         with (on / "disk").open("rb", buffering=0) as file:
             wait_until(lambda: psutil.Process(reader.pid).status() in ("disk-sleep", "sleeping"), "the reader waits")
             assert os.pread(file.fileno(), 512, 0) == raw.read_bytes()[:512]
-            reader.send_signal(signal.SIGKILL)
-            assert reader.wait(60) == -signal.SIGKILL
+            reader.send_signal(number)
+            assert reader.wait(60) == -number
             assert broken.exists()
             assert os.pread(file.fileno(), 512, 4096) == raw.read_bytes()[4096:4608]
     finally:
         reader.kill()
         reader.wait()
         broken.unlink()
+
+
+def test_a_signal_does_not_end_a_read(mounts: Mounts, raw: Path, tmp_path: Path, program: list[str]) -> None:
+    """No program expects that of a file, and none restarts the read that a mapping makes."""
+    on = mounts.directory()
+    mounts.start("-f", "raw", "--kernel-cache", "off", raw, on=on, program=program)
+    broken = tmp_path / "broken"
+    broken.write_text("hold preadv 65536")
+    script = (
+        "import ctypes, os, signal; signal.signal(signal.SIGUSR1, lambda *_: None); buffer = bytes(512);"
+        "pread = ctypes.CDLL(None, use_errno=True).pread;"
+        "pread.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_long];"
+        f"disk = os.open({str(on / 'disk')!r}, os.O_RDONLY);"
+        "print('ready', flush=True);"
+        "print(pread(disk, buffer, 512, 65536), ctypes.get_errno(), buffer.hex())"
+    )
+    reader = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        with (on / "disk").open("rb", buffering=0) as file:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "ready\n"
+            wait_until(lambda: psutil.Process(reader.pid).status() == "sleeping", "the reader waits")
+            reader.send_signal(signal.SIGUSR1)
+            wait_until(lambda: psutil.Process(reader.pid).status() in ("disk-sleep", "zombie"), "it had the signal")
+            assert os.pread(file.fileno(), 512, 0) == raw.read_bytes()[:512]
+        broken.unlink()
+        assert reader.communicate(timeout=60)[0].split() == ["512", "0", raw.read_bytes()[65536:66048].hex()]
+    finally:
+        reader.kill()
+        reader.communicate()
+        broken.unlink(missing_ok=True)
 
 
 def test_a_message_that_makes_no_sense(mounts: Mounts, raw: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from fusedisk.mount import channel, wire
 from fusedisk.mount.channel import Channel
 from fusedisk.mount.handles import Handle
 from fusedisk.mount.reply_pipe import LEAST
+from fusedisk.mount.requesters import is_dying
 from fusedisk.mount.settings import Passthrough
 from fusedisk.mount.splicing import Spliced
 
@@ -103,11 +105,15 @@ class Kernel:
     def __init__(self, end: socket.socket) -> None:
         self._end = trio.socket.from_stdlib_socket(end)
         self._unique = 0
+        self.thread = 0
+        """Who sends requests."""
 
     def _message(self, opcode: int, body: bytes, length: int | None = None) -> bytes:
         self._unique += 2
         size = wire.IN_HEADER.size + len(body)
-        header = wire.IN_HEADER.pack(size if length is None else length, opcode, self._unique, 7, 0, 0, 0, 0, 0)
+        header = wire.IN_HEADER.pack(
+            size if length is None else length, opcode, self._unique, 7, 0, 0, self.thread, 0, 0
+        )
         return header + body
 
     async def send(self, opcode: int, body: bytes = b"", *, length: int | None = None) -> int:
@@ -270,6 +276,33 @@ async def test_an_interrupted_read_ends(setup: Setup) -> None:
     setup.disk.go_on.set()
     # A write is not cut short: half of one would be worse than waiting for it.
     assert await setup.kernel.reply() == (write, 0, wire.WRITE_OUT.pack(512, 0))
+
+
+async def test_a_signal_that_its_reader_survives_ends_no_read(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A timer would keep a reader from ever getting anything. Once it is killed its read ends."""
+    dying: set[int] = set()
+    monkeypatch.setattr(channel, "is_dying", dying.__contains__)
+    setup.disk.cached = False
+    sent = []
+    for setup.kernel.thread in (1, 2):
+        sent.append(await setup.kernel.read(0, 512))
+    await setup.disk.until_held(2)
+    for unique in sent:
+        await setup.kernel.send(wire.INTERRUPT, wire.INTERRUPT_IN.pack(unique))
+    await trio.sleep(1)
+    assert setup.disk.held == 2
+    dying.add(1)
+    assert await setup.kernel.reply() == (sent[0], errno.EINTR, b"")
+    setup.disk.go_on.set()
+    assert await setup.kernel.reply() == (sent[1], 0, CONTENT[:512])
+
+
+async def test_who_is_dying() -> None:
+    """Of a process in all states but one it is known that it does not."""
+    assert not is_dying(threading.get_native_id())
+    assert is_dying(2**30)
 
 
 async def test_an_interrupt_that_comes_at_once(setup: Setup) -> None:
