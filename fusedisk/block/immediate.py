@@ -35,8 +35,14 @@ that may have serialising requests."""
 
 Lent = tuple[int, int, int]
 """A part of a host file: its descriptor, an offset and a length in bytes."""
+
+
+class Pieces(list[memoryview]):
+    """A range as it lies in our memory."""
+
+
 _MOST_LENT = 16
-"""Parts of one range."""
+"""Parts of host files that one range may be made of."""
 
 _PLACE_BITS = 16
 MOST_PLACES = 1 << 15
@@ -133,21 +139,23 @@ class Immediate:
         accounting.bytes_read += length
         return True
 
-    def lend(self, offset: int, length: int) -> list[Lent] | None:
-        """What :meth:`read` would read, as parts of host files that are in the host's page cache, for who takes it from
-        there in this very instant; counted as read. None where it does not lie like that."""
+    def lend(self, offset: int, length: int) -> list[Lent] | Pieces | None:
+        """What :meth:`read` would read, as parts of host files that are in the host's page cache, or as pieces of our
+        memory, for who takes it from there in this very instant; counted as read. None where it does not lie like that.
+        """
         if self._changes != self._graph.changes:
             self._look()
         backend = self._backend
         if not self._reads or backend.quiesced or backend.root is None or offset + length > self._node.length:
             return None
         parts: list[Lent] = []
-        if not self._trace(self._node, offset, length, parts):
+        pieces = Pieces()
+        if not self._trace(self._node, offset, length, parts, pieces):
             return None
         accounting = backend.accounting
         accounting.reads += 1
         accounting.bytes_read += length
-        return parts
+        return pieces or parts
 
     def write(self, offset: int, data: Buffer) -> bool:
         """Overwrite what has its place already. False: a part may be written, so the same is to be written again."""
@@ -275,8 +283,8 @@ class Immediate:
 
     # --- lending ----------------------------------------------------------------------------------------
 
-    def _trace(self, node: Node, offset: int, length: int, parts: list[Lent]) -> bool:
-        """Add the parts that a range of ``node`` consists of."""
+    def _trace(self, node: Node, offset: int, length: int, parts: list[Lent], pieces: Pieces) -> bool:
+        """Add the parts that a range of ``node`` consists of, or the pieces if those are all of it."""
         driver = node.driver
         if node.serialising or len(parts) >= _MOST_LENT:
             return False
@@ -288,11 +296,16 @@ class Immediate:
                 return False
             status, count, child, place, _, _, _ = extent
             if status == DATA:
-                found = self._trace(child.node, place, count, parts)  # type: ignore[union-attr]
+                found = self._trace(child.node, place, count, parts, pieces)  # type: ignore[union-attr]
+            elif status == SPECIAL and count == length and not parts:
+                pieces += driver.cached_pieces(extent, offset) or ()
+                return bool(pieces)
             else:
                 found = status == UNALLOCATED and self._trace_below(node, offset, count, parts)
             if not found or count == length:
                 return found
+            if pieces:
+                return False
             offset += count
             length -= count
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 
 from fusedisk.block.driver import Role
 from fusedisk.block.graph import Graph
-from fusedisk.block.immediate import Lent
+from fusedisk.block.immediate import Lent, Pieces
 from fusedisk.block.node import Node, NodeConfig
 from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import FusediskError, NoSpaceError, OptionError, OutOfRangeError
@@ -103,7 +103,7 @@ class PartitionExport(View):
         """As of a disk."""
         return offset + len(buffer) <= self._there() and super().read_now(offset, buffer)
 
-    def lend_now(self, offset: int, length: int) -> list[Lent] | None:
+    def lend_now(self, offset: int, length: int) -> list[Lent] | Pieces | None:
         """As of a disk."""
         return super().lend_now(offset, length) if offset + length <= self._there() else None
 

@@ -246,6 +246,8 @@ def lent(backend: Backend, offset: int, length: int) -> bytes | None:
     parts = backend.immediate.lend(offset, length)
     if parts is None:
         return None
+    if isinstance(parts, immediate.Pieces):
+        return b"".join(parts)
     return b"".join(os.pread(descriptor, count, place) for descriptor, place, count in parts)
 
 
@@ -279,6 +281,31 @@ async def test_what_does_not_lie_in_a_file_is_not_lent(tmp_path: Path) -> None:
         assert lent(backend, 0, 128 * KIB) is None
         backend.immediate.disable()
         assert lent(backend, 64 * KIB, 64 * KIB) is None
+
+
+@pytest.mark.parametrize("through", ["disk", "partition"])
+async def test_inflated_clusters_are_lent(tmp_path: Path, through: str) -> None:
+    path = await create_image(tmp_path / "disk.qcow2", size=MIB)
+    rng = random.Random(7)
+    content = b"".join(rng.randbytes(1 * KIB) * 64 for _ in range(16))
+    start = 0
+    async with opened(path) as disk:
+        await disk.write_compressed(0, content[: 15 * 64 * KIB])
+        await disk.write(15 * 64 * KIB, content[15 * 64 * KIB :])
+    options: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}}
+    if through == "partition":
+        start = 512
+        options = {"driver": "raw", "offset": start, "size": MIB - start, "file": options}
+    graph = Graph(DRIVERS)
+    try:
+        backend = await graph.open_backend(options)
+        assert lent(backend, 0, 192 * KIB) is None  # nothing is inflated yet
+        assert await backend.read(0, 15 * 64 * KIB - start) == content[start : 15 * 64 * KIB]
+        for offset, length in ((0, 64 * KIB), (100, 128 * KIB), (4096, 512), (60 * KIB, 800 * KIB)):
+            assert lent(backend, offset, length) == content[start + offset : start + offset + length]
+        assert lent(backend, 14 * 64 * KIB, 127 * KIB) is None  # in a file and in memory
+    finally:
+        await graph.close()
 
 
 async def test_what_is_not_in_the_page_cache_is_not_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,24 @@ class CompressedReader:
             inside = 0
         return True
 
+    def pieces(self, extent: Extent, offset: int) -> list[memoryview] | None:
+        """The bytes of a compressed extent at ``offset``, if all its clusters are inflated already."""
+        if not extent.compressed:
+            return None
+        contents = list(map(self._cache.get, _entries(extent)))
+        if None in contents:
+            return None
+        length = extent.length
+        self._notice(offset, length)
+        pieces = [memoryview(content) for content in contents if content is not None]
+        inside = offset & self._mask
+        if inside:
+            pieces[0] = pieces[0][inside:]
+        surplus = len(contents) * self._size - inside - length
+        if surplus:
+            pieces[-1] = pieces[-1][: len(pieces[-1]) - surplus]
+        return pieces
+
     def source(self, extent: Extent, offset: int) -> tuple[Callable[[int, memoryview], bool], int]:
         """What fills buffers from the cluster at ``offset``, where a compressed extent starts, and how much of it is
         left from there on."""
