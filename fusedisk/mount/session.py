@@ -48,7 +48,9 @@ class Session:
         self._settings = settings or ServeSettings()
         self._channel: Channel | None = None
         self._mount: mountinfo.Mount | None = None
-        self._stale: trio.MemorySendChannel[int] | None = None
+        self._stale: set[int] = set()
+        """Inodes whose data the kernel is to forget."""
+        self._some_stale = trio.Event()
 
     def start(self) -> None:
         """Mount. Blocks for a moment; raises HostError with what libfuse says."""
@@ -121,25 +123,24 @@ class Session:
 
     async def _invalidate(self) -> None:
         """Tell the kernel what data is stale, from a thread: it may wait for requests that we must serve meanwhile."""
-        self._stale, stale = trio.open_memory_channel[int](len(self.operations.exports) * 2)
         for export in self.operations.exports:
             export.on_change = self._watcher(export)
-        async for inode in stale:
-            await trio.to_thread.run_sync(self._invalidate_inode, inode, False, abandon_on_cancel=True)
+        while True:
+            await self._some_stale.wait()
+            self._some_stale = trio.Event()
+            while self._stale:
+                await trio.to_thread.run_sync(self._invalidate_inode, self._stale.pop(), False, abandon_on_cancel=True)
 
     def _watcher(self, export: Export) -> Callable[[bool], None]:
         inode = self.operations.inode_of(export)
 
         def changed(data: bool) -> None:
-            assert self._stale is not None
             if not data:
                 # Attributes alone take no waiting, and whoever is answered next shall see the new ones.
                 self._invalidate_inode(inode, True)
                 return
-            try:
-                self._stale.send_nowait(inode)
-            except trio.WouldBlock:
-                log.warning("the kernel may show old attributes of '%s' for a while", export.name)
+            self._stale.add(inode)
+            self._some_stale.set()
 
         return changed
 

@@ -1,0 +1,39 @@
+"""A session without a mount."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import trio
+import trio.testing
+
+from fusedisk.mount.session import Session
+
+
+async def test_every_file_whose_data_is_stale_is_told_of() -> None:
+    """However often another one's is."""
+    exports: list[Any] = [SimpleNamespace(inode=number, name=str(number), on_change=None) for number in range(3)]
+    operations: Any = SimpleNamespace(exports=exports, inode_of=lambda export: export.inode)
+    session = Session("/nowhere", operations, set())
+    told: list[int] = []
+    all_told = trio.Event()
+
+    def invalidate(inode: int, attributes_only: bool) -> None:
+        assert not attributes_only
+        told.append(inode)
+        if set(told) == {0, 1, 2}:
+            trio.from_thread.run_sync(all_told.set)
+
+    session._invalidate_inode = invalidate  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(session._invalidate)
+        await trio.testing.wait_all_tasks_blocked()
+        for number in (0, 0, 0, 0, 0, 0, 0, 0, 1, 2):
+            exports[number].on_change(True)
+        with trio.fail_after(30):
+            await all_told.wait()
+        exports[1].on_change(True)
+        while told[-1] != 1 or len(told) < 4:
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
