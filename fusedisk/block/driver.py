@@ -102,6 +102,8 @@ class Driver:
     moves_bytes: ClassVar[bool] = False
     """True where the driver has ``preadv`` and ``pwritev``; otherwise the core asks ``map``."""
     supports_backing: ClassVar[bool] = False
+    length_unit: ClassVar[int] = 1
+    """A new length of the node must be a multiple of so many bytes."""
     options_type: ClassVar[type[Options]] = Options
     create_options_type: ClassVar[type[CreateOptions] | None] = None
     """None: images of this kind cannot be created."""
@@ -298,6 +300,10 @@ class Driver:
         """Fill ``buffer`` with the guest bytes at ``offset`` of a SPECIAL extent, if that does not wait. ``extent`` is
         what ``lookup`` has just told of that range, if it was asked. False: ``buffer`` may hold anything."""
         return False
+
+    def cached_pieces(self, extent: Extent, offset: int) -> list[memoryview] | None:
+        """The guest bytes of the SPECIAL ``extent`` at ``offset``, as they lie in memory; None where some do not."""
+        return None
 
     def cached_source(self, extent: Extent, offset: int) -> tuple[Callable[[int, Buffer], bool], int] | None:
         """What does :meth:`read_cached` for a range that begins where the SPECIAL ``extent`` does, at ``offset``, and

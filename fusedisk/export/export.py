@@ -23,7 +23,7 @@ import trio
 
 from fusedisk.block.backend import Backend
 from fusedisk.block.driver import Role
-from fusedisk.block.immediate import Lent
+from fusedisk.block.immediate import Lent, Pieces
 from fusedisk.block.node import Node
 from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex
@@ -159,9 +159,9 @@ class Export:
         """Fill ``buffer`` if that takes no waiting; False: it may hold anything."""
         return self.backend.immediate.read(offset, buffer)
 
-    def lend_now(self, offset: int, length: int) -> list[Lent] | None:
-        """Where in host files the bytes of a range lie, for who takes them from there before anything else happens;
-        None where that takes more, or waiting."""
+    def lend_now(self, offset: int, length: int) -> list[Lent] | Pieces | None:
+        """Where in host files or in our memory the bytes of a range lie, for who takes them from there before anything
+        else happens; None where that takes more, or waiting."""
         return self.backend.immediate.lend(offset, length)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
@@ -286,9 +286,10 @@ class Export:
             raise NoSpaceError(
                 f"'{self.name}' is {self.backend.length} bytes long and does not grow, a request went up to {length}."
             )
+        unit = self.backend.node.driver.length_unit
         async with self._resize:
             if length > self.backend.length:
-                await self._set_length(length)
+                await self._set_length(-(-length // unit) * unit)
 
     async def _set_length(self, length: int) -> None:
         self.touch()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import require_tool, run_tool
+from tests.conftest import qemu_img, require_tool, run_tool
 from tests.support.commands import process_command
 from tests.support.images import make_qcow2
 from tests.support.mounts import Mounts, daemon_of, wait_until
@@ -240,6 +240,17 @@ def test_a_growable_disk_grows(mounts: Mounts, raw: Path) -> None:
     assert file.stat().st_size == 5
     mounts.umount(on)
     assert raw.read_bytes() == b"short"
+
+
+def test_a_growable_disk_that_has_whole_sectors_only_grows_by_whole_ones(mounts: Mounts, tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "disk.qcow2", MIB)
+    new = tmp_path / "new"
+    new.write_bytes(os.urandom(1_500_000))
+    on = mounts.mount("--growable", image)
+    run_tool("cp", new, on / "disk")
+    assert (on / "disk").read_bytes() == new.read_bytes().ljust(1_500_160, b"\0")
+    mounts.umount(on)
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", new, image)
 
 
 def test_tools_that_truncate_first_can_write_a_disk(mounts: Mounts, raw: Path, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ class Qcow2Driver(SnapshotDriver):
     name = "qcow2"
     supports_backing = True
     compresses = True
+    length_unit = SECTOR
     options_type: ClassVar[type[Options]] = Qcow2Options
     create_options_type: ClassVar[type[CreateOptions] | None] = Qcow2CreateOptions
     amend_options_type: ClassVar[type[CreateOptions] | None] = Qcow2AmendOptions
@@ -334,6 +335,9 @@ class Qcow2Driver(SnapshotDriver):
 
     def read_cached(self, offset: int, buffer: Buffer, extent: Extent | None = None) -> bool:
         return self._compressed is not None and self._compressed.read_cached(offset, buffer, extent)
+
+    def cached_pieces(self, extent: Extent, offset: int) -> list[memoryview] | None:
+        return self._compressed.pieces(extent, offset) if self._compressed is not None else None
 
     def cached_source(self, extent: Extent, offset: int) -> tuple[Callable[[int, Buffer], bool], int] | None:
         return self._compressed.source(extent, offset) if self._compressed is not None else None
