@@ -24,6 +24,7 @@ from time import perf_counter
 import trio
 
 from fusedisk.block import background
+from fusedisk.block.immediate import Pieces
 from fusedisk.core.errors import HostError
 from fusedisk.mount import wire
 from fusedisk.mount.answers import Answers, Work, failed
@@ -238,16 +239,19 @@ class Channel:
             deadline = now + poll
 
     def _lend(self, unique: int, handle: Handle | None, offset: int, size: int) -> bool:
-        """Answer a READ out of the page cache, past our memory; tells whether it did."""
-        if self._pipe is None or handle is None or size > wire.MAX_WRITE:
+        """Answer a READ without copying: out of the page cache, or as it lies in memory; tells whether it did."""
+        if handle is None or size > wire.MAX_WRITE:
             return False
-        parts = handle.export.lend_now(offset, size)
+        lent = handle.export.lend_now(offset, size)
         try:
-            return parts is not None and self._pipe.send(self._device, unique, size, parts)
+            if isinstance(lent, Pieces):
+                os.writev(self._device, (wire.OUT_HEADER.pack(_OUT + size, 0, unique), *lent))
+                return True
+            return lent is not None and self._pipe is not None and self._pipe.send(self._device, unique, size, lent)
         except OSError as exc:
             if exc.errno in (*_GONE, errno.ENOENT):
                 return True
-            log.warning("a large read is copied, as its reply through a pipe failed: %s", exc.strerror)
+            log.warning("a large read is copied, as its reply without that failed: %s", exc.strerror)
             return False
 
     def _next_poll(self, poll: float, waited: float) -> float:
@@ -289,7 +293,9 @@ class Channel:
         work = self._answers.work(opcode, request.start(length))
         if work is not None:
             await self._take_place()
-            scope = self._may_interrupt(unique, 0) if opcode in _INTERRUPTIBLE else trio.CancelScope()
+            # fallocate(2) may end with EINTR, and cp and tar do not expect that of lseek(2).
+            thread = wire.IN_HEADER.unpack_from(request.head)[6] if opcode == wire.LSEEK else 0
+            scope = self._may_interrupt(unique, thread) if opcode in _INTERRUPTIBLE else trio.CancelScope()
             nursery.start_soon(self._work, unique, work, opcode, scope)
             return False
         if opcode == wire.INIT:

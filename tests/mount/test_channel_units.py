@@ -17,6 +17,7 @@ import trio
 import trio.testing
 
 from fusedisk.block import background
+from fusedisk.block.immediate import Pieces
 from fusedisk.core.errors import HostError, NoSpaceError
 from fusedisk.mount import channel, wire
 from fusedisk.mount.channel import Channel
@@ -42,6 +43,7 @@ class Disk:
         self.cached = True
         self.bug: Exception | None = None
         self.writes = 0
+        self.pieces = False
         self.held = 0
         self.most_held = 0
         self.go_on = trio.Event()
@@ -59,6 +61,13 @@ class Disk:
             return False
         buffer[:] = self.content[offset : offset + len(buffer)]
         return True
+
+    def lend_now(self, offset: int, length: int) -> Pieces | None:
+        if not self.pieces or offset + length > LENGTH:
+            return None
+        half = offset + length // 2
+        view = memoryview(CONTENT)
+        return Pieces((view[offset:half], view[half : offset + length]))
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         if self.bug is not None:
@@ -197,6 +206,15 @@ async def test_reads_and_writes(setup: Setup, cached: bool) -> None:
     assert setup.disk.content[99:5101] == CONTENT[99:100] + b"x" * 5000 + CONTENT[5100:5101]
 
 
+async def test_large_reads_of_what_is_in_memory_are_not_copied(setup: Setup) -> None:
+    setup.disk.pieces, setup.disk.cached = True, False
+    unique = await setup.kernel.read(5, LEAST)
+    assert await setup.kernel.reply() == (unique, 0, CONTENT[5 : 5 + LEAST])
+    setup.disk.pieces, setup.disk.cached = False, True
+    unique = await setup.kernel.read(5, LEAST)
+    assert await setup.kernel.reply() == (unique, 0, CONTENT[5 : 5 + LEAST])
+
+
 async def test_requests_at_the_end_are_short(setup: Setup) -> None:
     unique = await setup.kernel.read(LENGTH - 10, 4096)
     assert await setup.kernel.reply() == (unique, 0, CONTENT[-10:])
@@ -297,6 +315,19 @@ async def test_a_signal_that_its_reader_survives_ends_no_read(
     assert await setup.kernel.reply() == (sent[0], errno.EINTR, b"")
     setup.disk.go_on.set()
     assert await setup.kernel.reply() == (sent[1], 0, CONTENT[:512])
+
+
+async def test_a_search_for_holes_ends_only_with_who_wants_it(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    may_interrupt = setup.channel._may_interrupt
+    monkeypatch.setattr(
+        setup.channel, "_may_interrupt", lambda unique, thread: asked.append(thread) or may_interrupt(unique, thread)
+    )
+    setup.kernel.thread = 4711
+    for opcode, body in ((wire.LSEEK, wire.LSEEK_IN), (wire.FALLOCATE, wire.FALLOCATE_IN)):
+        await setup.kernel.send(opcode, body.pack(*[0] * len(body.unpack(bytes(body.size)))))
+        await setup.kernel.reply()
+    assert asked == [4711, 0]
 
 
 async def test_who_is_dying() -> None:
