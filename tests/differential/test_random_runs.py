@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import require_tool
 from tests.differential.runner import run_or_explain
-from tests.differential.scenario import COMBINATIONS, ENCRYPTED, SYSTEMATIC, Scenario
+from tests.differential.scenario import Scenario
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +23,4 @@ def _tools() -> None:
 
 @pytest.mark.seeds(12)
 async def test_some_of_everything(seed: int, batches: int | None, tmp_path: Path) -> None:
-    await run_or_explain(Scenario.of(seed), tmp_path, batches)
-
-
-@pytest.mark.slow
-@pytest.mark.seeds(COMBINATIONS, first=SYSTEMATIC)
-async def test_every_cluster_size_version_and_depth(seed: int, batches: int | None, tmp_path: Path) -> None:
-    await run_or_explain(Scenario.of(seed), tmp_path, batches)
-
-
-@pytest.mark.slow
-@pytest.mark.seeds(40, first=ENCRYPTED)
-async def test_encrypted_images(seed: int, batches: int | None, tmp_path: Path) -> None:
     await run_or_explain(Scenario.of(seed), tmp_path, batches)

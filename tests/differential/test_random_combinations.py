@@ -1,0 +1,26 @@
+"""Random runs as in ``test_random_runs.py``, of every cluster size, version and depth.
+
+In files of their own, so that several processes run them at the same time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require_tool
+from tests.differential.runner import run_or_explain
+from tests.differential.scenario import COMBINATIONS, SYSTEMATIC, Scenario
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    for tool in ("qemu-img", "qemu-io"):
+        require_tool(tool)
+
+
+@pytest.mark.slow
+@pytest.mark.seeds(COMBINATIONS // 2, first=SYSTEMATIC)
+async def test_every_small_combination(seed: int, batches: int | None, tmp_path: Path) -> None:
+    await run_or_explain(Scenario.of(seed), tmp_path, batches)
