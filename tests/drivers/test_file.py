@@ -681,3 +681,17 @@ async def test_qemu_and_we_exclude_each_other(disk: Path) -> None:
         await backend.write(0, b"\x05" * 4096)
         qemu_io(disk, "read -P 5 0 4k", fmt="raw", options="-r -U")
     qemu_io(disk, "write -P 6 0 4k", fmt="raw")
+
+
+async def test_data_that_becomes_a_hole_while_it_is_looked_for(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the moment in which a filesystem allocates what it is writing back."""
+    lseek = os.lseek
+
+    def changing(fd: int, offset: int, whence: int) -> int:
+        return offset if whence in (os.SEEK_DATA, os.SEEK_HOLE) else lseek(fd, offset, whence)
+
+    async with opened(disk) as (backend, _):
+        monkeypatch.setattr(os, "lseek", changing)
+        status = await backend.block_status(4096, 8192)
+        assert 0 < status.length <= 8192
+        assert not status.zero

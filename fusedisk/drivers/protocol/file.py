@@ -359,7 +359,9 @@ class FileDriver(Driver):
             if exc.errno == errno.EINVAL:  # the filesystem does not tell
                 return Extent(DATA, length, None, offset)
             raise host_error(exc, self.filename, "look for holes in") from exc
-        return Extent(DATA, min(length, (hole - offset + unit - 1) & -unit), None, offset)
+        # What was data may be a hole a moment later: somebody punched one, or the filesystem is writing back what had
+        # no place yet. Data is never wrong.
+        return Extent(DATA, min(length, (max(hole - offset, 1) + unit - 1) & -unit), None, offset)
 
     # --- other requests ---------------------------------------------------------------------------------
 
