@@ -21,6 +21,6 @@ def _tools() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.seeds(24, first=ENCRYPTED)
+@pytest.mark.seeds(16, first=ENCRYPTED)
 async def test_encrypted_images(seed: int, batches: int | None, tmp_path: Path) -> None:
     await run_or_explain(Scenario.of(seed), tmp_path, batches)
