@@ -10,6 +10,8 @@ import os
 
 import pytest
 
+from tests.conftest import require_tool
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="replay one random run of tests/differential")
@@ -42,3 +44,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if asked is None and "FUSEDISK_SEED" in os.environ:
         asked = int(os.environ["FUSEDISK_SEED"])
     metafunc.parametrize("seed", range(first, first + count) if asked is None else [asked])
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    for tool in ("qemu-img", "qemu-io"):
+        require_tool(tool)

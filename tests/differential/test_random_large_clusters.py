@@ -9,15 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import require_tool
 from tests.differential.runner import run_or_explain
 from tests.differential.scenario import COMBINATIONS, SYSTEMATIC, Scenario
-
-
-@pytest.fixture(autouse=True)
-def _tools() -> None:
-    for tool in ("qemu-img", "qemu-io"):
-        require_tool(tool)
 
 
 @pytest.mark.slow

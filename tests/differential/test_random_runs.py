@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import require_tool
 from tests.differential.runner import run_or_explain
 from tests.differential.scenario import Scenario
-
-
-@pytest.fixture(autouse=True)
-def _tools() -> None:
-    for tool in ("qemu-img", "qemu-io"):
-        require_tool(tool)
 
 
 @pytest.mark.seeds(12)
