@@ -22,6 +22,8 @@ from fusedisk.block.graph import Graph
 from fusedisk.cli.background import Report, notify_service_manager
 from fusedisk.cli.running import run_async
 from fusedisk.core.errors import FusediskError, host_error
+from fusedisk.core.inflate_pool import allow_processes
+from fusedisk.core.inflated_cache import inflated_capacity
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
@@ -84,6 +86,7 @@ class Daemon:
         """All of it."""
         memory_pressure.prepare()
         sys.setswitchinterval(_SWITCH_INTERVAL)
+        allow_processes(inflated_capacity())
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) as signals:
             async with trio.open_nursery() as nursery:
                 self._helpers = nursery

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 
 Source = bytes | bytearray | memoryview
-Content = bytes | bytearray
+Content = bytes | bytearray | memoryview
 Inflate = Callable[[Source, int], Content]
 """From compressed data, which may be followed by anything, and a length in bytes to as many bytes. Raises
 InflateError. Any thread may call it, also several at once."""
@@ -61,6 +61,10 @@ def zstd_inflater() -> Inflate:
             raise InflateError(str(exc)) from exc
 
     return inflate
+
+
+INFLATERS: dict[str, Callable[[], Inflate]] = {"deflate-4k": lambda: zlib_inflater(-12), "zstd": zstd_inflater}
+"""By name of the codec: raw deflate with a window of 4 KiB, zstd frames."""
 
 
 def _whole(content: bytes, size: int) -> bytes:

@@ -106,6 +106,9 @@ class InflatedCache:
             self._new.move_to_end(key)
             return content
         del self._new[key]
+        if isinstance(content, memoryview):
+            # It would keep its neighbours in memory.
+            content = bytes(content)
         self._proven[key] = content
         self._proven_size += len(content)
         while self._proven_size > self._proven_capacity and len(self._proven) > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 SEQUENTIAL = 2
 """Requests that continued the one before them, after which a stream is sequential."""
 FIRST_WINDOW = 256 << 10
-LONGEST_WINDOW = 4 << 20
+LONGEST_WINDOW = 16 << 20
 MAX_STREAMS = 8
 
 

@@ -160,8 +160,12 @@ def measure_once(result: Result, name: str, image: Image, place: Path, runtime: 
 def _cpu_seconds(process: psutil.Process | None) -> float:
     if process is None:
         return 0.0
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    own = process.cpu_times()
+    seconds = own.user + own.system + own.children_user + own.children_system
+    for helper in process.children(recursive=True):
+        times = helper.cpu_times()
+        seconds += times.user + times.system
+    return float(seconds)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

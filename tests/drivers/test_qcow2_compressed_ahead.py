@@ -120,7 +120,7 @@ async def test_errors_ahead_are_met_by_who_reads_there(what: str, caplog: pytest
 @pytest.mark.parametrize("how", ["close", "drain", "resize"])
 async def test_what_goes_on_ahead_is_waited_for(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressed, "AHEAD_BATCH", CLUSTER)
-    monkeypatch.setattr(compressed, "AHEAD_TASKS", 1)
+    monkeypatch.setattr(compressed, "AHEAD_THREADS", 1)
     store = await new_store()
     async with reading(store) as backend, trio.open_nursery() as nursery:
         held = await _held_ahead(backend, store)

@@ -1,4 +1,4 @@
-"""Tasks in tests: start one, wait until it stands still, see whether it ended."""
+"""Tasks in tests: start one, wait until it stands still, see whether it ended; wait for something outside."""
 
 from __future__ import annotations
 
@@ -43,3 +43,10 @@ async def start(nursery: trio.Nursery, call: Callable[[], Awaitable[Any]]) -> Ta
     nursery.start_soon(task._run, call)
     await trio.testing.wait_all_tasks_blocked()
     return task
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what threads or other processes do; if they do not, the test fails."""
+    with trio.fail_after(60):
+        while not condition():  # noqa: ASYNC110 - there is nobody who would tell
+            await trio.sleep(0.005)

@@ -22,7 +22,8 @@ from fusedisk.block import background
 from fusedisk.block.extent import Extent
 from fusedisk.block.node import Node
 from fusedisk.core.errors import CorruptImageError, FusediskError
-from fusedisk.core.inflate import Content, Inflate, InflateError, zlib_inflater, zstd_inflater
+from fusedisk.core.inflate import Content, InflateError
+from fusedisk.core.inflate_pool import inflate_pool
 from fusedisk.core.inflated_cache import Load
 from fusedisk.core.readahead import Readahead
 from fusedisk.drivers.format.inflating import INLINE_SIZE, Inflater
@@ -34,7 +35,8 @@ BATCH = 2 << 20
 """Bytes that one request inflates at once; a single cluster may be as large."""
 AHEAD_BATCH = 1 << 20
 """Bytes that one task inflates at once ahead of readers."""
-AHEAD_TASKS = min(len(os.sched_getaffinity(0)), 8)
+AHEAD_THREADS = min(len(os.sched_getaffinity(0)), 8)
+"""Tasks that inflate ahead, where there are no processes for that."""
 
 
 class CompressedReader:
@@ -48,8 +50,7 @@ class CompressedReader:
         self._size, self._bits, self._mask = geometry.cluster_size, geometry.cluster_bits, geometry.cluster_mask
         self._cache = self.image.inflated
         self._readahead = Readahead(self._size, self._cache.capacity)
-        self._inflate = _INFLATERS[self.image.header.compression_type]()
-        self._inflater = Inflater(self._cache, self._inflate, self._read)
+        self._inflater = Inflater(self._cache, _CODECS[self.image.header.compression_type], self._read)
         self._ahead = 0
         """Tasks that inflate ahead."""
 
@@ -159,7 +160,7 @@ class CompressedReader:
         if not storage.driver.read_now(start, data):
             return None
         try:
-            content = self._inflate(data, self._size)
+            content = self._inflater.inflate(data, self._size)
         except InflateError:
             return None  # read says what it is
         self._cache.keep(entry, content)
@@ -177,7 +178,9 @@ class CompressedReader:
         """Somebody reads here: go ahead of them if they read sequentially."""
         if not self._readahead.notice(offset, offset + length, self.image.header.size):
             return
-        while self._ahead < AHEAD_TASKS and background.start(self.node, self._go_ahead):
+        pool = inflate_pool()
+        tasks = pool.batches if pool is not None and pool.ready else AHEAD_THREADS
+        while self._ahead < tasks and background.start(self.node, self._go_ahead):
             self._ahead += 1
 
     async def _go_ahead(self, welcome: background.Welcome) -> None:
@@ -218,9 +221,9 @@ class CompressedReader:
     def _begin(self, entry: int) -> Load:
         return self._cache.begin(entry, *self.image.geometry.compressed_range(entry), self._size)
 
-    async def _read(self, start: int, length: int) -> bytearray:
+    async def _read(self, start: int, buffer: memoryview) -> None:
         await self.image.announce("read_compressed")
-        return await self.image.read(start, length)
+        await self.image.read_into(start, buffer)
 
     def _damaged(self, load: Load, offset: int) -> CorruptImageError:
         return CorruptImageError(
@@ -246,5 +249,5 @@ def _copy(content: Content, inside: int, buffer: memoryview, done: int, length: 
     return count
 
 
-_INFLATERS: dict[int, Callable[[], Inflate]] = {0: lambda: zlib_inflater(WINDOW_BITS), 1: zstd_inflater}
-assert _INFLATERS.keys() == COMPRESSION_NAMES.keys()
+_CODECS = {0: "deflate-4k", 1: "zstd"}
+assert _CODECS.keys() == COMPRESSION_NAMES.keys()

@@ -143,8 +143,12 @@ class Image:
     async def read(self, offset: int, length: int) -> bytearray:
         """Bytes of the storage; zeroes past its end."""
         data = bytearray(length)
-        await io.read(self.storage.node, offset, memoryview(data))
+        await self.read_into(offset, memoryview(data))
         return data
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with bytes of the storage; zeroes past its end."""
+        await io.read(self.storage.node, offset, buffer)
 
     async def load_l1(self) -> None:
         """Read the active L1 table."""

@@ -1,0 +1,63 @@
+"""A process that inflates for :mod:`fusedisk.core.inflate_pool`, and ends with it.
+
+It has two descriptors: a socket, and memory that it shares with the pool. A message is an array of unsigned 32-bit
+numbers: the codec, by its place in INFLATERS; then for each piece the offset and length of its compressed data in that
+memory, and the offset and length of what it inflates to. The answer has a byte for each piece, 1 where it is there;
+what is wrong with the others is for the pool's user to find out.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import sys
+
+from fusedisk.core.inflate import INFLATERS, Inflate, InflateError
+
+MESSAGE_SIZE = 64 << 10
+"""Bytes of the longest message."""
+_IDLE_SECONDS = 30
+"""Time without work after which the process ends, and its memory is free."""
+
+
+def work(connection: socket.socket, memory: memoryview) -> None:
+    """Answer until the other end is closed, or silent for long."""
+    inflaters: dict[int, Inflate] = {}
+    while message := _receive(connection):
+        numbers = iter(memoryview(message).cast("I"))
+        codec = next(numbers)
+        inflate = inflaters.get(codec)
+        if inflate is None:
+            inflate = inflaters[codec] = list(INFLATERS.values())[codec]()
+        done = bytearray()
+        for source, length, place, size in zip(*[numbers] * 4, strict=True):
+            try:
+                memory[place : place + size] = inflate(memory[source : source + length], size)
+            except InflateError:
+                done.append(0)
+            else:
+                done.append(1)
+        connection.send(done)
+
+
+def _receive(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(MESSAGE_SIZE)
+    except (TimeoutError, ConnectionError):
+        return b""
+
+
+def main() -> None:
+    """Work with the descriptors that the arguments name."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    # Whoever waits for what this makes is to be woken up for it.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    connection.settimeout(_IDLE_SECONDS)
+    work(connection, memoryview(mmap.mmap(int(sys.argv[2]), 0)))
+    # There is nothing to tidy up, and somebody may be waiting.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

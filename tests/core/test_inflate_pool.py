@@ -1,0 +1,193 @@
+"""Processes that inflate: what they make, and that nobody is the worse for their end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import psutil
+import pytest
+import trio
+import trio.testing
+import zstandard
+
+from fusedisk.core import inflate_pool
+from fusedisk.core.inflate_pool import BREAK_EVEN, CONTENT_SIZE, SOURCE_SIZE, Batch, InflatePool, Piece
+from tests.support.tasks import start, until
+
+SIZE = 64 << 10
+
+
+def content(number: int) -> bytes:
+    return random.Random(number).randbytes(SIZE // 8) * 8
+
+
+def deflated(data: bytes) -> bytes:
+    packer = zlib.compressobj(6, zlib.DEFLATED, -12)
+    return packer.compress(data) + packer.flush()
+
+
+def workers() -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE and "fusedisk.core.inflate_worker" in child.cmdline()
+    ]
+
+
+@asynccontextmanager
+async def running(processes: int = 2, capacity: int = 0) -> AsyncIterator[InflatePool]:
+    """A pool with processes; they end with the trio run."""
+    pool = InflatePool(processes, capacity)
+    assert pool.begin(0, BREAK_EVEN - 1) is None
+    await trio.testing.wait_all_tasks_blocked()
+    assert not workers(), "that was not worth it"
+    assert pool.begin(0, 1) is None
+    await until(lambda: pool.ready)
+    assert len(workers()) == processes
+    yield pool
+
+
+def begin(pool: InflatePool) -> Batch:
+    batch = pool.begin(SOURCE_SIZE, CONTENT_SIZE)
+    assert batch is not None
+    return batch
+
+
+def fill(batch: Batch, sources: list[bytes]) -> list[Piece]:
+    pieces, place = [], 0
+    for source in sources:
+        batch.source[place : place + len(source)] = source
+        pieces.append((place, len(source), SIZE))
+        place += len(source)
+    return pieces
+
+
+async def inflate(pool: InflatePool, numbers: range, processes: int = 1) -> list[object]:
+    """What becomes of some pieces, by way of a batch."""
+    batch = begin(pool)
+    try:
+        pieces = fill(batch, [deflated(content(number)) for number in numbers])
+        return [*await batch.inflate("deflate-4k", pieces, processes)]
+    finally:
+        batch.leave()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+async def test_pieces_come_back_in_order(processes: int) -> None:
+    async with running() as pool:
+        found = await inflate(pool, range(7), processes)
+        assert [bytes(piece) for piece in found] == [content(number) for number in range(7)]  # type: ignore[call-overload]
+
+
+async def test_every_codec() -> None:
+    packers = {"deflate-4k": deflated, "zstd": zstandard.ZstdCompressor().compress}
+    async with running() as pool:
+        for codec, pack in packers.items():
+            batch = begin(pool)
+            found = await batch.inflate(codec, fill(batch, [pack(content(1)), pack(content(2))]))
+            assert found == [content(1), content(2)], codec
+            batch.leave()
+
+
+async def test_a_damaged_piece_is_left_to_the_caller() -> None:
+    async with running() as pool:
+        batch = begin(pool)
+        sources = [deflated(content(1)), b"\xff" * 100, deflated(content(2)[:-1]), deflated(content(3))]
+        assert await batch.inflate("deflate-4k", fill(batch, sources), 2) == [content(1), None, None, content(3)]
+        batch.leave()
+
+
+async def test_content_stays_for_as_long_as_it_is_held() -> None:
+    async with running(capacity=4 * CONTENT_SIZE) as pool:
+        held = {number: (await inflate(pool, range(number, number + 1)))[0] for number in range(100)}
+        shared = [number for number, piece in held.items() if isinstance(piece, memoryview)]
+        assert 4 <= len(shared) < 100, "what finds no room is copied"
+        assert all(piece == content(number) for number, piece in held.items())
+        held.clear()
+        gc.collect()
+        again = await inflate(pool, range(1))
+        assert isinstance(again[0], memoryview), "the room is free again"
+
+
+async def test_there_is_room_for_so_many_and_no_more() -> None:
+    async with running() as pool:
+        batches = [begin(pool) for _ in range(pool.batches)]
+        assert pool.begin(1, 1) is None
+        batches.pop().leave()
+        batches.append(begin(pool))
+        for batch in batches:
+            batch.leave()
+        assert pool.begin(SOURCE_SIZE + 1, 1) is None
+        assert pool.begin(1, CONTENT_SIZE + 1) is None
+
+
+async def test_a_process_that_is_killed_costs_nothing() -> None:
+    async with running() as pool:
+        first, second = workers()
+        first.send_signal(signal.SIGSTOP)
+        async with trio.open_nursery() as nursery:
+            tasks = [await start(nursery, partial(inflate, pool, range(number, number + 1))) for number in range(4)]
+            await until(lambda: sum(task.done for task in tasks) == 2)
+            first.kill()
+            found = [(await task.join())[0] for task in tasks]
+        assert sorted(piece is None for piece in found) == [False, False, True, True]
+        assert await inflate(pool, range(1)) == [content(0)]
+        second.kill()
+        await until(lambda: not pool.ready)
+        assert pool.begin(0, BREAK_EVEN) is None
+        await until(lambda: pool.ready)
+        assert await inflate(pool, range(1)) == [content(0)], "others start"
+
+
+async def test_a_process_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(processes=1) as pool:
+        (worker,) = workers()
+        worker.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(inflate_pool, "_PATIENCE", 0.0)
+        assert await inflate(pool, range(2)) == [None, None]
+        assert not worker.is_running()
+
+
+async def test_a_caller_that_is_cancelled_waits_for_the_process() -> None:
+    async with running(processes=1) as pool:
+        (worker,) = workers()
+        worker.send_signal(signal.SIGSTOP)
+        async with trio.open_nursery() as nursery:
+            task = await start(nursery, partial(inflate, pool, range(1)))
+            task.scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            assert not task.done, "the process may write yet"
+            worker.send_signal(signal.SIGCONT)
+            assert await task.join() == [content(0)]
+
+
+@pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])
+async def test_what_cannot_start_is_not_tried_again(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", executable)
+    pool = InflatePool(2, 0)
+    for _ in range(2):
+        assert pool.begin(0, BREAK_EVEN) is None
+        await until(lambda: pool._failed)
+        assert not pool._starting
+        assert not pool.ready
+
+
+def test_processes_and_descriptors_end_with_the_run() -> None:
+    async def use() -> None:
+        async with running() as pool:
+            assert await inflate(pool, range(2)) == [content(0), content(1)]
+
+    trio.run(use)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    trio.run(use)
+    gc.collect()
+    assert not psutil.Process().children()
+    assert len(os.listdir("/proc/self/fd")) == before
