@@ -141,8 +141,8 @@ class Immediate:
 
     def lend(self, offset: int, length: int) -> list[Lent] | Pieces | None:
         """What :meth:`read` would read, as parts of host files that are in the host's page cache, or as pieces of our
-        memory, for who takes it from there in this very instant; counted as read. None where it does not lie like that.
-        """
+        memory, for who takes it from there in this very instant, and then tells :meth:`count_lent`. None where it does
+        not lie like that."""
         if self._changes != self._graph.changes:
             self._look()
         backend = self._backend
@@ -152,10 +152,13 @@ class Immediate:
         pieces = Pieces()
         if not self._trace(self._node, offset, length, parts, pieces):
             return None
-        accounting = backend.accounting
+        return pieces or parts
+
+    def count_lent(self, length: int) -> None:
+        """What was lent is read."""
+        accounting = self._backend.accounting
         accounting.reads += 1
         accounting.bytes_read += length
-        return pieces or parts
 
     def write(self, offset: int, data: Buffer) -> bool:
         """Overwrite what has its place already. False: a part may be written, so the same is to be written again."""

@@ -161,8 +161,12 @@ class Export:
 
     def lend_now(self, offset: int, length: int) -> list[Lent] | Pieces | None:
         """Where in host files or in our memory the bytes of a range lie, for who takes them from there before anything
-        else happens; None where that takes more, or waiting."""
+        else happens, and then tells :meth:`count_lent`; None where that takes more, or waiting."""
         return self.backend.immediate.lend(offset, length)
+
+    def count_lent(self, length: int) -> None:
+        """What was lent is read."""
+        self.backend.immediate.count_lent(length)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write ``data`` if that takes no waiting; False: a part may be written."""

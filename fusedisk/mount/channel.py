@@ -246,13 +246,15 @@ class Channel:
         try:
             if isinstance(lent, Pieces):
                 os.writev(self._device, (wire.OUT_HEADER.pack(_OUT + size, 0, unique), *lent))
-                return True
-            return lent is not None and self._pipe is not None and self._pipe.send(self._device, unique, size, lent)
+            elif lent is None or self._pipe is None or not self._pipe.send(self._device, unique, size, lent):
+                return False
         except OSError as exc:
             if exc.errno in (*_GONE, errno.ENOENT):
                 return True
             log.warning("a large read is copied, as its reply without that failed: %s", exc.strerror)
             return False
+        handle.export.count_lent(size)
+        return True
 
     def _next_poll(self, poll: float, waited: float) -> float:
         """How long to ask again from now on, after a wait."""

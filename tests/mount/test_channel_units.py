@@ -43,6 +43,7 @@ class Disk:
         self.cached = True
         self.bug: Exception | None = None
         self.writes = 0
+        self.lent = 0
         self.pieces = False
         self.held = 0
         self.most_held = 0
@@ -61,6 +62,9 @@ class Disk:
             return False
         buffer[:] = self.content[offset : offset + len(buffer)]
         return True
+
+    def count_lent(self, length: int) -> None:
+        self.lent += length
 
     def lend_now(self, offset: int, length: int) -> Pieces | None:
         if not self.pieces or offset + length > LENGTH:
@@ -210,6 +214,7 @@ async def test_large_reads_of_what_is_in_memory_are_not_copied(setup: Setup) -> 
     setup.disk.pieces, setup.disk.cached = True, False
     unique = await setup.kernel.read(5, LEAST)
     assert await setup.kernel.reply() == (unique, 0, CONTENT[5 : 5 + LEAST])
+    assert setup.disk.lent == LEAST
     setup.disk.pieces, setup.disk.cached = False, True
     unique = await setup.kernel.read(5, LEAST)
     assert await setup.kernel.reply() == (unique, 0, CONTENT[5 : 5 + LEAST])
@@ -395,6 +400,7 @@ async def test_a_pipe_that_fails_costs_nothing(setup: Setup, code: int, answered
     if answered:
         assert await setup.kernel.reply() == (large, 0, CONTENT[4096 : 4096 + LEAST])
     assert await setup.kernel.reply() == (small, 0, CONTENT[:512])
+    assert not setup.disk.lent, "what is copied counts as read by itself"
 
 
 async def test_unknown_handles_and_sizes(setup: Setup) -> None:
