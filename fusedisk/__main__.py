@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fusedisk.cli.main import main
+from fusedisk.cli.entry import main
 
 main()

@@ -22,6 +22,7 @@ import click
 from click.shell_completion import CompletionItem, shell_complete
 
 import fusedisk
+from fusedisk.cli.entry import EXIT_INTERRUPTED
 from fusedisk.cli.output import flush
 from fusedisk.core.errors import FusediskError
 
@@ -46,7 +47,7 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_
 """How click reads every command line."""
 
 COMPLETE_VARIABLE = "_FUSEDISK_COMPLETE"
-EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 70, 130, 141
+EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_BROKEN_PIPE = 1, 2, 70, 141
 
 
 class LazyGroup(click.Group):

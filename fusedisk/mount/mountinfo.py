@@ -6,6 +6,8 @@ import os
 import re
 from typing import NamedTuple
 
+from fusedisk.core.errors import OptionError
+
 FSTYPE = "fuse.fusedisk"
 """The filesystem type of our mounts."""
 
@@ -59,7 +61,10 @@ def absolute(path: str) -> str:
     """The absolute path without symbolic links, as mountinfo spells it.
 
     The last part is looked at only if nothing is mounted there: looking at a mount whose daemon hangs would hang too.
+    Raises OptionError for an empty path, which would be the current directory.
     """
+    if not path:
+        raise OptionError("the mountpoint is empty.")
     parent, base = os.path.split(os.path.abspath(path))
     plain = os.path.join(os.path.realpath(parent), base) if base else os.path.realpath(parent)
     return plain if mount_at(plain) is not None else os.path.realpath(plain)

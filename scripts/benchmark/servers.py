@@ -21,7 +21,7 @@ COMMAND_TIMEOUT = 60.0
 STRAY = 300
 """Reads and writes that a daemon may make for itself while the data goes past it."""
 
-FUSEDISK = [sys.executable, "-c", "from fusedisk.cli.main import main; main()"]
+FUSEDISK = [sys.executable, "-c", "from fusedisk.cli.entry import main; main()"]
 """The command line of this checkout, whether it is installed or not."""
 
 

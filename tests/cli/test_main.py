@@ -260,6 +260,21 @@ def test_a_signal_ends_it_quietly(tmp_path: Path) -> None:
     assert err == b""
 
 
+@pytest.mark.parametrize("module", ["click", "fusedisk.cli.main"])
+def test_an_interrupt_while_it_is_imported_is_quiet(module: str, tmp_path: Path) -> None:
+    interrupt = (
+        "import signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from fusedisk.cli.entry import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", interrupt, "list"], env=process_environment(), capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_file_names_that_are_no_text(tmp_path: Path) -> None:
     image = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.raw"))
     make_sparse_raw(image, MIB)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.core.errors import HostError
+from fusedisk.core.errors import HostError, OptionError
 from fusedisk.mount import holders, memory_pressure, mountinfo, runtime
 from fusedisk.mount.mountinfo import Mount
 from fusedisk.mount.runtime import ExportRecord, MountRecord
@@ -52,6 +52,8 @@ def test_a_path_is_resolved_as_the_kernel_does(tmp_path: Path) -> None:
     for spelling in ("real", "link", "link/", "parent/link", "./parent/../link", "real/."):
         assert mountinfo.absolute(f"{tmp_path}/{spelling}") == str(tmp_path / "real")
     assert mountinfo.absolute("/") == "/"
+    with pytest.raises(OptionError, match=r"^the mountpoint is empty\.$"):
+        mountinfo.absolute("")
 
 
 def test_the_source_of_a_mount_is_escaped_for_libfuse() -> None:
