@@ -51,11 +51,11 @@ _LONGEST_TURN = 1e-3
 """Seconds after which it gets it in any case: some requests take a hundred times as long as others."""
 _PATIENCE = 10e-3
 """Seconds more that work waits which nobody here knows of."""
-_LONGEST_POLL = 50e-6
-"""Seconds."""
-_WORTH_POLLING = 150e-6
-"""Seconds of waiting, with what waking up takes, below which asking again would have been the better choice."""
-_SHORTEST_POLL = 5e-6
+_POLL = 80e-6
+"""Seconds to ask again and again after an answer, before waiting for the next request."""
+_WORTH_POLLING = 110e-6
+"""Seconds between the last answer and the next request, with what waking up takes, below which the one after that will
+probably come soon enough, too."""
 
 _LEAST_SPARE, _MOST_SPARE = 2, 8
 """Buffers of each kind that are made at once, and kept for later."""
@@ -172,7 +172,7 @@ class Channel:
         written = bytearray(_WRITTEN.size)
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
-        poll = deadline = 0.0
+        poll = deadline = last = 0.0
         turns, turn = 0, clock() + _LONGEST_TURN
         while True:
             try:
@@ -180,11 +180,10 @@ class Channel:
             except BlockingIOError:
                 if clock() < deadline and not self._places and not self._forwarded and not in_background():
                     continue
-                start = clock()
                 await trio.lowlevel.wait_readable(device)
                 turns, now = 0, clock()
                 turn = now + _LONGEST_TURN
-                poll = self._next_poll(poll, now - start)
+                poll = _POLL if self._may_poll and now - last < _WORTH_POLLING else 0.0
                 deadline = now + poll
                 continue
             except OSError as exc:
@@ -236,7 +235,7 @@ class Channel:
                 await trio.lowlevel.checkpoint()
                 turns, now = 0, clock()
                 turn = now + _LONGEST_TURN
-            deadline = now + poll
+            last, deadline = now, now + poll
 
     def _lend(self, unique: int, handle: Handle | None, offset: int, size: int) -> bool:
         """Answer a READ without copying: out of the page cache, or as it lies in memory; tells whether it did."""
@@ -255,14 +254,6 @@ class Channel:
             return False
         handle.export.count_lent(size)
         return True
-
-    def _next_poll(self, poll: float, waited: float) -> float:
-        """How long to ask again from now on, after a wait."""
-        if not self._may_poll:
-            return 0.0
-        if waited < _WORTH_POLLING:
-            return min(max(poll * 2, _SHORTEST_POLL), _LONGEST_POLL)
-        return poll / 2 if poll > _SHORTEST_POLL else 0.0
 
     async def _dispatch(self, nursery: trio.Nursery, request: Request, length: int, opcode: int, unique: int) -> bool:
         """Let a request be answered. True: its buffer is taken."""
