@@ -27,7 +27,7 @@ from contextlib import suppress
 import trio
 
 from fusedisk.core.inflate import INFLATERS, Content
-from fusedisk.core.inflate_worker import MESSAGE_SIZE
+from fusedisk.core.inflate_worker import MESSAGE_SIZE, READY
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +36,25 @@ BATCHES = 4
 """Batches for each process that keep all of them busy: what one has, what is on its way, and what is being read."""
 BREAK_EVEN = 64 << 20
 """Bytes to be inflated by threads before processes are worth their start: a tenth of a second's work."""
-CONTENT_SIZE = 1 << 20
-"""Bytes that a batch inflates to, at most."""
+CONTENT_SIZE = (1 << 20) + (64 << 10)
+"""Bytes that a batch inflates to, at most: so a MiB from anywhere in clusters of 64 KiB is a batch."""
 SOURCE_SIZE = CONTENT_SIZE + (64 << 10)
 """Bytes of a batch's compressed data, at most, with what lies between the pieces."""
+_WORTH_HOLDING = CONTENT_SIZE // 2
+"""Bytes of content below which a batch is copied from the memory where it takes up CONTENT_SIZE."""
 _PATIENCE = 10.0
 """Seconds after which a process that does not answer is ended. A batch takes milliseconds."""
+_IDLE_SECONDS = 30.0
+"""Seconds without a batch after which the processes are ended."""
 
 Piece = tuple[int, int, int]
 """Offset and length of compressed data in a source, and the length of what it inflates to, in bytes."""
 
 _CODECS = {codec: number for number, codec in enumerate(INFLATERS)}
 _Slab = ctypes.c_char * CONTENT_SIZE
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_fallocate = ctypes.CDLL(None).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _pool: trio.lowlevel.RunVar[InflatePool | None] = trio.lowlevel.RunVar("inflate_pool", None)
 
 
@@ -71,19 +78,20 @@ class InflatePool:
         self.batches = BATCHES * processes
         """Batches at a time that keep the processes busy. There is room for no more."""
         self._processes = processes
-        self._slabs = capacity // CONTENT_SIZE + 2 * self.batches
+        self._slabs = capacity // CONTENT_SIZE + 3 * self.batches
         self._crew: _Crew | None = None
         self._starting = self._failed = False
         self._inflated_without = 0
 
-    @property
-    def ready(self) -> bool:
-        """Whether there are processes."""
-        return self._crew is not None
+    def parallel(self, size: int) -> int:
+        """Batches at a time that are welcome, of content that has ``size`` bytes at least; 0: by other means."""
+        return self.batches if self._crew is not None and size <= CONTENT_SIZE else 0
 
     def begin(self, source_size: int, content_size: int) -> Batch | None:
         """Room for so many bytes of compressed data that inflate to so many; None where that is to be done by other
         means. The caller leaves the batch whatever happens."""
+        if source_size > SOURCE_SIZE or content_size > CONTENT_SIZE:
+            return None
         crew = self._crew
         if crew is None:
             self._inflated_without += content_size
@@ -91,38 +99,44 @@ class InflatePool:
                 self._inflated_without, self._starting = 0, True
                 trio.lowlevel.spawn_system_task(self._run, name="processes that inflate")
             return None
-        if source_size > SOURCE_SIZE or content_size > CONTENT_SIZE or not crew.sources or not crew.slabs:
+        if not crew.sources or not crew.slabs:
             return None
-        return Batch(crew, scarce=len(crew.slabs) <= self.batches)
+        crew.used = True
+        return Batch(crew, copied=len(crew.slabs) <= self.batches or content_size < _WORTH_HOLDING)
 
     async def _run(self) -> None:
-        """Start the processes, and see them end."""
+        """Start the processes, and end them. They end together: who is left of them would hardly be worth it."""
+        crew = None
         try:
             crew = _Crew(self._slabs, self.batches)
-            try:
-                async with trio.open_nursery() as nursery:
-                    for _ in range(self._processes):
-                        await nursery.start(crew.employ)
-                    self._crew = crew
-            finally:
+            async with trio.open_nursery() as nursery:
+                for _ in range(self._processes):
+                    await nursery.start(crew.employ, nursery.cancel_scope)
+                self._crew = crew
+                while crew.used:
+                    crew.used = False
+                    await trio.sleep(_IDLE_SECONDS)
                 self._crew = None
-                os.close(crew.descriptor)
-            self._failed = crew.broken
-        except* OSError as group:
+                nursery.cancel_scope.cancel()
+        except* Exception as group:
+            # Whatever it is, others inflate.
             log.warning("there are no processes to inflate in: %s", group.exceptions[0])
             self._failed = True
         finally:
+            self._crew = None
             self._starting = False
+            if crew is not None:
+                crew.end()
 
 
 class Batch:
     """Pieces on their way through a process: fill :attr:`source`, then :meth:`inflate`, then :meth:`leave`."""
 
-    __slots__ = ("_crew", "_place", "_scarce", "_slab", "_source_place", "source")
+    __slots__ = ("_copied", "_crew", "_place", "_slab", "_source_place", "source")
 
-    def __init__(self, crew: _Crew, *, scarce: bool) -> None:
+    def __init__(self, crew: _Crew, *, copied: bool) -> None:
         self._crew = crew
-        self._scarce = scarce
+        self._copied = copied
         self._source_place = crew.sources.pop()
         self.source = crew.view[self._source_place : self._source_place + SOURCE_SIZE]
         """For the compressed data."""
@@ -130,7 +144,9 @@ class Batch:
 
     async def inflate(self, codec: str, pieces: Sequence[Piece], processes: int = 1) -> list[Content | None]:
         """What each piece of :attr:`source` inflates to, or None if the caller is to inflate it, or to find out about
-        it, by themselves. ``codec``: a key of INFLATERS. ``processes``: how many share the work."""
+        it, by themselves. ``codec``: a key of INFLATERS. ``processes``: how many share the work, not more than there
+        are pieces."""
+        assert processes <= len(pieces), (processes, len(pieces))
         messages = [array("I", [_CODECS[codec]]) for _ in range(processes)]
         place = self._place
         for number, (offset, length, size) in enumerate(pieces):
@@ -143,37 +159,37 @@ class Batch:
         place = 0
         for there, (_, _, size) in zip(done or bytes(len(pieces)), pieces, strict=True):
             piece = content[place : place + size]
-            results.append((bytes(piece) if self._scarce else piece) if there else None)
+            results.append((bytes(piece) if self._copied else piece) if there else None)
             place += size
         return results
 
     def leave(self) -> None:
         """The compressed data is needed no more."""
-        self._crew.sources.append(self._source_place)
+        self._crew.give_source(self._source_place)
 
 
 class _Crew:
-    """Processes that started together, and the memory they share."""
+    """Processes that started together, and the memory they share: slabs for content, and sources."""
 
     def __init__(self, slabs: int, sources: int) -> None:
         first_source = slabs * CONTENT_SIZE
         size = first_source + sources * SOURCE_SIZE
         self.descriptor = os.memfd_create("fusedisk-inflate", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(self.descriptor, size)
-            self._memory = mmap.mmap(self.descriptor, size)
-        except OSError:
-            os.close(self.descriptor)
-            raise
+        weakref.finalize(self, os.close, self.descriptor)
+        os.ftruncate(self.descriptor, size)
+        self._memory = mmap.mmap(self.descriptor, size)
         self.view = memoryview(self._memory)
         self.slabs = [number * CONTENT_SIZE for number in reversed(range(slabs))]
-        """Offsets of room for content that nobody holds on to. The last was free before, so it is in use again."""
+        """Offsets of those that nobody refers to. The last was in use before, so it is in use again."""
         self.sources = [first_source + number * SOURCE_SIZE for number in range(sources)]
-        """Offsets of room for compressed data."""
+        """Offsets of those that are free."""
+        self.used = True
+        """There was a batch lately."""
+        self._most_free = 4 * sources
+        """Slabs that nobody refers to, and that still have their memory."""
         self._taken: dict[int, weakref.ref[object]] = {}
         self._workers: list[_Worker] = []
-        self.broken = False
-        """A process ended with an error."""
+        self._ended = False
 
     def take_slab(self) -> tuple[int, ctypes.Array[ctypes.c_char]]:
         """Room for content, free again as soon as nobody refers to it or a view of it."""
@@ -182,40 +198,81 @@ class _Crew:
 
         def free(_: object) -> None:
             del self._taken[place]
-            self.slabs.append(place)
+            if self._ended or len(self.slabs) >= self._most_free:
+                self._release(place, CONTENT_SIZE)
+                self.slabs.insert(0, place)
+            else:
+                self.slabs.append(place)
 
         self._taken[place] = weakref.ref(slab, free)
         return place, slab
 
-    async def employ(self, task_status: trio.TaskStatus[None]) -> None:
-        """Start one more process and attend to it until it ends. Raises OSError where it cannot be started."""
+    def give_source(self, place: int) -> None:
+        """Nobody refers to a source any more."""
+        self.sources.append(place)
+        if self._ended:
+            self._release(place, SOURCE_SIZE)
+
+    def _release(self, place: int, length: int) -> None:
+        """Give memory back. (madvise(2) would not: it is locked.)"""
+        _fallocate(self.descriptor, _PUNCH_HOLE | _KEEP_SIZE, place, length)
+
+    def end(self) -> None:
+        """There will be no batches any more. What is held on to stays, and nothing else."""
+        self._ended = True
+        for place in self.slabs:
+            self._release(place, CONTENT_SIZE)
+        for place in self.sources:
+            self._release(place, SOURCE_SIZE)
+
+    async def employ(self, end: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        """Start one more process and attend to it; when it ends, so does the crew. Raises OSError where it does not get
+        ready for work."""
         worker = await _Worker.start(self.descriptor)
-        self._workers.append(worker)
         try:
+            with trio.move_on_after(_PATIENCE):
+                await worker.get_ready()
+            if not worker.ready:
+                raise ChildProcessError(f"{sys.executable} does not start")
+            self._workers.append(worker)
             task_status.started()
             await worker.attend()
+            end.cancel()
         finally:
-            self._workers.remove(worker)
-            self.broken = worker.end() > 0 or self.broken
+            if worker in self._workers:
+                self._workers.remove(worker)
+            worker.end()
 
     async def have_done(self, messages: list[array[int]]) -> bytes:
         """What processes answer, one behind the other; nothing unless all do."""
         orders = [(worker, worker.order(message)) for message in messages if (worker := self._next()) is not None]
         # The processes write to where the messages say: nothing else may do so before they are done.
         with trio.CancelScope(shield=True):
-            answers = [await self._answer(worker, answer) for worker, answer in orders]
+            with trio.move_on_after(_PATIENCE):
+                for _, answer in orders:
+                    await answer.there.wait()
+            for worker, answer in orders:
+                if not answer.there.is_set():
+                    log.warning("a process that inflates did not answer, and was ended")
+                    worker.end()
+        answers = [answer.content for _, answer in orders]
         return b"".join(answers) if len(answers) == len(messages) and all(answers) else b""
 
     def _next(self) -> _Worker | None:
         """Who has the least to do."""
         return min(self._workers, key=_Worker.duties, default=None)
 
-    async def _answer(self, worker: _Worker, answer: _Answer) -> bytes:
-        with trio.move_on_after(_PATIENCE):
-            return await answer.wait()
-        log.warning("a process that inflates did not answer, and was ended")
-        worker.end()
-        return b""
+
+class _Answer:
+    """What a process answers, some day; empty if it never does."""
+
+    def __init__(self) -> None:
+        self.there = trio.Event()
+        self.content = b""
+
+    def give(self, content: bytes) -> None:
+        self.content = content
+        self.there.set()
 
 
 class _Worker:
@@ -223,11 +280,12 @@ class _Worker:
 
     def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
         connection.setblocking(False)
+        self.ready = False
         self._process = process
         self._connection = connection
         self._answers: deque[_Answer] = deque()
         """To what was sent, in that order."""
-        self.ended = False
+        self._ended = False
 
     @classmethod
     async def start(cls, memory: int) -> _Worker:
@@ -241,27 +299,33 @@ class _Worker:
                 raise
         return cls(process, ours)
 
-    def duties(self) -> int:
-        """Messages that it has not answered."""
-        return len(self._answers)
+    async def get_ready(self) -> None:
+        """Wait until it can work, or ends."""
+        self.ready = await self._receive() == READY
 
     async def attend(self) -> None:
         """Hand out answers until the process ends."""
-        while not self.ended:
+        while done := await self._receive():
+            self._answers.popleft().give(done)
+
+    async def _receive(self) -> bytes:
+        """A message; nothing once the process has ended."""
+        while not self._ended:
             try:
-                done = self._connection.recv(MESSAGE_SIZE)
+                return self._connection.recv(MESSAGE_SIZE)
             except BlockingIOError:
                 with suppress(trio.ClosedResourceError):
                     await trio.lowlevel.wait_readable(self._connection)
             except OSError:
-                return
-            else:
-                if not done:
-                    return
-                self._answers.popleft().give(done)
+                break
+        return b""
+
+    def duties(self) -> int:
+        """Messages that it has not answered."""
+        return len(self._answers)
 
     def order(self, message: array[int]) -> _Answer:
-        """Send a message. The answer is empty if the process ends first."""
+        """Send a message."""
         answer = _Answer()
         try:
             self._connection.send(message)
@@ -271,33 +335,17 @@ class _Worker:
             self._answers.append(answer)
         return answer
 
-    def end(self) -> int:
-        """End the process. After that it writes nothing any more. Returns its exit status."""
-        if not self.ended:
-            self.ended = True
-            self._process.kill()
-            trio.lowlevel.notify_closing(self._connection)
-            self._connection.close()
-        status = self._process.wait()
+    def end(self) -> None:
+        """End the process. After that it writes nothing any more."""
+        if self._ended:
+            return
+        self._ended = True
+        self._process.kill()
+        trio.lowlevel.notify_closing(self._connection)
+        self._connection.close()
+        self._process.wait()
         while self._answers:
             self._answers.popleft().give(b"")
-        return status
-
-
-class _Answer:
-    """What a process answers, some day."""
-
-    def __init__(self) -> None:
-        self._there = trio.Event()
-        self._answer = b""
-
-    def give(self, answer: bytes) -> None:
-        self._answer = answer
-        self._there.set()
-
-    async def wait(self) -> bytes:
-        await self._there.wait()
-        return self._answer
 
 
 def _start(connection: int, memory: int) -> subprocess.Popen[bytes]:

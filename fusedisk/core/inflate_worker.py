@@ -1,9 +1,9 @@
 """A process that inflates for :mod:`fusedisk.core.inflate_pool`, and ends with it.
 
-It has two descriptors: a socket, and memory that it shares with the pool. A message is an array of unsigned 32-bit
-numbers: the codec, by its place in INFLATERS; then for each piece the offset and length of its compressed data in that
-memory, and the offset and length of what it inflates to. The answer has a byte for each piece, 1 where it is there;
-what is wrong with the others is for the pool's user to find out.
+It has two descriptors: a socket, and memory that it shares with the pool. It sends READY, and then answers messages. A
+message is an array of unsigned 32-bit numbers: the codec, by its place in INFLATERS; then for each piece the offset and
+length of its compressed data in that memory, and the offset and length of what it inflates to. The answer has a byte
+for each piece, 1 where it is there; what is wrong with the others is for the pool's user to find out.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import mmap
 import os
 import socket
 import sys
+from contextlib import suppress
 
 from fusedisk.core.inflate import INFLATERS, Inflate, InflateError
 
+READY = b"ready"
 MESSAGE_SIZE = 64 << 10
 """Bytes of the longest message."""
-_IDLE_SECONDS = 30
-"""Time without work after which the process ends, and its memory is free."""
 
 
 def work(connection: socket.socket, memory: memoryview) -> None:
-    """Answer until the other end is closed, or silent for long."""
+    """Answer until the other end is closed."""
     inflaters: dict[int, Inflate] = {}
-    while message := _receive(connection):
+    while message := connection.recv(MESSAGE_SIZE):
         numbers = iter(memoryview(message).cast("I"))
         codec = next(numbers)
         inflate = inflaters.get(codec)
@@ -41,20 +41,16 @@ def work(connection: socket.socket, memory: memoryview) -> None:
         connection.send(done)
 
 
-def _receive(connection: socket.socket) -> bytes:
-    try:
-        return connection.recv(MESSAGE_SIZE)
-    except (TimeoutError, ConnectionError):
-        return b""
-
-
 def main() -> None:
     """Work with the descriptors that the arguments name."""
     connection = socket.socket(fileno=int(sys.argv[1]))
-    # Whoever waits for what this makes is to be woken up for it.
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    connection.settimeout(_IDLE_SECONDS)
-    work(connection, memoryview(mmap.mmap(int(sys.argv[2]), 0)))
+    with suppress(OSError):
+        # Whoever waits for what this makes is to be woken up for it.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    memory = memoryview(mmap.mmap(int(sys.argv[2]), 0))
+    with suppress(ConnectionError):
+        connection.send(READY)
+        work(connection, memory)
     # There is nothing to tidy up, and somebody may be waiting.
     os._exit(0)
 

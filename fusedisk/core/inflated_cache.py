@@ -78,7 +78,9 @@ class InflatedCache:
         self.capacity = capacity
         """Bytes. The piece that came last stays, however large it is."""
         self.size = 0
-        """Bytes kept."""
+        """Bytes of memory that the pieces take up. A view takes up all of what it is a view of."""
+        self._shared: dict[int, int] = {}
+        """How many of the pieces are views of the same, by its id."""
         self._new: OrderedDict[int, tuple[Content, int]] = OrderedDict()
         """With what had come before."""
         self._came = 0
@@ -108,7 +110,9 @@ class InflatedCache:
         del self._new[key]
         if isinstance(content, memoryview):
             # It would keep its neighbours in memory.
+            self._uncount(content)
             content = bytes(content)
+            self.size += len(content)
         self._proven[key] = content
         self._proven_size += len(content)
         while self._proven_size > self._proven_capacity and len(self._proven) > 1:
@@ -150,9 +154,9 @@ class InflatedCache:
         content = self._proven.pop(key, None)
         if content is not None:
             self._proven_size -= len(content)
-            self.size -= len(content)
+            self._uncount(content)
         elif key in self._new:
-            self.size -= len(self._new.pop(key)[0])
+            self._uncount(self._new.pop(key)[0])
 
     def clear(self) -> None:
         """Drop everything."""
@@ -161,17 +165,37 @@ class InflatedCache:
         self._loads.clear()
         self._new.clear()
         self._proven.clear()
+        self._shared.clear()
         self.size = self._proven_size = 0
 
     def keep(self, key: int, content: Content) -> None:
         """Keep the piece of a key that has none and no load under way."""
         self._new[key] = content, self._came
         self._came += len(content)
-        self.size += len(content)
+        self._count(content)
         while self.size > self.capacity and len(self) > 1:
             if len(self._new) > 1:
                 _, (oldest, _) = self._new.popitem(last=False)
             else:
                 _, oldest = self._proven.popitem(last=False)
                 self._proven_size -= len(oldest)
-            self.size -= len(oldest)
+            self._uncount(oldest)
+
+    def _count(self, content: Content) -> None:
+        if isinstance(content, memoryview):
+            whole = content.obj
+            views = self._shared[id(whole)] = self._shared.get(id(whole), 0) + 1
+            if views == 1:
+                self.size += memoryview(whole).nbytes
+        else:
+            self.size += len(content)
+
+    def _uncount(self, content: Content) -> None:
+        if isinstance(content, memoryview):
+            whole = content.obj
+            views = self._shared[id(whole)] = self._shared[id(whole)] - 1
+            if not views:
+                del self._shared[id(whole)]
+                self.size -= memoryview(whole).nbytes
+        else:
+            self.size -= len(content)

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -41,15 +42,25 @@ def workers() -> list[psutil.Process]:
     ]
 
 
+def inflate_without(pool: InflatePool, size: int) -> None:
+    """Have that much inflated by other means."""
+    while size:
+        part = min(size, CONTENT_SIZE)
+        assert pool.begin(1, part) is None
+        size -= part
+
+
 @asynccontextmanager
 async def running(processes: int = 2, capacity: int = 0) -> AsyncIterator[InflatePool]:
     """A pool with processes; they end with the trio run."""
     pool = InflatePool(processes, capacity)
-    assert pool.begin(0, BREAK_EVEN - 1) is None
+    for _ in range(100):
+        assert pool.begin(1, CONTENT_SIZE + 1) is None
+    inflate_without(pool, BREAK_EVEN - 1)
     await trio.testing.wait_all_tasks_blocked()
     assert not workers(), "that was not worth it"
-    assert pool.begin(0, 1) is None
-    await until(lambda: pool.ready)
+    inflate_without(pool, 1)
+    await until(lambda: pool.parallel(1))
     assert len(workers()) == processes
     yield pool
 
@@ -71,9 +82,11 @@ def fill(batch: Batch, sources: list[bytes]) -> list[Piece]:
 
 async def inflate(pool: InflatePool, numbers: range, processes: int = 1) -> list[object]:
     """What becomes of some pieces, by way of a batch."""
-    batch = begin(pool)
+    sources = [deflated(content(number)) for number in numbers]
+    batch = pool.begin(sum(map(len, sources)), SIZE * len(sources))
+    assert batch is not None
     try:
-        pieces = fill(batch, [deflated(content(number)) for number in numbers])
+        pieces = fill(batch, sources)
         return [*await batch.inflate("deflate-4k", pieces, processes)]
     finally:
         batch.leave()
@@ -104,16 +117,48 @@ async def test_a_damaged_piece_is_left_to_the_caller() -> None:
         batch.leave()
 
 
+def memory_of(pool: InflatePool) -> int:
+    """Bytes of shared memory."""
+    assert pool._crew is not None
+    return os.fstat(pool._crew.descriptor).st_blocks * 512
+
+
 async def test_content_stays_for_as_long_as_it_is_held() -> None:
-    async with running(capacity=4 * CONTENT_SIZE) as pool:
-        held = {number: (await inflate(pool, range(number, number + 1)))[0] for number in range(100)}
-        shared = [number for number, piece in held.items() if isinstance(piece, memoryview)]
-        assert 4 <= len(shared) < 100, "what finds no room is copied"
-        assert all(piece == content(number) for number, piece in held.items())
+    async with running(capacity=40 * CONTENT_SIZE) as pool:
+        held = {number: await inflate(pool, range(number, number + 9)) for number in range(60)}
+        shared = [number for number, pieces in held.items() if isinstance(pieces[0], memoryview)]
+        assert 40 <= len(shared) < 60, "what finds no room is copied"
+        for number, pieces in held.items():
+            assert pieces == [content(number + more) for more in range(9)]
+        full = memory_of(pool)
+        del pieces
         held.clear()
-        gc.collect()
-        again = await inflate(pool, range(1))
+        assert memory_of(pool) <= full - 15 * CONTENT_SIZE, "some of it is given back"
+        again = await inflate(pool, range(9))
         assert isinstance(again[0], memoryview), "the room is free again"
+
+
+async def test_a_little_is_copied() -> None:
+    async with running(capacity=40 * CONTENT_SIZE) as pool:
+        assert {type(piece) for piece in await inflate(pool, range(3))} == {bytes}
+
+
+async def test_memory_goes_with_the_processes_but_for_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(capacity=40 * CONTENT_SIZE) as pool:
+        crew = pool._crew
+        assert crew is not None
+        held = [await inflate(pool, range(number, number + 9)) for number in range(20)]
+        waiting = begin(pool)
+        fill(waiting, [deflated(content(1))])
+        workers()[0].kill()
+        await until(lambda: not pool.parallel(1))
+        assert not workers()
+        del held[1:], held[0][1:]
+        assert held[0] == [content(0)]
+        assert os.fstat(crew.descriptor).st_blocks * 512 <= CONTENT_SIZE + SOURCE_SIZE
+        assert await waiting.inflate("deflate-4k", [(0, 100, SIZE)]) == [None]
+        waiting.leave()
+        assert os.fstat(crew.descriptor).st_blocks * 512 <= CONTENT_SIZE
 
 
 async def test_there_is_room_for_so_many_and_no_more() -> None:
@@ -138,21 +183,35 @@ async def test_a_process_that_is_killed_costs_nothing() -> None:
             first.kill()
             found = [(await task.join())[0] for task in tasks]
         assert sorted(piece is None for piece in found) == [False, False, True, True]
-        assert await inflate(pool, range(1)) == [content(0)]
-        second.kill()
-        await until(lambda: not pool.ready)
-        assert pool.begin(0, BREAK_EVEN) is None
-        await until(lambda: pool.ready)
+        await until(lambda: not second.is_running())
+        assert not pool.parallel(1), "one alone is not worth it"
+        inflate_without(pool, BREAK_EVEN)
+        await until(lambda: pool.parallel(1))
         assert await inflate(pool, range(1)) == [content(0)], "others start"
 
 
-async def test_a_process_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with running(processes=1) as pool:
-        (worker,) = workers()
-        worker.send_signal(signal.SIGSTOP)
+async def test_without_work_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inflate_pool, "_IDLE_SECONDS", 0.0)
+    pool = InflatePool(2, 0)
+    inflate_without(pool, BREAK_EVEN)
+    assert pool._starting
+    await until(lambda: not pool._starting)
+    assert not pool._failed
+    assert not workers()
+    monkeypatch.setattr(inflate_pool, "_IDLE_SECONDS", 30.0)
+    inflate_without(pool, BREAK_EVEN)
+    await until(lambda: pool.parallel(1))
+    assert await inflate(pool, range(1)) == [content(0)]
+
+
+async def test_processes_that_do_not_answer_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as pool:
+        stopped = workers()
+        for worker in stopped:
+            worker.send_signal(signal.SIGSTOP)
         monkeypatch.setattr(inflate_pool, "_PATIENCE", 0.0)
-        assert await inflate(pool, range(2)) == [None, None]
-        assert not worker.is_running()
+        assert await inflate(pool, range(4), processes=2) == [None] * 4
+        assert not any(worker.is_running() for worker in stopped)
 
 
 async def test_a_caller_that_is_cancelled_waits_for_the_process() -> None:
@@ -168,15 +227,36 @@ async def test_a_caller_that_is_cancelled_waits_for_the_process() -> None:
             assert await task.join() == [content(0)]
 
 
-@pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])
-async def test_what_cannot_start_is_not_tried_again(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", executable)
+@pytest.mark.parametrize(
+    "program", [None, "exit 0", "exit 1", "exec 1>&-; kill -9 $$", "sleep 60"], ids=["none", "0", "1", "killed", "slow"]
+)
+async def test_what_cannot_start_is_not_tried_again(
+    program: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    executable = tmp_path / "python"
+    if program is not None:
+        executable.write_text(f"#!/bin/sh\n{program}\n")
+        executable.chmod(0o755)
+        if "sleep" in program:
+            monkeypatch.setattr(inflate_pool, "_PATIENCE", 0.1)
+    monkeypatch.setattr("sys.executable", str(executable))
     pool = InflatePool(2, 0)
     for _ in range(2):
-        assert pool.begin(0, BREAK_EVEN) is None
+        inflate_without(pool, BREAK_EVEN)
         await until(lambda: pool._failed)
         assert not pool._starting
-        assert not pool.ready
+        assert not pool.parallel(1)
+    assert not psutil.Process().children()
+
+
+async def test_no_thread_to_start_them_is_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", fail)
+    pool = InflatePool(2, 0)
+    inflate_without(pool, BREAK_EVEN)
+    await until(lambda: pool._failed)
 
 
 def test_processes_and_descriptors_end_with_the_run() -> None:

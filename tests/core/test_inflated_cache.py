@@ -137,3 +137,28 @@ def test_what_was_freed_need_not_inflate() -> None:
         cache.finish(load, InflateError("other data by now"))
         assert load.error is None
         assert not cache.knows(7)
+
+
+def test_a_view_counts_as_what_it_keeps_in_memory() -> None:
+    cache = InflatedCache(250)
+    wholes = [memoryview(bytearray(100)) for _ in range(3)]
+    for number, whole in enumerate(wholes):
+        for part in range(10):
+            cache.keep(number * 10 + part, whole[part * 10 : part * 10 + 10])
+        assert cache.size <= 250
+    assert cache.size == 200, "each whole once"
+    assert [key for key in range(30) if cache.knows(key)] == [*range(10, 30)], "and it stays until all of it goes"
+    for key in range(10, 19):
+        cache.drop(key)
+    assert cache.size == 200
+    cache.drop(19)
+    assert cache.size == 100
+    cache.keep(100, bytes(30))
+    assert cache.size == 130
+    cache.clear()
+    assert cache.size == 0
+    cache.keep(1, wholes[0][:10])
+    assert cache.size == 100
+    cache._came += cache._proof
+    assert type(cache.get(1)) is bytes
+    assert cache.size == 10

@@ -179,7 +179,7 @@ class CompressedReader:
         if not self._readahead.notice(offset, offset + length, self.image.header.size):
             return
         pool = inflate_pool()
-        tasks = pool.batches if pool is not None and pool.ready else AHEAD_THREADS
+        tasks = (pool.parallel(self._size) if pool is not None else 0) or AHEAD_THREADS
         while self._ahead < tasks and background.start(self.node, self._go_ahead):
             self._ahead += 1
 
