@@ -155,3 +155,19 @@ def test_text_for_people(image: Path) -> None:
     assert done.code == 0
     assert "No errors were found." in done.out
     assert "of 2048 clusters allocated" in done.out
+
+
+def test_a_repair_keeps_the_snapshots_of_an_image_with_unknown_autoclear_bits(tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "10M")
+    qemu_io(image, "write -P 5 0 1M")
+    qemu_img("snapshot", "-c", "first", image)
+    _put(image, 88, (1 << 50).to_bytes(8, "big"))
+    _put(image, 0x20000 + 2 * 40, b"\0\7")  # a leak
+    done = fusedisk("check", "-r", "all", image)
+    assert done.code == 0, done
+    assert _theirs(image)[0] == 0
+    assert "first" in qemu_img("snapshot", "-l", image)
+    qemu_io(image, "write -P 6 0 1M")
+    qemu_img("snapshot", "-a", "first", image)
+    qemu_io(image, "read -P 5 0 1M")

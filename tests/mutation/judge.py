@@ -50,6 +50,7 @@ EXCEPTIONS = {
     "data file": "the external data file is given here, so QEMU does not miss its name, and wants the feature bit",
     "no L1 table": "QEMU goes on without an L1 table that is not in the file, and calls an empty disk repaired",
     "LUKS header": "QEMU goes on where the header's length cannot be, and gives its clusters, the only key, away",
+    "snapshots": "QEMU drops all snapshots when it repairs an image with autoclear bits that it does not know",
     "endless": "QEMU does not come to an end, as where a snapshot's L1 table runs into what a repair allocates",
     "crash": "QEMU is ended by a signal or an assertion",
 }
@@ -120,6 +121,8 @@ class Judge:
             verdict.exception = "no L1 table"
         elif "LUKS header" in why:
             verdict.exception = "LUKS header"
+        elif _number_of_snapshots(image) and not _number_of_snapshots(self.path.read_bytes()) and _autoclear(image) > 3:
+            verdict.exception = "snapshots"
         elif not self._lost(self._readable(image), self.path.read_bytes()):
             verdict.wrong.append(f"QEMU can repair what we could not: {why}")
 
@@ -196,6 +199,15 @@ def _ends(process: subprocess.Popen[bytes], output: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
+
+
+def _number_of_snapshots(image: bytes) -> int:
+    return int.from_bytes(image[60:64], "big")
+
+
+def _autoclear(image: bytes) -> int:
+    """Autoclear bits; 1 and 2 are those that mean something."""
+    return int.from_bytes(image[88:96], "big") if image[7] > 2 else 0
 
 
 def _numbers(found: CheckResult | FusediskError | None) -> Numbers | None:
