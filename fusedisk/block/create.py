@@ -1,7 +1,8 @@
 """Making a new image: the file first, then the format's own structures in it.
 
-A failure leaves no new file behind. A file that was there before is replaced only after the protocol driver has its
-locks, and keeps whatever a later failure left in it.
+A failure leaves no new file behind. A file that was there before is replaced only after the options were looked at, the
+data file, if that is a new one, is there, and the protocol driver has its locks. It keeps whatever a later failure left
+in it.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ async def create_image(
     given["size"] = _whole_sectors(parse_size(given["size"]))
     assert driver.create_options_type is not None
     parsed = driver.create_options_type.parse(given, format)
+    await driver.check_create(parsed, target.filename)
     await _write(drivers, driver, target, parsed)
     return parsed
 
@@ -153,7 +155,7 @@ async def _write(drivers: Registry, driver: type[Driver], target: _Target, optio
     nocow = bool(getattr(options, "nocow", False))
     made = []
     try:
-        for each in targets:
+        for each in sorted(targets, key=lambda target: os.path.lexists(target.filename)):
             if not os.path.lexists(each.filename):
                 made.append(each.filename)
             await each.protocol.create_file(each.filename, 0, "off", nocow)

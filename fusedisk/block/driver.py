@@ -438,6 +438,11 @@ class Driver:
     # --- creation ---------------------------------------------------------------------------------------
 
     @classmethod
+    async def check_create(cls, options: Any, filename: str) -> None:
+        """Format drivers: raise what :meth:`create` would raise of the options alone, while a file that is to be
+        replaced still has its content."""
+
+    @classmethod
     async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
         """Format drivers: write an empty image into the open, writable, empty node ``file``, using
         :mod:`fusedisk.block.io`. ``options`` is an instance of ``create_options_type`` with its size filled in;

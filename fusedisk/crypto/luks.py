@@ -112,6 +112,12 @@ def unlock(header: Header, materials: Materials, passphrase: bytes, filename: st
     raise PassphraseError(f"The passphrase{hint} opens none of the key slots of '{filename}'.")
 
 
+def check_options(options: Options) -> None:
+    """Raise OptionError for options that make no cipher, or no work for who guesses passphrases."""
+    _cipher_of(options)
+    _check_iterations(options)
+
+
 def format(passphrase: bytes, options: Options) -> NewHeader:
     """A new header with a random master key, which ``passphrase`` opens, in slot 0.
 
@@ -242,17 +248,22 @@ def _cipher_of(options: Options) -> tuple[CipherSpec, int]:
 
 def _iterations(options: Options, secret: bytes, size: int, share: int, *, hash: str | None = None) -> int:
     """PBKDF2's iterations for a key of ``size`` bytes, in ``1 / share`` of the wanted time."""
+    _check_iterations(options)
+    if options.iterations is not None:
+        return options.iterations
+    speed = _iterations_per_second(hash or options.hash_alg, secret, size)
+    wanted = int(speed * options.iter_time / 1000 / share)
+    return min(max(wanted, MIN_ITERATIONS), MAX_ITERATIONS)
+
+
+def _check_iterations(options: Options) -> None:
     if options.iterations is not None:
         if not MIN_ITERATIONS <= options.iterations <= MAX_ITERATIONS:
             raise OptionError(
                 f"{options.iterations} iterations were asked for, but {MIN_ITERATIONS} to {MAX_ITERATIONS} were wanted."
             )
-        return options.iterations
-    if options.iter_time <= 0:
+    elif options.iter_time <= 0:
         raise OptionError(f"iter-time is {options.iter_time}, but a positive number of milliseconds was wanted.")
-    speed = _iterations_per_second(hash or options.hash_alg, secret, size)
-    wanted = int(speed * options.iter_time / 1000 / share)
-    return min(max(wanted, MIN_ITERATIONS), MAX_ITERATIONS)
 
 
 def _iterations_per_second(hash: str, secret: bytes, size: int) -> float:

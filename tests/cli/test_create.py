@@ -272,3 +272,34 @@ def test_a_name_that_looks_like_a_protocol(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a:b.raw"]
     assert fusedisk_process("create", "file:c.raw", "1M", cwd=tmp_path).code == 0
     assert sorted(os.listdir(tmp_path)) == ["a:b.raw", "c.raw"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("cluster_size=3", "cluster_size is 3"),
+        ("preallocation=full,backing_file=base.qcow2,backing_fmt=qcow2", "preallocation is 'full'"),
+        ("extended_l2=on,cluster_size=4k", "cluster_size is 4096"),
+        ("refcount_bits=64,compat=0.10", "refcount_bits"),
+        ("compression_type=zstd,compat=0.10", "compression_type"),
+        ("data_file=none/data", "none/data"),
+        ("cluster_size=512,size=1P", "L1 table"),
+        ("encrypt.format=luks", "encrypt.key-file"),
+        ("encrypt.format=luks,encrypt.key-file=none", "none"),
+        ("encrypt.format=luks,encrypt.key-file=empty", "is empty"),
+        ("encrypt.format=luks,encrypt.key-file=key,encrypt.cipher-alg=rot-13", "cipher"),
+        ("encrypt.key-file=key", "encrypt.format"),
+    ],
+)
+def test_wrong_options_cost_nothing(tmp_path: Path, options: str, sentence: str) -> None:
+    image = make_qcow2(tmp_path / "image.qcow2", MIB, "write -P 5 0 64k")
+    make_qcow2(tmp_path / "base.qcow2", MIB)
+    (tmp_path / "empty").touch()
+    (tmp_path / "key").write_text("secret")
+    before = image.read_bytes()
+    size = [] if "size=1P" in options else ["1M"]
+    done = fusedisk_process("create", "-f", "qcow2", "-o", options, image, *size, cwd=tmp_path)
+    assert done.code == 1
+    assert sentence in done.err
+    assert done.err.count("\n") == 1
+    assert image.read_bytes() == before

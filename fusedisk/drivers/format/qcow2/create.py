@@ -88,6 +88,24 @@ def _check_version_2(options: Qcow2CreateOptions) -> None:
             raise OptionError(f"qcow2 {name} is '{getattr(options, name)}', which needs compat=1.1 (version 3).")
 
 
+async def check(options: Qcow2CreateOptions, filename: str) -> None:
+    """Raise what :func:`create` would of the options alone."""
+    header = new_header(options)
+    resize.check_l1(filename, header, _length(options))
+    if _encrypts(options):
+        from fusedisk.drivers.format.qcow2.encryption import check_new
+
+        await check_new(options)
+
+
+def _length(options: Qcow2CreateOptions) -> int:
+    return -(-options.size // 512) * 512
+
+
+def _encrypts(options: Qcow2CreateOptions) -> bool:
+    return any(name.startswith("encrypt.") and value is not None for name, value in options.given().items())
+
+
 async def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None = None) -> None:
     """Write an empty image into the writable, empty node ``file``, with its data in ``data_file`` where there is one.
     The size is rounded up to 512 bytes.
@@ -96,7 +114,7 @@ async def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None
     not allow.
     """
     header = new_header(options)
-    length = -(-options.size // 512) * 512
+    length = _length(options)
     image = await _write_minimal(file, header)
     image.writable = True
     image.barriers = False
@@ -108,7 +126,7 @@ async def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None
     allocator = new_allocator(cluster_map(image, edge), refcounts, committer, edge)
     resize.check_size(allocator, length, "off", zero_new=False)
     await refcounts.load()
-    if any(name.startswith("encrypt.") and value is not None for name, value in options.given().items()):
+    if _encrypts(options):
         from fusedisk.drivers.format.qcow2.encryption import encrypt_new
 
         await encrypt_new(image, refcounts, options)

@@ -515,6 +515,10 @@ class Qcow2Driver(SnapshotDriver):
         return await check(file, repair, progress, dry_run=dry_run)
 
     @classmethod
+    async def check_create(cls, options: Any, filename: str) -> None:
+        await create.check(options, filename)
+
+    @classmethod
     async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
         await create.create(file, options, data_file)
 

@@ -9,6 +9,7 @@ Source: docs/interop/qcow2.txt, "Full disk encryption header pointer", "crypt_me
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from fusedisk.block import io
@@ -148,15 +149,29 @@ def read_passphrase(options: EncryptionOptions) -> bytes | None:
     return secrets.Secret(file=path, format=options.encrypt_key_format or "raw").passphrase()
 
 
+async def check_new(options: Qcow2CreateOptions) -> None:
+    """Raise what :func:`encrypt_new` would. A passphrase that can be read but once is left for that."""
+    if options.encrypt_format is None:
+        _refuse_leftovers(options)
+        return
+    path = options.encrypt_key_file
+    if path is None:
+        raise OptionError("qcow2 encrypt.format is set, but encrypt.key-file, which names the passphrase, is not.")
+    if options.encrypt_format != "aes":
+        luks.check_options(luks_options(options))
+    if path == "-" or not os.path.exists(path) or os.path.isfile(path):
+        read_passphrase(options)
+
+
 async def encrypt_new(image: Image, refcounts: Refcounts, options: Qcow2CreateOptions) -> None:
     """Make an image without data an encrypted one. Raises OptionError for options that do not fit together."""
     header = image.header
     if options.encrypt_format is None:
         _refuse_leftovers(options)
         return
+    await check_new(options)
     passphrase = read_passphrase(options)
-    if passphrase is None:
-        raise OptionError("qcow2 encrypt.format is set, but encrypt.key-file, which names the passphrase, is not.")
+    assert passphrase is not None
     refcounts.encrypted = True
     if options.encrypt_format == "aes":
         header.crypt_method = CRYPT_AES

@@ -13,6 +13,7 @@ from fusedisk.drivers.format.qcow2.image import MIN_L2_TABLES
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.refcount import MIN_BLOCKS
 
+PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 if TYPE_CHECKING:
     from fusedisk.crypto import luks
 
@@ -99,7 +100,7 @@ class Qcow2CreateOptions(CreateOptions):
     preallocation: str = option(
         "off",
         help="space reserved at creation: off, metadata, falloc, full",
-        choices=("off", "metadata", "falloc", "full"),
+        choices=PREALLOCATIONS,
     )
     lazy_refcounts: bool = option(False, kind="bool", help="let programs postpone refcount updates")
     refcount_bits: int = option(16, kind="int", help="width of a refcount: 1, 2, 4, 8, 16, 32 or 64 bits")

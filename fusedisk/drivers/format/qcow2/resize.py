@@ -20,10 +20,9 @@ from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
-from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, HostRun
+from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, Geometry, HostRun
 from fusedisk.drivers.format.qcow2.freed import Reason
-
-PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+from fusedisk.drivers.format.qcow2.options import PREALLOCATIONS
 
 _SECTOR = 512
 
@@ -43,6 +42,11 @@ def check_size(allocator: Allocator, length: int, preallocation: str, *, zero_ne
     bytes.
     """
     image, header = allocator.image, allocator.image.header
+    if preallocation not in PREALLOCATIONS:
+        raise OptionError(
+            f"'{image.filename}' cannot be resized with preallocation '{preallocation}', "
+            f"{', '.join(PREALLOCATIONS[:-1])} or {PREALLOCATIONS[-1]} was wanted."
+        )
     if length < header.size and preallocation != "off":
         raise OptionError(
             f"'{image.filename}' has {header.size} bytes and cannot shrink to {length} with preallocation, which is "
@@ -66,10 +70,15 @@ def check_size(allocator: Allocator, length: int, preallocation: str, *, zero_ne
             "zeroes; version 3 "
             f"(compat=1.1) can."
         )
-    needed = l1_entries(allocator, length)
+    check_l1(image.filename, header, length)
+
+
+def check_l1(filename: str, header: layout.Header, length: int) -> None:
+    """Raise ImageError where a disk of ``length`` bytes needs a larger L1 table than there may be."""
+    needed = -(-length // (1 << Geometry(header).span_bits))
     if needed * 8 > layout.MAX_L1_SIZE:
         raise ImageError(
-            f"'{image.filename}' would need an L1 table of {needed} entries for {length} bytes, but at most "
+            f"'{filename}' would need an L1 table of {needed} entries for {length} bytes, but at most "
             f"{layout.MAX_L1_SIZE // 8} are possible with its clusters of {header.cluster_size} bytes."
         )
 
