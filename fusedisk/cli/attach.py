@@ -8,7 +8,7 @@ import click
 
 from fusedisk.cli import mount as mounting
 from fusedisk.cli.image import complete_file
-from fusedisk.cli.output import output_option, print_json, say
+from fusedisk.cli.output import flush, output_option, print_json, say
 
 _OF_MOUNT = (
     "read_only",
@@ -63,6 +63,7 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
     A daemon serves it until it is detached (fusedisk detach). Needs root.
     """
     from fusedisk.cli.background import run_in_background
+    from fusedisk.cli.detach import detach_record
     from fusedisk.cli.list import describe
     from fusedisk.mount import loop_device, runtime
 
@@ -89,10 +90,16 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
             f"{export.size % int(sector_size)}, which fill no sector.",
             err=True,
         )
-    if output == "json":
-        print_json({**describe(record), "partitions": loop_device.partitions(record.loop)})
-    else:
-        say(record.loop)
+    try:
+        if output == "json":
+            print_json({**describe(record), "partitions": loop_device.partitions(record.loop)})
+        else:
+            say(record.loop)
+        flush()
+    except BaseException:
+        # Nobody would know what to detach.
+        detach_record(record, wait=False, deadline=None, force=False)
+        raise
 
 
 command.params[1:1] = [param for param in mounting.command.params if param.name in _OF_MOUNT]

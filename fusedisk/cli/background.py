@@ -5,6 +5,7 @@ The parent prints the child's one sentence and takes over its exit code; it retu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
@@ -12,10 +13,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn
 
 from fusedisk.core.errors import HostError
+
+log = logging.getLogger(__name__)
 
 _LOG_SIZE = 1 << 20
 
@@ -39,10 +43,12 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
         _run_child(serve, log_path, sending, keep_fd)
     os.close(sending)
     try:
-        with open(receiving, "rb") as pipe:
+        with _interruptible(), open(receiving, "rb") as pipe:
             answer = pipe.read()
     except BaseException:
+        # It takes away what it has made already.
         os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
         raise
     if not answer:
         _, status = os.waitpid(pid, 0)
@@ -51,6 +57,21 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
     if failure is not None:
         os.waitpid(pid, 0)
         raise HostError(failure)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let signals that would end this process at once raise SystemExit, so that the child hears of it."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ending(status: int) -> str:
@@ -70,12 +91,16 @@ def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep
         _log_to(log_path)
 
         def report(failure: str | None) -> None:
-            os.write(sending, json.dumps(failure).encode())
+            try:
+                os.write(sending, json.dumps(failure).encode())
+            except BrokenPipeError:
+                log.warning("the command that wanted the mount has ended, so the mount ends, too")
+                os.kill(os.getpid(), signal.SIGTERM)
             os.close(sending)
 
         code = serve(report)
     except BaseException:
-        logging.getLogger(__name__).exception("a bug in fusedisk: the daemon ends")
+        log.exception("a bug in fusedisk: the daemon ends")
     finally:
         logging.shutdown()
         os._exit(code)
@@ -110,4 +135,4 @@ def notify_service_manager(state: str) -> None:
         try:
             channel.sendto(state.encode(), address)
         except OSError as exc:
-            logging.getLogger(__name__).warning("the service manager could not be told '%s': %s", state, exc)
+            log.warning("the service manager could not be told '%s': %s", state, exc)

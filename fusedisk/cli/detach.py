@@ -33,8 +33,11 @@ def command(target: str, wait: bool, timeout: float | None, force: bool) -> None
     When this returns, everything is flushed and the image is closed.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    wait = wait or timeout is not None
-    record = _find(target)
+    detach_record(_find(target), wait=wait or timeout is not None, deadline=deadline, force=force)
+
+
+def detach_record(record: MountRecord, *, wait: bool, deadline: float | None, force: bool) -> None:
+    """Detach what was attached, trying until the deadline if ``wait``; raises OperationBlockedError and HostError."""
     _detach(record, deadline if wait else time.monotonic(), force)
     unmount(record.mountpoint, wait, deadline, force=force)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from fusedisk.mount import loop_device
 from tests.conftest import qemu_img, qemu_io, require_root, run_tool
 from tests.support.attachments import Attachments, attachments_below, traces
-from tests.support.commands import fusedisk, fusedisk_process, process_environment
+from tests.support.commands import fusedisk, fusedisk_process, process_command, process_environment
 from tests.support.images import make_qcow2
 from tests.support.mounts import Mounts, is_mounted, wait_until
 from tests.support.thinning import thinned
@@ -249,6 +250,61 @@ def test_a_failure_midway_is_undone(
     (line,) = done.stderr.splitlines()
     assert sentence.format(folder=tmp_path) in line
     wait_until(lambda: traces("midway") <= before, "nothing is left")
+    assert attached.records() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_an_end_midway_is_undone(attached: Attachments, tmp_path: Path, number: signal.Signals) -> None:
+    """The command ends when its device is there and before it hears of that."""
+    (tmp_path / "cut.img").write_bytes(bytes(MIB))
+    before = traces("cut")
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import os, time\nfrom fusedisk.cli import background\nfrom fusedisk.cli.daemon import Daemon\n"
+        "tell = Daemon._tell\n"
+        "def slowly(self, failure):\n"
+        f"    open({str(tmp_path / 'there')!r}, 'w').close()\n"
+        f"    while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)\n"
+        "    tell(self, failure)\n"
+        "Daemon._tell = slowly\n"
+        "from fusedisk.cli.main import main\nmain()\n"
+    )
+    command = [sys.executable, str(script), "attach", str(tmp_path / "cut.img")]
+    process = subprocess.Popen(command, env=process_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until((tmp_path / "there").exists, "the device is there")
+    assert traces("cut") > before
+    process.send_signal(number)
+    if number == signal.SIGKILL:
+        process.wait()
+    (tmp_path / "go").touch()
+    out, err = process.communicate(timeout=60)
+    assert (out, err) == (b"", b"")
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    wait_until(lambda: traces("cut") <= before, "nothing is left")
+    wait_until(lambda: attached.records() == [], "nothing is served")
+
+
+@pytest.mark.parametrize("target", ["full", "closed pipe"])
+def test_a_device_that_cannot_be_told_is_detached(attached: Attachments, tmp_path: Path, target: str) -> None:
+    (tmp_path / "untold.img").write_bytes(bytes(MIB))
+    before = traces("untold")
+    if target == "full":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, out = os.pipe()
+        os.close(reading)
+    try:
+        done = subprocess.run(
+            process_command("attach", tmp_path / "untold.img"),
+            env=process_environment(),
+            stdout=out,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(out)
+    assert done.returncode == (1 if target == "full" else 141)
+    wait_until(lambda: traces("untold") <= before, "nothing is left")
     assert attached.records() == []
 
 
