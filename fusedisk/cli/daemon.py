@@ -298,6 +298,8 @@ def _describe_users(path: str) -> str:
 
 
 def _write_pid_file(path: str) -> None:
+    runtime.check_pid_file(path)
+    path = os.path.realpath(path)
     try:
         with open(f"{path}.{os.getpid()}", "w") as file:
             file.write(f"{os.getpid()}\n")
@@ -307,7 +309,10 @@ def _write_pid_file(path: str) -> None:
 
 
 def _remove_pid_file(path: str) -> None:
+    path = os.path.realpath(path)
     try:
+        if not os.path.isfile(path):
+            return
         with open(path) as file:
             ours = file.read().strip() == str(os.getpid())
         if ours:

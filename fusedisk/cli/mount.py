@@ -255,6 +255,8 @@ def check_request(request: MountRequest) -> None:
             fcntl.fcntl(request.ready_fd, fcntl.F_GETFD)
         except OSError as exc:
             raise click.BadParameter(f"descriptor {request.ready_fd} is not open.", param_hint="--ready-fd") from exc
+    if request.pid_file is not None:
+        runtime.check_pid_file(request.pid_file)
     mountpoint.check_fuse()
     if mountpoint.clean_stale(request.mountpoint):
         click.echo(f"fusedisk: the mount of a daemon that died was cleaned up at '{request.mountpoint}'.", err=True)

@@ -40,6 +40,7 @@ class HelperUsageError(Exception):
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The program: mount as ``args`` (default: the process's own) say, and exit."""
+    entry.complete_streams()
     try:
         command_line = translate(sys.argv[1:] if args is None else args)
     except HelperUsageError as exc:

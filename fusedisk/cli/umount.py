@@ -3,6 +3,7 @@ flushed."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 POLL = 0.3
 """Seconds between attempts with --wait."""
+_LOOK_AFTER = 1.0
+"""Seconds that a daemon has to end before anybody asks whether the filesystem is mounted elsewhere."""
 
 
 @click.command(
@@ -47,7 +50,7 @@ def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> No
 
     mount = mountinfo.mount_at(path)
     if mount is None:
-        _finish_unmounted(path, deadline)
+        _finish_unmounted(path, deadline, force=force)
         return
     _check_ours(mount)
     daemon = _Daemon.of(mount)
@@ -57,8 +60,36 @@ def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> No
     if force:
         daemon.end_now()
     else:
+        _flush(daemon.record)
         _unmount(mount, deadline if wait else time.monotonic(), daemon.record)
-    daemon.wait_ended(deadline)
+    daemon.wait_ended(deadline, None if wait or force else mount.device)
+
+
+def _flush(record: MountRecord) -> None:
+    """See to it that all is written while there is still somebody to try again. Raises HostError."""
+    from fusedisk.core.errors import HostError
+
+    for export in record.exports:
+        if export.read_only:
+            continue
+        # On a regular file the mount is the disk.
+        path = f"{record.mountpoint}/{export.name}" if os.path.isdir(record.mountpoint) else record.mountpoint
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            continue  # it is another user's, or gone
+        try:
+            os.fsync(file)
+        except OSError as exc:
+            if exc.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+                continue
+            raise HostError(
+                f"'{path}' could not be flushed ({exc.strerror}) and stays mounted: put that right and try again, or "
+                f"lose what is not written with --force.",
+                errno=exc.errno,
+            ) from exc
+        finally:
+            os.close(file)
 
 
 def _check_ours(mount: Mount) -> None:
@@ -71,8 +102,8 @@ def _check_ours(mount: Mount) -> None:
         )
 
 
-def _finish_unmounted(path: str, deadline: float | None) -> None:
-    """Nothing is mounted: a daemon may still be flushing, or may have left an error behind."""
+def _finish_unmounted(path: str, deadline: float | None, *, force: bool) -> None:
+    """Nothing is mounted: a daemon may still be flushing or serve other mounts, or may have left an error behind."""
     from fusedisk.core.errors import OptionError
     from fusedisk.mount import runtime
 
@@ -80,7 +111,10 @@ def _finish_unmounted(path: str, deadline: float | None) -> None:
     if record is None:
         raise OptionError(f"nothing is mounted at '{path}'.")
     if record.alive:
-        _Daemon(record).wait_ended(deadline)
+        daemon = _Daemon(record)
+        if force:
+            daemon.end_now()
+        daemon.wait_ended(deadline)
         return
     _tell_error(record)
     record.remove()
@@ -164,14 +198,20 @@ class _Daemon:
                 errno=exc.errno,
             ) from exc
 
-    def wait_ended(self, deadline: float | None) -> None:
-        """Wait until the daemon has flushed, closed and ended; raises HostError with what went wrong there."""
-        from fusedisk.core.errors import HostError
-        from fusedisk.mount import runtime
+    def wait_ended(self, deadline: float | None, device: str | None = None) -> None:
+        """Wait until the daemon has flushed, closed and ended; raises HostError with what went wrong there, and
+        OperationBlockedError where it has to serve the filesystem ``device`` elsewhere."""
+        from fusedisk.core.errors import HostError, OperationBlockedError
+        from fusedisk.mount import holders, runtime
 
         if self._pidfd is not None:
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
+            if device is not None and not poll.poll(_LOOK_AFTER * 1000) and (others := holders.elsewhere(device)):
+                raise OperationBlockedError(
+                    f"'{self.record.mountpoint}' is unmounted, but its daemon (pid {self.record.pid}) goes on for "
+                    f"{holders.listed(others)}: end that, or lose what they have not written with --force."
+                )
             left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
             if not poll.poll(left):
                 raise HostError(

@@ -36,9 +36,9 @@ class Mount(NamedTuple):
         return None
 
 
-def mounts() -> list[Mount]:
-    """Every mount of this mount namespace, in the order in which they were mounted."""
-    with open(_MOUNTINFO, errors="surrogateescape") as lines:
+def mounts(pid: int | None = None) -> list[Mount]:
+    """Every mount of this mount namespace, or that of a process, in the order in which they were mounted."""
+    with open(_MOUNTINFO if pid is None else f"/proc/{pid}/mountinfo", errors="surrogateescape") as lines:
         return [_parse(line) for line in lines]
 
 

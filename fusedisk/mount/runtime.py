@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusedisk.core.errors import HostError, host_error
+from fusedisk.core.errors import HostError, OptionError, host_error
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +168,12 @@ def remove_place(place: str) -> None:
         os.rmdir(place)
     except OSError as exc:
         log.debug("the directory '%s' could not be removed: %s", place, exc)
+
+
+def check_pid_file(path: str) -> None:
+    """Raise OptionError where something else than a regular file would be replaced, such as ``/dev/null``."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OptionError(f"the pid file '{path}' is there and is not a regular file, which was wanted.")
 
 
 def record_path(mountpoint: str) -> str:

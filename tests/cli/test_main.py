@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -273,6 +274,17 @@ def test_an_interrupt_while_it_is_imported_is_quiet(module: str, tmp_path: Path)
     )
     done = subprocess.run([sys.executable, "-c", interrupt, "list"], env=process_environment(), capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_as_good_as_none(closed: str, tmp_path: Path) -> None:
+    image = make_sparse_raw(tmp_path / "x.raw", MIB)
+    for args, code in ((["info", image], 0), (["list"], 0), (["info", tmp_path / "none"], 1), (["--version"], 0)):
+        command = shlex.join(process_command(*args))
+        done = subprocess.run(["sh", "-c", f"{command} {closed}"], env=process_environment(), capture_output=True)
+        assert done.returncode == code, done
+        assert b"Traceback" not in done.stderr
+        assert b"internal" not in done.stderr
 
 
 def test_file_names_that_are_no_text(tmp_path: Path) -> None:

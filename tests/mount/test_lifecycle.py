@@ -57,6 +57,25 @@ def test_the_pid_file_is_there_as_long_as_the_mount(mounts: Mounts, raw: Path, t
     assert not pid_file.exists()
 
 
+def test_a_pid_file_replaces_files_alone(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        _, done = mounts.try_mount("--pid-file", tmp_path / name, raw)
+        assert (done.code, done.err) == (
+            1,
+            f"fusedisk: the pid file '{tmp_path / name}' is there and is not a regular file, which was wanted.\n",
+        )
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("file")
+    on = mounts.mount("--pid-file", tmp_path / "link", raw)
+    assert int((tmp_path / "file").read_text()) == daemon_of(on).pid
+    mounts.umount(on)
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "file").exists()
+
+
 def test_a_pid_file_that_cannot_be_written_ends_the_mount(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
     on, done = mounts.try_mount("--pid-file", tmp_path / "none" / "pid", raw)
     assert done.code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from fusedisk.mount import runtime
-from tests.conftest import qemu_img, require_root, run_tool
+from tests.conftest import qemu_img, qemu_io, require_root, run_tool
 from tests.support.commands import fusedisk_process
+from tests.support.files import mounted_tmpfs
 from tests.support.images import make_qcow2
 from tests.support.mounts import Mounts, daemon_of, has_ended, is_mounted, wait_until
 
@@ -161,9 +163,80 @@ def test_a_failed_flush_at_the_end_is_told(mounts: Mounts, tmp_path: Path, progr
         os.close(held)
     done = fusedisk_process("umount", on)
     assert done.code == 1
-    assert done.err == f"fusedisk: closing the images of '{on}' failed: the disk is broken\n"
+    assert done.err == (
+        f"fusedisk: '{on}/vm' could not be flushed (Input/output error) and stays mounted: put that right and try "
+        "again, or lose what is not written with --force.\n"
+    )
+    assert is_mounted(on)
+    done = fusedisk_process("umount", "--force", on)
+    assert done.code == 1
+    assert done.err == (
+        f"fusedisk: flushing 'vm' failed: the disk is broken; closing the images of '{on}' failed: the disk is broken\n"
+    )
     assert process.wait(10) == 1
     assert runtime.find(str(on)) is None
+
+
+def test_nothing_is_lost_where_the_host_has_no_room(mounts: Mounts, tmp_path: Path) -> None:
+    """What was written is still to be flushed, so the mount stays until there is room for that."""
+    with mounted_tmpfs(tmp_path / "small", "size=2M") as small:
+        on = mounts.mount(make_qcow2(small / "vm.qcow2", 8 * MIB))
+        file = os.open(on / "vm", os.O_RDWR)
+        written = 0
+        with contextlib.suppress(OSError):
+            while os.pwrite(file, bytes([written + 1]) * 65536, written * 65536):
+                written += 1
+        with contextlib.suppress(OSError):
+            os.close(file)
+        done = fusedisk_process("umount", on)
+        assert done.code == 1
+        assert "could not be flushed (No space left on device) and stays mounted" in done.err
+        run_tool("mount", "-o", "remount,size=8M", small)
+        mounts.umount(on)
+        qemu_img("check", small / "vm.qcow2")
+        for number in range(written):
+            qemu_io(small / "vm.qcow2", f"read -P {number + 1} {number * 65536} 65536")
+    assert written > 16
+
+
+@pytest.mark.parametrize("way", ["bind", "namespace"])
+def test_a_filesystem_that_is_mounted_elsewhere_is_told_and_forced(
+    mounts: Mounts, raw: Path, tmp_path: Path, way: str
+) -> None:
+    require_root()
+    on = mounts.mount(raw)
+    daemon = daemon_of(on)
+    other = tmp_path / "other"
+    other.mkdir()
+    sleeper = None
+    try:
+        if way == "bind":
+            run_tool("mount", "--bind", on, other)
+        else:
+            # It has a copy of all mounts, and lets go of those of other tests.
+            script = (
+                "while read -r _ place type _; do "
+                f"test $type != fuse.fusedisk || test $place = '{on}' || umount -l $place; "
+                "done < /proc/self/mounts; echo; exec sleep 600"
+            )
+            sleeper = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE)
+            assert sleeper.stdout is not None
+            assert sleeper.stdout.readline()
+        done = fusedisk_process("umount", on)
+        assert done.code == 1
+        name = f"the mount at '{other}'" if sleeper is None else f"the mount of sleep (pid {sleeper.pid}) at '{on}'"
+        assert done.err == (
+            f"fusedisk: '{on}' is unmounted, but its daemon (pid {daemon.pid}) goes on for {name}: end that, or lose "
+            "what they have not written with --force.\n"
+        )
+        done = fusedisk_process("umount", "--force", "--timeout", "30", on)
+        assert (done.code, done.err) == (0, "")
+        assert has_ended(daemon)
+    finally:
+        if sleeper is not None:
+            sleeper.kill()
+            sleeper.communicate()
+        subprocess.run(["umount", "-l", other], capture_output=True, check=False)
 
 
 def test_other_mounts_and_no_mounts_are_told_apart(mounts: Mounts, tmp_path: Path) -> None:
