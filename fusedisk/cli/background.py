@@ -61,17 +61,20 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let signals that would end this process at once raise SystemExit, so that the child hears of it."""
+    """Let signals that would end this process at once raise SystemExit, so that the child hears of it. Those that are
+    ignored, as under nohup(1), stay so."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    deadly = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in deadly:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in deadly:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _ending(status: int) -> str:

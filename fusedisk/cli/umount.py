@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import click
 from fusedisk.cli.image import complete_file
 
 if TYPE_CHECKING:
+    from fusedisk.core.errors import FusediskError
     from fusedisk.mount.mountinfo import Mount
     from fusedisk.mount.runtime import MountRecord
 
@@ -60,13 +62,29 @@ def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> No
     if force:
         daemon.end_now()
     else:
-        _flush(daemon.record)
+        _flush(daemon.record, deadline)
         _unmount(mount, deadline if wait else time.monotonic(), daemon.record)
     daemon.wait_ended(deadline, None if wait or force else mount.device)
 
 
-def _flush(record: MountRecord) -> None:
-    """See to it that all is written while there is still somebody to try again. Raises HostError."""
+def _flush(record: MountRecord, deadline: float | None) -> None:
+    """See to it that all is written while there is still somebody to try again, but no longer than until the deadline:
+    the daemon may hang. Raises HostError, and OperationBlockedError where the time was too short."""
+    from fusedisk.core.errors import OperationBlockedError
+
+    failures: list[FusediskError] = []
+    thread = threading.Thread(target=_flush_files, args=(record, failures), daemon=True)
+    thread.start()
+    thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    if failures:
+        raise failures[0]
+    if thread.is_alive():
+        raise OperationBlockedError(
+            f"'{record.mountpoint}' stays mounted: its daemon (pid {record.pid}) did not flush it in time."
+        )
+
+
+def _flush_files(record: MountRecord, failures: list[FusediskError]) -> None:
     from fusedisk.core.errors import HostError
 
     for export in record.exports:
@@ -83,11 +101,13 @@ def _flush(record: MountRecord) -> None:
         except OSError as exc:
             if exc.errno in (errno.ENOTCONN, errno.ECONNABORTED):
                 continue
-            raise HostError(
-                f"'{path}' could not be flushed ({exc.strerror}) and stays mounted: put that right and try again, or "
-                f"lose what is not written with --force.",
-                errno=exc.errno,
-            ) from exc
+            failures.append(
+                HostError(
+                    f"'{path}' could not be flushed ({exc.strerror}) and stays mounted: put that right and try again, "
+                    f"or lose what is not written with --force.",
+                    errno=exc.errno,
+                )
+            )
         finally:
             os.close(file)
 

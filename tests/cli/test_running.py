@@ -1,4 +1,4 @@
-"""Ctrl-C in a command's asynchronous part."""
+"""Signals: Ctrl-C in a command's asynchronous part, and others while a daemon starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
+from fusedisk.cli import background
 from fusedisk.cli.running import run_async
 
 
@@ -43,3 +44,17 @@ def test_results_and_errors_come_out() -> None:
     assert run_async(command, 2) == 3
     with pytest.raises(ZeroDivisionError):
         run_async(command, 0)
+
+
+def test_signals_that_are_ignored_stay_so_while_a_daemon_starts() -> None:
+    """As under nohup, which must not lose its command with the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with background._interruptible():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(SystemExit, match="143"):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])

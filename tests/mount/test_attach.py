@@ -264,7 +264,9 @@ def test_an_end_midway_is_undone(attached: Attachments, tmp_path: Path, number: 
         "tell = Daemon._tell\n"
         "def slowly(self, failure):\n"
         f"    open({str(tmp_path / 'there')!r}, 'w').close()\n"
-        f"    while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)\n"
+        "    for _ in range(6000):\n"  # if the test dies, it does not stay
+        f"        if os.path.exists({str(tmp_path / 'go')!r}): break\n"
+        "        time.sleep(0.01)\n"
         "    tell(self, failure)\n"
         "Daemon._tell = slowly\n"
         "from fusedisk.cli.main import main\nmain()\n"
