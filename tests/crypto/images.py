@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,6 @@ MIB = 1 << 20
 _EXTENSION_CRYPTO = 0x0537BE77
 _OFFSET_MASK = 0x00FFFFFFFFFFFE00
 _COMPRESSED = 1 << 62
-_ATTEMPTS = 60
 
 
 def secret(passphrase: str = PASSPHRASE, name: str = "sec0") -> list[str]:
@@ -26,24 +24,10 @@ def secret(passphrase: str = PASSPHRASE, name: str = "sec0") -> list[str]:
     return ["--object", f"secret,id={name},data={passphrase.replace(',', ',,')}"]
 
 
-def qemu_img_patiently(*args: str | os.PathLike[str]) -> None:
-    """qemu-img, again where its benchmark of the key derivation gave up.
-
-    With fast hashes or a coarse clock it measures no processor time at all, and says so, every other time.
-    """
-    for attempt in range(_ATTEMPTS):
-        try:
-            qemu_img(*args)
-            return
-        except ToolError as exc:
-            if "Unable to get accurate CPU usage" not in str(exc) or attempt == _ATTEMPTS - 1:
-                raise
-
-
 def create_luks(path: Path, **options: str) -> Path:
     """A LUKS container of 4 MiB; ``options`` are QEMU's with underscores."""
     pairs = ["key-secret=sec0", "iter-time=10", *(f"{key.replace('_', '-')}={value}" for key, value in options.items())]
-    qemu_img_patiently("create", "-q", *secret(), "-f", "luks", "-o", ",".join(pairs), path, "4M")
+    qemu_img("create", "-q", *secret(), "-f", "luks", "-o", ",".join(pairs), path, "4M")
     return path
 
 
@@ -54,7 +38,7 @@ def create_qcow2(path: Path, encryption: str, passphrase: str = PASSPHRASE, **op
         pairs["iter-time"] = "10"
     pairs |= {key.replace("_", "-"): value for key, value in options.items()}
     text = ",".join(f"encrypt.{key}={value}" for key, value in pairs.items())
-    qemu_img_patiently("create", "-q", *secret(passphrase), "-f", "qcow2", "-o", text, path, "4M")
+    qemu_img("create", "-q", *secret(passphrase), "-f", "qcow2", "-o", text, path, "4M")
     return path
 
 

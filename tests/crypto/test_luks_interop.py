@@ -10,7 +10,7 @@ import pytest
 
 from fusedisk.crypto import ciphers, luks, luks_layout
 from fusedisk.crypto.ciphers import SectorCipher
-from tests.conftest import ToolError, require_tool, run_tool
+from tests.conftest import ToolError, qemu_img, require_tool, run_tool
 from tests.crypto import images
 from tests.crypto.images import MIB, PASSPHRASE
 from tests.support.thinning import thinned
@@ -146,7 +146,7 @@ def _amend(path: Path, *options: str) -> None:
     """qemu-img amend, which opens the container with the passphrase and knows ``other``, too."""
     opened = f"driver=luks,key-secret=sec0,file.filename={path}"
     secrets = [*images.secret(), *images.secret("other", "sec1")]
-    images.qemu_img_patiently("amend", *secrets, "--image-opts", opened, "-o", ",".join(options))
+    qemu_img("amend", *secrets, "--image-opts", opened, "-o", ",".join(options))
 
 
 def test_qemu_changes_the_passphrases_and_we_follow(luks_disk: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fusedisk.crypto import luks, luks_layout
 from fusedisk.crypto.ciphers import SectorCipher
 from fusedisk.crypto.qcow_aes import legacy_cipher
+from tests.conftest import qemu_img
 from tests.crypto import images
 from tests.crypto.images import PASSPHRASE, Qcow2
 
@@ -97,7 +98,7 @@ def test_compressed_clusters_are_in_clear(qcow2_disk: Path, encryption: str) -> 
 
 def test_passphrases_that_qemu_changes(qcow2_disk: Path) -> None:
     key = Qcow2(qcow2_disk.read_bytes()).area().unlock().master_key
-    images.qemu_img_patiently(
+    qemu_img(
         "amend",
         *images.secret(),
         *images.secret("other", "sec1"),

@@ -11,7 +11,6 @@ from typing import Any
 
 from fusedisk.drivers.format.qcow2.layout import MIN_EXTENDED_L2_CLUSTER
 from tests.conftest import qemu_img, qemu_io
-from tests.crypto.images import qemu_img_patiently
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER_SIZES = tuple(512 << shift for shift in range(13))
@@ -253,7 +252,7 @@ def _add_overlay(scenario: Scenario, chain: Chain, directory: Path, rng: random.
     args: list[str | os.PathLike[str]] = ["create", "-q", *SECRET, "-f", "qcow2", "-o", ",".join(options)]
     if chain.files:
         args += ["-b", chain.files[-1].name, "-F", chain.formats[-1]]
-    qemu_img_patiently(*args, path, str(length))
+    qemu_img(*args, path, str(length))
     chain.add(path, "qcow2", encrypted=bool(encryption))
     for number in range(rng.choice((1, 1, 2, 3))):
         commands = qemu_commands(rng, _windows(scenario, length), cluster_size, count=rng.randrange(2, 14))

@@ -20,7 +20,6 @@ from tests.crypto.images import (
     PASSPHRASE,
     create_qcow2,
     passphrase_opens,
-    qemu_img_patiently,
     run_qemu_io,
     secret,
 )
@@ -90,7 +89,7 @@ async def test_a_passphrase_takes_the_place_of_another(image: Path, keys: Keys) 
 async def test_qemu_adds_and_removes_and_we_open(image: Path, keys: Keys) -> None:
     options = f"driver=qcow2,encrypt.key-secret=sec0,file.filename={image}"
     both = [*secret(), *secret(NEW, "sec1"), "--image-opts", options]
-    qemu_img_patiently("amend", *both, "-o", "encrypt.state=active,encrypt.new-secret=sec1,encrypt.iter-time=10")
+    qemu_img("amend", *both, "-o", "encrypt.state=active,encrypt.new-secret=sec1,encrypt.iter-time=10")
     for passphrase in (PASSPHRASE, NEW):
         unlocking: dict[str, Any] = {"encrypt.key-file": keys(passphrase)}
         async with opened(image, **unlocking) as disk:
@@ -199,7 +198,7 @@ async def test_zero_clusters_over_a_backing_file(tmp_path: Path, keys: Keys, enc
     image = tmp_path / "disk.qcow2"
     time = ",encrypt.iter-time=10" if encryption == "luks" else ""
     encrypt = f"cluster_size=4096,encrypt.format={encryption},encrypt.key-secret=sec0{time}"
-    qemu_img_patiently("create", "-q", *secret(), "-f", "qcow2", "-o", encrypt, "-b", base, "-F", "raw", image)
+    qemu_img("create", "-q", *secret(), "-f", "qcow2", "-o", encrypt, "-b", base, "-F", "raw", image)
     run_qemu_io(image, "qcow2", "write -P 7 0 64k", "write -z 40k 300k", "write -z -u 3M 9k")
     options = f"driver=qcow2,encrypt.key-secret=sec0,file.filename={image}"
     qemu_img("snapshot", "-c", "one", *secret(), "--image-opts", options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ToolError, qemu_img, require_tool
+from tests.conftest import qemu_img, require_tool
 from tests.support.images import KIB, MIB, make_qcow2, make_sparse_raw
 
 SECRET = "secret,id=key,data=secret"
@@ -139,7 +138,7 @@ def _encrypted(kind: str, refcount_bits: int = 16) -> Callable[[Path], Sample]:
         options = f"cluster_size=4096,refcount_bits={refcount_bits},encrypt.format={kind},encrypt.key-secret=key"
         if kind == "luks":
             options += ",encrypt.iter-time=10"
-        _create_encrypted("-f", "qcow2", "--object", SECRET, "-o", options, path, "2M")
+        qemu_img("create", "-q", "-f", "qcow2", "--object", SECRET, "-o", options, path, "2M")
         image = f"driver=qcow2,encrypt.key-secret=key,file.driver=file,file.filename={path}"
         args = [arg for command in (*_WRITES, "write -z 256k 64k") for arg in ("-c", command)]
         command = [require_tool("qemu-io"), "--object", SECRET, "--image-opts", *args, image]
@@ -147,15 +146,6 @@ def _encrypted(kind: str, refcount_bits: int = 16) -> Callable[[Path], Sample]:
         return _sample(path, key=kind)
 
     return make
-
-
-def _create_encrypted(*args: str | Path) -> None:
-    """QEMU gives up at times, as it times how many rounds of hashing are slow enough."""
-    for _ in range(9):
-        with contextlib.suppress(ToolError):
-            qemu_img("create", "-q", *args)
-            return
-    qemu_img("create", "-q", *args)
 
 
 def _backed(folder: Path) -> Sample:
