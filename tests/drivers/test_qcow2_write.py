@@ -112,10 +112,11 @@ async def test_order_of_a_first_write_and_its_flush(store: Store, tmp_path: Path
         refcounts = driver_of(backend).refcounts.table[0]
         calls = store.steps.of("write", "flush")
         assert [(call.operation, call.offset, call.length) for call in calls] == [
+            ("write", l2_offset, CLUSTER),
             ("write", l2_offset + CLUSTER, 1),
             ("write", refcounts + l2_offset // CLUSTER * 2, 4),
-            ("write", l2_offset, CLUSTER),
             ("flush", 0, 0),
+            ("write", l2_offset, 8),
             ("write", header.l1_table_offset, 8),
             ("flush", 0, 0),
         ]

@@ -308,7 +308,11 @@ class Allocator:
             copy[:: geometry.entry_words] = array("Q", [item & ~COPIED for item in geometry.descriptors(copy)])
         run = await self.refcounts.allocate(1)
         offset = run.first << geometry.cluster_bits
-        image.put_new_l2(offset, copy)
+        try:
+            await image.put_new_l2(offset, copy)
+        except BaseException:
+            self.refcounts.keep(run)
+            raise
         image.put_l1_entry(l1_index, offset | COPIED)
         if entry & OFFSET_MASK:
             self.refcounts.free([HostRun((entry & OFFSET_MASK) >> geometry.cluster_bits, 1)])

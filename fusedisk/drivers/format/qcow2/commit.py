@@ -2,7 +2,7 @@
 
 One commit, each step after the one before it, barriers being host flushes:
 
-1. write refcounts, and new L2 tables, to which nothing in the file refers yet;
+1. write refcounts;
 2. if there are new refcount blocks: a barrier, then their entries in the refcount table;
 3. a barrier, if clusters or data must be durable before what refers to them (:attr:`DirtyTables.ordered`);
 4. write the changed entries of L2 tables, then those of the L1 table, as they were at step 1;
@@ -188,17 +188,13 @@ class Committer:
                 await refcounts.drop(plan.freed)
 
     async def _prepare(self, held: bool) -> _Plan:
-        """Write what nothing in the file refers to, and take the rest as it is now."""
+        """Write refcounts, and take the rest as it is now."""
         image, dirty = self.image, self.image.dirty
         new_blocks: list[int] = []
         if self.lazy and not held and self.refcounts.dirty_blocks <= self.refcounts.blocks.capacity:
             await self.set_dirty_bit()
         else:
             new_blocks = await self.refcounts.write_blocks()
-        for offset in sorted(dirty.new_l2):
-            await image.announce("l2_alloc_write")
-            await image.put_new_table(offset, image.encode_l2(offset))
-            dirty.forget_l2(offset)
         plan = _Plan(
             l1=dirty.l1,
             l2=dirty.l2,
@@ -214,7 +210,7 @@ class Committer:
     def _l2_writes(self) -> Iterator[tuple[str, int, memoryview]]:
         image = self.image
         for offset, (first, end) in sorted(image.dirty.l2.items()):
-            yield "l2_update", offset + 8 * first, image.encode_l2(offset, first, end)
+            yield "l2_update", offset + 8 * first, image.encode_l2(image.l2.tables[offset], first, end)
 
     def _l1_writes(self) -> Iterator[tuple[str, int, memoryview]]:
         image = self.image

@@ -53,8 +53,6 @@ class DirtyTables:
         """Indices of entries."""
         self.l2: dict[int, tuple[int, int]] = {}
         """For each L2 table, by host offset, the first entry that is changed and the one behind the last."""
-        self.new_l2: set[int] = set()
-        """Those of ``l2`` that nothing in the file refers to."""
         self.on_their_way: frozenset[int] = frozenset()
         """L2 tables with entries that are about to be written."""
         self.ordered = False
@@ -75,7 +73,6 @@ class DirtyTables:
     def forget_l2(self, offset: int) -> None:
         """The table is gone."""
         self.l2.pop(offset, None)
-        self.new_l2.discard(offset)
 
 
 async def read_table(file: Node, offset: int, entries: int) -> array[int]:
@@ -166,12 +163,12 @@ class Image:
             table[0] |= FIRST_CLUSTER
         return table
 
-    def encode_l2(self, offset: int, first: int = 0, end: int | None = None) -> memoryview:
-        """The bytes of a part of the cached L2 table at ``offset``."""
-        table = self.l2.tables[offset][first:end]
-        if self.data_file is not None and not first and table[0] & OFFSET_MASK == FIRST_CLUSTER:
-            table[0] &= ~FIRST_CLUSTER
-        return encode_table(table)
+    def encode_l2(self, table: array[int], first: int = 0, end: int | None = None) -> memoryview:
+        """The bytes of a part of an L2 table."""
+        entries = table[first:end]
+        if self.data_file is not None and not first and entries[0] & OFFSET_MASK == FIRST_CLUSTER:
+            entries[0] &= ~FIRST_CLUSTER
+        return encode_table(entries)
 
     # --- fixed places -----------------------------------------------------------------------------------
 
@@ -290,10 +287,11 @@ class Image:
         self.dirty.ordered = True
         self.mapping_changed()
 
-    def put_new_l2(self, offset: int, table: array[int]) -> None:
-        """Make an L2 table in a cluster that nothing refers to yet, in memory."""
-        self.dirty.new_l2.add(offset)
-        self.dirty.touch_l2(offset, 0, len(table))
+    async def put_new_l2(self, offset: int, table: array[int]) -> None:
+        """Write an L2 table into a cluster that nothing refers to yet: what is answered before the next commit has its
+        place on the host, should that be full by then."""
+        await self.announce("l2_alloc_write")
+        await self.put_new_table(offset, self.encode_l2(table))
         self.l2.put(offset, table)
 
     async def put_l2_entries(self, l1_index: int, index: int, entries: array[int], *, ordered: bool = True) -> None:

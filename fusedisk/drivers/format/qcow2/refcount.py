@@ -4,8 +4,8 @@ Everything here but :meth:`Refcounts.keep` runs under the image's mutex.
 
 Blocks change in memory. What memory has of them may be written at any time: references are counted before they are
 made, and what is freed is counted down only when the file has lost the reference (:meth:`Refcounts.take_freed`), so
-that until then nobody gets the clusters either. A new block is written before the table refers to it, with a barrier
-between.
+that until then nobody gets the clusters either. A new block is written when it is made, so that it has its place on the
+host, and before the table refers to it, with a barrier between.
 
 Searching is first fit. Two cursors keep it short: nothing is free before ``_first_free``, and nothing before
 ``_next_run`` was a run long enough for the last multi-cluster request. Blocks known to be full are skipped
@@ -364,15 +364,14 @@ class Refcounts:
         return bool(self._dirty or self._unhooked)
 
     async def write_blocks(self) -> list[int]:
-        """Write what was changed in blocks, new ones too.
+        """Write what was changed in blocks.
 
         Returns the entries of the table that :meth:`hook_up` may write behind a barrier.
         """
-        new = set(self._unhooked.values())
         for offset in sorted(self._dirty):
             first, end = self._dirty[offset]
             block = self.blocks.tables[offset]
-            await self.image.announce("refblock_alloc_write" if offset in new else "refblock_update")
+            await self.image.announce("refblock_update")
             await self.image.put_bytes(offset + first, block[first:end])
             # Nobody can have changed the block meanwhile: this runs under the mutex.
             del self._dirty[offset]
@@ -412,15 +411,16 @@ class Refcounts:
             return
         await self._check_free(cluster, 1)
         block = bytearray(self.geometry.cluster_size)
+        if not self.table[home]:
+            self._set_to_one(block, index, 1)
+        offset = cluster << self.geometry.cluster_bits
+        await self.image.announce("refblock_alloc_write")
+        await self.image.put_new_table(offset, block)
         if self.table[home]:
             await self.add(cluster, [1])
             home = block_index
-        else:
-            self._set_to_one(block, index, 1)
-        offset = cluster << self.geometry.cluster_bits
         self.table[home] = self._unhooked[home] = offset
         self.image.place_block(offset)
-        self._touch(offset, 0, len(block))
         self.blocks.put(offset, block)
 
     async def _grow_table(self, block_index: int) -> None:
