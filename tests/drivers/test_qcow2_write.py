@@ -67,6 +67,28 @@ async def test_writes_are_of_data_alone_until_a_flush_writes_refcounts_and_entri
         assert len(store.steps.of("read")) == 1
 
 
+@pytest.mark.parametrize("tables", [1, 2, 3, 8])
+async def test_first_writes_everywhere_wait_for_no_host_flush(tables: int) -> None:
+    """With all tables dirty at once, as long as the cache holds them all."""
+    span = 512 * 4096
+    store = await created_in_memory(Store(), size=tables * span, cluster_size=4096)
+    async with in_memory(store) as backend:
+        for cluster in range(20):
+            for table in range(tables):
+                await backend.write(table * span + cluster * 4096, b"x" * 4096)
+        assert not store.steps.of("flush")
+
+
+async def test_first_writes_everywhere_are_committed_where_the_cache_is_too_small_for_all_tables() -> None:
+    span = 512 * 4096
+    store = await created_in_memory(Store(), size=8 * span, cluster_size=4096)
+    async with in_memory(store, **{"l2-cache-size": 4 * 4096}) as backend:
+        for table in range(8):
+            await backend.write(table * span, b"x" * 4096)
+        assert len(driver_of(backend).image.dirty.l2) <= 4
+        assert store.steps.of("flush")
+
+
 async def test_a_partial_cluster_behind_the_end_of_the_file_takes_nothing_but_the_data(store: Store) -> None:
     async with in_memory(store) as backend:
         await backend.write(0, b"t")

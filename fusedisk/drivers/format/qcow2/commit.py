@@ -75,8 +75,10 @@ class Committer:
     async def relieve(self) -> None:
         """Commit where memory holds a lot. Not under the mutex."""
         image, refcounts = self.image, self.refcounts
+        tables = image.l2.capacity
         if (
-            len(image.dirty.l2) * 4 > image.l2.capacity * 3
+            # A cache that holds all tables is not relieved by writing them.
+            (tables < len(image.l1) and len(image.dirty.l2) * 4 > tables * 3)
             or refcounts.dirty_blocks > refcounts.blocks.capacity
             or refcounts.freed_clusters > self.max_freed
         ):
