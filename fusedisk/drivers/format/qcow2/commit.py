@@ -191,7 +191,7 @@ class Committer:
 
     async def _prepare(self, held: bool) -> _Plan:
         """Write refcounts, and take the rest as it is now."""
-        image, dirty = self.image, self.image.dirty
+        dirty = self.image.dirty
         new_blocks: list[int] = []
         if self.lazy and not held and self.refcounts.dirty_blocks <= self.refcounts.blocks.capacity:
             await self.set_dirty_bit()
