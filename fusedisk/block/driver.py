@@ -293,7 +293,7 @@ class Driver:
         return False
 
     def write_now(self, offset: int, buffer: Buffer) -> bool:
-        """What ``pwritev`` does within the node's length, if that does not wait. False: a part may be written."""
+        """What ``pwritev`` does, if that does not wait. False: a part may be written."""
         return False
 
     def read_cached(self, offset: int, buffer: Buffer, extent: Extent | None = None) -> bool:

@@ -395,9 +395,12 @@ class Immediate:
             return False
         driver = node.driver
         if driver.moves_bytes:
-            if offset + length > node.length or not driver.write_now(offset, data):
+            if not driver.write_now(offset, data):
                 return False
             node.written += 1
+            if offset + length > node.length:
+                # An image grows with the clusters that were allocated behind its end.
+                node.length = offset + length
             return True
         while True:
             extent = driver.lookup_in_place(offset, length)

@@ -232,6 +232,23 @@ async def test_a_backing_node_that_grows(tmp_path: Path) -> None:
         await graph.close()
 
 
+async def test_small_writes_one_after_the_other_grow_the_image(tmp_path: Path) -> None:
+    """The first write of a cluster takes a place behind the file's end; those after it go there at once."""
+    async with opened(await create_image(tmp_path / "disk.qcow2", size=SIZE)) as backend:
+        storage = backend.node.children["file"].node
+        for offset in range(0, 4 * 64 * KIB, 4 * KIB):
+            before = storage.length
+            if offset % (64 * KIB):
+                assert backend.immediate.write(offset, memoryview(b"%08d" % offset * 512))
+                assert storage.length == before + 4 * KIB == (tmp_path / "disk.qcow2").stat().st_size
+            else:
+                assert not backend.immediate.write(offset, memoryview(bytes(4 * KIB)))
+                await backend.write(offset, b"%08d" % offset * 512)
+        for offset in range(0, 4 * 64 * KIB, 4 * KIB):
+            assert read(backend, offset, 4 * KIB) == b"%08d" % offset * 512
+    assert_clean(tmp_path / "disk.qcow2")
+
+
 async def test_a_failed_change_of_the_whole_image(tmp_path: Path) -> None:
     async with chain(tmp_path, 1) as backend:
         before = backend.node.generation
