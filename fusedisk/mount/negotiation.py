@@ -19,6 +19,9 @@ _WANTED = (
     | wire.HANDLE_KILLPRIV_V2  # our files never have such bits
 )
 _WANTED_EXTENDED = wire.DIRECT_IO_ALLOW_MMAP
+_REFUSED = wire.AUTO_INVAL_DATA
+"""libfuse takes it: before each read that follows a write the kernel asks for the attributes, to drop what it has
+cached if the file's time of change is not its own. Nothing changes but through the kernel, or we tell it."""
 _OFFERED = wire.IN_HEADER.size
 _REPLY = wire.OUT_HEADER.size
 
@@ -47,7 +50,7 @@ class Negotiation:
         self._features = flags | (more << 32 if flags & wire.INIT_EXT else 0)
 
     def answered(self, reply: memoryview, length: int, unique: int) -> None:
-        """Ask for more in libfuse's reply, if it is the one to INIT and long enough for that."""
+        """Ask for other features in libfuse's reply, if it is the one to INIT and long enough for that."""
         if unique != self._unique or length < _REPLY + wire.INIT_OUT.size:
             return
         self._unique = 0
@@ -55,7 +58,7 @@ class Negotiation:
         wanted = _WANTED
         if self._features & wire.INIT_EXT:
             wanted |= wire.INIT_EXT | _WANTED_EXTENDED | (wire.PASSTHROUGH if self._wants_passthrough else 0)
-        self.taken = fields[3] | fields[10] << 32 | wanted & self._features
+        self.taken = (fields[3] | fields[10] << 32) & ~_REFUSED | wanted & self._features
         fields[3], fields[10] = self.taken & 0xFFFFFFFF, self.taken >> 32
         fields[4:8] = [MAX_BACKGROUND, _CONGESTION, self._longest, 1]
         fields[8] = self._longest // PAGESIZE if self.taken & wire.MAX_PAGES else 0

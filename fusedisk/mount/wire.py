@@ -62,6 +62,8 @@ NO_REPLY = frozenset((FORGET, BATCH_FORGET, INTERRUPT))
 NOTIFY_INVALIDATE_INODE = 2
 
 ASYNC_READ, BIG_WRITES, ASYNC_DIO, PARALLEL_DIROPS, MAX_PAGES = 1 << 0, 1 << 5, 1 << 15, 1 << 18, 1 << 22
+AUTO_INVAL_DATA = 1 << 12
+"""Before a read the kernel asks for the attributes, if it has them no more, and drops its pages if the file changed."""
 HANDLE_KILLPRIV_V2 = 1 << 28
 """A write takes set-uid bits away without being told; until the kernel believes that, it looks for them before each."""
 INIT_EXT = 1 << 30

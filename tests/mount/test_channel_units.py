@@ -424,15 +424,16 @@ async def test_what_is_not_for_us_goes_to_libfuse_and_back(setup: Setup) -> None
 
 async def test_features_that_libfuse_does_not_know_are_negotiated(setup: Setup) -> None:
     flags = wire.ASYNC_READ | wire.MAX_PAGES | wire.INIT_EXT | wire.HANDLE_KILLPRIV_V2
-    offer = wire.INIT_IN.pack(7, 45, 131072, flags, wire.DIRECT_IO_ALLOW_MMAP >> 32) + bytes(44)
+    offer = wire.INIT_IN.pack(7, 45, 131072, flags | wire.AUTO_INVAL_DATA, wire.DIRECT_IO_ALLOW_MMAP >> 32) + bytes(44)
     unique = await setup.kernel.send(wire.INIT, offer)
     await setup.library.recv(1 << 20)
-    theirs = wire.INIT_OUT.pack(7, 38, 131072, wire.ASYNC_READ, 12, 9, 131072, 1, 32, 0, 0, 0, 0)
+    taken = wire.ASYNC_READ | wire.AUTO_INVAL_DATA
+    theirs = wire.INIT_OUT.pack(7, 38, 131072, taken, 12, 9, 131072, 1, 32, 0, 0, 0, 0)
     theirs += bytes(64 - len(theirs))
     await setup.library.send(wire.OUT_HEADER.pack(16 + len(theirs), 0, unique) + theirs)
     _, _, body = await setup.kernel.reply()
     found = wire.INIT_OUT.unpack_from(body)
-    assert found[3] == flags, "nothing that was not offered"
+    assert found[3] == flags, "nothing that was not offered, nor what asks for attributes after each write"
     assert found[10] == wire.DIRECT_IO_ALLOW_MMAP >> 32
     assert (found[6], found[8]) == (wire.MAX_WRITE, wire.MAX_WRITE >> 12)
 
