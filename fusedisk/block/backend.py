@@ -14,6 +14,7 @@ from fusedisk.block.driver import COMPRESSED, FUA, MAY_UNMAP, Role
 from fusedisk.block.extent import BlockStatus
 from fusedisk.block.immediate import Immediate
 from fusedisk.block.snapshot import SnapshotInfo, no_progress
+from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import NoMediumError, OutOfRangeError
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from fusedisk.block.node import Node
 
 _Result = TypeVar("_Result")
+
+_MOST_TRIES_OFF = 1 << 12
+"""Writes that are not tried at once after those that could not be."""
 
 
 class Accounting:
@@ -57,6 +61,10 @@ class Backend:
         """The short way for what needs no waiting."""
         self._resume: trio.Event | None = None
         self._idle: trio.Event | None = None
+        self._tries_off = 0
+        """Writes that go to a task without a try to do them at once."""
+        self._failed_tries = 0
+        """How many it was the last time."""
 
     @property
     def node(self) -> Node:
@@ -116,6 +124,30 @@ class Backend:
             self._end()
         self.accounting.writes += 1
         self.accounting.bytes_written += len(buffer)
+
+    def write_now(self, offset: int, buffer: memoryview) -> bool:
+        """:meth:`write`, if that takes no waiting. False: a part may be written, so the same is to be written again."""
+        if self.immediate.write(offset, buffer):
+            return True
+        if self._tries_off:
+            self._tries_off -= 1
+            return False
+        root, length = self.root, len(buffer)
+        if root is None or self.quiesced or offset + length > root.node.length or not self.immediate.takes_writes():
+            return False
+        try:
+            run_at_once(io.write(root.node, offset, (buffer,)))
+        except WouldWait:
+            # Clusters that were taken for it must be filled up when they are taken again.
+            self._tries_off = self._failed_tries = min(2 * self._failed_tries + 1, _MOST_TRIES_OFF)
+            return False
+        except BaseException:
+            self.accounting.failed += 1
+            raise
+        self._failed_tries = 0
+        self.accounting.writes += 1
+        self.accounting.bytes_written += length
+        return True
 
     async def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write whole clusters (or up to the disk's end), compressed. Raises NotSupportedError where the format or the

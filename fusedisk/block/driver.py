@@ -101,6 +101,9 @@ class Driver:
     """True where every byte is the ``file`` child's, so that block status is the child's answer as it stands."""
     moves_bytes: ClassVar[bool] = False
     """True where the driver has ``preadv`` and ``pwritev``; otherwise the core asks ``map``."""
+    asks_before_waiting: ClassVar[bool] = False
+    """True where whatever suspends a read or a write calls :func:`fusedisk.core.at_once.refuse_to_wait` first, so that
+    a request may be tried without a task. Host I/O in worker threads does."""
     supports_backing: ClassVar[bool] = False
     length_unit: ClassVar[int] = 1
     """A new length of the node must be a multiple of so many bytes."""

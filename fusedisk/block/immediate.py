@@ -66,6 +66,7 @@ class Immediate:
     """The short way to one backend's node."""
 
     __slots__ = (
+        "_asks",
         "_backend",
         "_chains",
         "_changes",
@@ -88,7 +89,7 @@ class Immediate:
         self._changes = -1
         self._off = False
         self._node: Node
-        self._reads = self._writes = self._detects = False
+        self._reads = self._writes = self._detects = self._asks = False
         self._chains: dict[Node, RunMap[_Fill]] = {}
         self._places: dict[int, _Place] = {}
         self._generation = -1
@@ -104,6 +105,12 @@ class Immediate:
         """Answer nothing from now on."""
         self._off = True
         self._changes = -1
+
+    def takes_writes(self) -> bool:
+        """Whether a write that is not answered here may be tried without a task, by :func:`run_at_once`."""
+        if self._changes != self._graph.changes:
+            self._look()
+        return self._writes and self._asks and not self._detects
 
     def is_plain(self) -> bool:
         """Whether nothing in the graph must see requests, apart from finding their places."""
@@ -190,7 +197,7 @@ class Immediate:
         backend = self._backend
         root = backend.root
         if root is None or self._off:
-            self._reads = self._writes = False
+            self._reads = self._writes = self._asks = False
             return
         self._node = node = root.node
         below = _below(node)
@@ -198,6 +205,7 @@ class Immediate:
         self._reads = not any(each.config.copy_on_read or each.config.force_share for each in below)
         self._writes = self._reads and bool(root.perm & permissions.WRITE) and backend.write_cache
         self._detects = any(each.config.detect_zeroes != "off" for each in below)
+        self._asks = all(each.driver.asks_before_waiting and not each.driver.encodes for each in below)
         for each in below:
             backing = each.backing
             if backing is not None and all(layer.config.read_only for layer in _below(backing.node)):

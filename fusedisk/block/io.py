@@ -21,6 +21,7 @@ from fusedisk.block.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCH
 from fusedisk.block.extent import UNALLOCATED, ZERO
 from fusedisk.block.node import Node
 from fusedisk.block.tracked import Request
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import (
     CorruptImageError,
     FusediskError,
@@ -151,6 +152,7 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
             await request.wait_for_earlier(node)
             _check_end(node, end, "A write")
         for hook in tuple(node.before_write):
+            refuse_to_wait()
             await hook(offset, length)
         if guard:
             await _check_probe(node, offset, buffers)

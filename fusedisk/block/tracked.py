@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fusedisk.core.at_once import refuse_to_wait
+
 if TYPE_CHECKING:
     from fusedisk.block.node import Node
 
@@ -44,6 +46,7 @@ class Request:
     async def wait_for_earlier(self, node: Node) -> None:
         """Wait until no earlier conflicting request is in flight. Call after ``enter``."""
         while (other := self._conflict(node)) is not None:
+            refuse_to_wait()
             if other._done is None:
                 other._done = trio.Event()
             await other._done.wait()

@@ -6,6 +6,8 @@ from types import TracebackType
 
 import trio
 
+from fusedisk.core.at_once import refuse_to_wait
+
 
 class Mutex:
     """Mutual exclusion between tasks, first come first served.
@@ -26,6 +28,7 @@ class Mutex:
         if not self.locked:
             self.locked = True
             return
+        refuse_to_wait()
         await self._lot.park()
 
     def release(self) -> None:

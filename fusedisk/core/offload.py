@@ -13,6 +13,8 @@ from typing import TypeVar, TypeVarTuple
 
 import trio
 
+from fusedisk.core.at_once import refuse_to_wait
+
 HOST_IO_THREADS = 16
 """Host requests under way at once; more only queue up in the host's own scheduler."""
 
@@ -25,12 +27,14 @@ _cpu_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar(
 
 async def run_host_io(fn: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     """Run ``fn(*args)``, which may wait for the host's disks, in a worker thread and return its result."""
+    refuse_to_wait()
     limiter = _limiter(_host_io_limiter, HOST_IO_THREADS)
     return await trio.to_thread.run_sync(fn, *args, limiter=limiter)
 
 
 async def run_cpu(fn: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     """Run ``fn(*args)``, which computes with the GIL released (inflate, ciphers), in a worker thread."""
+    refuse_to_wait()
     limiter = _limiter(_cpu_limiter, len(os.sched_getaffinity(0)))
     return await trio.to_thread.run_sync(fn, *args, limiter=limiter)
 

@@ -170,7 +170,7 @@ class Export:
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write ``data`` if that takes no waiting; False: a part may be written."""
-        if not self.writable or not self.backend.immediate.write(offset, data):
+        if not self.writable or not self.backend.write_now(offset, data):
             return False
         self.touch()
         return True

@@ -211,7 +211,8 @@ async def perform(backend: Backend, request: Request) -> bytes:
     if kind == "read":
         return bytes(await backend.read(offset, length))
     if kind == "write":
-        await backend.write(offset, request.content)
+        if not backend.write_now(offset, memoryview(request.content)):
+            await backend.write(offset, request.content)
     elif kind == "compressed":
         await backend.write_compressed(offset, request.content)
     elif kind == "discard":

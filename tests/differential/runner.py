@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from fusedisk.block import backend as backends
 from fusedisk.block import immediate
 from fusedisk.block.backend import Backend
 from fusedisk.block.check import CheckResult, Repair
@@ -84,6 +85,8 @@ def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: in
 
 # Reads and changes come by turns here: places are to be remembered all the same.
 immediate.STEADY = immediate.PAUSE = 1
+# What could not be written at once is tried again soon.
+backends._MOST_TRIES_OFF = 1
 
 
 class Run:

@@ -49,6 +49,7 @@ import functools
 from pathlib import Path
 import trio
 from fusedisk.cli.main import main
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import HostError
 from fusedisk.drivers.protocol.file import FileDriver
 
@@ -72,6 +73,7 @@ def breakable(name):
             if kind == "bug":
                 raise RuntimeError("a bug for the test")
             while kind == "hold" and args[0] == int(more[0]) and RULES.exists():
+                refuse_to_wait()
                 await trio.sleep(0.01)
         return await method(self, *args)
 

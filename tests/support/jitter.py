@@ -16,6 +16,7 @@ from fusedisk.block import io
 from fusedisk.block.driver import Buffer, ChildSpec, FilterDriver, Role
 from fusedisk.block.extent import DATA, Extent
 from fusedisk.block.registry import Registry
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.table import DRIVERS
 
@@ -34,12 +35,14 @@ class JitterDriver(FilterDriver):
     options_type = JitterOptions
     child_specs = (ChildSpec("file", Role.FILTERED),)
     moves_bytes = True
+    asks_before_waiting = True
 
     async def open(self) -> None:
         self._rng = random.Random(self.options.seed)
 
     async def _give_way(self) -> None:
         for _ in range(self._rng.choice((0, 0, 1, 1, 2, 5))):
+            refuse_to_wait()
             await trio.lowlevel.checkpoint()
 
     async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -62,6 +65,7 @@ class JitterDriver(FilterDriver):
         if self._rng.random() < 0.2 or not below.driver.write_now(offset, buffer):
             return False
         below.written += 1
+        below.length = max(below.length, offset + len(buffer))
         return True
 
     async def map(self, offset: int, length: int) -> Extent:

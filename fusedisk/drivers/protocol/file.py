@@ -78,6 +78,7 @@ class FileDriver(Driver):
     prefixes = ("file",)
     is_protocol = True
     moves_bytes = True
+    asks_before_waiting = True
     options_type: ClassVar[type[Options]] = FileOptions
 
     file: HostFile

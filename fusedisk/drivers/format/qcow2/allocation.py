@@ -22,6 +22,7 @@ from collections.abc import Callable
 import trio
 
 from fusedisk.block.extent import WriteExtent
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.drivers.format.qcow2 import entries as bits
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
@@ -51,6 +52,7 @@ class Allocation:
 
     async def wait(self) -> None:
         """Wait until it is published or abandoned."""
+        refuse_to_wait()
         if self._done is None:
             self._done = trio.Event()
         await self._done.wait()

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import trio
 
+from fusedisk.core.at_once import refuse_to_wait
+
 Table = TypeVar("Table")
 
 
@@ -80,6 +82,7 @@ class TableCache(Generic[Table]):
                 if table is not None:
                     return table
                 continue
+            refuse_to_wait()
             if loading.done is None:
                 loading.done = trio.Event()
             await loading.done.wait()

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import trio
 
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import CorruptImageError
 from fusedisk.core.locks import Mutex
 from fusedisk.drivers.format.qcow2 import layout
@@ -68,6 +69,7 @@ class Committer:
         Raises HostError where the file cannot be written; nothing is forgotten then, so that it may be tried again.
         """
         if self._needed or self._committing.locked:
+            refuse_to_wait()
             with trio.CancelScope(shield=True):
                 async with self._committing:
                     await self._commit(held=False)

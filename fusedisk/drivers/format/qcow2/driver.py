@@ -33,6 +33,7 @@ from fusedisk.block.driver import (
 from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
 from fusedisk.block.limits import Limits
 from fusedisk.block.node import Node, NodeConfig
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import is_zero, zero_fill
@@ -68,6 +69,7 @@ class Qcow2Driver(SnapshotDriver):
     """One open qcow2 image."""
 
     name = "qcow2"
+    asks_before_waiting = True
     supports_backing = True
     compresses = True
     length_unit = SECTOR
@@ -197,6 +199,7 @@ class Qcow2Driver(SnapshotDriver):
         """What the first write needs: the refcount table, and no autoclear bits whose promise we would break."""
         if self._ready_to_write:
             return
+        refuse_to_wait()
         image, header = self.image, self.image.header
         async with image.mutex:
             if self._ready_to_write:
@@ -318,6 +321,7 @@ class Qcow2Driver(SnapshotDriver):
             await self.write_zeroes(offset, length, MAY_UNMAP)
 
     async def read_special(self, extent: Extent, offset: int, buffer: Buffer) -> None:
+        refuse_to_wait()
         while True:
             if extent.compressed:
                 if self._compressed is None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from fusedisk.block import io
 from fusedisk.block.child import Child
 from fusedisk.block.node import Node
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import CorruptImageError, FusediskError
 from fusedisk.core.inflated_cache import InflatedCache, inflated_capacity
 from fusedisk.core.locks import Mutex
@@ -239,6 +240,7 @@ class Image:
         """Fence the image, mark it corrupt on disk, and return the error to raise. ``reason`` has no full
         stop.
         """
+        refuse_to_wait()
         message = f"'{self.filename}' is corrupt: {reason}; 'fusedisk check -r all' may repair it."
         if self.writable:
             self.writable = False

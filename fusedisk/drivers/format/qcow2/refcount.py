@@ -29,6 +29,7 @@ from collections.abc import Sequence
 import trio
 
 from fusedisk.block import io
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.cache import TableCache
@@ -427,6 +428,7 @@ class Refcounts:
         """Move the refcount table to a larger place, so that it has an entry for ``block_index`` and covers
         itself.
         """
+        refuse_to_wait()
         # Cancelled half-way, memory and header would disagree about which table is active.
         with trio.CancelScope(shield=True):
             await self._move_table(block_index)
