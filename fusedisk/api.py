@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -114,7 +114,7 @@ class Disk:
         chain holds it, and where on the host."""
         return await self._backend.block_status(offset, length)
 
-    def extents(self, start: int = 0, length: int | None = None) -> AsyncIterator[MapEntry]:
+    def extents(self, start: int = 0, length: int | None = None) -> AsyncGenerator[MapEntry, None]:
         """All of a range, by default of the disk, as the entries of ``qemu-img map``, in order and without gaps.
 
         Streams: one entry is in memory at a time. Iterate with ``async for``.

@@ -40,6 +40,8 @@ class _Loop:
     """The background thread."""
 
     def __init__(self) -> None:
+        self.process = os.getpid()
+        """Which the thread runs in: a forked child has none of its parent's threads."""
         self.disks: set[Disk] = set()
         self._token: trio.lowlevel.TrioToken | None = None
         self._ready = threading.Event()
@@ -88,13 +90,15 @@ os.register_at_fork(after_in_child=_forget)
 class SyncDisk:
     """An open image as a flat disk, with blocking methods; made by :func:`open_sync`.
 
-    Threads may share it. Methods, ranges and errors are those of :class:`fusedisk.api.Disk`. Inside a trio task use
+    Threads may share it, processes may not: the disk is the parent's, so in a forked child requests raise NoMediumError
+    and closing does nothing. Methods, ranges and errors are those of :class:`fusedisk.api.Disk`. Inside a trio task use
     :func:`fusedisk.open` instead: these methods refuse to block its event loop (RuntimeError).
     """
 
     def __init__(self, loop: _Loop, disk: Disk) -> None:
         self._loop = loop
         self._disk = disk
+        self._name = disk.filename
 
     @property
     def size(self) -> int:
@@ -154,26 +158,27 @@ class SyncDisk:
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[MapEntry]:
         """All of a range, by default of the disk, as the entries of ``qemu-img map``."""
-        entries = self._disk.extents(start, length)
+        while True:
+            found = self._call(self._some_extents, start, length)
+            yield from found
+            if len(found) < _ENTRIES_AT_ONCE:
+                return
+            end = found[-1].start + found[-1].length
+            start, length = end, None if length is None else start + length - end
 
-        async def batch() -> list[MapEntry]:
-            found = []
+    async def _some_extents(self, start: int, length: int | None) -> list[MapEntry]:
+        """The first ones. Nothing in the background waits for somebody to come for the others."""
+        found: list[MapEntry] = []
+        async with contextlib.aclosing(self._disk.extents(start, length)) as entries:
             async for entry in entries:
                 found.append(entry)
                 if len(found) == _ENTRIES_AT_ONCE:
                     break
-            return found
-
-        try:
-            while found := self._call(batch):
-                yield from found
-        finally:
-            close = getattr(entries, "aclose", None)
-            if close is not None:
-                self._call(close)
+        return found
 
     def snapshots(self) -> list[SnapshotInfo]:
         """The internal snapshots that the image holds, the oldest first."""
+        self._check_process()
         return self._disk.snapshots()
 
     def create_snapshot(
@@ -213,7 +218,7 @@ class SyncDisk:
 
     def close(self) -> None:
         """Flush and close; the disk is closed even if that raises. Closing twice is fine."""
-        if self._disk not in self._loop.disks:
+        if self._disk not in self._loop.disks or not self._is_ours():
             return
         self._loop.disks.discard(self._disk)
         self._call(self._disk.close)
@@ -231,7 +236,17 @@ class SyncDisk:
                 raise
             exc.add_note(f"while closing the disk: {failure}")
 
+    def _is_ours(self) -> bool:
+        return self._loop.process == os.getpid()
+
+    def _check_process(self) -> None:
+        if not self._is_ours():
+            raise NoMediumError(
+                f"'{self._name}' belongs to process {self._loop.process}, open it again in this one ({os.getpid()})."
+            )
+
     def _call(self, function: Callable[[*_Args], Awaitable[_Result]], *args: *_Args) -> _Result:
+        self._check_process()
         try:
             return self._loop.call(function, *args)
         except trio.RunFinishedError as exc:

@@ -84,7 +84,9 @@ def test_more_extents_than_are_fetched_at_once(tmp_path: Path) -> None:
         assert sum(entry.length for entry in entries) == 16 * MIB
         first = disk.extents()
         assert next(first) == entries[0]
-        first.close()  # type: ignore[attr-defined]
+        part = list(disk.extents(100, 10 * MIB))
+        assert (part[0].start, part[-1].start + part[-1].length) == (100, 100 + 10 * MIB)
+        assert part[1:-1] == entries[1 : len(part) - 1]
         assert disk.read(0, 1) == b"\xa5"
 
 
@@ -166,6 +168,53 @@ def test_after_a_fork_the_child_can_open_disks_of_its_own(image: Path) -> None:
         image,
     )
     assert out == "b'\\t\\t'\n" * 2
+
+
+def test_after_a_fork_the_disk_is_the_parents(image: Path) -> None:
+    out = _run(
+        "import fusedisk, gc, os, sys\n"
+        "disk = fusedisk.open_sync(sys.argv[1], writable=True)\n"
+        "disk.write(0, b'parent')\n"
+        "entries = disk.extents()\n"
+        "parent, child = os.getpid(), os.fork()\n"
+        "if not child:\n"
+        "    file = disk.as_file()\n"
+        "    for use in (lambda: disk.read(0, 1), lambda: disk.write(0, b'child'), disk.flush, disk.snapshots,\n"
+        "                lambda: list(entries), lambda: file.read(1)):\n"
+        "        try: use()\n"
+        "        except (fusedisk.FusediskError, OSError) as exc: message = str(exc).removeprefix('[Errno 123] ')\n"
+        "        else: message = 'done'\n"
+        "        wanted = f'belongs to process {parent}, open it again in this one ({os.getpid()}).'\n"
+        "        assert message == f\"'{sys.argv[1]}' {wanted}\", message\n"
+        "    disk.close()\n"
+        "    with disk: pass\n"
+        "    del disk, entries, use, file; gc.collect()\n"
+        "    sys.exit()\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "try: fusedisk.open_sync(sys.argv[1])\n"
+        "except fusedisk.errors.FusediskError as exc: print(type(exc).__name__)\n"
+        "print(disk.read(0, 6))\n"
+        "next(entries); disk.close()\n",
+        image,
+    )
+    assert out == "LockConflictError\nb'parent'\n"
+    qemu_img("check", "-q", image)
+
+
+def test_multiprocessing_with_fork(image: Path) -> None:
+    out = _run(
+        "import fusedisk, multiprocessing, sys\n"
+        "def work(disk):\n"
+        "    try: disk.read(0, 1)\n"
+        "    except fusedisk.errors.NoMediumError: print('refused', flush=True)\n"
+        "    mine = fusedisk.open_sync(sys.argv[1]); print(mine.read(1 << 20, 1), flush=True)\n"
+        "context = multiprocessing.get_context('fork')\n"
+        "with fusedisk.open_sync(sys.argv[1]) as disk:\n"
+        "    process = context.Process(target=work, args=(disk,)); process.start(); process.join()\n"
+        "    print(process.exitcode, disk.read(1 << 20, 1))\n",
+        image,
+    )
+    assert out == "refused\nb'\\t'\n0 b'\\t'\n"
 
 
 def test_in_a_thread_of_its_own(image: Path) -> None:

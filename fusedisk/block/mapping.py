@@ -5,7 +5,7 @@ The entries are those of ``qemu-img map`` (QAPI's MapEntry), and so is the rule 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 import trio
@@ -37,7 +37,7 @@ class MapEntry(NamedTuple):
     compressed: bool
 
 
-async def map_entries(backend: Backend, start: int = 0, length: int | None = None) -> AsyncIterator[MapEntry]:
+async def map_entries(backend: Backend, start: int = 0, length: int | None = None) -> AsyncGenerator[MapEntry, None]:
     """Entries that cover ``[start, start + length)`` without gaps, up to the disk's end.
 
     One entry is held at a time, whatever the size of the disk. Raises OptionError for a start past the end.
