@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -29,6 +30,7 @@ from fusedisk.block.node import NodeConfig
 from fusedisk.block.snapshot import SnapshotInfo, find_snapshot, find_snapshot_by, no_progress
 from fusedisk.core.errors import FusediskError, OptionError
 from fusedisk.drivers.table import DRIVERS
+from fusedisk.forgotten import Forgotten, of_this_run
 
 Image: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """What to open: a path, ``proto:name``, ``json:{…}`` or dotted options (``driver=qcow2,file.filename=x``) as text; a
@@ -45,8 +47,19 @@ class Disk:
     themselves, as on a real disk. A request that is not on the disk raises OutOfRangeError and changes nothing.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, forgotten: Forgotten) -> None:
         self._backend = backend
+        self._forgotten: Forgotten | None = forgotten
+
+    def __del__(self) -> None:
+        self._forget(self)
+
+    def _forget(self, owner: object) -> None:
+        """Nobody uses the disk any more. If it is open, ``owner`` should have closed it."""
+        forgotten, self._forgotten = self._forgotten, None
+        if forgotten is not None and forgotten.add(self._backend):
+            message = f"the disk '{self._backend.name}' was forgotten without closing it."
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=owner)
 
     @property
     def size(self) -> int:
@@ -228,6 +241,7 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
         self._disk: Disk | None = None
 
     async def __aenter__(self) -> Disk:
+        await (forgotten := of_this_run()).close()  # it may be the same image
         graph = Graph(DRIVERS, self._gate)
         backend = await graph.open_backend(
             _specification(self._image),
@@ -242,7 +256,7 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
         except BaseException:
             await backend.close()
             raise
-        self._disk = Disk(backend)
+        self._disk = Disk(backend, forgotten)
         return self._disk
 
     async def __aexit__(

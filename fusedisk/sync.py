@@ -26,6 +26,7 @@ from fusedisk.block.extent import BlockStatus
 from fusedisk.block.mapping import MapEntry
 from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import FusediskError, NoMediumError
+from fusedisk.forgotten import of_this_run
 
 _MAIN_THREAD_POLL_SECONDS = 0.5
 _ENTRIES_AT_ONCE = 256
@@ -58,6 +59,7 @@ class _Loop:
         for disk in list(self.disks):
             with contextlib.suppress(FusediskError):
                 await disk.close()
+        await of_this_run().close()
 
     def call(self, function: Callable[[*_Args], Awaitable[_Result]], *args: *_Args) -> _Result:
         """Run an async function in the background thread and wait for it."""
@@ -99,6 +101,11 @@ class SyncDisk:
         self._loop = loop
         self._disk = disk
         self._name = disk.filename
+
+    def __del__(self) -> None:
+        # In this order: at any moment one of the two lists has it, when the background thread ends.
+        self._disk._forget(self)
+        self._loop.disks.discard(self._disk)
 
     @property
     def size(self) -> int:

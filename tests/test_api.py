@@ -249,6 +249,47 @@ async def test_cancelling_closes_the_disk(image: Path) -> None:
         assert await disk.read(0, 14) == b"written before"
 
 
+async def test_a_forgotten_disk_is_closed_and_warned_about(image: Path) -> None:
+    disk = await fusedisk.open(image, writable=True).__aenter__()
+    await disk.write(0, b"kept")
+    with pytest.warns(ResourceWarning, match=f"^the disk '{image}' was forgotten without closing it.$"):
+        del disk
+    async with fusedisk.open(image, writable=True) as again:
+        assert await again.read(0, 4) == b"kept"
+        closed = trio.Event()
+        other = await fusedisk.open(image.with_name("base.qcow2"), force_share=True).__aenter__()
+        other._backend.node.close_notifiers.append(lambda node: closed.set())
+        with pytest.warns(ResourceWarning):
+            del other
+        with trio.fail_after(30):
+            await closed.wait()
+
+
+def test_a_disk_forgotten_at_the_end_of_the_run_is_closed(image: Path) -> None:
+    events: list[str] = []
+
+    async def main() -> None:
+        disk = await fusedisk.open(image, writable=True).__aenter__()
+        await disk.write(0, b"kept")
+        disk._backend.node.close_notifiers.append(lambda node: events.append("closed"))
+
+    with pytest.warns(ResourceWarning):
+        trio.run(main)
+    assert events == ["closed"]
+    qemu_img("check", "-q", image)
+
+
+def test_a_disk_forgotten_after_its_run_is_warned_about(image: Path) -> None:
+    disks: list[fusedisk.Disk] = []
+
+    async def main() -> None:
+        disks.append(await fusedisk.open(image).__aenter__())
+
+    trio.run(main)
+    with pytest.warns(ResourceWarning, match="was forgotten"):
+        disks.clear()
+
+
 async def test_many_tasks_at_once(disk: fusedisk.Disk) -> None:
     async def work(index: int) -> None:
         random_ = random.Random(index)

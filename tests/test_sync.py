@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import os
@@ -130,7 +131,7 @@ def test_creating_synchronously(tmp_path: Path) -> None:
 
 def _run(script: str, *args: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)],
+        [sys.executable, "-W", "error::ResourceWarning", "-c", script, *map(str, args)],
         env=process_environment(),
         capture_output=True,
         text=True,
@@ -153,6 +154,49 @@ def test_a_disk_left_open_is_closed_when_the_program_ends(image: Path) -> None:
     assert out == "closed\n"
     qemu_img("check", "-q", image)
     qemu_io(image, "read -P 7 0 4M")
+
+
+def test_a_forgotten_disk_is_closed_and_warned_about(image: Path) -> None:
+    file = fusedisk.open_sync(image, writable=True).as_file()
+    file.write(b"kept")
+    with pytest.warns(ResourceWarning, match=f"^the disk '{image}' was forgotten without closing it.$"):
+        del file
+    with fusedisk.open_sync(image, writable=True) as disk:  # so the lock is gone
+        assert disk.read(0, 4) == b"kept"
+        cycle: list[object] = [fusedisk.open_sync(image.with_name("base.qcow2"), force_share=True)]
+        cycle.append(cycle)
+        del cycle
+        with pytest.warns(ResourceWarning, match=r"base\.qcow2' was forgotten"):
+            gc.collect()
+    qemu_img("check", "-q", image)
+    del disk  # closed: no warning
+
+
+def test_a_disk_forgotten_in_the_background_thread_is_closed(image: Path) -> None:
+    disks = [fusedisk.open_sync(image, writable=True)]
+    loop, closed = disks[0]._loop, threading.Event()
+    disks[0]._disk._backend.node.close_notifiers.append(lambda node: closed.set())
+
+    async def forget() -> None:
+        disks.clear()
+
+    with pytest.warns(ResourceWarning):
+        loop.call(forget)
+    assert closed.wait(30)
+
+
+def test_a_disk_forgotten_as_the_program_ends_is_closed(image: Path) -> None:
+    out = _run(
+        "import fusedisk, sys, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "disk = fusedisk.open_sync(sys.argv[1], writable=True)\n"
+        "disk._disk._backend.node.close_notifiers.append(lambda node: print('closed', flush=True))\n"
+        "disk.write(0, b'\\7' * 65536)\n"
+        "del disk\n",
+        image,
+    )
+    assert out == "closed\n"
+    qemu_io(image, "read -P 7 0 64k")
 
 
 def test_after_a_fork_the_child_can_open_disks_of_its_own(image: Path) -> None:
@@ -207,6 +251,7 @@ def test_multiprocessing_with_fork(image: Path) -> None:
         "def work(disk):\n"
         "    try: disk.read(0, 1)\n"
         "    except fusedisk.errors.NoMediumError: print('refused', flush=True)\n"
+        "    global mine\n"
         "    mine = fusedisk.open_sync(sys.argv[1]); print(mine.read(1 << 20, 1), flush=True)\n"
         "context = multiprocessing.get_context('fork')\n"
         "with fusedisk.open_sync(sys.argv[1]) as disk:\n"
