@@ -208,8 +208,8 @@ def open(
     inside ``image`` go before these.
 
     Entering the block raises HostError (missing, no access), ImageError (broken, unknown feature), LockConflictError
-    (another process uses it), GateError (refused reference) or OptionError (wrong options). Leaving it flushes; where
-    the flush fails, that raises.
+    (another process uses it), GateError (refused reference) or OptionError (wrong options), and RuntimeError outside
+    trio. Leaving it flushes; where the flush fails, that raises.
     """
     _check_choice("cache", cache, CACHE_MODES)
     _check_choice("discard", discard, ("unmap", "ignore"))
@@ -241,6 +241,7 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
         self._disk: Disk | None = None
 
     async def __aenter__(self) -> Disk:
+        _need_trio("open")
         await (forgotten := of_this_run()).close()  # it may be the same image
         graph = Graph(DRIVERS, self._gate)
         backend = await graph.open_backend(
@@ -269,6 +270,14 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
             if exc is None:
                 raise
             exc.add_note(f"while closing the disk: {failure}")
+
+
+def _need_trio(name: str) -> None:
+    if not trio.lowlevel.in_trio_task():
+        raise RuntimeError(
+            f"fusedisk.{name} is for trio (trio.run), and this is no task of it; with asyncio use "
+            f"fusedisk.{name}_sync in asyncio.to_thread."
+        )
 
 
 def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
@@ -310,6 +319,7 @@ async def create(
     Raises OptionError, HostError, NoSpaceError, LockConflictError, and the errors of :func:`open` for the backing file;
     no new file stays behind then.
     """
+    _need_trio("create")
     given = dict(options or {})
     apart = {"size": size, "backing_file": backing, "backing_fmt": backing_format}
     for key, value in apart.items():
@@ -343,6 +353,7 @@ async def amend(
     Raises OptionError and NotSupportedError for what cannot be changed, with nothing changed, PassphraseError where
     a key is missing or wrong, and the errors of :func:`open`.
     """
+    _need_trio("amend")
     await amend_image(
         DRIVERS,
         _specification(image),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import inspect
 import json
@@ -322,6 +323,33 @@ async def test_creating(tmp_path: Path) -> None:
     with pytest.raises(HostError):
         await fusedisk.create(tmp_path / "none" / "x", "raw", 512)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["open", "create", "amend"])
+def test_asyncio_is_told_what_to_use(image: Path, name: str) -> None:
+    async def main() -> None:
+        if name == "open":
+            async with fusedisk.open(image):
+                pass
+        elif name == "create":
+            await fusedisk.create(image, "raw", 512)
+        else:
+            await fusedisk.amend(image, {"size": 512})
+
+    before = image.read_bytes()
+    with pytest.raises(
+        RuntimeError, match=rf"^fusedisk\.{name} is for .*trio\.run.*\.{name}_sync in asyncio.to_thread\.$"
+    ):
+        asyncio.run(main())
+    assert image.read_bytes() == before
+
+
+def test_what_asyncio_is_told_to_use(image: Path) -> None:
+    async def main() -> bytes:
+        with await asyncio.to_thread(fusedisk.open_sync, image) as disk:
+            return await asyncio.to_thread(disk.read, MIB, 2)
+
+    assert asyncio.run(main()) == b"\x09\x09"
 
 
 # --- the package ----------------------------------------------------------------------------------------
