@@ -83,17 +83,24 @@ class Disk:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``offset``."""
+        if offset < 0:
+            self._backend.refuse(offset, length)
         return bytes(await self._backend.read(offset, length))
 
     async def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
         """Fill the whole of ``buffer`` from ``offset``; saves the copy that :meth:`read` makes."""
-        await self._backend.read_into(offset, memoryview(buffer).cast("B"))
+        view = memoryview(buffer).cast("B")
+        if offset < 0:
+            self._backend.refuse(offset, len(view))
+        await self._backend.read_into(offset, view)
 
     async def write(self, offset: int, data: Data, *, fua: bool = False) -> None:
         """Write all of ``data`` at ``offset``; ``fua``: it is on stable storage on return.
 
         Raises ReadOnlyError, and NoSpaceError where the host is full.
         """
+        if offset < 0:
+            self._backend.refuse(offset, len(data))
         await self._backend.write(offset, data, fua=fua)
 
     async def write_compressed(self, offset: int, data: Data) -> None:

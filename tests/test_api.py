@@ -114,6 +114,27 @@ async def test_requests_that_are_not_on_the_disk(disk: fusedisk.Disk, offset: in
             await disk.write(offset, bytes(length))
 
 
+@pytest.mark.parametrize("offset", [-1, -512, -64 * KIB, -1 << 70])
+async def test_nothing_lies_before_a_disk(tmp_path: Path, offset: int) -> None:
+    """Not what comes before it in the file, nor what its last L2 table says."""
+    raw, qcow2 = tmp_path / "x.raw", make_qcow2(tmp_path / "x.qcow2", MIB, "write -P 9 0 1M")
+    raw.write_bytes(b"a" * MIB)
+    before = raw.read_bytes(), qcow2.read_bytes()
+    part = {"driver": "raw", "offset": MIB // 2, "file": {"driver": "file", "filename": str(raw)}}
+    images: list[Any] = [part, qcow2]
+    for image in images:
+        async with fusedisk.open(image, writable=True) as disk:
+            await disk.read(0, 1)
+            for length in (1, 4 * KIB):
+                with pytest.raises(OutOfRangeError, match="bytes at -"):
+                    await disk.read(offset, length)
+                with pytest.raises(OutOfRangeError):
+                    await disk.read_into(offset, bytearray(length))
+                with pytest.raises(OutOfRangeError):
+                    await disk.write(offset, bytes(length))
+    assert (raw.read_bytes(), qcow2.read_bytes()) == before
+
+
 async def test_a_closed_disk(image: Path) -> None:
     async with fusedisk.open(image) as disk:
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import trio
 
@@ -43,7 +43,8 @@ class Backend:
     """A block device as its user sees it: an export, a job, the library.
 
     Holds permissions on its root node, checks ranges, counts requests in flight so that the graph below can be drained
-    and changed, and turns write-through mode into FUA. Made by :meth:`Graph.attach`.
+    and changed, and turns write-through mode into FUA. Made by :meth:`Graph.attach`. Callers see to it that the offsets
+    of what they read and write are not negative.
     """
 
     def __init__(self, graph: Graph, name: str, *, write_cache: bool = True) -> None:
@@ -104,7 +105,7 @@ class Backend:
     async def read(self, offset: int, length: int) -> bytearray:
         """``length`` bytes from ``offset``. Raises OutOfRangeError past the end."""
         if length > self.length - offset or length < 0:
-            self._out_of_range(offset, length)
+            self.refuse(offset, length)
         buffer = bytearray(length)
         await self.read_into(offset, memoryview(buffer))
         return buffer
@@ -319,7 +320,7 @@ class Backend:
         if root is None:
             raise NoMediumError(f"'{self.name}' is closed.")
         if offset < 0 or length < 0 or offset + length > root.node.length:
-            self._out_of_range(offset, length)
+            self.refuse(offset, length)
         self.in_flight += 1
         return root.node
 
@@ -328,7 +329,8 @@ class Backend:
         if self._idle is not None and not self.in_flight:
             self._idle.set()
 
-    def _out_of_range(self, offset: int, length: int) -> None:
+    def refuse(self, offset: int, length: int) -> NoReturn:
+        """A range is not on the disk: raises OutOfRangeError."""
         raise OutOfRangeError(
             f"'{self.name}' is {self.length} bytes long, a request for {length} bytes at {offset} goes past its end."
         )
