@@ -10,12 +10,13 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import trio
 
+from fusedisk.arguments import choice, fillable, flag, mapping, number_below, path, paths, readable, text, whole_number
 from fusedisk.block.amend import amend_image
 from fusedisk.block.backend import Backend
 from fusedisk.block.cache_modes import CACHE_MODES
@@ -32,9 +33,10 @@ from fusedisk.core.errors import FusediskError, OptionError
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.forgotten import Forgotten, of_this_run
 
-Image: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Image: TypeAlias = AnyPath | Mapping[str, Any]
 """What to open: a path, ``proto:name``, ``json:{…}`` or dotted options (``driver=qcow2,file.filename=x``) as text; a
-path-like object, which is a path and nothing else; or nested options."""
+path-like object or bytes, which are a path and nothing else; or nested options."""
 
 Preallocation: TypeAlias = Literal["off", "metadata", "falloc", "full"]
 Data: TypeAlias = bytes | bytearray | memoryview
@@ -83,15 +85,15 @@ class Disk:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``offset``."""
-        if offset < 0:
-            self._backend.refuse(offset, length)
+        if type(offset) is not int or offset < 0 or type(length) is not int:
+            offset, length = self._range(offset, length)
         return bytes(await self._backend.read(offset, length))
 
     async def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
         """Fill the whole of ``buffer`` from ``offset``; saves the copy that :meth:`read` makes."""
-        view = memoryview(buffer).cast("B")
-        if offset < 0:
-            self._backend.refuse(offset, len(view))
+        view = memoryview(buffer).cast("B") if type(buffer) is bytearray else fillable("buffer", buffer)
+        if type(offset) is not int or offset < 0:
+            offset, _ = self._range(offset, len(view))
         await self._backend.read_into(offset, view)
 
     async def write(self, offset: int, data: Data, *, fua: bool = False) -> None:
@@ -99,8 +101,9 @@ class Disk:
 
         Raises ReadOnlyError, and NoSpaceError where the host is full.
         """
-        if offset < 0:
-            self._backend.refuse(offset, len(data))
+        if type(offset) is not int or offset < 0 or type(data) is not bytes:
+            data = readable("data", data)
+            offset, _ = self._range(offset, len(data))
         await self._backend.write(offset, data, fua=fua)
 
     async def write_compressed(self, offset: int, data: Data) -> None:
@@ -110,15 +113,19 @@ class Disk:
         Raises NotSupportedError for other formats, for encrypted images and for external data files, OutOfRangeError
         for parts of clusters.
         """
+        data = readable("data", data)
+        offset, _ = self._range(offset, len(data))
         await self._backend.write_compressed(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         """Make a range read as zeroes, without writing them out where it can; ``may_unmap`` lets its space go."""
-        await self._backend.write_zeroes(offset, length, may_unmap=may_unmap)
+        offset, length = self._range(offset, length)
+        await self._backend.write_zeroes(offset, length, may_unmap=flag("may_unmap", may_unmap))
 
     async def discard(self, offset: int, length: int) -> None:
         """Give a range up: its space may go, it then reads as zeroes or as before. What is not aligned to the image's
         clusters stays."""
+        offset, length = self._range(offset, length)
         await self._backend.discard(offset, length)
 
     async def flush(self) -> None:
@@ -127,19 +134,22 @@ class Disk:
 
     async def truncate(self, size: int, *, preallocation: Preallocation = "off") -> None:
         """Resize the disk; what is added reads as zeroes. Raises NotSupportedError where the format or mode cannot."""
-        await self._backend.truncate(size, preallocation)
+        await self._backend.truncate(
+            whole_number("size", size), choice("preallocation", preallocation, get_args(Preallocation))
+        )
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         """Status of a prefix of the range: its length, whether it holds data or reads as zeroes, which layer of the
         chain holds it, and where on the host."""
-        return await self._backend.block_status(offset, length)
+        return await self._backend.block_status(*self._range(offset, length))
 
     def extents(self, start: int = 0, length: int | None = None) -> AsyncGenerator[MapEntry, None]:
         """All of a range, by default of the disk, as the entries of ``qemu-img map``, in order and without gaps.
 
         Streams: one entry is in memory at a time. Iterate with ``async for``.
         """
-        return map_entries(self._backend, start, length)
+        length = None if length is None else whole_number("length", length)
+        return map_entries(self._backend, whole_number("start", start), length)
 
     def snapshots(self) -> list[SnapshotInfo]:
         """The internal snapshots that the image holds, the oldest first."""
@@ -154,28 +164,37 @@ class Disk:
         for it; ``vm_clock`` in nanoseconds. Raises NotSupportedError where the format has no snapshots, ImageError
         where there are too many, or of too many shared clusters.
         """
-        wanted = SnapshotInfo("", name, time.time_ns(), vm_clock, vm_state_size, icount=icount)
+        wanted = SnapshotInfo(
+            "",
+            text("name", name),
+            time.time_ns(),
+            number_below("vm_clock", vm_clock, 1 << 64),
+            number_below("vm_state_size", vm_state_size, 1 << 56),
+            icount=None if icount is None else number_below("icount", icount, (1 << 64) - 1),
+        )
         return await self._backend.create_snapshot(wanted)
 
     async def apply_snapshot(self, id_or_name: str) -> None:
         """Let the disk hold what it held when the snapshot of that id, else of that name, was made; its size and VM
         state come back too. What it holds now is lost, unless another snapshot has it. Raises SnapshotNotFoundError."""
-        found = find_snapshot(self.snapshots(), id_or_name, self._backend.name)
+        found = find_snapshot(self.snapshots(), text("id_or_name", id_or_name), self._backend.name)
         await self._backend.apply_snapshot(found.id)
 
     async def delete_snapshot(self, name: str | None = None, *, id: str | None = None) -> None:
         """Delete the first snapshot of that name, or that id, or both. Raises SnapshotNotFoundError."""
+        name, id = _text_or_none("name", name), _text_or_none("id", id)
         found = find_snapshot_by(self.snapshots(), self._backend.name, id=id, name=name)
         await self._backend.delete_snapshot(found.id)
 
     async def save_vmstate(self, offset: int, data: Data) -> None:
         """Write to the state of a virtual machine, which has an address space of its own; the next snapshot with a
         ``vm_state_size`` holds it, and the disk no longer."""
-        await self._backend.save_vmstate(offset, data)
+        await self._backend.save_vmstate(whole_number("offset", offset), readable("data", data))
 
     async def load_vmstate(self, offset: int, length: int) -> bytes:
         """Read from the VM state that was saved, or that came with the snapshot applied last; zeroes where there is
         none."""
+        offset, length = whole_number("offset", offset), whole_number("length", length)
         return bytes(await self._backend.load_vmstate(offset, length))
 
     async def info(self) -> dict[str, Any]:
@@ -185,6 +204,13 @@ class Disk:
     async def info_chain(self) -> list[dict[str, Any]]:
         """:meth:`info` of the image and of each of its backing files, from the top down."""
         return await chain_information(self._backend.node)
+
+    def _range(self, offset: int, length: int) -> tuple[int, int]:
+        """Both as numbers; none of them is negative."""
+        offset, length = whole_number("offset", offset), whole_number("length", length)
+        if offset < 0 or length < 0:
+            self._backend.refuse(offset, length)
+        return offset, length
 
     async def close(self) -> None:
         """Flush and close, as leaving the ``async with`` block does. Later requests raise NoMediumError."""
@@ -202,7 +228,7 @@ def open(
     detect_zeroes: Literal["off", "on", "unmap"] = "off",
     copy_on_read: bool = False,
     force_share: bool = False,
-    allow_paths: Iterable[str | os.PathLike[str]] = (),
+    allow_paths: Iterable[AnyPath] = (),
     allow_any_reference: bool = False,
 ) -> contextlib.AbstractAsyncContextManager[Disk]:
     """Open an image with its whole backing chain: ``async with fusedisk.open("vm.qcow2") as disk``.
@@ -218,30 +244,42 @@ def open(
     (another process uses it), GateError (refused reference) or OptionError (wrong options), and RuntimeError outside
     trio. Leaving it flushes; where the flush fails, that raises.
     """
-    _check_choice("cache", cache, CACHE_MODES)
-    _check_choice("discard", discard, ("unmap", "ignore"))
-    _check_choice("detect_zeroes", detect_zeroes, ("off", "on", "unmap"))
-    if copy_on_read and not writable:
+    mode = CACHE_MODES[choice("cache", cache, CACHE_MODES)]
+    choice("discard", discard, ("unmap", "ignore"))
+    choice("detect_zeroes", detect_zeroes, ("off", "on", "unmap"))
+    if flag("copy_on_read", copy_on_read) and not flag("writable", writable):
         raise OptionError("copy_on_read keeps what is read in the image, so it needs writable=True.")
-    mode = CACHE_MODES[cache]
     config = NodeConfig(
-        force_share=force_share,
+        force_share=flag("force_share", force_share),
         cache_direct=mode.direct,
         cache_no_flush=mode.no_flush,
         discard_unmap=discard == "unmap",
         detect_zeroes=detect_zeroes,
         copy_on_read=copy_on_read,
     )
-    return _Opening(image, format, writable, config, mode.write_cache, _gate(allow_paths, allow_any_reference))
+    return _Opening(
+        _specification(image),
+        _text_or_none("format", format),
+        flag("writable", writable),
+        config,
+        mode.write_cache,
+        _gate(allow_paths, allow_any_reference),
+    )
 
 
 class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
     """What :func:`open` returns."""
 
     def __init__(
-        self, image: Image, format: str | None, writable: bool, config: NodeConfig, write_cache: bool, gate: Gate
+        self,
+        specification: str | dict[str, Any],
+        format: str | None,
+        writable: bool,
+        config: NodeConfig,
+        write_cache: bool,
+        gate: Gate,
     ) -> None:
-        self._image = image
+        self._specification = specification
         self._format, self._writable, self._config = format, writable, config
         self._write_cache = write_cache
         self._gate = gate
@@ -252,7 +290,7 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
         await (forgotten := of_this_run()).close()  # it may be the same image
         graph = Graph(DRIVERS, self._gate)
         backend = await graph.open_backend(
-            _specification(self._image),
+            self._specification,
             writable=self._writable,
             format=self._format,
             config=self._config,
@@ -287,34 +325,38 @@ def _need_trio(name: str) -> None:
         )
 
 
-def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise OptionError(f"{name} is '{value}', but one of {', '.join(choices)} was wanted.")
-
-
-def _gate(allow_paths: Iterable[str | os.PathLike[str]], allow_any: bool) -> Gate:
-    return Gate([os.fspath(path) for path in allow_paths], allow_any=allow_any)
+def _gate(allow_paths: Iterable[AnyPath], allow_any: bool) -> Gate:
+    return Gate(paths("allow_paths", allow_paths), allow_any=flag("allow_any_reference", allow_any))
 
 
 def _specification(image: Image) -> str | dict[str, Any]:
     if isinstance(image, str):
-        return parse_argument(image)
-    if isinstance(image, os.PathLike):
-        path = os.fspath(image)
-        return f"./{path}" if has_protocol(path) else path
-    return dict(image)
+        return parse_argument(text("the image", image))
+    if isinstance(image, Mapping):
+        return mapping("the image", image)
+    return _plain_path("the image", image)
+
+
+def _plain_path(name: str, given: AnyPath) -> str:
+    """A path that is nothing else, unless it was given as text."""
+    found = path(name, given)
+    return f"./{found}" if has_protocol(found) and not isinstance(given, str) else found
+
+
+def _text_or_none(name: str, value: str | None) -> str | None:
+    return None if value is None else text(name, value)
 
 
 async def create(
-    filename: str | os.PathLike[str],
+    filename: AnyPath,
     format: str,
     size: int | str | None = None,
     *,
-    backing: str | os.PathLike[str] | None = None,
+    backing: AnyPath | None = None,
     backing_format: str | None = None,
     options: Mapping[str, Any] | None = None,
     check_backing: bool = True,
-    allow_paths: Iterable[str | os.PathLike[str]] = (),
+    allow_paths: Iterable[AnyPath] = (),
     allow_any_reference: bool = False,
 ) -> None:
     """Make a new image with a disk of ``size`` bytes (or text such as ``"10G"``), rounded up to whole 512-byte sectors.
@@ -327,18 +369,21 @@ async def create(
     no new file stays behind then.
     """
     _need_trio("create")
-    given = dict(options or {})
-    apart = {"size": size, "backing_file": backing, "backing_fmt": backing_format}
+    given = {} if options is None else mapping("options", options)
+    apart = {
+        "size": size if size is None or isinstance(size, str) else whole_number("size", size),
+        "backing_file": None if backing is None else path("backing", backing),
+        "backing_fmt": _text_or_none("backing_format", backing_format),
+    }
     for key, value in apart.items():
         if value is not None:
             if key in given:
                 raise OptionError(f"the option '{key}' of the new image is given twice.")
-            given[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    path = os.fspath(filename)
-    if not isinstance(filename, str) and has_protocol(path):
-        path = f"./{path}"
+            given[key] = value
+    format, filename = text("format", format), _plain_path("filename", filename)
+    check = flag("check_backing", check_backing)
     gate = _gate(allow_paths, allow_any_reference)
-    await create_image(DRIVERS, format, path, given, gate=gate, check_backing=check_backing)
+    await create_image(DRIVERS, format, filename, given, gate=gate, check_backing=check)
 
 
 async def amend(
@@ -348,7 +393,7 @@ async def amend(
     format: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    allow_paths: Iterable[str | os.PathLike[str]] = (),
+    allow_paths: Iterable[AnyPath] = (),
     allow_any_reference: bool = False,
 ) -> None:
     """Give an image that nobody uses other settings; those that ``options`` does not name stay, and so does the data.
@@ -361,12 +406,14 @@ async def amend(
     a key is missing or wrong, and the errors of :func:`open`.
     """
     _need_trio("amend")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is of the type {type(progress).__name__}, but a function was wanted.")
     await amend_image(
         DRIVERS,
         _specification(image),
-        options,
-        format=format,
-        force=force,
+        mapping("options", options),
+        format=_text_or_none("format", format),
+        force=flag("force", force),
         gate=_gate(allow_paths, allow_any_reference),
         progress=progress or no_progress,
     )

@@ -22,6 +22,7 @@ import trio
 
 from fusedisk import api
 from fusedisk.api import Data, Disk
+from fusedisk.arguments import fillable, readable, whole_number
 from fusedisk.block.extent import BlockStatus
 from fusedisk.block.mapping import MapEntry
 from fusedisk.block.snapshot import SnapshotInfo
@@ -334,9 +335,10 @@ class DiskFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move; positions past the end are allowed."""
         self._check_open()
+        offset, whence = whole_number("offset", offset), whole_number("whence", whence)
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._disk.size}.get(whence)
         if start is None:
-            raise ValueError(f"whence is {whence}, but one of SEEK_SET, SEEK_CUR and SEEK_END was wanted")
+            raise ValueError(f"whence is {whence}, but one of SEEK_SET, SEEK_CUR and SEEK_END was wanted.")
         if start + offset < 0:
             raise OSError(errno.EINVAL, f"cannot seek to {start + offset}, before the start of the disk")
         self._position = start + offset
@@ -350,7 +352,7 @@ class DiskFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill ``buffer`` as far as the disk reaches; returns how many bytes that were."""
         self._check_open()
-        view = memoryview(buffer).cast("B")
+        view = fillable("buffer", buffer)
         with _as_os_errors():
             length = max(0, min(len(view), self._disk.size - self._position))
             if length:
@@ -363,7 +365,7 @@ class DiskFile(io.RawIOBase):
         self._check_open()
         if not self.writable():
             raise io.UnsupportedOperation("the disk is open read-only")
-        view = memoryview(data).cast("B")
+        view = readable("data", data)
         with _as_os_errors():
             length = max(0, min(len(view), self._disk.size - self._position))
             if len(view) and not length:
@@ -378,7 +380,7 @@ class DiskFile(io.RawIOBase):
         self._check_open()
         if not self.writable():
             raise io.UnsupportedOperation("the disk is open read-only")
-        size = self._position if size is None else size
+        size = self._position if size is None else whole_number("size", size)
         with _as_os_errors():
             self._disk.truncate(size)
         return size

@@ -290,6 +290,7 @@ class Backend:
 
     async def load_vmstate(self, offset: int, length: int) -> bytearray:
         """Read from the VM state that belongs to what the disk holds; zeroes where there is none."""
+        snapshot.check_vmstate_range(offset, length)
         buffer = bytearray(length)
         await self._run(lambda node: snapshot.load_vmstate(node, offset, memoryview(buffer)))
         return buffer

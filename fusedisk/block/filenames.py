@@ -28,6 +28,10 @@ def check_filename(filename: str) -> None:
         raise OptionError("the file name is empty.")
     if "\0" in filename:
         raise OptionError(f"the file name '{filename.replace(chr(0), chr(92) + '0')}' has a zero byte in it.")
+    try:
+        os.fsencode(filename)
+    except UnicodeEncodeError as exc:
+        raise OptionError(f"the file name {filename!a} has characters that no name can have.") from exc
 
 
 def parse_filename(filename: str, drivers: Registry) -> dict[str, Any]:

@@ -141,7 +141,7 @@ async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress)
 
 async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
     """Write to the state of a virtual machine that the next snapshot shall hold."""
-    _check_vmstate_range(offset, len(data))
+    check_vmstate_range(offset, len(data))
     node = snapshot_node(node)
     async with alone(node, "save-vmstate"):
         await node.driver.save_vmstate(offset, data)
@@ -149,7 +149,7 @@ async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
 
 async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
     """Read from the state of the virtual machine that belongs to what the disk holds; zeroes where there is none."""
-    _check_vmstate_range(offset, len(buffer))
+    check_vmstate_range(offset, len(buffer))
     node = snapshot_node(node)
     request = Request(0, 1 << 63, False)
     request.enter(node)
@@ -163,8 +163,9 @@ async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
         request.leave(node)
 
 
-def _check_vmstate_range(offset: int, length: int) -> None:
-    if offset < 0 or offset + length > _MAX_VMSTATE:
+def check_vmstate_range(offset: int, length: int) -> None:
+    """Raise OutOfRangeError for what no VM state can have."""
+    if offset < 0 or length < 0 or offset + length > _MAX_VMSTATE:
         raise OutOfRangeError(f"VM state has no {length} bytes at {offset}: 0 to 2^56 were wanted.")
 
 
