@@ -25,14 +25,12 @@ from fusedisk.core.errors import (
 )
 from tests.conftest import qemu_img, qemu_io
 from tests.support.commands import process_environment
-from tests.support.images import KIB, MIB, make_qcow2, make_sparse_raw
+from tests.support.images import KIB, MIB, make_overlay, make_sparse_raw
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """A qcow2 image of 4 MiB over a shorter one; nines at 1 MiB."""
-    base = make_qcow2(tmp_path / "base.qcow2", 2 * MIB, "write -P 9 1M 64k")
-    return make_qcow2(tmp_path / "disk.qcow2", 4 * MIB, backing=base)
+    return make_overlay(tmp_path)
 
 
 # --- with blocking methods ------------------------------------------------------------------------------

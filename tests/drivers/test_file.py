@@ -33,14 +33,6 @@ from tests.support.files import KIB, MIB, mounted_tmpfs, opened, refusal
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    """A file of 1 MiB of random bytes."""
-    path = tmp_path / "disk"
-    path.write_bytes(random.Random(1).randbytes(MIB))
-    return path
-
-
-@pytest.fixture
 def hops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that went to worker threads, once the file is open."""
     seen: list[str] = []

@@ -27,15 +27,6 @@ from fusedisk.drivers.protocol.file import FileDriver
 from tests.conftest import qemu_img
 from tests.support.files import KIB, MIB, opened
 
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    """A file of 1 MiB of random bytes."""
-    path = tmp_path / "disk"
-    path.write_bytes(random.Random(1).randbytes(MIB))
-    return path
-
-
 # --- zeroes and holes -----------------------------------------------------------------------------------
 
 

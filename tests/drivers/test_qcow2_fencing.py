@@ -12,24 +12,12 @@ from fusedisk.core.errors import CorruptImageError, FusediskError
 from tests.support.memory import Store
 from tests.support.qcow2 import (
     assert_clean,
-    created_in_memory,
     driver_of,
     in_memory,
+    saved,
 )
 
 CLUSTER = 65536
-SIZE = 64 << 20
-
-
-@pytest.fixture
-async def store() -> Store:
-    return await created_in_memory(Store(), size=SIZE)
-
-
-def saved(store: Store | bytes, tmp_path: Path) -> Path:
-    path = tmp_path / "image.qcow2"
-    path.write_bytes(store if isinstance(store, bytes) else store.data)
-    return path
 
 
 def l2_entry_at(store: Store, backend: Backend, index: int) -> int:

@@ -14,7 +14,7 @@ from fusedisk.core.errors import CorruptImageError, ImageError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
 from tests.conftest import qemu_img, qemu_io, require_tool
 from tests.support.memory import Store
-from tests.support.qcow2 import assert_clean, created_in_memory, driver_of, in_memory, opened
+from tests.support.qcow2 import assert_clean, created_in_memory, driver_of, in_memory, opened, saved
 
 CLUSTER = 65536
 MIB = 1 << 20
@@ -23,12 +23,6 @@ MIB = 1 << 20
 def is_dirty(image: bytes | bytearray | Path) -> bool:
     head = image.read_bytes()[:104] if isinstance(image, Path) else image
     return bool(int.from_bytes(head[72:80], "big") & layout.DIRTY)
-
-
-def saved(store: Store, folder: Path) -> Path:
-    path = folder / "saved.qcow2"
-    path.write_bytes(store.data)
-    return path
 
 
 # --- lazy refcounts -------------------------------------------------------------------------------------

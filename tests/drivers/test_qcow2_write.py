@@ -23,22 +23,11 @@ from tests.support.qcow2 import (
     driver_of,
     in_memory,
     raw_content,
+    saved,
 )
 from tests.support.tasks import start
 
 CLUSTER = 65536
-SIZE = 64 << 20
-
-
-@pytest.fixture
-async def store() -> Store:
-    return await created_in_memory(Store(), size=SIZE)
-
-
-def saved(store: Store | bytes, tmp_path: Path) -> Path:
-    path = tmp_path / "image.qcow2"
-    path.write_bytes(store if isinstance(store, bytes) else store.data)
-    return path
 
 
 def no_space() -> NoSpaceError:

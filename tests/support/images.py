@@ -36,6 +36,12 @@ def make_qcow2(path: Path, size: int | None, *commands: str, backing: Path | Non
     return path
 
 
+def make_overlay(folder: Path) -> Path:
+    """A qcow2 image of 4 MiB, ``disk.qcow2``, over a shorter one, ``base.qcow2``; nines at 1 MiB."""
+    base = make_qcow2(folder / "base.qcow2", 2 * MIB, "write -P 9 1M 64k")
+    return make_qcow2(folder / "disk.qcow2", 4 * MIB, backing=base)
+
+
 def random_commands(random_: random.Random, size: int, cluster: int, count: int, *, compressed: int = 0) -> list[str]:
     """qemu-io commands: first ``compressed`` clusters, which must be new, then writes, zeroes and discards anywhere."""
     clusters = random_.sample(range(size // cluster), min(compressed, size // cluster))

@@ -83,6 +83,13 @@ async def created_in_memory(store: Store, **options: Any) -> Store:
     return store
 
 
+def saved(store: Store | bytes, folder: Path) -> Path:
+    """A file with what is in memory, for qemu-img."""
+    path = folder / "image.qcow2"
+    path.write_bytes(store if isinstance(store, bytes) else store.data)
+    return path
+
+
 def driver_of(backend: Backend) -> Qcow2Driver:
     """The driver behind a backend."""
     driver = backend.node.driver
