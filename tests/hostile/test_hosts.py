@@ -270,6 +270,35 @@ async def test_a_full_disk_in_the_middle_of_allocations(tmp_path: Path, limit: s
         qemu_io(path, *commands, fmt="qcow2", options="-r")
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+async def test_a_disk_that_cannot_grow_with_its_space_stays_as_it_is(
+    tmp_path: Path, cluster_size: int, mode: str
+) -> None:
+    """Nothing is leaked, and the host has its space back but for what counts references."""
+    with _mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=2M", "none"):
+        path = tmp_path / "small" / "disk.qcow2"
+        qemu_img("create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size}", path, "1M")
+        graph = Graph(DRIVERS)
+        backend = await graph.open_backend(str(path), writable=True, config=NodeConfig(discard_unmap=True))
+        await backend.write(0, b"s" * 100_000)
+        await backend.flush()
+        taken = path.stat().st_blocks
+        target = 1 << 40 if mode == "metadata" and cluster_size > 512 else 128 * MIB
+        with pytest.raises(NoSpaceError) as caught:
+            await backend.truncate(target, mode)
+        assert_sentence(caught.value, path)
+        assert backend.length == MIB
+        await backend.flush()
+        if cluster_size == 65536:  # a host gives no space back for parts of pages
+            assert (path.stat().st_blocks - taken) * 512 < MIB // 2
+        await backend.write(MIB - 5, b"after")
+        await backend.close()
+        assert not _check(path)
+        qemu_io(path, f"read -P {ord('s')} 0 100000", f"read -P {ord('r')} {MIB - 1} 1", fmt="qcow2", options="-r")
+
+
 def _check_copy(path: Path, directory: Path) -> dict[str, int]:
     """The image as it lies while it is open."""
     copy = directory / "copy.qcow2"

@@ -429,7 +429,12 @@ class Qcow2Driver(SnapshotDriver):
         await self._zero_tail(zero_new)
         await resize.clear_behind_end(allocator, length, zero_new=zero_new)
         if preallocation != "off":
-            await resize.preallocate(allocator, -(-old // size) * size, length, preallocation)
+            try:
+                await resize.preallocate(allocator, -(-old // size) * size, length, preallocation)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await resize.give_back(allocator, length)
+                raise
         await self._resize_raw_data(length)
         await resize.set_size(allocator, length)
 

@@ -8,6 +8,7 @@ the new one.
 
 from __future__ import annotations
 
+import logging
 from array import array
 
 import trio
@@ -16,13 +17,15 @@ from fusedisk.block import io
 from fusedisk.block.driver import MAY_UNMAP
 from fusedisk.block.node import Node
 from fusedisk.block.status import chain_status
-from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
+from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, Geometry, HostRun
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.options import PREALLOCATIONS
+
+log = logging.getLogger(__name__)
 
 _SECTOR = 512
 
@@ -186,6 +189,17 @@ async def preallocate(allocator: Allocator, start: int, end: int, mode: str) -> 
         cluster = table_end
 
 
+async def give_back(allocator: Allocator, end: int) -> None:
+    """Undo :func:`preallocate` up to ``end`` as far as it got: the disk does not grow."""
+    try:
+        await drop_behind_end(allocator, end)
+        async with allocator.image.mutex:
+            allocator.refcounts.release_kept()
+        await shorten_file(allocator)
+    except FusediskError as exc:
+        log.warning("%s: clusters are leaked: %s", allocator.image.filename, exc)
+
+
 async def _preallocate_table(allocator: Allocator, cluster: int, end: int, mode: str) -> None:
     geometry, image = allocator.geometry, allocator.image
     l1_index = cluster >> geometry.l2_bits
@@ -197,7 +211,11 @@ async def _preallocate_table(allocator: Allocator, cluster: int, end: int, mode:
             continue
         run = await allocator.space.allocate(cluster, end - cluster)
         host, size = run.first << geometry.cluster_bits, run.clusters << geometry.cluster_bits
-        await _make_host_range(allocator.space.edge.node, allocator.space.place(host), size, mode)
+        try:
+            await _make_host_range(allocator.space.edge.node, allocator.space.place(host), size, mode)
+        except BaseException:
+            allocator.space.keep(run)
+            raise
         entry = host | COPIED
         if allocator.refcounts.encrypted and geometry.version >= 3:
             # Zeroes of the file are none of the guest's.
