@@ -80,7 +80,8 @@ def _exists(path: str) -> bool:
 
 
 def resolve_reference(reference: str, image: str | None) -> str:
-    """A file name that an image's header holds, made relative to the image's own place.
+    """A file name that an image's header holds, made relative to the image's own place: where a symbolic link that
+    leads to the image lies, as for QEMU, or, if there is nothing of that name, where it leads to.
 
     Raises OptionError for a relative name where the image has no place of its own.
     """
@@ -88,4 +89,9 @@ def resolve_reference(reference: str, image: str | None) -> str:
         return reference
     if image is None:
         raise OptionError(f"the image refers to '{reference}', but has no directory of its own to look in.")
-    return os.path.join(os.path.dirname(image), reference)
+    found = os.path.join(os.path.dirname(image), reference)
+    if os.path.islink(image) and not os.path.lexists(found):
+        behind = os.path.join(os.path.dirname(os.path.realpath(image)), reference)
+        if os.path.exists(behind):
+            return behind
+    return found

@@ -132,6 +132,20 @@ def test_a_reference_outside_the_images_directory(tmp_path: Path, command: list[
     assert fusedisk(*command, "--allow-any-reference", top).code == 0
 
 
+def test_an_image_that_is_reached_by_a_link_finds_its_backing_file(tmp_path: Path) -> None:
+    """Beside the link, as QEMU does; where there is none, beside the image."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "real" / "base.raw").write_bytes(b"base" * 128)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", tmp_path / "real" / "top.qcow2")
+    (tmp_path / "links" / "vm").symlink_to("../real/top.qcow2")
+    found = fusedisk("info", "--output", "json", tmp_path / "links" / "vm").json
+    assert Path(found["full-backing-filename"]).resolve() == tmp_path / "real" / "base.raw"
+    (tmp_path / "links" / "base.raw").write_bytes(b"link" * 128)
+    found = fusedisk("info", "--output", "json", tmp_path / "links" / "vm").json
+    assert Path(found["full-backing-filename"]) == tmp_path / "links" / "base.raw"
+
+
 def test_a_symbolic_link_is_no_way_out(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

@@ -224,6 +224,14 @@ async def test_create(tmp_path: Path, preallocation: str) -> None:
     assert path.read_bytes() == bytes(100)
 
 
+async def test_a_file_that_cannot_be_so_large_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    with pytest.raises(FusediskError) as caught:
+        await FileDriver.create_file(str(tmp_path / "old"), (1 << 63) - 1, "off", False)
+    assert caught.value.errno == errno.EFBIG
+    assert (tmp_path / "old").read_bytes() == b"old"
+
+
 async def test_create_refusals(tmp_path: Path) -> None:
     async def refused(name: str, preallocation: str = "off") -> FusediskError:
         with pytest.raises(FusediskError) as caught:

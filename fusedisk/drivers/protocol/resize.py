@@ -106,7 +106,7 @@ async def create_regular_file(filename: str, size: int, preallocation: str, noco
     check_preallocation(preallocation, filename)
     fd, created = await run_host_io(_open_new, filename)
     try:
-        await run_host_io(_empty, fd, filename, nocow)
+        await run_host_io(_empty, fd, filename, size, nocow)
         await resize_file(fd, size, preallocation, filename)
     except BaseException:
         if created:
@@ -136,13 +136,16 @@ def _open_new(filename: str) -> tuple[int, bool]:
     return fd, False
 
 
-def _empty(fd: int, filename: str, nocow: bool) -> None:
-    """Empty the file, once it is sure that nobody uses it; the lock lasts as long as ``fd``."""
+def _empty(fd: int, filename: str, size: int, nocow: bool) -> None:
+    """Empty the file, once it is sure that nobody uses it and that it can have ``size`` bytes; the lock lasts as long
+    as ``fd``."""
     try:
         if image_locks.supported(fd):
             ImageLocks(fd, filename).check(
                 permissions.WRITE | permissions.RESIZE, permissions.ALL & ~permissions.RESIZE
             )
+        if size > os.fstat(fd).st_size:
+            os.ftruncate(fd, size)
         os.ftruncate(fd, 0)
         if nocow:
             set_nocow(fd)
