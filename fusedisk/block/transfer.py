@@ -7,6 +7,7 @@ through their own door again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import trio
 
@@ -14,6 +15,7 @@ from fusedisk.block import io
 from fusedisk.block.driver import FUA, MAY_UNMAP, NO_FALLBACK, UNCHANGED, Buffer
 from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
 from fusedisk.block.node import Node
+from fusedisk.core.at_once import is_at_once
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.core.zeroes import ZEROES, is_zero, zero_fill
 
@@ -143,7 +145,7 @@ async def _write_extent(node: Node, offset: int, buffer: Buffer, flags: int) -> 
         raise
     if allocation is not None:
         # The data is down: from here on stopping half-way could leave the image's tables and our view of them apart.
-        with trio.CancelScope(shield=True):
+        with nullcontext() if is_at_once() else trio.CancelScope(shield=True):
             await driver.publish(allocation)
     return count
 

@@ -34,6 +34,11 @@ def refuse_to_wait() -> None:
         raise WouldWait
 
 
+def is_at_once() -> bool:
+    """Whether nothing suspends, and so nothing is cancelled: shields, which cost time, can be left out."""
+    return _state.active
+
+
 def run_at_once(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
     """The coroutine's result. Raises what it raises, and WouldWait where it has to wait."""
     _state.active = True
