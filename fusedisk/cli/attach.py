@@ -8,7 +8,7 @@ import click
 
 from fusedisk.cli import mount as mounting
 from fusedisk.cli.image import complete_file
-from fusedisk.cli.output import flush, output_option, print_json, say
+from fusedisk.cli.output import flush, output_option, print_json, say, tell
 
 _OF_MOUNT = (
     "read_only",
@@ -85,10 +85,9 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
         raise
     (export,) = record.exports
     if export.size % int(sector_size):
-        click.echo(
-            f"fusedisk: '{image}' is {export.size} bytes long, {record.loop} ends before the last "
-            f"{export.size % int(sector_size)}, which fill no sector.",
-            err=True,
+        tell(
+            f"'{image}' is {export.size} bytes long, {record.loop} ends before the last "
+            f"{export.size % int(sector_size)}, which fill no sector."
         )
     try:
         if output == "json":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedisk.cli.image import one_image_options
-from fusedisk.cli.output import output_option, print_json, progress, say
+from fusedisk.cli.output import output_option, print_json, progress, say, tell
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ async def _check(
             open_for_check(DRIVERS, spec, format=format, writable=writable, force_share=force_share)
         )
         if not found.supported:
-            click.echo(f"fusedisk: '{image}' is a {found.driver.name} image, which has nothing to check.", err=True)
+            tell(f"'{image}' is a {found.driver.name} image, which has nothing to check.")
             raise click.exceptions.Exit(EXIT_UNSUPPORTED)
-        tell = stack.enter_context(progress("checking", 1, bytes=False))
-        result = await found.driver.check(found.storage, mode, tell, dry_run=dry_run)
+        advance = stack.enter_context(progress("checking", 1, bytes=False))
+        result = await found.driver.check(found.storage, mode, advance, dry_run=dry_run)
         return result, {"filename": image, "format": found.driver.name}
 
 

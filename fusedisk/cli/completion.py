@@ -6,6 +6,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from fusedisk.cli.main import COMPLETE_VARIABLE, cli
+from fusedisk.cli.output import write
 
 
 @click.command(
@@ -23,4 +24,4 @@ def command(shell: str) -> None:
     """
     kind = get_completion_class(shell)
     assert kind is not None
-    click.echo(kind(cli, {}, "fusedisk", COMPLETE_VARIABLE).source())
+    write(f"{kind(cli, {}, 'fusedisk', COMPLETE_VARIABLE).source()}\n")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from fusedisk.cli.output import output_option, print_json, size_text
+from fusedisk.cli.output import output_option, print_json, say, size_text, tell, write
 
 if TYPE_CHECKING:
     from fusedisk.mount.runtime import MountRecord
@@ -34,7 +35,7 @@ def command(output: str) -> None:
     elif found:
         _print_table(found)
     else:
-        click.echo("Nothing is mounted.")
+        say("Nothing is mounted.")
 
 
 def _gather() -> list[dict[str, Any]]:
@@ -126,10 +127,13 @@ def _print_table(found: list[dict[str, Any]]) -> None:
             )
             table.add_row(*(Text(cell) for cell in cells))
     # Only a terminal has an edge to break lines at.
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    text = io.StringIO()
+    at_terminal = sys.stdout.isatty()
+    Console(file=text, force_terminal=at_terminal, width=None if at_terminal else _WIDE).print(table)
+    write(text.getvalue())
     for mount in found:
         if mount["error"] is not None:
-            click.echo(f"fusedisk: {mount['mountpoint']}: {mount['error']}", err=True)
+            tell(f"{mount['mountpoint']}: {mount['error']}")
 
 
 def _notes(export: dict[str, Any]) -> str:

@@ -15,15 +15,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import click
-from click.shell_completion import CompletionItem, shell_complete
+from click.shell_completion import CompletionItem, get_completion_class
 
 import fusedisk
 from fusedisk.cli.entry import EXIT_INTERRUPTED
-from fusedisk.cli.output import flush
+from fusedisk.cli.output import flush, say, tell, tell_plainly, write
 from fusedisk.core.errors import FusediskError
 
 COMMANDS = {
@@ -43,8 +43,30 @@ COMMANDS = {
 }
 """Every subcommand, in the order of the help; ``fusedisk/cli/NAME.py`` is its module."""
 
-SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+SETTINGS: dict[str, Any] = {"max_content_width": 110}
 """How click reads every command line."""
+
+
+def _say_and_exit(text: Callable[[click.Context], str]) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """The callback of an option that prints something instead of doing anything."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            say(text(ctx))
+            ctx.exit()
+
+    return callback
+
+
+HELP = click.Option(
+    ["-h", "--help"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_and_exit(click.Context.get_help),
+    help="Show this message and exit.",
+)
+"""In place of click's own, which prints by itself: an output that cannot be written is told as everywhere else."""
 
 COMPLETE_VARIABLE = "_FUSEDISK_COMPLETE"
 EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_BROKEN_PIPE = 1, 2, 70, 141
@@ -64,6 +86,8 @@ class LazyGroup(click.Group):
         found = importlib.import_module(f"fusedisk.cli.{cmd_name}").command
         assert isinstance(found, click.Command)
         found.context_settings = {**SETTINGS, **found.context_settings}  # whoever asks, and with whatever context
+        if HELP not in found.params:
+            found.params.append(HELP)
         return found
 
     def resolve_command(
@@ -103,7 +127,14 @@ Examples:
 'fusedisk COMMAND --help' shows more examples. An IMAGE is a path, PROTOCOL:NAME, json:{...}, or options such as
 driver=qcow2,file.driver=file,file.filename=vm.qcow2.""",
 )
-@click.version_option(fusedisk.__version__, prog_name="fusedisk", message="%(prog)s %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_and_exit(lambda ctx: f"fusedisk {fusedisk.__version__}"),
+    help="Show the version and exit.",
+)
 @click.option(
     "-v",
     "--verbose",
@@ -115,6 +146,9 @@ driver=qcow2,file.driver=file,file.filename=vm.qcow2.""",
 )
 def cli() -> None:
     """Virtual disk images, mounted as flat raw files."""
+
+
+cli.params.append(HELP)
 
 
 def set_up_logging(verbose: int) -> None:
@@ -130,28 +164,42 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names are bytes, whatever the locale says
             stream.reconfigure(errors="surrogateescape")
-    code = run(sys.argv[1:] if args is None else args)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Told already, and the interpreter, which flushes once more at exit, must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:] if args is None else args))
 
 
 def run(args: Sequence[str]) -> int:
     """Run one command line; returns the exit code. Everything that escapes the command is told on stderr here."""
+    code = _reported(lambda: _invoke(args))
+    return _reported(flush) or code
+
+
+def _invoke(args: Sequence[str]) -> None:
+    if COMPLETE_VARIABLE in os.environ:
+        _complete(os.environ[COMPLETE_VARIABLE])
+        return
+    with cli.make_context("fusedisk", list(args)) as context:
+        cli.invoke(context)
+
+
+def _complete(instruction: str) -> None:
+    """Answer a shell that asks how a command line goes on: ``SHELL_source`` or ``SHELL_complete``."""
+    shell, _, wanted = instruction.partition("_")
+    kind = get_completion_class(shell)
+    if kind is None or wanted not in ("source", "complete"):
+        raise click.exceptions.Exit(EXIT_FAILED)
+    asked = kind(cli, {}, "fusedisk", COMPLETE_VARIABLE)
+    write(asked.source() if wanted == "source" else f"{asked.complete()}\n")
+
+
+def _reported(work: Callable[[], None]) -> int:
+    """Do it; returns the exit code."""
     try:
-        if COMPLETE_VARIABLE in os.environ:
-            return shell_complete(cli, {}, "fusedisk", COMPLETE_VARIABLE, os.environ[COMPLETE_VARIABLE])
-        with cli.make_context("fusedisk", list(args)) as context:
-            cli.invoke(context)
-        flush()
-        return 0
+        work()
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else EXIT_FAILED
     except BaseException as exc:
         return report(exc)
+    return 0
 
 
 def report(exc: BaseException) -> int:
@@ -170,13 +218,13 @@ def report(exc: BaseException) -> int:
         for cause in causes:
             assert isinstance(cause, FusediskError)
             where = f" ({cause.where()})" if verbose and cause.where() else ""
-            _tell(f"{cause}{where}")
+            tell(f"{cause}{where}")
         return EXIT_FAILED
     bug = next(cause for cause in causes if not isinstance(cause, FusediskError))
     if verbose:
-        traceback.print_exception(exc)
+        tell_plainly("".join(traceback.format_exception(exc)))
     hint = "" if verbose else "; run with -v for the traceback (fusedisk -v COMMAND ...)"
-    _tell(f"internal error: {type(bug).__name__}: {bug}{hint}")
+    tell(f"internal error: {type(bug).__name__}: {bug}{hint}")
     return EXIT_BUG
 
 
@@ -190,11 +238,7 @@ def leaves(exc: BaseException) -> Iterator[BaseException]:
 
 
 def _report_usage(exc: click.ClickException) -> int:
-    _tell(" ".join(exc.format_message().split()))
+    tell(" ".join(exc.format_message().split()))
     if isinstance(exc, click.UsageError) and exc.ctx is not None:
-        sys.stderr.write(f"Try '{exc.ctx.command_path} --help' for help.\n")
+        tell_plainly(f"Try '{exc.ctx.command_path} --help' for help.\n")
     return exc.exit_code
-
-
-def _tell(sentence: str) -> None:
-    sys.stderr.write(f"fusedisk: {sentence}\n")

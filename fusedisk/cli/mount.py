@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedisk.cli.image import complete_file, complete_format, gate_options
+from fusedisk.cli.output import tell
 
 if TYPE_CHECKING:
     from fusedisk.cli.daemon import MountRequest
@@ -259,7 +260,7 @@ def check_request(request: MountRequest) -> None:
         runtime.check_pid_file(request.pid_file)
     mountpoint.check_fuse()
     if mountpoint.clean_stale(request.mountpoint):
-        click.echo(f"fusedisk: the mount of a daemon that died was cleaned up at '{request.mountpoint}'.", err=True)
+        tell(f"the mount of a daemon that died was cleaned up at '{request.mountpoint}'.")
     mountpoint.check_mountpoint(request.mountpoint, len(request.images))
     if os.path.isfile(request.mountpoint) and (request.settings.partitions or request.settings.snapshots):
         raise click.UsageError(

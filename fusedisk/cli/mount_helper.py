@@ -29,7 +29,7 @@ _NO_MATTER = """rw defaults auto noauto nofail _netdev user nouser users owner g
 _WITHOUT_MEANING = frozenset(_NO_MATTER.split())
 """Options that speak to mount(8), or of what a mount of ours never has: devices, programs, access times."""
 _TO_OTHERS = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
-_NOT_HERE = frozenset({"foreground", "ready_fd"})
+_NOT_HERE = frozenset({"foreground", "ready_fd", "help"})
 """Options of ``fusedisk mount`` that make no sense for a command that mount(8) waits for."""
 _OWN_MODE = 0o666
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -40,7 +41,7 @@ def exact_size_text(size: int) -> str:
 def write(text: str) -> None:
     """Text on stdout. Unlike click's echo it keeps file names that are no text, and leaves flushing to the end.
 
-    Raises HostError where it cannot be written, but BrokenPipeError where nobody reads it.
+    Raises HostError where it cannot be written, but BrokenPipeError where nobody reads it; what follows goes nowhere.
     """
     try:
         sys.stdout.write(text)
@@ -57,9 +58,32 @@ def flush() -> None:
 
 
 def _refuse(exc: OSError) -> NoReturn:
+    _give_up(sys.stdout)
     if isinstance(exc, BrokenPipeError):
         raise exc
-    raise HostError(f"Could not write the output: {exc.strerror}", errno=exc.errno) from exc
+    raise HostError(f"writing to standard output failed: {exc.strerror}.", errno=exc.errno) from exc
+
+
+def _give_up(stream: TextIO) -> None:
+    """Let a stream that cannot be written lead nowhere: it is flushed again at the end, which must not fail again."""
+    with contextlib.suppress(OSError):  # io.UnsupportedOperation, too: it has no descriptor
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def tell(sentence: str) -> None:
+    """One sentence of ours on stderr. Where that cannot be written, there is nobody to tell it."""
+    tell_plainly(f"fusedisk: {sentence}\n")
+
+
+def tell_plainly(text: str) -> None:
+    """Text on stderr as it is; see :func:`tell`."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        _give_up(sys.stderr)
 
 
 def say(text: str = "") -> None:

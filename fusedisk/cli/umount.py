@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fusedisk.cli.image import complete_file
+from fusedisk.cli.output import tell
 
 if TYPE_CHECKING:
     from fusedisk.core.errors import FusediskError
@@ -148,7 +149,7 @@ def _unmount_without_daemon(mount: Mount) -> None:
     record = runtime.find(mount.mountpoint, mount.user_id)
     if mountpoint.is_stale(mount):
         unmounting.detach(mount.mountpoint)
-        click.echo(f"fusedisk: the daemon of '{mount.mountpoint}' had died, its mount was cleaned up.", err=True)
+        tell(f"the daemon of '{mount.mountpoint}' had died, its mount was cleaned up.")
     else:
         _unmount(mount, time.monotonic())
     if record is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
 import shlex
@@ -16,6 +19,7 @@ import pytest
 import fusedisk as package
 from fusedisk.cli import main
 from fusedisk.core.errors import FusediskError, ImageError, OptionError
+from tests.conftest import qemu_img
 from tests.support.commands import (
     ROOT,
     fusedisk,
@@ -23,7 +27,7 @@ from tests.support.commands import (
     process_command,
     process_environment,
 )
-from tests.support.images import MIB, make_sparse_raw
+from tests.support.images import MIB, make_qcow2, make_sparse_raw
 
 HEAVY = ("trio", "pyfuse3", "rich", "psutil", "fusedisk.block", "fusedisk.drivers", "fusedisk.mount")
 
@@ -233,16 +237,84 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     assert process.wait(60) == 141
 
 
-def test_an_output_that_is_full_is_an_error(tmp_path: Path) -> None:
+PRINTING = [
+    "--help",
+    "--version",
+    "list",
+    "list --output json",
+    "map --help",
+    "info {image}",
+    "map {image}",
+    "map --output json {image}",
+    "check {image}",
+    "check {leaking}",
+    "snapshot {image}",
+    "measure --size 1M",
+    "create {image}.new 1M",
+    "create -o help",
+    "completion bash",
+]
+"""A command line of every kind that prints."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What :data:`PRINTING` speaks of."""
+    folder = tmp_path_factory.mktemp("printing")
+    image = make_qcow2(folder / "x.qcow2", MIB)
+    qemu_img("snapshot", "-c", "then", image)
+    leaking = make_qcow2(folder / "leaking.qcow2", MIB, "write 0 64k")
+    with open(leaking, "r+b") as file:
+        file.truncate(os.path.getsize(leaking) + 65536)
+        file.seek(0x20000 + 2 * 6)  # the refcount of a cluster that nothing refers to
+        file.write(b"\0\1")
+    return {"image": image, "leaking": leaking}
+
+
+@pytest.mark.parametrize("line", PRINTING)
+def test_an_output_that_is_full_is_an_error(places: dict[str, Path], line: str) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    image = make_sparse_raw(tmp_path / "x.raw", MIB)
+    command = process_command(*line.format(**places).split())
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            process_command("info", image), env=process_environment(), stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        done = subprocess.run(command, env=process_environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "fusedisk: writing to standard output failed: No space left on device.\n"
     assert done.returncode == 1
-    assert done.stderr == "fusedisk: Could not write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("line", PRINTING)
+def test_an_output_that_nobody_reads_ends_every_command_alike(places: dict[str, Path], line: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = process_command(*line.format(**places).split())
+    done = subprocess.run(command, env=process_environment(), stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_list_of_mounts_that_nobody_reads_ends_as_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unread(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    mount = {"mountpoint": "/mnt", "state": "serving", "pid": 1, "memory": None, "error": None, "loop-device": None}
+    export = {"name": "x", "image": "/x.raw", "format": "raw", "virtual-size": 512, "read-only": False, "overlay": None}
+    from fusedisk.cli import list as listing
+
+    monkeypatch.setattr(listing, "_gather", lambda: [{**mount, "exports": [{**export, "loop-devices": []}]}])
+    assert "/x.raw" in fusedisk("list").out
+    with contextlib.redirect_stdout(Unread()):
+        assert main.run(["list"]) == 141
+
+
+@pytest.mark.parametrize("verbose", [[], ["-v"]])
+def test_an_error_that_cannot_be_told_is_one_all_the_same(verbose: list[str], tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    for args, code in ((["info", tmp_path / "none"], 1), (["info", "--none"], 2)):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(process_command(*verbose, *args), env=process_environment(), stderr=full)
+        assert done.returncode == code
 
 
 def test_a_signal_ends_it_quietly(tmp_path: Path) -> None:
