@@ -58,8 +58,7 @@ async def _print_map(choice: ImageChoice, start: int, length: int | None, as_jso
 
     async with choice.open() as backend:
         total = backend.length - start if length is None else length
-        printer = _JsonPrinter() if as_json else _TablePrinter()
-        printer.begin()
+        printer = _JsonPrinter(start) if as_json else _TablePrinter()
         with progress("mapping", total, shown=not sys.stdout.isatty()) as tell:
             async for entry in map_entries(backend, start, length):
                 printer.entry(entry)
@@ -73,7 +72,8 @@ _JSON = ("false", "true")
 class _JsonPrinter:
     """One line for each entry, as qemu-img writes it, so that a map of any size streams."""
 
-    def begin(self) -> None:
+    def __init__(self, start: int) -> None:
+        self._start = start
         self._lead = "["
 
     def entry(self, entry: MapEntry) -> None:
@@ -88,17 +88,23 @@ class _JsonPrinter:
         from fusedisk.block.mapping import MapEntry
 
         if self._lead == "[":  # qemu-img tells nothing by one entry of no length
-            self.entry(MapEntry(0, 0, 0, False, False, False, None, None, False))
+            self.entry(MapEntry(self._start, 0, 0, False, False, False, None, None, False))
         say("]")
 
 
 class _TablePrinter:
-    """The ranges with data."""
+    """The ranges with data; their head as soon as it is known that there is an answer."""
 
-    def begin(self) -> None:
-        say(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    def __init__(self) -> None:
+        self._begun = False
+
+    def _begin(self) -> None:
+        if not self._begun:
+            say(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+            self._begun = True
 
     def entry(self, entry: MapEntry) -> None:
+        self._begin()
         if not entry.data or entry.zero:
             return
         place = f"{entry.offset:#x}" if entry.offset is not None else "compressed" if entry.compressed else "encrypted"
@@ -106,4 +112,4 @@ class _TablePrinter:
         say(row.rstrip())
 
     def end(self) -> None:
-        pass
+        self._begin()

@@ -110,9 +110,17 @@ def test_compressed_ranges_say_so(images: dict[str, Path]) -> None:
 
 def test_a_start_behind_the_end_is_refused(tmp_path: Path) -> None:
     image = make_sparse_raw(tmp_path / "x.raw", MIB)
-    done = fusedisk("map", "-f", "raw", "-s", "2M", image)
-    assert done.code == 1
-    assert done.err == "fusedisk: the map was to start at 2097152, but the disk ends at 1048576.\n"
+    for output in ("human", "json"):
+        done = fusedisk("map", "-f", "raw", "-s", "2M", "--output", output, image)
+        assert done == (1, "", "fusedisk: the map was to start at 2097152, but the disk ends at 1048576.\n")
+
+
+@pytest.mark.parametrize("where", [["-s", "4M"], ["-s", "4M", "-l", "512"], ["-s", "1M", "-l", "0"], ["-l", "0"]])
+@pytest.mark.parametrize("output", ["human", "json"])
+def test_nothing_is_told_as_qemu_img_tells_it(images: dict[str, Path], where: list[str], output: str) -> None:
+    image = images["plain qcow2"]
+    theirs = qemu_img("map", *where, f"--output={output}", image)
+    assert fusedisk("map", *where, "--output", output, image).out == theirs
 
 
 def test_a_wrong_size_is_wrong_usage(tmp_path: Path) -> None:
