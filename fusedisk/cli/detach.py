@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fusedisk.cli.image import complete_file
-from fusedisk.cli.umount import POLL, unmount
+from fusedisk.cli.umount import POLL, timeout_option, unmount
 
 if TYPE_CHECKING:
     from fusedisk.mount.runtime import MountRecord
@@ -25,7 +25,7 @@ Examples:
 )
 @click.argument("target", metavar="DEVICE|IMAGE", shell_complete=complete_file)
 @click.option("--wait", is_flag=True, help="Wait until nobody uses it any more.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Wait no longer than S seconds.")
+@timeout_option
 @click.option("--force", is_flag=True, help="Flush and end it even if it is in use.")
 def command(target: str, wait: bool, timeout: float | None, force: bool) -> None:
     """Detach the loop device DEVICE, or the one of IMAGE, from its image.

@@ -4,6 +4,7 @@ flushed."""
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import signal
@@ -25,6 +26,26 @@ POLL = 0.3
 """Seconds between attempts with --wait."""
 _LOOK_AFTER = 1.0
 """Seconds that a daemon has to end before anybody asks whether the filesystem is mounted elsewhere."""
+_LONGEST = 2_000_000.0
+"""Seconds; poll(2) counts milliseconds in 31 bits, and nobody sees whether three weeks were waited for or a year."""
+
+
+def _parse_seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """A time to wait; ``nan`` and ``inf`` are numbers for Python, and no times."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise click.BadParameter(
+            f"it is '{value}', but a number of seconds was wanted, such as 0, 1.5 or 30.", ctx, param
+        )
+    return min(seconds, _LONGEST)
+
+
+timeout_option = click.option("--timeout", callback=_parse_seconds, metavar="S", help="Wait no longer than S seconds.")
 
 
 @click.command(
@@ -36,7 +57,7 @@ Examples:
 )
 @click.argument("mountpoint", shell_complete=complete_file)
 @click.option("--wait", is_flag=True, help="Wait until nobody uses it any more.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Wait no longer than S seconds.")
+@timeout_option
 @click.option("--force", is_flag=True, help="Flush and end it even if it is in use.")
 def command(mountpoint: str, wait: bool, timeout: float | None, force: bool) -> None:
     """Unmount MOUNTPOINT. When this returns, everything is flushed and the daemon has ended."""

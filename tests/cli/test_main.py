@@ -133,6 +133,20 @@ def test_wrong_usage(args: list[str], sentence: str) -> None:
     assert second.startswith("Try 'fusedisk")
 
 
+@pytest.mark.parametrize("command", ["umount", "detach"])
+@pytest.mark.parametrize("timeout", ["nan", "-nan", "inf", "-inf", "infinity", "1e999", "-1", "-0.001", "soon", ""])
+def test_a_time_that_is_none_is_wrong_usage(command: str, timeout: str, tmp_path: Path) -> None:
+    done = fusedisk(command, f"--timeout={timeout}", tmp_path / "none")
+    assert (done.code, done.out) == (2, "")
+    assert f"'--timeout': it is '{timeout}', but a number of seconds was wanted" in done.err
+
+
+@pytest.mark.parametrize("timeout", ["0", "1.5", "1e-3", "1e300"])
+def test_a_time_may_be_short_or_long(timeout: str, tmp_path: Path) -> None:
+    done = fusedisk("umount", "--timeout", timeout, tmp_path / "none")
+    assert done == (1, "", f"fusedisk: nothing is mounted at '{tmp_path}/none'.\n")
+
+
 def test_no_arguments_show_the_help() -> None:
     done = fusedisk()
     assert done.code == 2
