@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from fusedisk.cli.output import LineFormatter
 from fusedisk.core.errors import HostError
 
 log = logging.getLogger(__name__)
@@ -122,9 +123,8 @@ def _log_to(path: str) -> None:
     """Log to a file, which is made when there is something to say."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_SIZE, backupCount=1, delay=True)
     level = logging.getLogger().getEffectiveLevel()
-    logging.basicConfig(
-        handlers=[handler], level=level, format="%(asctime)s %(name)s %(levelname)s: %(message)s", force=True
-    )
+    handler.setFormatter(LineFormatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level, force=True)
 
 
 def notify_service_manager(state: str) -> None:

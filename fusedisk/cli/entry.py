@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 from typing import NoReturn
@@ -11,7 +13,7 @@ EXIT_INTERRUPTED = 130
 
 def main() -> NoReturn:
     """``fusedisk``."""
-    complete_streams()
+    prepare_streams()
     try:
         from fusedisk.cli.main import main as run
 
@@ -20,9 +22,28 @@ def main() -> NoReturn:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def complete_streams() -> None:
-    """Let what the caller has closed of the standard streams lead nowhere, as the next file that is opened would take
-    their place."""
+def prepare_streams() -> None:
+    """Let the standard streams take whatever is written to them.
+
+    What the caller has closed of them leads nowhere, as the next file that is opened would take its place. File names
+    are bytes, whatever the locale says; characters that its encoding lacks are written as ``\\u2026``.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    codecs.register_error("fusedisk", _encode_anyway)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fusedisk")
+
+
+def _encode_anyway(exc: UnicodeError) -> tuple[bytes, int]:
+    """A handler of encoding errors (:func:`codecs.register_error`)."""
+    if not isinstance(exc, UnicodeEncodeError):
+        raise exc
+    try:
+        return codecs.lookup_error("surrogateescape")(exc)  # type: ignore[return-value]
+    except UnicodeEncodeError:
+        first = UnicodeEncodeError(exc.encoding, exc.object, exc.start, exc.start + 1, exc.reason)
+        text, end = codecs.backslashreplace_errors(first)
+        return str(text).encode("ascii"), end

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fusedisk.cli.image import ImageChoice, image_options
-from fusedisk.cli.output import exact_size_text, output_option, print_facts, print_json, say, size_text
+from fusedisk.cli.output import escape, exact_size_text, output_option, print_facts, print_json, say, size_text
 from fusedisk.cli.running import run_async
 
 _TOLD = frozenset(
@@ -117,7 +117,8 @@ def _value_text(value: Any) -> str:
 
 def print_snapshots(snapshots: list[dict[str, Any]], indent: str = "") -> None:
     """A table of the image's internal snapshots."""
-    rows = [("ID", "NAME", "VM STATE", "DATE", "VM CLOCK"), *map(_snapshot_row, snapshots)]
+    heading = ("ID", "NAME", "VM STATE", "DATE", "VM CLOCK")
+    rows = [heading, *(tuple(map(escape, _snapshot_row(snapshot))) for snapshot in snapshots)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         say(indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

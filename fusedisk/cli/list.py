@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from fusedisk.cli.output import output_option, print_json, say, size_text, tell, write
+from fusedisk.cli.output import escape, output_option, print_json, say, size_text, tell, write
 
 if TYPE_CHECKING:
     from fusedisk.mount.runtime import MountRecord
@@ -125,7 +125,7 @@ def _print_table(found: list[dict[str, Any]]) -> None:
                 process,
                 size_text(mount["memory"]) if mount["memory"] is not None else "-",
             )
-            table.add_row(*(Text(cell) for cell in cells))
+            table.add_row(*(Text(escape(cell)) for cell in cells))
     # Only a terminal has an edge to break lines at.
     text = io.StringIO()
     at_terminal = sys.stdout.isatty()

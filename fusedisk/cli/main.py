@@ -22,8 +22,8 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 import fusedisk
-from fusedisk.cli.entry import EXIT_INTERRUPTED
-from fusedisk.cli.output import flush, say, tell, tell_plainly, write
+from fusedisk.cli.entry import EXIT_INTERRUPTED, prepare_streams
+from fusedisk.cli.output import LineFormatter, flush, tell, tell_lines, write
 from fusedisk.core.errors import FusediskError
 
 COMMANDS = {
@@ -52,7 +52,7 @@ def _say_and_exit(text: Callable[[click.Context], str]) -> Callable[[click.Conte
 
     def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:
-            say(text(ctx))
+            write(f"{text(ctx)}\n")
             ctx.exit()
 
     return callback
@@ -154,16 +154,14 @@ cli.params.append(HELP)
 def set_up_logging(verbose: int) -> None:
     """Warnings to stderr; with ``-v`` what happens, with ``-vv`` how."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(
-        level=level, format="fusedisk: %(message)s" if not verbose else "%(name)s: %(message)s", force=True
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("fusedisk: %(message)s" if not verbose else "%(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The program: run ``args`` (default: the process's own) and exit."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # file names are bytes, whatever the locale says
-            stream.reconfigure(errors="surrogateescape")
+    prepare_streams()
     sys.exit(run(sys.argv[1:] if args is None else args))
 
 
@@ -222,7 +220,7 @@ def report(exc: BaseException) -> int:
         return EXIT_FAILED
     bug = next(cause for cause in causes if not isinstance(cause, FusediskError))
     if verbose:
-        tell_plainly("".join(traceback.format_exception(exc)))
+        tell_lines("".join(traceback.format_exception(exc)).rstrip())
     hint = "" if verbose else "; run with -v for the traceback (fusedisk -v COMMAND ...)"
     tell(f"internal error: {type(bug).__name__}: {bug}{hint}")
     return EXIT_BUG
@@ -240,5 +238,5 @@ def leaves(exc: BaseException) -> Iterator[BaseException]:
 def _report_usage(exc: click.ClickException) -> int:
     tell(" ".join(exc.format_message().split()))
     if isinstance(exc, click.UsageError) and exc.ctx is not None:
-        tell_plainly(f"Try '{exc.ctx.command_path} --help' for help.\n")
+        tell_lines(f"Try '{exc.ctx.command_path} --help' for help.")
     return exc.exit_code

@@ -16,6 +16,7 @@ import click
 from fusedisk.cli import entry
 from fusedisk.cli import main as program
 from fusedisk.cli import mount as mounting
+from fusedisk.cli.output import escape, tell_lines
 
 USAGE = "usage: mount.fuse.fusedisk IMAGE DIR [-sfnv] [-o OPTIONS]"
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_FAILED = 1, 4, 8, 32
@@ -40,11 +41,11 @@ class HelperUsageError(Exception):
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The program: mount as ``args`` (default: the process's own) say, and exit."""
-    entry.complete_streams()
+    entry.prepare_streams()
     try:
         command_line = translate(sys.argv[1:] if args is None else args)
     except HelperUsageError as exc:
-        sys.stderr.write(f"mount.fuse.fusedisk: {exc}\n")
+        tell_lines(f"mount.fuse.fusedisk: {escape(str(exc))}")
         sys.exit(EXIT_USAGE)
     if command_line is None:
         sys.exit(0)

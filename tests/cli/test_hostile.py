@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 
+from fusedisk.cli.output import LineFormatter
 from tests.conftest import qemu_img
-from tests.support.commands import fusedisk
+from tests.support.commands import fusedisk, fusedisk_process
 from tests.support.images import KIB, MIB, make_qcow2, make_sparse_raw
 from tests.support.processes import qemu_io_holding
 from tests.support.thinning import thinned
@@ -282,3 +285,105 @@ def test_no_permission(tmp_path: Path) -> None:
     finally:
         os.seteuid(user)
     assert sentence == f"fusedisk: Could not open '{image}': Permission denied"
+
+
+# --- names that steer a terminal -------------------------------------------------------------------------
+
+ODD = "\x1b[2J\n\x9b31m\u202eö"
+SHOWN = r"\x1b[2J\x0a\x9b31m\u202eö"
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """An image whose names hold what a terminal obeys."""
+    make_qcow2(tmp_path / f"{ODD}.base", MIB)
+    image = make_qcow2(tmp_path / f"{ODD}.qcow2", MIB, backing=tmp_path / f"{ODD}.base")
+    qemu_img("snapshot", "-c", ODD, image)
+    qemu_img("bitmap", "--add", image, ODD)
+    return image
+
+
+def _is_harmless(text: str) -> bool:
+    return not any(char in text for char in ODD.replace("\n", "") if char in "\x1b\x9b\u202e")
+
+
+@pytest.mark.parametrize("command", [["info"], ["info", "--backing-chain"], ["snapshot"], ["check"], ["map"]])
+def test_names_do_not_steer_a_terminal(odd: Path, command: list[str]) -> None:
+    done = fusedisk(*command, odd)
+    assert done.code == 0
+    assert _is_harmless(done.out)
+    if command[0] != "check" and command[0] != "map":
+        assert SHOWN in done.out
+    missing = fusedisk(*command, f"{odd}\r\u2066")
+    assert missing.code == 1
+    (line,) = missing.err.split("\n")[:-1]
+    assert line.startswith("fusedisk: ")
+    assert f"{SHOWN}.qcow2\\x0d\\u2066'" in line
+
+
+def test_the_snapshots_stay_a_table(odd: Path) -> None:
+    qemu_img("snapshot", "-c", "plain", odd)
+    heading, *rows = fusedisk("snapshot", odd).out.splitlines()
+    assert [SHOWN in row for row in rows] == [True, False]
+    assert len({row.rindex(" 00:00:00") if " 00:00:00" in row else row.rindex(" 0:00:00") for row in rows}) == 1
+    assert {row.index("0 B") for row in rows} == {heading.index("VM STATE")}
+
+
+def test_json_holds_the_names_as_they_are(odd: Path) -> None:
+    (snapshot,) = fusedisk("snapshot", "--output", "json", odd).json
+    assert snapshot["name"] == ODD
+    assert fusedisk("info", "--output", "json", odd).json["filename"] == str(odd)
+
+
+def test_usage_errors_and_what_verbose_says_do_not_steer_it(tmp_path: Path) -> None:
+    for args in (["info", f"--{ODD}"], [ODD], ["create", "-f", ODD, tmp_path / "x", "1M"], ["map", "-s", ODD, "x"]):
+        for verbose in ([], ["-vv"]):
+            done = fusedisk(*verbose, *args)
+            assert done.code in (1, 2)
+            assert _is_harmless(done.err), done.err
+
+
+def test_tracebacks_and_log_lines_do_not_steer_it() -> None:
+    formatter = LineFormatter("%(levelname)s: %(message)s")
+    try:
+        raise ValueError(ODD)
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "x.py", 1, "of '%s'", (ODD,), sys.exc_info())
+    first, *others = formatter.format(record).split("\n")
+    assert first == f"ERROR: of '{SHOWN}'"
+    assert others[0] == "Traceback (most recent call last):"
+    assert _is_harmless("\n".join(others))
+
+
+def test_bytes_that_are_no_text_do_not_steer_it(tmp_path: Path) -> None:
+    image = make_sparse_raw(tmp_path / os.fsdecode(b"x\x9b31m\xff.raw"), MIB)
+    done = fusedisk_process("info", image)
+    assert done.code == 0
+    assert os.fsdecode(b"x\\x9b31m\xff.raw") in done.out
+
+
+# --- names that the terminal cannot show -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=str,
+)
+def test_names_are_told_in_every_encoding(tmp_path: Path, environment: dict[str, str]) -> None:
+    image = make_qcow2(tmp_path / "x.qcow2", MIB)
+    qemu_img("snapshot", "-c", "→\U0001f4be", image)
+    for command in (["info"], ["snapshot"]):
+        done = fusedisk_process(*command, image, env=environment)
+        assert (done.code, done.err) == (0, "")
+        assert r"\u2192\U0001f4be" in done.out
+    done = fusedisk_process("snapshot", "-a", "x", f"{image}→", env=environment)
+    assert done.code == 1
+    assert done.err.startswith("fusedisk: Could not open")
+    done = fusedisk_process("snapshot", "-a", "→", image, env=environment)
+    assert done.code == 1
+    assert "internal" not in done.err
