@@ -31,7 +31,7 @@ def check_filename(filename: str) -> None:
     try:
         os.fsencode(filename)
     except UnicodeEncodeError as exc:
-        raise OptionError(f"the file name {filename!a} has characters that no name can have.") from exc
+        raise OptionError(f"the file name {filename!a} cannot be written in this system's {exc.encoding}.") from exc
 
 
 def parse_filename(filename: str, drivers: Registry) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from fusedisk.block.filenames import check_filename
 from fusedisk.core.errors import GateError
 
 
@@ -30,6 +31,8 @@ class Gate:
 
     def check(self, options: Mapping[str, Any], image: str, reference: str) -> None:
         """Raise GateError unless everything that ``options`` would open may be opened for ``image``.
+
+        What no file can be called is an OptionError.
 
         ``options`` are nested and normalised, ``reference`` is what the image says, for the message.
         """
@@ -55,6 +58,7 @@ class Gate:
                 )
 
     def _is_allowed(self, filename: str, image: str) -> bool:
+        check_filename(filename)
         path = os.path.realpath(filename)
         home = os.path.dirname(os.path.realpath(image))
         return any(path == root or path.startswith(root.rstrip("/") + "/") for root in (home, *self._allowed))

@@ -387,3 +387,15 @@ def test_names_are_told_in_every_encoding(tmp_path: Path, environment: dict[str,
     done = fusedisk_process("snapshot", "-a", "→", image, env=environment)
     assert done.code == 1
     assert "internal" not in done.err
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    sentence = r"fusedisk: the file name '\ud800' cannot be written in this system's utf-8."
+    image = make_qcow2(tmp_path / "x.qcow2", MIB)
+    name = r'json:{"driver":"file","filename":"\ud800"}'
+    qemu_img("rebase", "-u", "-b", name, "-F", "raw", image)
+    for environment in ({}, {"PYTHONIOENCODING": "ascii"}):
+        for command in (["info", name], ["info", "--backing-chain", image]):
+            done = fusedisk_process(*command, env=environment)
+            assert (done.code, done.out) == (1, "")
+            assert done.err.splitlines() == [sentence]
