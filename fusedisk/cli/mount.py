@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -225,13 +226,15 @@ def _check_combination(given: dict[str, Any]) -> None:
 def _mode(text: str | None) -> int | None:
     if text is None:
         return None
-    try:
-        mode = int(text, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
+    mode = parse_octal(text)
+    if mode is None:
         raise click.BadParameter(f"'{text}' is no permissions in octal, such as 0640.", param_hint="--mode")
     return mode
+
+
+def parse_octal(text: str) -> int | None:
+    """Permissions from ``640`` or ``0640``; None where they are none."""
+    return int(text, 8) if re.fullmatch("0?[0-7]{1,3}", text) else None
 
 
 def _absolute(path: str | None) -> str | None:

@@ -132,11 +132,8 @@ def _one_option(param: click.Option, name: str, value: str | None) -> list[str]:
 
 
 def _octal(text: str) -> int:
-    try:
-        value = int(text, 8)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 0o777:
+    value = mounting.parse_octal(text)
+    if value is None:
         raise HelperUsageError(f"umask={text} is no mask in octal, such as umask=027.")
     return value
 

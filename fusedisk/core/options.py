@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Self
 
 from fusedisk.core.errors import OptionError
 
-_SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?\s*([bkmgtpe]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,20}))?([bkmgtpe]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
+_HEXADECIMAL = re.compile(r"0x[0-9a-f]{1,16}", re.IGNORECASE | re.ASCII)
+_WHOLE = re.compile(r"-?[0-9]{1,20}")
 _SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _PARTS = re.compile(r"((?:[^,]|,,)*),")
 _TRUE = frozenset(("on", "true", "yes", "y", "1"))
@@ -23,21 +25,38 @@ _MAX_SIZE = (1 << 63) - 1
 
 
 def parse_size(text: str | int, what: str = "size") -> int:
-    """Bytes from ``10G``, ``512k``, ``1.5T`` or a plain number; units are powers of 1024.
+    """Bytes from ``10G``, ``512k``, ``1.5T`` or a plain number, decimal or ``0x200``; units are powers of 1024.
 
-    Raises OptionError for anything else, a negative size, or one of 2**63 and more.
+    Raises OptionError for anything else, a part of a byte, a negative size, or one of 2**63 and more.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         size = text
+    elif _HEXADECIMAL.fullmatch(str(text)):
+        size = int(str(text), 16)
     else:
-        match = _SIZE.fullmatch(str(text).strip())
+        match = _SIZE.fullmatch(str(text))
         if match is None:
             raise OptionError(f"{what} is '{text}', but a number of bytes was wanted, such as 4096, 512M or 10G.")
         whole, part, unit = match.groups(default="")
-        size = int(whole + part) * _SIZE_UNITS[unit.lower()] // 10 ** len(part)
+        factor = _SIZE_UNITS[unit.lower()]
+        if factor == 1 and part.strip("0"):
+            raise OptionError(f"{what} is '{text}', but a whole number of bytes was wanted.")
+        size = int(whole + part) * factor // 10 ** len(part)
     if not 0 <= size <= _MAX_SIZE:
         raise OptionError(f"{what} is {text}, but it must lie between 0 and 2^63 - 1.")
     return size
+
+
+def parse_int(value: object, what: str) -> int:
+    """A whole number from ``12``, ``-1``, ``0x200`` or JSON's own. Raises OptionError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if _WHOLE.fullmatch(value):
+            return int(value)
+        if _HEXADECIMAL.fullmatch(value):
+            return int(value, 16)
+    raise OptionError(f"{what} is '{value}', but a whole number was wanted.")
 
 
 def parse_bool(value: object, what: str) -> bool:
@@ -189,10 +208,7 @@ def _convert(value: Any, field: dataclasses.Field[Any], what: str) -> Any:
     if kind == "bool":
         return parse_bool(value, what)
     if kind == "int":
-        try:
-            return int(value)
-        except (TypeError, ValueError, OverflowError) as exc:
-            raise OptionError(f"{what} is '{value}', but a whole number was wanted.") from exc
+        return parse_int(value, what)
     if not isinstance(value, str):
         raise OptionError(f"{what} is a {type(value).__name__}, but a string was wanted.")
     choices = field.metadata.get("choices") or ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,20 @@ def test_nothing_is_told_as_qemu_img_tells_it(images: dict[str, Path], where: li
     image = images["plain qcow2"]
     theirs = qemu_img("map", *where, f"--output={output}", image)
     assert fusedisk("map", *where, "--output", output, image).out == theirs
+
+
+@pytest.mark.parametrize("text", ["0x200", "0X1fF", "1k", "1K", "0.5M", "1.0", "00012", "4M", "512b"])
+def test_sizes_are_read_as_qemu_img_reads_them(tmp_path: Path, text: str) -> None:
+    image = make_sparse_raw(tmp_path / "x.raw", 4 * MIB)
+    assert _ours(image, "-f", "raw", "-s", text) == _theirs(image, "-f", "raw", "-s", text)
+
+
+@pytest.mark.parametrize("text", ["512 ", "1_000", "٣", "1e3", "-1", "1.5", "0x", "0x1.8", "0b1", "5\n"])
+def test_what_qemu_img_refuses_as_a_size_is_refused(tmp_path: Path, text: str) -> None:
+    image = make_sparse_raw(tmp_path / "x.raw", 4 * MIB)
+    options = ("map", "-f", "raw", f"--start-offset={text}", image)
+    assert subprocess.run(["qemu-img", *options], capture_output=True).returncode == 1
+    assert fusedisk(*options).code == 2
 
 
 def test_a_wrong_size_is_wrong_usage(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fusedisk.core.options import (
     nest,
     option,
     parse_bool,
+    parse_int,
     parse_json,
     parse_options,
     parse_size,
@@ -46,7 +47,7 @@ def test_every_whole_number_with_a_unit(number: int, unit: str, suffix: str, upp
     size = number << 10 * UNITS[unit]
     if size < 1 << 63:
         assert parse_size(text) == size
-        assert parse_size(f" {text} ") == size
+        assert parse_size(f"{size:#x}") == size
     else:
         with pytest.raises(OptionError, match=r"must lie between 0 and 2\^63 - 1"):
             parse_size(text)
@@ -68,10 +69,35 @@ def test_fractions_are_exact_and_round_down() -> None:
     assert parse_size("4503599627370497.75k") == 4503599627370497 * 1024 + 768
 
 
-@pytest.mark.parametrize("text", ["", "10X", "-1", "1e6", "k", "10 0", "0x10", "1.", ".5", True, None])
+NO_NUMBERS = (
+    *(" 512", "512 ", "5 k", "\t5", "5\n", "+512", "1_000", "٣", "²", "５", "\u212a", "1\u212a", "nan", "inf", 1e300),
+    *("0b1", "0o7", "0x", "0x1k", "0x1.8", "-0x1", "0x1_0", "0x٣", "0x" + "1" * 17),
+)
+"""What Python or its regular expressions would take for numbers, and QEMU does not, or only by mistake."""
+
+
+@pytest.mark.parametrize("text", ["1.5", "0.5b", 4096.5])
+def test_a_part_of_a_byte_is_no_size(text: Any) -> None:
+    with pytest.raises(OptionError, match=r"the size is '.*', but a whole number of bytes was wanted"):
+        parse_size(text, "the size")
+    assert parse_size("1.0") == 1
+
+
+@pytest.mark.parametrize(("text", "number"), [("12", 12), ("-1", -1), ("010", 10), ("0x1F", 31), (7, 7)])
+def test_whole_numbers(text: str | int, number: int) -> None:
+    assert parse_int(text, "the number") == number
+
+
+@pytest.mark.parametrize("value", ["", "1.0", "1e3", 1.0, True, None, "4k", "9" * 5000, *NO_NUMBERS])
+def test_what_is_no_whole_number(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"(?s)the number is '.*', but a whole number was wanted"):
+        parse_int(value, "the number")
+
+
+@pytest.mark.parametrize("text", ["", "10X", "-1", "1e6", "k", "10 0", "1.", ".5", True, None, *NO_NUMBERS])
 def test_what_is_no_size(text: Any) -> None:
     with pytest.raises(
-        OptionError, match=r"the size is .*, but a number of bytes was wanted, such as 4096, 512M or 10G"
+        OptionError, match=r"(?s)the size is .*, but a number of bytes was wanted, such as 4096, 512M or 10G"
     ):
         parse_size(text, "the size")
 
