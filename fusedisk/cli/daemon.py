@@ -129,11 +129,16 @@ class Daemon:
         self.record.write()
         session.start()
         self.session = session
+        self.record.device = session.device
+        self.record.write()
         for export in self.exports:
-            path = request.mountpoint if single else os.path.join(request.mountpoint, export.name)
+
+            def path(name: str = export.name) -> str:
+                return session.place() if single else os.path.join(session.place(), name)
+
             self._helpers.start_soon(LoopFollower(export, path).run)
             if request.loop is not None:
-                self._attachment = Attachment(export, path, request.loop)
+                self._attachment = Attachment(export, path(), request.loop)
         await session.serve(self._ready)
 
     def _make_record(self) -> runtime.MountRecord:
@@ -145,6 +150,7 @@ class Daemon:
                 size=export.backend.length,
                 read_only=not export.writable,
                 overlay=export.overlay,
+                file=runtime.file_identity(export.image.exact_filename()),
             )
             for export in self.exports
         ]
@@ -226,16 +232,15 @@ class Daemon:
         told = False
         while True:
             released = session.operations.released
+            place = session.place()
             try:
-                if await trio.to_thread.run_sync(unmounting.unmount, self.request.mountpoint):
+                if await trio.to_thread.run_sync(unmounting.unmount, place):
                     return
                 if not told:
                     told = True
-                    users = await trio.to_thread.run_sync(_describe_users, self.request.mountpoint)
+                    users = await trio.to_thread.run_sync(_describe_users, place)
                     log.warning(
-                        "'%s' is %s: it will be unmounted when they are done (SIGQUIT ends it now).",
-                        self.request.mountpoint,
-                        users,
+                        "'%s' is %s: it will be unmounted when they are done (SIGQUIT ends it now).", place, users
                     )
             except FusediskError as exc:
                 log.error("%s", exc)

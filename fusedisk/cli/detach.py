@@ -39,7 +39,7 @@ def command(target: str, wait: bool, timeout: float | None, force: bool) -> None
 def detach_record(record: MountRecord, *, wait: bool, deadline: float | None, force: bool) -> None:
     """Detach what was attached, trying until the deadline if ``wait``; raises OperationBlockedError and HostError."""
     _detach(record, deadline if wait else time.monotonic(), force)
-    unmount(record.mountpoint, wait, deadline, force=force)
+    unmount(record.place, wait, deadline, force=force)
 
 
 def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
@@ -51,7 +51,7 @@ def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
     assert record.loop is not None
     device = record.loop
     (export,) = record.exports
-    path = f"{record.mountpoint}/{export.name}"
+    path = f"{record.place}/{export.name}"
     if force:
         loop_users.flush_filesystems(device)
         loop_device.detach(device, path, force=True)
@@ -86,8 +86,7 @@ def _find(target: str) -> MountRecord:
     found = [record for record in attached if record.loop == path]
     # After a daemon's death and a hasty losetup -d its device may have become another's.
     found = [record for record in found if _stands(record)] or found
-    if not found:
-        found = [record for record in attached if _is_of(record, target)]
+    found = found or _of_image(attached, target)
     if len(found) == 1:
         return found[0]
     if found:
@@ -96,7 +95,7 @@ def _find(target: str) -> MountRecord:
     file = loop_device.backing_file(path)
     if file is not None:
         raise OptionError(f"'{target}' is on '{file}', and not by 'fusedisk attach': use 'losetup -d {target}'.")
-    mounted = [record.mountpoint for record in records if _is_of(record, target)]
+    mounted = [record.place for record in _of_image(records, target)]
     if mounted:
         raise OptionError(f"'{target}' is not attached but mounted: use 'fusedisk umount {mounted[0]}'.")
     raise OptionError(f"'{target}' is not attached.")
@@ -106,9 +105,24 @@ def _stands(record: MountRecord) -> bool:
     from fusedisk.mount import loop_device
 
     file = loop_device.backing_file(record.loop or "")
-    return file is not None and os.path.dirname(file) == record.mountpoint
+    return file is not None and os.path.dirname(file) == record.place
 
 
-def _is_of(record: MountRecord, image: str) -> bool:
+def _of_image(records: list[MountRecord], image: str) -> list[MountRecord]:
+    """The mounts of an image: of the file that it is now, whatever it was called then, or else of its name."""
+    from fusedisk.mount import runtime
+
+    identity = runtime.file_identity(image)
+    if identity is not None:
+        # A daemon has its file open, so that no other file can have become it.
+        found = [
+            record for record in records if record.alive and any(export.file == identity for export in record.exports)
+        ]
+        if found:
+            return found
+    return [record for record in records if _is_named(record, image)]
+
+
+def _is_named(record: MountRecord, image: str) -> bool:
     names = {export.image for export in record.exports}
     return image in names or os.path.realpath(image) in map(os.path.realpath, names)

@@ -40,12 +40,11 @@ def command(output: str) -> None:
 
 def _gather() -> list[dict[str, Any]]:
     """One entry for each mount. Records of mounts that are gone are removed, after their error was told once."""
-    from fusedisk.mount import mountinfo, runtime
+    from fusedisk.mount import runtime
 
-    mounted = {mount.mountpoint for mount in mountinfo.mounts() if mount.fstype == mountinfo.FSTYPE}
     found = []
     for record in runtime.records():
-        state = _state(record, record.mountpoint in mounted)
+        state = _state(record)
         if state in (_FAILED, None):
             record.remove()
         if state is not None:
@@ -53,20 +52,20 @@ def _gather() -> list[dict[str, Any]]:
     return found
 
 
-def _state(record: MountRecord, mounted: bool) -> str | None:
+def _state(record: MountRecord) -> str | None:
     """What became of a mount; None: it is gone, and there is nothing to say about it."""
     if record.alive:
-        return _SERVING if mounted else _ENDING
+        return _SERVING if record.mounted else _ENDING
     if record.error is not None:
         return _FAILED
-    return _STALE if mounted else None
+    return _STALE if record.mounted else None
 
 
 def describe(record: MountRecord, state: str = _SERVING) -> dict[str, Any]:
     """A mount as programs shall see it."""
     alive = state in (_SERVING, _ENDING)
     return {
-        "mountpoint": record.mountpoint,
+        "mountpoint": record.place,
         "state": state,
         "pid": record.pid,
         "memory": _memory(record.pid) if alive else None,
@@ -80,7 +79,7 @@ def describe(record: MountRecord, state: str = _SERVING) -> dict[str, Any]:
                 "virtual-size": export.size,
                 "read-only": export.read_only,
                 "overlay": export.overlay,
-                "loop-devices": _loop_devices(record.mountpoint, export.name),
+                "loop-devices": _loop_devices(record.place, export.name),
             }
             for export in record.exports
         ],

@@ -74,7 +74,7 @@ def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> No
 
     mount = mountinfo.mount_at(path)
     if mount is None:
-        _finish_unmounted(path, deadline, force=force)
+        _finish_unmounted(path, wait, deadline, force=force)
         return
     _check_ours(mount)
     daemon = _Daemon.of(mount)
@@ -102,7 +102,7 @@ def _flush(record: MountRecord, deadline: float | None) -> None:
         raise failures[0]
     if thread.is_alive():
         raise OperationBlockedError(
-            f"'{record.mountpoint}' stays mounted: its daemon (pid {record.pid}) did not flush it in time."
+            f"'{record.place}' stays mounted: its daemon (pid {record.pid}) did not flush it in time."
         )
 
 
@@ -113,7 +113,7 @@ def _flush_files(record: MountRecord, failures: list[FusediskError]) -> None:
         if export.read_only:
             continue
         # On a regular file the mount is the disk.
-        path = f"{record.mountpoint}/{export.name}" if os.path.isdir(record.mountpoint) else record.mountpoint
+        path = f"{record.place}/{export.name}" if os.path.isdir(record.place) else record.place
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
@@ -144,7 +144,7 @@ def _check_ours(mount: Mount) -> None:
         )
 
 
-def _finish_unmounted(path: str, deadline: float | None, *, force: bool) -> None:
+def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
     """Nothing is mounted: a daemon may still be flushing or serve other mounts, or may have left an error behind."""
     from fusedisk.core.errors import OptionError
     from fusedisk.mount import runtime
@@ -153,6 +153,8 @@ def _finish_unmounted(path: str, deadline: float | None, *, force: bool) -> None
     if record is None:
         raise OptionError(f"nothing is mounted at '{path}'.")
     if record.alive:
+        if record.mounted and not wait and not force:
+            raise OptionError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
         daemon = _Daemon(record)
         if force:
             daemon.end_now()
@@ -235,7 +237,7 @@ class _Daemon:
             pass
         except PermissionError as exc:
             raise HostError(
-                f"the daemon of '{self.record.mountpoint}' (pid {self.record.pid}) is another user's, only that user "
+                f"the daemon of '{self.record.place}' (pid {self.record.pid}) is another user's, only that user "
                 f"or root can end it.",
                 errno=exc.errno,
             ) from exc
@@ -251,13 +253,13 @@ class _Daemon:
             poll.register(self._pidfd, select.POLLIN)
             if device is not None and not poll.poll(_LOOK_AFTER * 1000) and (others := holders.elsewhere(device)):
                 raise OperationBlockedError(
-                    f"'{self.record.mountpoint}' is unmounted, but its daemon (pid {self.record.pid}) goes on for "
+                    f"'{self.record.place}' is unmounted, but its daemon (pid {self.record.pid}) goes on for "
                     f"{holders.listed(others)}: end that, or lose what they have not written with --force."
                 )
             left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
             if not poll.poll(left):
                 raise HostError(
-                    f"'{self.record.mountpoint}' is unmounted, but its daemon (pid {self.record.pid}) has not finished "
+                    f"'{self.record.place}' is unmounted, but its daemon (pid {self.record.pid}) has not finished "
                     f"flushing."
                 )
             os.close(self._pidfd)
@@ -266,6 +268,5 @@ class _Daemon:
             _tell_error(left_behind)
             left_behind.remove()
             raise HostError(
-                f"the daemon of '{self.record.mountpoint}' (pid {self.record.pid}) died before it had flushed "
-                f"everything."
+                f"the daemon of '{self.record.place}' (pid {self.record.pid}) died before it had flushed everything."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -17,9 +18,9 @@ _PAUSE = 0.05
 
 
 class LoopFollower:
-    """Watches one export; ``path`` is where its file is mounted."""
+    """Watches one export; ``path`` tells where its file is mounted, and blocks for a moment."""
 
-    def __init__(self, export: Export, path: str) -> None:
+    def __init__(self, export: Export, path: Callable[[], str]) -> None:
         self._export = export
         self._path = path
         self._resized = trio.Event()
@@ -36,13 +37,13 @@ class LoopFollower:
             try:
                 await self._follow()
             except OSError as exc:
-                log.warning("'%s' was resized, but the loop devices on it could not be: %s", self._path, exc)
+                log.warning("'%s' was resized, but the loop devices on it could not be: %s", self._path(), exc)
 
     async def _follow(self) -> None:
         """In a thread, since the kernel asks us for the size meanwhile; left alone there when the mount ends."""
         for _ in range(_ATTEMPTS):
             length = self._export.backend.length
-            if await trio.to_thread.run_sync(loop_device.follow_size, self._path, length, abandon_on_cancel=True):
+            if await trio.to_thread.run_sync(loop_device.follow_size, self._path(), length, abandon_on_cancel=True):
                 return
             await trio.sleep(_PAUSE)
-        log.warning("'%s' was resized, but the loop devices on it still have their old size", self._path)
+        log.warning("'%s' was resized, but the loop devices on it still have their old size", self._path())

@@ -51,6 +51,12 @@ def mount_at(mountpoint: str) -> Mount | None:
     return found
 
 
+def place_of(mount: Mount) -> str:
+    """Where a mount that was found once is now: a directory above it may have been renamed, or it was moved."""
+    found = [other.mountpoint for other in mounts() if (other.device, other.source) == (mount.device, mount.source)]
+    return mount.mountpoint if mount.mountpoint in found or not found else found[0]
+
+
 def mounts_below(mountpoint: str) -> list[Mount]:
     """Mounts strictly below a path, innermost last."""
     inside = mountpoint.rstrip("/") + "/"

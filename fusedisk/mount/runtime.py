@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedisk.core.errors import HostError, OptionError, host_error
+from fusedisk.mount import mountinfo
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class ExportRecord:
     size: int
     read_only: bool
     overlay: str | None = None
+    file: str | None = None
+    """What tells the image's file from others, whatever it is called: see :func:`file_identity`."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,10 +54,16 @@ class MountRecord:
     """Why closing the images failed; left behind by a daemon that has ended."""
     loop: str | None = None
     """The loop device that was attached together with the mount, ``/dev/loopN``."""
+    device: str = ""
+    """``major:minor`` of the files of the mount, once it is there."""
     path: str = ""
     """Where the record lies; not part of it."""
     owner: int = 0
     """Whose runtime directory it lies in; not part of it."""
+    place: str = dataclasses.field(default="", compare=False)
+    """Where the mount is now, as a directory above it may have been renamed; not part of it."""
+    mounted: bool = dataclasses.field(default=False, compare=False)
+    """Whether it is there; not part of it."""
 
     @property
     def alive(self) -> bool:
@@ -64,7 +73,8 @@ class MountRecord:
     def write(self) -> None:
         """Put the record in its place, all or nothing. Raises HostError."""
         content = dataclasses.asdict(self)
-        del content["path"], content["owner"]
+        for name in ("path", "owner", "place", "mounted"):
+            del content[name]
         temporary = f"{self.path}.{os.getpid()}"
         try:
             with open(temporary, "w", errors="surrogateescape") as file:
@@ -190,7 +200,22 @@ def log_path(mountpoint: str) -> str:
 def new_record(mountpoint: str, exports: list[ExportRecord]) -> MountRecord:
     """A record for a mount that this process serves; not yet written."""
     pid = os.getpid()
-    return MountRecord(mountpoint, pid, process_started(pid) or "", exports, path=record_path(mountpoint))
+    path = record_path(mountpoint)
+    other = _load(Path(path))
+    if other is not None and other.alive:  # its directory was renamed, or it has not flushed everything yet
+        path = f"{path.removesuffix('.json')}.{pid}.json"
+    return MountRecord(mountpoint, pid, process_started(pid) or "", exports, path=path)
+
+
+def file_identity(path: str | None) -> str | None:
+    """What tells a file from others under whatever name, as long as somebody has it open; None where there is none."""
+    if path is None:
+        return None
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return f"{found.st_dev}:{found.st_ino}"
 
 
 def records() -> list[MountRecord]:
@@ -202,15 +227,39 @@ def records() -> list[MountRecord]:
         for path in sorted(Path(place).glob("*.json"))
         if (record := _load(path, uid)) is not None and _belongs(record)
     ]
-    return sorted(found, key=lambda record: record.mountpoint)
+    _locate(found)
+    return sorted(found, key=lambda record: record.place)
+
+
+def _locate(found: list[MountRecord]) -> None:
+    """Fill in where the mounts are now."""
+    ours = [mount for mount in mountinfo.mounts() if mount.fstype == mountinfo.FSTYPE]
+    claimed = {record.mountpoint for record in found}
+    for record in found:
+        here = [
+            mount.mountpoint
+            for mount in ours
+            if mount.device == record.device and mount.user_id in (None, record.owner)
+        ]
+        if record.mountpoint in here or not record.device:
+            record.place = record.mountpoint
+            record.mounted = any(mount.mountpoint == record.mountpoint for mount in ours)
+            continue
+        # A mount at the place of another record is that one's, and has the number of a mount that is gone.
+        moved = [place for place in here if place not in claimed]
+        record.place = moved[0] if moved else record.mountpoint
+        record.mounted = bool(moved)
 
 
 def find(mountpoint: str, owner: int | None = None) -> MountRecord | None:
-    """The record of the mount at an absolute path; that of a living daemon first. ``owner``: only of that user."""
+    """The record of the mount that is or was at an absolute path; that of a living daemon, and of what is there now,
+    first. ``owner``: only of that user."""
     found = [
-        record for record in records() if record.mountpoint == mountpoint and (owner is None or record.owner == owner)
+        record
+        for record in records()
+        if mountpoint in (record.place, record.mountpoint) and (owner is None or record.owner == owner)
     ]
-    return max(found, key=lambda record: record.alive, default=None)
+    return max(found, key=lambda record: (record.alive, record.mounted and record.place == mountpoint), default=None)
 
 
 def reread(record: MountRecord) -> MountRecord | None:

@@ -48,6 +48,7 @@ class Session:
         self._settings = settings or ServeSettings()
         self._channel: Channel | None = None
         self._mount: mountinfo.Mount | None = None
+        self._serving = False
         self._stale: set[int] = set()
         """Inodes whose data the kernel is to forget."""
         self._some_stale = trio.Event()
@@ -63,6 +64,7 @@ class Session:
                 reason = said.text() or str(exc)
                 raise HostError(f"Could not mount on '{self.mountpoint}': {reason}") from exc
         self._mount = mountinfo.mount_at(self.mountpoint)
+        self._serving = True
         if self._settings.channel:
             try:
                 spliced = splice(before)
@@ -72,6 +74,16 @@ class Session:
                 log.warning("The data channel is off, so holes and discard are missing: %s", exc)
                 return
             self._channel = Channel(self.operations, spliced, self._settings.passthrough, pyfuse3.terminate, pipe)
+
+    @property
+    def device(self) -> str:
+        """``major:minor`` of the mount's files, once it is there."""
+        return self._mount.device if self._mount is not None else ""
+
+    def place(self) -> str:
+        """Where the mount is now. Blocks for a moment."""
+        # Once it is gone its numbers are soon another's.
+        return mountinfo.place_of(self._mount) if self._mount is not None and self._serving else self.mountpoint
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Serve until the mount is gone. ``ready`` is called once a ``stat`` from outside has been answered.
@@ -98,10 +110,12 @@ class Session:
             try:
                 await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS if self._channel is None else MAX_NAME_TASKS)
             finally:
+                self._serving = False
                 nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
         """Let ``serve`` return although the mount is there still."""
+        self.mountpoint = self.place()
         pyfuse3.terminate()
 
     def close(self) -> None:

@@ -263,3 +263,38 @@ def test_what_was_not_attached_is_told_apart(mounts: Mounts, raw: Path) -> None:
     assert _refusal(device) == f"'{device}' is on '{on}/disk', and not by 'fusedisk attach': use 'losetup -d {device}'."
     mounts.detach(device)
     mounts.umount(on)
+
+
+# --- by the image ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["relative", "symlink", "hard link", "renamed", "parent renamed"])
+def test_an_image_is_found_under_every_name(attached: Attachments, tmp_path: Path, way: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    image = make_qcow2(folder / "vm.qcow2", MIB)
+    device = attached.attach(image)
+    other = tmp_path / "other.qcow2"
+    if way == "relative":
+        other = Path("folder/../folder/vm.qcow2")
+    elif way == "symlink":
+        other.symlink_to(image)
+    elif way == "hard link":
+        other.hardlink_to(image)
+    elif way == "renamed":
+        image.rename(other)
+    else:
+        folder.rename(tmp_path / "moved")
+        other = tmp_path / "moved/vm.qcow2"
+    assert fusedisk_process("detach", other, cwd=tmp_path) == (0, "", "")
+    assert loop_device.backing_file(device) is None
+
+
+def test_an_image_that_has_anothers_name_is_not_it(attached: Attachments, tmp_path: Path) -> None:
+    first, second = make_qcow2(tmp_path / "a.qcow2", MIB), make_qcow2(tmp_path / "b.qcow2", MIB)
+    devices = [attached.attach(first), attached.attach(second)]
+    first.rename(tmp_path / "c.qcow2")
+    second.rename(first)
+    assert fusedisk_process("detach", first) == (0, "", "")
+    assert [loop_device.backing_file(device) is None for device in devices] == [False, True]
+    attached.detach(devices[0])

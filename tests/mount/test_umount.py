@@ -8,14 +8,16 @@ import errno
 import mmap
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from fusedisk.mount import runtime
+from fusedisk.mount import loop_device, mountinfo, runtime
 from tests.conftest import qemu_img, qemu_io, require_root, run_tool
 from tests.support.commands import fusedisk_process
 from tests.support.files import mounted_tmpfs
@@ -275,3 +277,76 @@ def test_a_stopped_daemon_does_not_hang_those_who_ask(mounts: Mounts, raw: Path)
         daemon.resume()
     wait_until(lambda: has_ended(daemon), "the daemon has ended")
     assert not is_mounted(on)
+
+
+# --- after its directory was renamed ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def renamed(mounts: Mounts, raw: Path, tmp_path: Path) -> tuple[Path, Path, psutil.Process]:
+    """Where a mount was made, where it is, since a directory above was renamed, and its daemon."""
+    old, new = tmp_path / "old" / "mnt", tmp_path / "new" / "mnt"
+    old.mkdir(parents=True)
+    mounts.adopt(new)
+    mounts.mount(raw, on=old)
+    daemon = daemon_of(old)
+    os.rename(tmp_path / "old", tmp_path / "new")
+    return old, new, daemon
+
+
+def test_a_renamed_mount_is_listed_where_it_is(renamed: tuple[Path, Path, psutil.Process], mounts: Mounts) -> None:
+    _, new, daemon = renamed
+    device = mounts.loop(new / "disk")
+    (found,) = [entry for entry in fusedisk_process("list", "--output", "json").json if entry["pid"] == daemon.pid]
+    assert (found["mountpoint"], found["state"]) == (str(new), "serving")
+    assert found["exports"][0]["loop-devices"] == [device]
+    mounts.detach(device)
+
+
+def test_a_renamed_mount_is_flushed_and_ended_when_umount_returns(
+    renamed: tuple[Path, Path, psutil.Process], raw: Path
+) -> None:
+    old, new, daemon = renamed
+    with (new / "disk").open("r+b", buffering=0) as file:
+        file.write(b"after the move")
+    done = fusedisk_process("umount", old)
+    assert done == (1, "", f"fusedisk: nothing is mounted at '{old}' any more, but at '{new}': unmount that.\n")
+    done = fusedisk_process("umount", new)
+    assert done == (0, "", "")
+    assert has_ended(daemon)
+    assert raw.read_bytes().startswith(b"after the move")
+    assert runtime.find(str(new)) is runtime.find(str(old)) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_a_signal_ends_a_renamed_mount(renamed: tuple[Path, Path, psutil.Process], number: signal.Signals) -> None:
+    _, new, daemon = renamed
+    daemon.send_signal(number)
+    wait_until(lambda: has_ended(daemon), "the daemon has ended")
+    assert mountinfo.mount_at(str(new)) is None
+
+
+def test_loop_devices_on_a_renamed_mount_follow_its_size(
+    renamed: tuple[Path, Path, psutil.Process], mounts: Mounts, raw: Path
+) -> None:
+    _, new, _ = renamed
+    device = mounts.loop(new / "disk")
+    os.truncate(new / "disk", 8 * MIB)
+    wait_until(lambda: loop_device.size_of(device) == 8 * MIB, "the device has the size of the disk")
+    mounts.detach(device)
+
+
+def test_another_mount_takes_the_place_of_a_renamed_one(
+    renamed: tuple[Path, Path, psutil.Process], mounts: Mounts, tmp_path: Path
+) -> None:
+    old, new, daemon = renamed
+    old.mkdir(parents=True)
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(MIB))
+    mounts.mount(other, on=old)
+    entries = {entry["mountpoint"]: entry for entry in fusedisk_process("list", "--output", "json").json}
+    assert entries[str(new)]["pid"] == daemon.pid != entries[str(old)]["pid"]
+    assert entries[str(old)]["state"] == entries[str(new)]["state"] == "serving"
+    for place, process in ((new, daemon), (old, daemon_of(old))):
+        mounts.umount(place)
+        assert has_ended(process)

@@ -176,7 +176,7 @@ def test_json_of_a_record_is_plain(tmp_path: Path) -> None:
     record = record_in(tmp_path)
     record.write()
     content = json.loads(Path(record.path).read_text())
-    assert content.keys() == {"mountpoint", "pid", "started", "exports", "error", "loop"}
+    assert content.keys() == {"mountpoint", "pid", "started", "exports", "error", "loop", "device"}
 
 
 @pytest.mark.parametrize(
