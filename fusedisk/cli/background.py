@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import logging.handlers
 import os
 import signal
 import socket
@@ -17,12 +16,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from fusedisk.cli.output import LineFormatter
+from fusedisk.cli import daemon_log
 from fusedisk.core.errors import HostError
 
 log = logging.getLogger(__name__)
-
-_LOG_SIZE = 1 << 20
 
 Report = Callable[[str | None], None]
 """Called once by a daemon: None when it is ready, else with the sentence that says why it will never be."""
@@ -92,7 +89,8 @@ def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         os.close(null)
-        _log_to(log_path)
+        handler = daemon_log.log_to(log_path)
+        daemon_log.remove_old()
 
         def report(failure: str | None) -> None:
             try:
@@ -103,6 +101,8 @@ def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep
             os.close(sending)
 
         code = serve(report)
+        if code == 0:
+            handler.end()
     except BaseException:
         log.exception("a bug in fusedisk: the daemon ends")
     finally:
@@ -117,14 +117,6 @@ def _close_others(keep: set[int]) -> None:
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
-
-
-def _log_to(path: str) -> None:
-    """Log to a file, which is made when there is something to say."""
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_SIZE, backupCount=1, delay=True)
-    level = logging.getLogger().getEffectiveLevel()
-    handler.setFormatter(LineFormatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=level, force=True)
 
 
 def notify_service_manager(state: str) -> None:

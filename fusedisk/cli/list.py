@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +71,7 @@ def describe(record: MountRecord, state: str = _SERVING) -> dict[str, Any]:
         "pid": record.pid,
         "memory": _memory(record.pid) if alive else None,
         "error": record.error,
+        "log": record.log if os.path.exists(record.log) else None,
         "loop-device": record.loop,
         "exports": [
             {

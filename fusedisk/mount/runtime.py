@@ -70,6 +70,12 @@ class MountRecord:
         """Whether the daemon is there still."""
         return self.started == process_started(self.pid)
 
+    @property
+    def log(self) -> str:
+        """Where the daemon logs to, if it has something to say and is not in the foreground."""
+        folder, name = os.path.split(self.path)
+        return f"{folder}/{name.partition('.')[0]}.log"
+
     def write(self) -> None:
         """Put the record in its place, all or nothing. Raises HostError."""
         content = dataclasses.asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shlex
@@ -102,6 +103,30 @@ def test_mount_use_list_and_unmount(user: User, image: Path) -> None:
     assert not is_mounted(user.home / "mnt")
     assert image.read_bytes()[:8192] == bytes(8192)
     assert str(image) not in user.fusedisk("list").stdout
+
+
+@pytest.mark.parametrize("where", ["run", None])
+def test_the_log_lies_in_the_users_own_place(user: User, image: Path, where: str | None) -> None:
+    environment = []
+    place = Path(f"/tmp/fusedisk-{user.entry.pw_uid}")
+    if where is not None:
+        user.run("mkdir", "-m", "700", where)
+        environment = ["env", f"XDG_RUNTIME_DIR={user.home / where}"]
+        place = user.home / where / "fusedisk"
+    user.run("mkdir", "-p", "-m", "700", place)
+    old = place / "0123456789abcdef.log"
+    user.run("touch", "-d", "8 days ago", old)
+    command = [*environment, sys.executable, "-m", "fusedisk"]
+    user.run(*command, "mount", "--partitions", "disk.img", "mnt")
+    try:
+        listed = json.loads(user.run(*command, "list", "--output", "json").stdout)
+        log = Path(next(mount["log"] for mount in listed if mount["mountpoint"] == f"{user.home}/mnt"))
+    finally:
+        user.run(*command, "umount", "mnt")
+    assert log.parent == place
+    assert "there is no partition table" in log.read_text()
+    log.unlink()
+    assert not old.exists()
 
 
 def test_busy_and_force(user: User, image: Path) -> None:
