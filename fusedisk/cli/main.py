@@ -90,6 +90,13 @@ class LazyGroup(click.Group):
             found.params.append(HELP)
         return found
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Without any, the help says what there is."""
+        if not args and not ctx.resilient_parsing:
+            tell_lines(ctx.get_help())
+            ctx.exit(EXIT_USAGE)
+        return super().parse_args(ctx, args)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
