@@ -132,6 +132,7 @@ async def test_a_host_that_always_waits_is_seldom_tried(
     tmp_path: Path, reluctant: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each try that fails leaves a cluster that must be filled up when it is taken."""
+    monkeypatch.setattr(backends, "_MOST_TRIES_OFF", 1 << 12)
     path, _ = made(tmp_path, "plain", backed=False)
     tries: list[int] = []
 
