@@ -14,6 +14,8 @@ from scripts.benchmark.servers import ServerError, run
 MIB = 1 << 20
 CLUSTER = 64 << 10
 """qcow2's cluster size, in bytes."""
+EMPTY = 64
+"""How many times the size of the others the empty image has."""
 DEPTH = 16
 """Images in the chain."""
 FILES = 10_000
@@ -24,9 +26,10 @@ FILES_SIZE = 512 * MIB
 PROGRAMS = (Path("/usr/bin"), Path("/usr/lib"))
 """Where programs and libraries are."""
 
-FORMATS = {"raw": "raw", "qcow2": "qcow2", "compressed": "qcow2", "ext4": "qcow2", "chain": "qcow2"}
+FORMATS = {"raw": "raw", "qcow2": "qcow2", "empty": "qcow2", "compressed": "qcow2", "ext4": "qcow2", "chain": "qcow2"}
 """What is served, and the driver that opens it.
 
+``empty``: nothing is allocated, at the start of each run; so large that hardly a cluster is written to twice.
 ``compressed``: this machine's programs and libraries, zlib in clusters of 64 KiB. ``ext4``: a filesystem with ten
 thousand files. ``chain``: the lowest of DEPTH images holds everything, each other one a sixteenth of it again, cluster
 by cluster in turns.
@@ -41,6 +44,8 @@ class Image:
     fmt: str
     """The driver that opens it."""
     backing: Image | None = None
+    empty_size: int = 0
+    """Bytes of a disk that each run finds empty; 0 for all others."""
 
     @property
     def bottom(self) -> Image:
@@ -54,7 +59,8 @@ class Image:
 
 
 def make_images(folder: Path, size: int, formats: tuple[str, ...]) -> dict[str, Image]:
-    """Write one fully allocated image of *size* bytes for each of *formats*, keys of FORMATS.
+    """Write one fully allocated image of *size* bytes for each of *formats*, keys of FORMATS; the empty one is made by
+    :func:`settle`.
 
     Raw, qcow2 and the chain hold the same random content.
     """
@@ -68,6 +74,8 @@ def make_images(folder: Path, size: int, formats: tuple[str, ...]) -> dict[str, 
             image = Image(folder / f"image.{fmt}", FORMATS[fmt])
             if fmt == "qcow2":
                 _convert(raw, image.path)
+            elif fmt == "empty":
+                image = Image(image.path, image.fmt, empty_size=size * EMPTY)
             elif fmt == "compressed":
                 content = scratch / "programs.raw"
                 _write_programs(content, size)
@@ -81,7 +89,10 @@ def make_images(folder: Path, size: int, formats: tuple[str, ...]) -> dict[str, 
 
 
 def settle(image: Image) -> None:
-    """Write dirty pages of *image* and all below it to disk and read them: runs start with a clean, warm page cache."""
+    """Write dirty pages of *image* and all below it to disk and read them: runs start with a clean, warm page cache,
+    and with a new image where it shall be empty."""
+    if image.empty_size:
+        run(["qemu-img", "create", "-q", "-f", image.fmt, str(image.path), str(image.empty_size)])
     buffer = bytearray(MIB)
     with image.path.open("rb", buffering=0) as file:
         os.fsync(file.fileno())

@@ -61,7 +61,7 @@ class Fio:
     """fio on the file."""
 
     rw: str
-    """fio's word: randread, randwrite, read or write."""
+    """fio's word: randread, randwrite, randrw, read or write."""
     block_size: int
     """In bytes."""
     depth: int = 1
@@ -104,11 +104,12 @@ class Fio:
         ]
         output = run(command, timeout=runtime + 60)
         job = json.loads(output[output.index("{") :])["jobs"][0]
-        side = job["read" if "read" in self.rw else "write"]
-        if job["error"] or not side["total_ios"]:
+        sides = [job[name] for name in ("read", "write") if job[name]["total_ios"]]
+        if job["error"] or not sides:
             raise ServerError(f"fio --rw={self.rw} on {path} failed with error {job['error']}")
-        value = float(side["iops"] if self.unit == "IOPS" else side["bw_bytes"])
-        return Measurement(value, side["bw_bytes"] * (runtime + RAMP))
+        bandwidth = sum(side["bw_bytes"] for side in sides)
+        value = sum(side["iops"] for side in sides) if self.unit == "IOPS" else bandwidth
+        return Measurement(float(value), bandwidth * (runtime + RAMP))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ _compressed = partial(Workload, images=("compressed",))
 _passthrough = partial(Workload, goal=0.95, images=("raw",), pair=(PASSTHROUGH, HOST_FILE))
 _chain = partial(Workload, goal=1 / 1.2, images=("chain",), pair=(CHAIN, SINGLE))
 
+_MIXED = ("--rwmixread=70",)
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -87,6 +89,10 @@ WORKLOADS = {
         Workload("randread-4k-d16", Fio("randread", 4096, 16), goal=1.25),
         Workload("randwrite-4k-d1", Fio("randwrite", 4096), goal=1.5),
         Workload("randwrite-4k-d16", Fio("randwrite", 4096, 16)),
+        Workload("randrw-4k-d1", Fio("randrw", 4096, options=_MIXED), goal=1.25),
+        Workload("randrw-4k-d16", Fio("randrw", 4096, 16, options=_MIXED), goal=1.25),
+        Workload("firstwrite-4k-d1", Fio("randwrite", 4096), goal=1.0, images=("empty",)),
+        Workload("firstwrite-4k-d16", Fio("randwrite", 4096, 16), images=("empty",)),
         Workload("seqread-1m", Fio("read", MIB), goal=2.5),
         Workload("seqwrite-1m", Fio("write", MIB), goal=1.2),
         _compressed("compressed-seqread-1m", Fio("read", MIB), goal=3.0),
