@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 WRITES = {"pwrite64", "pwritev", "pwritev2", "write"}
-FLUSHES = {"fdatasync", "fsync"}
+FLUSHES = {"fdatasync", "fsync", "io_submit"}
 _TRACED = ",".join(sorted(WRITES | FLUSHES))
-_CALL = re.compile(r"^\d+\s+(\w+)\(\d+<([^>]*)>")
+_CALL = re.compile(r"^\d+\s+(\w+)\((?:\d+|.*IOCB_CMD_FDSYNC, aio_fildes=\d+)<([^>]*)>")
 
 
 class Failed(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from fusedisk.block import io
 from fusedisk.block.backend import Backend
@@ -24,7 +26,7 @@ from fusedisk.core.errors import (
     OptionError,
 )
 from fusedisk.drivers.protocol import file as file_module
-from fusedisk.drivers.protocol import host_file, host_io, resize
+from fusedisk.drivers.protocol import host_file, host_flush, host_io, resize
 from fusedisk.drivers.protocol.file import FileDriver
 from fusedisk.drivers.protocol.host_file import INLINE_MAX, Pace
 from fusedisk.drivers.table import DRIVERS
@@ -42,7 +44,7 @@ def hops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(fn.__name__)
         return await run(fn, *args)
 
-    for module in (host_file, file_module, resize):
+    for module in (host_file, file_module, host_flush, resize):
         monkeypatch.setattr(module, "run_host_io", counting)
     return seen
 
@@ -353,12 +355,16 @@ async def test_files_in_memory_are_served_inline(tmp_path: Path, hops: list[str]
 # --- flushing -------------------------------------------------------------------------------------------
 
 
-async def test_flush_and_no_flush(disk: Path, hops: list[str]) -> None:
+@pytest.mark.parametrize("where", ["kernel", "thread"])
+async def test_flush_and_no_flush(disk: Path, hops: list[str], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread flushes only where the kernel has none for that."""
+    if where == "thread":
+        monkeypatch.setattr(host_flush, "_CALLS", {})
     async with opened(disk) as (backend, _):
         await backend.write(0, b"x")
         hops.clear()
         await backend.flush()
-        assert hops == ["fdatasync"]
+        assert hops == (["fdatasync"] if where == "thread" else [])
     async with opened(disk, cache__no_flush=True) as (backend, driver):
         await backend.write(0, b"x")
         hops.clear()
@@ -367,15 +373,73 @@ async def test_flush_and_no_flush(disk: Path, hops: list[str]) -> None:
         assert hops == []
 
 
+async def test_many_flush_at_once(disk: Path, hops: list[str]) -> None:
+    """More than the kernel takes on; each waits for its own."""
+    fd = os.open(disk, os.O_RDWR)
+    try:
+        for length in (200, 3, 200):
+            async with trio.open_nursery() as nursery:
+                for number in range(length):
+                    os.pwrite(fd, b"x", number)
+                    nursery.start_soon(host_flush.flush_file, fd)
+            assert hops.count("fdatasync") <= length - min(length, 64)
+            hops.clear()
+    finally:
+        os.close(fd)
+
+
+async def test_a_cancelled_flush_is_waited_for(disk: Path) -> None:
+    fd = os.open(disk, os.O_RDWR)
+    try:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await host_flush.flush_file(fd)
+        await host_flush.flush_file(fd)  # finds no result but its own
+        flushes = host_flush._flushes()
+        assert flushes is not None
+        assert not flushes._results
+        assert len(flushes._idle) == 1
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("where", ["kernel", "thread"])
+async def test_what_cannot_be_flushed_is_told(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "thread":
+        monkeypatch.setattr(host_flush, "_CALLS", {})
+    reading, writing = os.pipe()
+    try:
+        for fd in (reading, writing, 1 << 20):
+            with pytest.raises(OSError, match=r"Invalid argument|Bad file descriptor"):
+                await host_flush.flush_file(fd)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_run_that_ends_leaves_no_descriptor(disk: Path) -> None:
+    async def flush() -> None:
+        with disk.open("r+b") as file:
+            await host_flush.flush_file(file.fileno())
+
+    trio.run(flush)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        trio.run(flush)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
 async def test_a_failed_flush_is_not_forgotten(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(fd: int) -> None:
+    async def fail(fd: int) -> None:
         raise OSError(errno.EIO, "")
 
     graph = Graph(DRIVERS)
     backend = await graph.open_backend({"driver": "file", "filename": str(disk)}, writable=True)
     await backend.write(0, b"x")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", fail)
+        patch.setattr("fusedisk.drivers.protocol.file.flush_file", fail)
         with pytest.raises(HostError, match=f"Could not flush '{disk}': Input/output error"):
             await backend.flush()
     with pytest.raises(HostError, match=f"Could not flush '{disk}': an earlier flush failed") as caught:

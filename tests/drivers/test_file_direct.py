@@ -258,13 +258,13 @@ async def test_preallocation_and_holes(disk: Path) -> None:
 
 
 async def test_a_failed_flush_may_succeed_later(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(fd: int) -> None:
+    async def fail(fd: int) -> None:
         raise OSError(errno.EIO, "")
 
     async with opened(disk) as (backend, _):
         await backend.write(0, b"x" * 4096)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fdatasync", fail)
+            patch.setattr("fusedisk.drivers.protocol.file.flush_file", fail)
             with pytest.raises(HostError):
                 await backend.flush()
         await backend.flush()

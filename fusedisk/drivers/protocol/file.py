@@ -33,6 +33,7 @@ from fusedisk.core.offload import run_host_io
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.protocol.direct_io import Alignment, find_alignment
 from fusedisk.drivers.protocol.host_file import INLINE_MAX, HostFile
+from fusedisk.drivers.protocol.host_flush import flush_file
 from fusedisk.drivers.protocol.host_io import total_length
 from fusedisk.drivers.protocol.hostcalls import (
     FALLOC_FL_KEEP_SIZE,
@@ -441,7 +442,7 @@ class FileDriver(Driver):
                 errno=self._flush_failure.errno,
             )
         try:
-            await run_host_io(os.fdatasync, self.file.fd)
+            await flush_file(self.file.fd)
         except OSError as exc:
             if self.file.alignment is None:  # O_DIRECT leaves nothing in the page cache that could be dropped
                 self._flush_failure = exc
