@@ -74,30 +74,27 @@ class _Flushes:
         context = ctypes.c_ulong(0)
         _call(setup, ctypes.c_uint(_MOST), ctypes.byref(context))
         self._context = context
-        self._idle: list[int] = []
-        """Event descriptors that nobody waits on."""
         self._last = 0
         self._results: dict[int, int] = {}
         """What has ended, by number, for who began it."""
         self._events = (_Event * _MOST)()
-        weakref.finalize(self, _end, destroy, context, self._idle)
+        weakref.finalize(self, _libc.syscall, ctypes.c_long(destroy), context)
 
     def begin(self, fd: int) -> tuple[int, int]:
         """Begin to flush; returns the number of the flush, and what is readable when it has ended. Raises OSError."""
-        event_fd = self._idle.pop() if self._idle else os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._last += 1
         request = _Request(data=self._last, opcode=_FDSYNC, fd=fd, flags=_RESFD, event_fd=event_fd)
         try:
             _call(self._submit, self._context, ctypes.c_long(1), (ctypes.c_void_p * 1)(ctypes.addressof(request)))
         except OSError:
-            self._idle.append(event_fd)
+            os.close(event_fd)
             raise
         return self._last, event_fd
 
     def end(self, number: int, event_fd: int) -> int:
         """The result of a flush that has ended: 0 or a negative errno."""
-        os.read(event_fd, 8)
-        self._idle.append(event_fd)
+        os.close(event_fd)
         # The event lies there before its descriptor is readable; others may lie there, too, and before it.
         while number not in self._results:
             if not self._collect():
@@ -118,12 +115,6 @@ def _call(number: int, *args: object) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return result
-
-
-def _end(destroy: int, context: ctypes.c_ulong, idle: list[int]) -> None:
-    _libc.syscall(ctypes.c_long(destroy), context)
-    for event_fd in idle:
-        os.close(event_fd)
 
 
 _of_run: trio.lowlevel.RunVar[_Flushes | None] = trio.lowlevel.RunVar("host_flushes")
