@@ -219,6 +219,8 @@ class Immediate:
         driver = node.driver
         if driver.moves_bytes:
             return driver.read_now(offset, buffer)
+        if offset + length > node.length:
+            return False
         while True:
             extent = driver.lookup(offset, length)
             if extent is None:
@@ -301,6 +303,8 @@ class Immediate:
             return False
         if driver.moves_bytes:
             return _lend(driver, offset, length, parts)
+        if offset + length > node.length:
+            return False
         while True:
             extent = driver.lookup(offset, length)
             if extent is None:
@@ -410,6 +414,8 @@ class Immediate:
                 # An image grows with the clusters that were allocated behind its end.
                 node.length = offset + length
             return True
+        if offset + length > node.length:
+            return False
         while True:
             extent = driver.lookup_in_place(offset, length)
             if extent is None:

@@ -103,6 +103,10 @@ class Request:
         return self.head + self.data[: min(length, wire.LONGEST_HEAD) - wire.WRITE_HEAD]
 
 
+class BrokenConnectionError(HostError):
+    """The kernel cannot be talked to: the mount ends, whereas an error of a request is answered."""
+
+
 class Channel:
     """The data channel of one mount."""
 
@@ -120,7 +124,8 @@ class Channel:
         self._handles = operations.handles.by_number
         self._device, self._library = spliced
         longest = wire.MAX_WRITE if pipe is None else pipe.longest
-        self._negotiation = Negotiation(passthrough=passthrough is not Passthrough.OFF, longest=longest)
+        shared = any(export.shared_views for export in operations.exports)
+        self._negotiation = Negotiation(passthrough=passthrough is not Passthrough.OFF, longest=longest, shared=shared)
         self._answers = Answers(operations, self._negotiation, PassedThrough(self._device, passthrough))
         self._spare = [Request() for _ in range(_LEAST_SPARE)]
         self._replies = [_pages(_REPLY + wire.MAX_WRITE) for _ in range(_LEAST_SPARE)]
@@ -134,7 +139,7 @@ class Channel:
         self._may_poll = len(os.sched_getaffinity(0)) > 1
 
     async def run(self) -> None:
-        """Serve until the mount is gone, then let pyfuse3 end. Raises HostError where the connection breaks."""
+        """Serve until the mount is gone, then let pyfuse3 end. Raises BrokenConnectionError."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._return_replies)
@@ -191,10 +196,14 @@ class Channel:
                     return
                 if exc.errno in _AGAIN:
                     continue
-                raise HostError(f"Reading requests from '/dev/fuse' failed: {exc.strerror}.", errno=exc.errno) from exc
+                raise BrokenConnectionError(
+                    f"Reading requests from '/dev/fuse' failed: {exc.strerror}.", errno=exc.errno
+                ) from exc
             declared, opcode, unique, number, offset, size = unpack(head)
             if length != declared or length < wire.IN_HEADER.size:
-                raise HostError(f"The kernel sent {length} bytes as a request of {declared}: the mount ends.")
+                raise BrokenConnectionError(
+                    f"The kernel sent {length} bytes as a request of {declared}: the mount ends."
+                )
             answered = False
             handle = handles.get(number)
             try:
@@ -211,12 +220,14 @@ class Channel:
                         write(device, reply[_REPLY_HEADER : _REPLY + size])
                 elif opcode == wire.WRITE:
                     if length != wire.WRITE_HEAD + size:
-                        raise HostError(f"The kernel sent a write of {size} bytes in {length}: the mount ends.")
+                        raise BrokenConnectionError(
+                            f"The kernel sent a write of {size} bytes in {length}: the mount ends."
+                        )
                     if handle is not None and handle.export.write_now(offset, data[:size]):
                         answered = True
                         _WRITTEN.pack_into(written, 0, len(written), 0, unique, size, 0)
                         write(device, written)
-            except HostError:
+            except BrokenConnectionError:
                 raise
             except Exception as exc:
                 if answered and isinstance(exc, OSError):

@@ -19,9 +19,6 @@ _WANTED = (
     | wire.HANDLE_KILLPRIV_V2  # our files never have such bits
 )
 _WANTED_EXTENDED = wire.DIRECT_IO_ALLOW_MMAP
-_REFUSED = wire.AUTO_INVAL_DATA
-"""libfuse takes it: before each read that follows a write the kernel asks for the attributes, to drop what it has
-cached if the file's time of change is not its own. Nothing changes but through the kernel, or we tell it."""
 _OFFERED = wire.IN_HEADER.size
 _REPLY = wire.OUT_HEADER.size
 
@@ -29,9 +26,13 @@ _REPLY = wire.OUT_HEADER.size
 class Negotiation:
     """One INIT and its reply."""
 
-    def __init__(self, *, passthrough: bool, longest: int) -> None:
-        """``longest``: bytes of data in one request at most."""
+    def __init__(self, *, passthrough: bool, longest: int, shared: bool = False) -> None:
+        """``longest``: bytes of data in one request at most. ``shared``: what is written to one file changes others."""
         self._wants_passthrough = passthrough
+        # libfuse takes it: before each cached read that follows a write the kernel asks for the attributes, to drop
+        # what it has cached if the file's time of change is not its own. Files that are not shared change through
+        # the kernel only, or we tell it.
+        self._refused = 0 if shared else wire.AUTO_INVAL_DATA
         self._longest = longest
         self._unique = 0
         self._features = 0
@@ -58,7 +59,7 @@ class Negotiation:
         wanted = _WANTED
         if self._features & wire.INIT_EXT:
             wanted |= wire.INIT_EXT | _WANTED_EXTENDED | (wire.PASSTHROUGH if self._wants_passthrough else 0)
-        self.taken = (fields[3] | fields[10] << 32) & ~_REFUSED | wanted & self._features
+        self.taken = (fields[3] | fields[10] << 32) & ~self._refused | wanted & self._features
         fields[3], fields[10] = self.taken & 0xFFFFFFFF, self.taken >> 32
         fields[4:8] = [MAX_BACKGROUND, _CONGESTION, self._longest, 1]
         fields[8] = self._longest // PAGESIZE if self.taken & wire.MAX_PAGES else 0

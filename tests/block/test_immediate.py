@@ -20,7 +20,7 @@ from fusedisk.block.extent import Extent
 from fusedisk.block.graph import Graph
 from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.block.tracked import Request
-from fusedisk.core.errors import HostError
+from fusedisk.core.errors import FusediskError, HostError
 from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.host_io import read_vector
 from fusedisk.drivers.table import DRIVERS
@@ -248,6 +248,30 @@ async def test_small_writes_one_after_the_other_grow_the_image(tmp_path: Path, m
         for offset in range(0, 4 * 64 * KIB, 4 * KIB):
             assert read(backend, offset, 4 * KIB) == b"%08d" % offset * 512
     assert_clean(tmp_path / "disk.qcow2")
+
+
+async def test_nothing_goes_past_the_end_of_a_node_in_between(tmp_path: Path) -> None:
+    """An image that was cut in its last cluster, in a window of a file that goes on."""
+    image = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "1M")
+    qemu_io(image, "write -P 7 0 4k", fmt="qcow2")
+    length = image.stat().st_size - 64 * KIB + 4 * KIB
+    os.truncate(image, length)
+    with image.open("ab") as file:
+        file.write(b"n" * 128 * KIB)
+    window = {"driver": "raw", "size": length, "file": {"driver": "file", "filename": str(image)}}
+    graph = Graph(DRIVERS)
+    try:
+        backend = await graph.open_backend({"driver": "qcow2", "file": window}, writable=True)
+        assert await backend.read(0, 4 * KIB) == b"\7" * 4 * KIB
+        assert not backend.immediate.write(32 * KIB, memoryview(b"z" * 4 * KIB))
+        assert read(backend, 32 * KIB, 4 * KIB) is None
+        with pytest.raises(FusediskError):
+            await backend.write(32 * KIB, b"z" * 4 * KIB)
+        assert backend.immediate.write(0, memoryview(b"z" * 4 * KIB))
+    finally:
+        await graph.close()
+    assert image.read_bytes()[length:] == b"n" * 128 * KIB
 
 
 async def test_a_failed_change_of_the_whole_image(tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fusedisk.block.backend import Backend
 from fusedisk.block.graph import Graph
 from fusedisk.core.errors import CorruptImageError, FusediskError, GateError, ImageError, OptionError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io
 from tests.support.commands import fusedisk_process
+from tests.support.files import MIB, largest_file
 from tests.support.memory import Store, stores
 from tests.support.qcow2 import MEMORY_DRIVERS, assert_clean, driver_of, opened, raw_content
 
@@ -92,6 +95,27 @@ async def test_what_qemu_wrote(tmp_path: Path, kind: str) -> None:
             driver.specific_information()
             == json.loads(qemu_img("info", "--output=json", image))["format-specific"]["data"]
         )
+
+
+@pytest.mark.parametrize("kind", ["plain", "extended"])
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_what_a_failed_write_left_behind_the_end_is_not_read(tmp_path: Path, kind: str, at_once: bool) -> None:
+    image = make(tmp_path, kind)
+    os.truncate(tmp_path / "disk.data", 0)
+
+    async def write(backend: Backend, offset: int, data: bytes) -> None:
+        if not at_once or not backend.write_now(offset, memoryview(data)):
+            await backend.write(offset, data)
+
+    async with opened(image) as backend:
+        await backend.write(0, b"a" * 512)
+        with largest_file(2 * MIB + 8192), pytest.raises(FusediskError):
+            await write(backend, 2 * MIB, b"S" * CLUSTER)
+        await backend.write_zeroes(2 * MIB, CLUSTER)
+        await backend.flush()
+        await backend.write(2 * MIB + 60000, b"z" * 100)
+        assert await backend.read(2 * MIB, CLUSTER) == bytes(60000) + b"z" * 100 + bytes(CLUSTER - 60100)
+    qemu_io(image, f"read -P 0 {2 * MIB} 60000", fmt="qcow2")
 
 
 async def test_guest_offset_0_is_host_offset_0(tmp_path: Path) -> None:

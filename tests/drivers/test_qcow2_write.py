@@ -11,8 +11,9 @@ import pytest
 import trio
 
 from fusedisk.block.backend import Backend
-from fusedisk.core.errors import CorruptImageError, HostError, NoSpaceError
+from fusedisk.core.errors import CorruptImageError, FusediskError, HostError, NoSpaceError
 from tests.conftest import qemu_img, qemu_io
+from tests.support.files import largest_file
 from tests.support.memory import Store
 from tests.support.oracle import random_bytes
 from tests.support.qcow2 import (
@@ -22,6 +23,7 @@ from tests.support.qcow2 import (
     created_in_memory,
     driver_of,
     in_memory,
+    opened,
     raw_content,
     saved,
 )
@@ -111,6 +113,27 @@ async def test_clusters_that_a_failed_write_may_have_touched_do_not_count_as_fre
             await backend.write(3 * CLUSTER, b"junk" * 1000)
         await backend.write(7 * CLUSTER + 8000, b"x")
         assert await backend.read(7 * CLUSTER, CLUSTER) == bytes(8000) + b"x" + bytes(CLUSTER - 8001)
+
+
+async def test_half_a_refcount_block_is_no_zeroes(tmp_path: Path) -> None:
+    """One that could not be written whole, at the end of the file, lies where guest data may lie later."""
+    path, cluster = tmp_path / "disk.qcow2", 8192
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster},refcount_bits=64", path, "64M")
+    async with opened(path, discard="unmap") as backend:
+        storage = backend.node.children["file"].node
+        count = 0
+        while storage.length < 1024 * cluster:  # what the first block counts
+            await backend.write(count * cluster, b"x" * cluster)
+            count += 1
+        with largest_file(1024 * cluster + 4096), pytest.raises(FusediskError):
+            await backend.write(count * cluster, b"y" * cluster)
+        await backend.discard(0, cluster)
+        await backend.flush()
+        await backend.flush()
+        await backend.write((count + 1) * cluster + 4096, b"z" * 4200)
+        found = await backend.read((count + 1) * cluster, 2 * cluster)
+        assert found == bytes(4096) + b"z" * 4200 + bytes(2 * cluster - 4096 - 4200)
+    assert_clean(path)
 
 
 async def test_order_of_a_first_write_and_its_flush(store: Store, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ async def serving() -> AsyncIterator[Setup]:
     (kernel, device), (library, ours) = pairs
     disk, ended = Disk(), trio.Event()
     handle = Handle(disk, os.O_RDWR)  # type: ignore[arg-type]
-    operations: Any = SimpleNamespace(handles=SimpleNamespace(by_number={1: handle}))
+    operations: Any = SimpleNamespace(handles=SimpleNamespace(by_number={1: handle}), exports=[])
     served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set, None)
     device.close()
     try:

@@ -64,6 +64,30 @@ def test_an_expected_error_is_its_errno_and_no_traceback(
     assert b"Traceback" not in process.communicate(timeout=PATIENCE)[1]
 
 
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_a_write_that_fails_costs_itself_only(
+    mounts: Mounts, raw: Path, tmp_path: Path, program: list[str], format: str
+) -> None:
+    """Also where it was tried without a task: the disk is there, and the same write goes well when the host can."""
+    image = raw if format == "raw" else make_qcow2(tmp_path / "disk.qcow2", 4 * MIB)
+    on = mounts.directory()
+    process = mounts.start("-f", format, image, on=on, program=program)
+    file = os.open(on / "disk", os.O_RDWR)
+    os.pwrite(file, b"before", 0)
+    (tmp_path / "broken").write_text("error pwritev")
+    for offset in (0, 3 * MIB, 2 * MIB):
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pwrite(file, b"x" * 4096, offset)
+    (tmp_path / "broken").unlink()
+    assert os.pread(file, 6, 0) == b"before"
+    assert os.pwrite(file, b"y" * 4096, 3 * MIB) == 4096
+    assert os.pread(file, 4096, 3 * MIB) == b"y" * 4096
+    os.close(file)
+    process.send_signal(signal.SIGTERM)
+    assert b"Traceback" not in process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 0
+
+
 def test_a_request_that_waits_holds_up_no_other(mounts: Mounts, raw: Path, tmp_path: Path, program: list[str]) -> None:
     on = mounts.directory()
     mounts.start("-f", "raw", raw, on=on, program=program)

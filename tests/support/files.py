@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ async def opened(path: Path, *, writable: bool = True, **options: Any) -> AsyncI
         yield backend, backend.node.driver
     finally:
         await graph.close()
+
+
+@contextlib.contextmanager
+def largest_file(length: int) -> Iterator[None]:
+    """Writes of this process past ``length`` fail, and those across it are done in part."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (length, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

@@ -285,8 +285,11 @@ class FileDriver(Driver):
                 end = offset + total_length(buffers)
                 with self._extension(end):
                     await file.write(left, end - total_length(left))
-        except OSError as exc:
-            raise host_error(exc, self.filename, "write to") from exc
+        except BaseException as exc:
+            self._grew_in_part()
+            if isinstance(exc, OSError):
+                raise host_error(exc, self.filename, "write to") from exc
+            raise
 
     def read_now(self, offset: int, buffer: Buffer) -> bool:
         file = self.file
@@ -309,9 +312,18 @@ class FileDriver(Driver):
 
     def write_now(self, offset: int, buffer: Buffer) -> bool:
         try:
-            return not self.file.write_inline((buffer,), offset)
+            if not self.file.write_inline((buffer,), offset):
+                return True
         except OSError:
-            return False
+            pass  # pwritev says what it is
+        self._grew_in_part()
+        return False
+
+    def _grew_in_part(self) -> None:
+        """After a write that was not finished: what it left behind the node's end does not read as zeroes."""
+        if self.file.alignment is None:
+            with contextlib.suppress(OSError):
+                self.node.length = max(self.node.length, os.fstat(self.file.fd).st_size)
 
     def resident_descriptor(self, offset: int, length: int) -> int | None:
         return self.file.fd if self.file.is_resident(offset, length) else None

@@ -415,6 +415,7 @@ class Refcounts:
         if not self.table[home]:
             self._set_to_one(block, index, 1)
         offset = cluster << self.geometry.cluster_bits
+        self._used_end = max(self._used_end, offset + len(block))
         await self.image.announce("refblock_alloc_write")
         await self.image.put_new_table(offset, block)
         if self.table[home]:
@@ -458,6 +459,7 @@ class Refcounts:
         table = self.table + empty_table(table_clusters * (size // 8) - old_entries)
         for i in range(blocks):
             table[old_entries + i] = blocks_offset + i * size
+        self._used_end = max(self._used_end, blocks_offset + len(content))
         await self.image.announce("refblock_alloc_write_blocks")
         await self.image.put_new_table(blocks_offset, content)
         await self.image.announce("refblock_alloc_write_table")
