@@ -234,6 +234,7 @@ async def test_a_backing_node_that_grows(tmp_path: Path) -> None:
 
 async def test_small_writes_one_after_the_other_grow_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first write of a cluster takes a place behind the file's end; those after it go there at once."""
+    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
     monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
     async with opened(await create_image(tmp_path / "disk.qcow2", size=SIZE)) as backend:
         storage = backend.node.children["file"].node

@@ -11,8 +11,9 @@ import pytest
 from fusedisk.block import backend as backends
 from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import NoSpaceError
+from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.file import FileDriver
-from fusedisk.drivers.protocol.host_file import HostFile, Pace
+from fusedisk.drivers.protocol.host_file import HostFile
 from tests.conftest import qemu_img
 from tests.support.qcow2 import assert_clean, driver_of, opened, raw_content
 
@@ -46,8 +47,9 @@ def made(folder: Path, feature: str, backed: bool) -> tuple[Path, bytearray]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's disk is never slow."""
-    monkeypatch.setattr(Pace, "is_quick", lambda self, now: True)
+    """The host's disk is never slow, whatever filesystem there is."""
+    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
+    monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
 
 
 @features
