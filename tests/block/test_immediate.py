@@ -38,6 +38,13 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(immediate, "PAUSE", 0)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's disk is never slow, whatever filesystem there is."""
+    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
+    monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
+
+
 def read(backend: Backend, offset: int, length: int) -> bytes | None:
     """What the short way reads, if it does."""
     buffer = memoryview(bytearray(b"\xee" * length))
@@ -232,10 +239,9 @@ async def test_a_backing_node_that_grows(tmp_path: Path) -> None:
         await graph.close()
 
 
-async def test_small_writes_one_after_the_other_grow_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick")
+async def test_small_writes_one_after_the_other_grow_the_image(tmp_path: Path) -> None:
     """The first write of a cluster takes a place behind the file's end; those after it go there at once."""
-    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
-    monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
     async with opened(await create_image(tmp_path / "disk.qcow2", size=SIZE)) as backend:
         storage = backend.node.children["file"].node
         for offset in range(0, 4 * 64 * KIB, 4 * KIB):
@@ -251,6 +257,7 @@ async def test_small_writes_one_after_the_other_grow_the_image(tmp_path: Path, m
     assert_clean(tmp_path / "disk.qcow2")
 
 
+@pytest.mark.usefixtures("quick")
 async def test_nothing_goes_past_the_end_of_a_node_in_between(tmp_path: Path) -> None:
     """An image that was cut in its last cluster, in a window of a file that goes on."""
     image = tmp_path / "disk.qcow2"
