@@ -8,9 +8,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
+from fusedisk.block import snapshot as snapshots
 from fusedisk.block.backend import Backend
-from fusedisk.core.errors import CorruptImageError, NotSupportedError, OptionError
+from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.core.errors import CorruptImageError, NotSupportedError, OptionError, OutOfRangeError
 from tests.conftest import qemu_img, qemu_io
 from tests.support.qcow2 import assert_clean, create_image, driver_of, opened, raw_content
 
@@ -130,3 +133,53 @@ async def _closing_fails(image: Path) -> AsyncIterator[Backend]:
     with pytest.raises(CorruptImageError, match="before all changes of its metadata were written"):
         async with opened(image) as backend:
             yield backend
+
+
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+async def test_a_table_that_a_shrinking_disk_lost_is_forgotten(tmp_path: Path, cluster_size: int) -> None:
+    """Its cluster becomes another table's, and that one's content is to be read from there."""
+    unit = (cluster_size // 512) ** 2
+    path = await create_image(tmp_path / "disk.qcow2", size=512 * 512 * unit, cluster_size=cluster_size)
+    async with opened(path) as backend:
+        await backend.write(261632 * unit, b"w" * 512)
+        await backend.write(99328 * unit, b"w" * cluster_size)
+        await backend.truncate(221696 * unit)
+        await snapshots.create_snapshot(backend.node, SnapshotInfo("", "s", 0))
+        await backend.truncate(128000 * unit)
+        assert await backend.read(99328 * unit, 512) == b"w" * 512
+    assert_clean(path)
+
+
+@pytest.mark.parametrize("how", ["apply", "truncate"])
+@pytest.mark.parametrize("what", ["write", "zero", "compressed", "discard", "preallocate", "read"])
+async def test_requests_that_waited_for_a_disk_to_become_shorter(tmp_path: Path, how: str, what: str) -> None:
+    path = await create_image(tmp_path / "disk.qcow2", size=64 << 10, cluster_size=512)
+    async with opened(path, discard="unmap") as backend:
+        kept = await snapshots.create_snapshot(backend.node, SnapshotInfo("", "s", 0))
+        await backend.truncate(2 << 20)
+        await backend.write(0, b"z" * 512)
+        request = {
+            "write": lambda: backend.write(2000 << 10, b"x" * 512),
+            "zero": lambda: backend.write_zeroes(2000 << 10, 512),
+            "compressed": lambda: backend.write_compressed(2000 << 10, b"x" * 512),
+            "discard": lambda: backend.discard(2000 << 10, 512),
+            "preallocate": lambda: backend.preallocate(2000 << 10, 512),
+            "read": lambda: backend.read(2000 << 10, 512),
+        }[what]
+        async with trio.open_nursery() as nursery:
+            if how == "apply":
+                nursery.start_soon(snapshots.apply_snapshot, backend.node, kept.id)
+            else:
+                nursery.start_soon(backend.truncate, 64 << 10)
+            while not backend.node.serialising:
+                await trio.lowlevel.checkpoint()
+            if what == "read":
+                assert await request() == bytes(512)
+            elif what == "discard":
+                await request()
+            else:
+                with pytest.raises(OutOfRangeError, match=r"goes past the end of .* at 65536"):
+                    await request()
+        assert backend.length == 64 << 10
+        assert await backend.read(0, 512) == (b"z" * 512 if how == "truncate" else bytes(512))
+    assert_clean(path)

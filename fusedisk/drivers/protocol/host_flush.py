@@ -22,6 +22,7 @@ import trio
 
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.offload import run_host_io
+from fusedisk.drivers.protocol.hostcalls import system_call
 
 _MOST = 64
 """Flushes under way at once that there is room for at least; more may go to threads."""
@@ -31,9 +32,6 @@ _RESFD = 1
 _GENERIC = (0, 1, 2, 4)
 _CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": _GENERIC, "riscv64": _GENERIC}
 """The numbers of io_setup, io_destroy, io_submit and io_getevents."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class _Request(ctypes.Structure):
@@ -72,13 +70,13 @@ class _Flushes:
     def __init__(self, calls: tuple[int, int, int, int]) -> None:
         setup, destroy, self._submit, self._get_events = calls
         context = ctypes.c_ulong(0)
-        _call(setup, ctypes.c_uint(_MOST), ctypes.byref(context))
+        system_call(setup, ctypes.c_uint(_MOST), ctypes.byref(context))
         self._context = context
         self._last = 0
         self._results: dict[int, int] = {}
         """What has ended, by number, for who began it."""
         self._events = (_Event * _MOST)()
-        weakref.finalize(self, _libc.syscall, ctypes.c_long(destroy), context)
+        weakref.finalize(self, system_call, destroy, context)
 
     def begin(self, fd: int) -> tuple[int, int]:
         """Begin to flush; returns the number of the flush, and what is readable when it has ended. Raises OSError."""
@@ -86,7 +84,7 @@ class _Flushes:
         self._last += 1
         request = _Request(data=self._last, opcode=_FDSYNC, fd=fd, flags=_RESFD, event_fd=event_fd)
         try:
-            _call(self._submit, self._context, ctypes.c_long(1), (ctypes.c_void_p * 1)(ctypes.addressof(request)))
+            system_call(self._submit, self._context, ctypes.c_long(1), (ctypes.c_void_p * 1)(ctypes.addressof(request)))
         except OSError:
             os.close(event_fd)
             raise
@@ -103,18 +101,10 @@ class _Flushes:
 
     def _collect(self) -> int:
         """Take some of the events that are there; returns how many."""
-        count = _call(self._get_events, self._context, ctypes.c_long(0), ctypes.c_long(_MOST), self._events, None)
+        count = system_call(self._get_events, self._context, ctypes.c_long(0), ctypes.c_long(_MOST), self._events, None)
         for event in self._events[:count]:
             self._results[event.data] = event.result
         return count
-
-
-def _call(number: int, *args: object) -> int:
-    result = int(_libc.syscall(ctypes.c_long(number), *args))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
 
 
 _of_run: trio.lowlevel.RunVar[_Flushes | None] = trio.lowlevel.RunVar("host_flushes")

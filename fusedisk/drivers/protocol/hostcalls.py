@@ -13,7 +13,7 @@ import fcntl
 import os
 import stat
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -50,6 +50,13 @@ class Geometry(NamedTuple):
     heads: int
     sectors: int
     cylinders: int
+
+
+def system_call(number: int, *args: Any) -> int:
+    """syscall(2): the result of a call that the C library has no function for. Numbers in ``args`` are ints of C."""
+    result: int = _libc.syscall(ctypes.c_long(number), *args)
+    _check(min(result, 0))
+    return result
 
 
 def _check(result: int) -> None:
@@ -96,7 +103,7 @@ def cached_pages(fd: int, offset: int, length: int) -> int:
     """How many of the pages of a file that a range touches are in the page cache, by cachestat(2), Linux 6.5; among
     them some that are still being read."""
     asked, answer = (ctypes.c_uint64 * 2)(offset, length), (ctypes.c_uint64 * 5)()
-    _check(_libc.syscall(_SYS_CACHESTAT, fd, asked, answer, 0))
+    system_call(_SYS_CACHESTAT, fd, asked, answer, 0)
     return answer[0]
 
 

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import trio
 
-from fusedisk.block import io, transfer
+from fusedisk.block import io
 from fusedisk.block.child import Child
 from fusedisk.block.driver import (
     MAY_UNMAP,
-    ZERO_NEW,
     BackingReference,
     Buffer,
     ChildSpec,
@@ -36,8 +35,8 @@ from fusedisk.block.node import Node, NodeConfig
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options
-from fusedisk.core.zeroes import is_zero, zero_fill
-from fusedisk.drivers.format.qcow2 import create, discard, layout, resize
+from fusedisk.core.zeroes import zero_fill
+from fusedisk.drivers.format.qcow2 import create, discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocation
 from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
@@ -52,7 +51,7 @@ from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.opening import check_version, check_writable, read_header
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions, Qcow2Options, cache_sizes
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
-from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
+from fusedisk.drivers.format.qcow2.resize_driver import ResizeDriver
 from fusedisk.drivers.format.qcow2.sparse import sparse_threshold, uses_clusters
 from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator
 
@@ -65,7 +64,7 @@ if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult, Progress, Repair
 
 
-class Qcow2Driver(SnapshotDriver):
+class Qcow2Driver(ResizeDriver):
     """One open qcow2 image."""
 
     name = "qcow2"
@@ -412,60 +411,6 @@ class Qcow2Driver(SnapshotDriver):
     def _backing_length(self) -> int:
         backing = self.node.backing
         return backing.node.length if backing is not None else 0
-
-    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
-        await self.prepare_writing()
-        allocator, zero_new = self.allocator, bool(flags & ZERO_NEW)
-        old = self.image.header.size
-        resize.check_size(allocator, length, preallocation, zero_new=zero_new)
-        if length < old:
-            await self._shrink(length)
-        elif length > old:
-            await self._grow(length, preallocation, zero_new=zero_new)
-
-    async def _grow(self, length: int, preallocation: str, *, zero_new: bool) -> None:
-        allocator, old, size = self.allocator, self.image.header.size, self.image.geometry.cluster_size
-        await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
-        await self._zero_tail(zero_new)
-        await resize.clear_behind_end(allocator, length, zero_new=zero_new)
-        if preallocation != "off":
-            try:
-                await resize.preallocate(allocator, -(-old // size) * size, length, preallocation)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await resize.give_back(allocator, length)
-                raise
-        await self._resize_raw_data(length)
-        await resize.set_size(allocator, length)
-
-    async def _shrink(self, length: int) -> None:
-        old = self.image.header.size
-        await resize.set_size(self.allocator, length)
-        await self._resize_raw_data(length)
-        await resize.drop_behind_end(self.allocator, old)
-        await resize.shorten_file(self.allocator)
-
-    async def _resize_raw_data(self, length: int) -> None:
-        """Keep a raw data file as long as the disk."""
-        if self.image.header.has_raw_data_file:
-            assert self.image.data_file is not None
-            await io.truncate(self.image.data_file.node, length)
-
-    async def _zero_tail(self, zero_new: bool) -> None:
-        """Make what the last cluster holds behind the disk's end zero, before the disk grows over it."""
-        offset = self.image.header.size
-        end = offset + -offset % self.image.geometry.cluster_size
-        while offset < end:
-            extent = await self.map(offset, end - offset)
-            tail = memoryview(bytearray(extent.length))
-            if extent.compressed:
-                await self.read_special(extent, offset, tail)
-            elif extent.status != UNALLOCATED or zero_new:
-                await self._read_plain(extent, offset, tail)
-            if not is_zero(tail):
-                # As the guest would: in place, or by copying where the cluster is shared or compressed.
-                await transfer.write(self.node, offset, (memoryview(bytes(len(tail))),), 0)
-            offset += len(tail)
 
     # --- settings ---------------------------------------------------------------------------------------
 
