@@ -5,8 +5,8 @@ two reads, with no task, lock or allocation; anything else becomes a task of its
 request. Requests in flight and their bytes are bounded: beyond that nothing is read, and the kernel holds back whoever
 asks.
 
-When there is nothing to read, the task asks again for some microseconds before it waits: waking up costs more than
-most requests do. It stops asking when that has not paid lately, so an idle mount takes no CPU at all.
+When there is nothing to read, the task asks again for some microseconds, or sleeps a moment by itself, before it waits
+in the event loop (:mod:`.polling`): waking up costs more than most requests do. An idle mount takes no CPU at all.
 
 pyfuse3 is the other end of a socket (:mod:`.splicing`): it mounts, negotiates, and answers for names and attributes.
 """
@@ -17,6 +17,7 @@ import errno
 import logging
 import mmap
 import os
+import select
 import struct
 from collections.abc import Callable
 from time import perf_counter
@@ -32,6 +33,7 @@ from fusedisk.mount.handles import Handle
 from fusedisk.mount.negotiation import Negotiation
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.passthrough import PassedThrough
+from fusedisk.mount.polling import NAP, Polling
 from fusedisk.mount.reply_pipe import LEAST, ReplyPipe
 from fusedisk.mount.requesters import is_dying
 from fusedisk.mount.settings import Passthrough
@@ -51,11 +53,6 @@ _LONGEST_TURN = 1e-3
 """Seconds after which it gets it in any case: some requests take a hundred times as long as others."""
 _PATIENCE = 10e-3
 """Seconds more that work waits which nobody here knows of."""
-_POLL = 80e-6
-"""Seconds to ask again and again after an answer, before waiting for the next request."""
-_WORTH_POLLING = 110e-6
-"""Seconds between the last answer and the next request, with what waking up takes, below which the one after that will
-probably come soon enough, too."""
 
 _LEAST_SPARE, _MOST_SPARE = 2, 8
 """Buffers of each kind that are made at once, and kept for later."""
@@ -136,7 +133,10 @@ class Channel:
         self._forwarded = 0
         self._interruptible: dict[int, tuple[trio.CancelScope, int]] = {}
         """With the thread that must be dying for that; 0: any signal will do."""
-        self._may_poll = len(os.sched_getaffinity(0)) > 1
+        self._polling = Polling(may_ask=len(os.sched_getaffinity(0)) > 1)
+        poller = select.poll()
+        poller.register(self._device, select.POLLIN)
+        self._nap = poller.poll
 
     async def run(self) -> None:
         """Serve until the mount is gone, then let pyfuse3 end. Raises BrokenConnectionError."""
@@ -177,19 +177,24 @@ class Channel:
         written = bytearray(_WRITTEN.size)
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
-        poll = deadline = last = 0.0
+        polling, nap = self._polling, self._nap
         turns, turn = 0, clock() + _LONGEST_TURN
+        asked = 0.0
         while True:
+            if polling.naps and not self._places and not self._forwarded and not in_background() and not nap(NAP):
+                polling.overslept()
             try:
                 length = readv(device, vector)
             except BlockingIOError:
-                if clock() < deadline and not self._places and not self._forwarded and not in_background():
+                now = clock()
+                if now < polling.deadline and not self._places and not self._forwarded and not in_background():
+                    asked = now
                     continue
                 await trio.lowlevel.wait_readable(device)
                 turns, now = 0, clock()
                 turn = now + _LONGEST_TURN
-                poll = _POLL if self._may_poll and now - last < _WORTH_POLLING else 0.0
-                deadline = now + poll
+                polling.woke(now, asked)
+                asked = 0.0
                 continue
             except OSError as exc:
                 if exc.errno in _GONE:
@@ -246,7 +251,8 @@ class Channel:
                 await trio.lowlevel.checkpoint()
                 turns, now = 0, clock()
                 turn = now + _LONGEST_TURN
-            last, deadline = now, now + poll
+            polling.answered(now, asked)
+            asked = 0.0
 
     def _lend(self, unique: int, handle: Handle | None, offset: int, size: int) -> bool:
         """Answer a READ without copying: out of the page cache, or as it lies in memory; tells whether it did."""
