@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from fusedisk.core.libdeflate import libdeflate
 
 Source = bytes | bytearray | memoryview
 Content = bytes | bytearray | memoryview
@@ -15,8 +18,51 @@ Inflate = Callable[[Source, int], Content]
 InflateError. Any thread may call it, also several at once."""
 
 
+InflateInto = Callable[[memoryview, memoryview], None]
+"""The same, from writable memory to a buffer that is filled; what is in it after an error is anything."""
+InflatePrefix = Callable[[memoryview, int], Content | None]
+"""The first bytes of what writable memory inflates to, for much less than all of it takes; None where all of it is as
+good a way, or the only one to find out."""
+
+
 class InflateError(Exception):
     """The data is not what it should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """What one kind of compressed data inflates with."""
+
+    inflate: Inflate
+    into: InflateInto
+    prefix: InflatePrefix
+
+
+def raw_deflate(window_bits: int) -> Codec:
+    """``window_bits`` as :func:`zlib.decompressobj` has them, without their sign."""
+    inflate = zlib_inflater(-window_bits)
+    library = libdeflate()
+    if library is None:
+        return _whole_only(inflate)
+    fill = library.into
+
+    def into(data: memoryview, target: memoryview) -> None:
+        if not fill(data, target):
+            target[:] = inflate(data, len(target))
+
+    return Codec(inflate, into, library.prefix)
+
+
+def zstd() -> Codec:
+    """One frame. Its blocks are as large as most clusters, so there is no prefix that takes less."""
+    return _whole_only(zstd_inflater())
+
+
+def _whole_only(inflate: Inflate) -> Codec:
+    def into(data: memoryview, target: memoryview) -> None:
+        target[:] = inflate(data, len(target))
+
+    return Codec(inflate, into, lambda data, size: None)
 
 
 def zlib_inflater(window_bits: int) -> Inflate:
@@ -63,8 +109,8 @@ def zstd_inflater() -> Inflate:
     return inflate
 
 
-INFLATERS: dict[str, Callable[[], Inflate]] = {"deflate-4k": lambda: zlib_inflater(-12), "zstd": zstd_inflater}
-"""By name of the codec: raw deflate with a window of 4 KiB, zstd frames."""
+CODECS: dict[str, Callable[[], Codec]] = {"deflate-4k": lambda: raw_deflate(12), "zstd": zstd}
+"""By name: raw deflate with a window of 4 KiB, zstd frames."""
 
 
 def _whole(content: bytes, size: int) -> bytes:

@@ -26,31 +26,33 @@ from contextlib import suppress
 
 import trio
 
-from fusedisk.core.inflate import INFLATERS, Content
-from fusedisk.core.inflate_worker import MESSAGE_SIZE, READY
+from fusedisk.core.inflate import CODECS, Content
+from fusedisk.core.inflate_worker import ANSWER_SIZE, READY
 
 log = logging.getLogger(__name__)
 
 MOST_PROCESSES = 4
-BATCHES = 4
+BATCHES = 3
 """Batches for each process that keep all of them busy: what one has, what is on its way, and what is being read."""
 BREAK_EVEN = 64 << 20
 """Bytes to be inflated by threads before processes are worth their start: a tenth of a second's work."""
-CONTENT_SIZE = (1 << 20) + (64 << 10)
-"""Bytes that a batch inflates to, at most: so a MiB from anywhere in clusters of 64 KiB is a batch."""
+CONTENT_SIZE = (2 << 20) + (64 << 10)
+"""Bytes that a batch inflates to, at most: so 2 MiB from anywhere in clusters of 64 KiB are a batch."""
 SOURCE_SIZE = CONTENT_SIZE + (64 << 10)
 """Bytes of a batch's compressed data, at most, with what lies between the pieces."""
 _WORTH_HOLDING = CONTENT_SIZE // 2
 """Bytes of content below which a batch is copied from the memory where it takes up CONTENT_SIZE."""
 _PATIENCE = 10.0
-"""Seconds after which a process that does not answer is ended. A batch takes milliseconds."""
+"""Seconds after which a process that does not get ready is ended."""
+_UNANSWERED = 10.0
+"""Seconds, up to twice as many, after which a process that does not answer is ended. A batch takes milliseconds."""
 _IDLE_SECONDS = 30.0
 """Seconds without a batch after which the processes are ended."""
 
 Piece = tuple[int, int, int]
 """Offset and length of compressed data in a source, and the length of what it inflates to, in bytes."""
 
-_CODECS = {codec: number for number, codec in enumerate(INFLATERS)}
+_NUMBERS = {codec: number for number, codec in enumerate(CODECS)}
 _Slab = ctypes.c_char * CONTENT_SIZE
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _fallocate = ctypes.CDLL(None).fallocate
@@ -144,10 +146,10 @@ class Batch:
 
     async def inflate(self, codec: str, pieces: Sequence[Piece], processes: int = 1) -> list[Content | None]:
         """What each piece of :attr:`source` inflates to, or None if the caller is to inflate it, or to find out about
-        it, by themselves. ``codec``: a key of INFLATERS. ``processes``: how many share the work, not more than there
+        it, by themselves. ``codec``: a key of CODECS. ``processes``: how many share the work, not more than there
         are pieces."""
         assert processes <= len(pieces), (processes, len(pieces))
-        messages = [array("I", [_CODECS[codec]]) for _ in range(processes)]
+        messages = [array("I", [_NUMBERS[codec]]) for _ in range(processes)]
         place = self._place
         for number, (offset, length, size) in enumerate(pieces):
             message = messages[number * processes // len(pieces)]
@@ -236,7 +238,10 @@ class _Crew:
                 raise ChildProcessError(f"{sys.executable} does not start")
             self._workers.append(worker)
             task_status.started()
-            await worker.attend()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(worker.watch)
+                await worker.attend()
+                nursery.cancel_scope.cancel()
             end.cancel()
         finally:
             if worker in self._workers:
@@ -245,18 +250,18 @@ class _Crew:
 
     async def have_done(self, messages: list[array[int]]) -> bytes:
         """What processes answer, one behind the other; nothing unless all do."""
-        orders = [(worker, worker.order(message)) for message in messages if (worker := self._next()) is not None]
-        # The processes write to where the messages say: nothing else may do so before they are done.
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(_PATIENCE):
-                for _, answer in orders:
+        answers = [worker.order(message) for message in messages if (worker := self._next()) is not None]
+        try:
+            for answer in answers:
+                await answer.there.wait()
+        except trio.Cancelled:
+            # The processes write to where the messages say: nothing else may do so before they are done. Who is
+            # cancelled meets that again at their next step.
+            with trio.CancelScope(shield=True):
+                for answer in answers:
                     await answer.there.wait()
-            for worker, answer in orders:
-                if not answer.there.is_set():
-                    log.warning("a process that inflates did not answer, and was ended")
-                    worker.end()
-        answers = [answer.content for _, answer in orders]
-        return b"".join(answers) if len(answers) == len(messages) and all(answers) else b""
+        contents = [answer.content for answer in answers]
+        return b"".join(contents) if len(contents) == len(messages) and all(contents) else b""
 
     def _next(self) -> _Worker | None:
         """Who has the least to do."""
@@ -308,11 +313,21 @@ class _Worker:
         while done := await self._receive():
             self._answers.popleft().give(done)
 
+    async def watch(self) -> None:
+        """End the process if it does not answer."""
+        while True:
+            oldest = self._answers[0] if self._answers else None
+            await trio.sleep(_UNANSWERED)
+            if oldest is not None and not oldest.there.is_set():
+                log.warning("a process that inflates did not answer, and was ended")
+                self.end()
+                return
+
     async def _receive(self) -> bytes:
         """A message; nothing once the process has ended."""
         while not self._ended:
             try:
-                return self._connection.recv(MESSAGE_SIZE)
+                return self._connection.recv(ANSWER_SIZE)
             except BlockingIOError:
                 with suppress(trio.ClosedResourceError):
                     await trio.lowlevel.wait_readable(self._connection)

@@ -43,37 +43,53 @@ class Readahead:
         self._longest = max(min(LONGEST_WINDOW, capacity // MAX_STREAMS), 2 * unit)
         self._gap = max(1 << 20, unit)
         self._streams: dict[int, Stream] = {}
-        """By the offset behind their last request; who was neither read nor fetched for longest comes first."""
+        """Who has read on, by the offset behind their last request; who was neither read nor fetched for longest comes
+        first."""
+        self._firsts: dict[int, int] = {}
+        """Requests that continued no other: their offsets, by the offset behind them, oldest first."""
 
     def notice(self, offset: int, end: int, limit: int) -> bool:
         """Somebody reads ``[offset, end)`` of ``limit`` bytes; tells whether that makes anything wanted."""
-        streams = self._streams
-        stream = streams.pop(offset, None)
+        streams, firsts = self._streams, self._firsts
+        stream = streams.pop(offset, None) if streams else None
         if stream is None:
-            same = streams.get(end)
+            same = streams.get(end) if streams else None
             if same is not None and same.offset == offset:
                 # The same request once more, since not all of it could be answered at once.
                 return same.ahead < same.until
-            stream = self._before_hole(offset)
+            if firsts.get(end) == offset:
+                return False
+            stream = self._before(offset)
         if stream is not None:
+            if len(streams) == MAX_STREAMS:
+                del streams[next(iter(streams))]
             streams[end] = stream
             return self._advance(stream, offset, end, limit)
-        late = self._passed(offset, end)
+        late = self._passed(offset, end) if streams else None
         if late is not None:
             return late.ahead < late.until
-        if len(streams) == MAX_STREAMS:
-            del streams[next(iter(streams))]
-        streams[end] = Stream(offset, end)
+        if len(firsts) == MAX_STREAMS:
+            del firsts[next(iter(firsts))]
+        firsts[end] = offset
         return False
 
-    def _before_hole(self, offset: int) -> Stream | None:
-        """Take out the stream that may go on at ``offset``, since only units that need not be fetched, holes in what is
-        read, may lie between."""
+    def _before(self, offset: int) -> Stream | None:
+        """Take out the stream that goes on at ``offset``: one with a first request before it, or, since only units that
+        need not be fetched, holes in what is read, may lie between, any that ends not far from there."""
+        start = self._firsts.pop(offset, None)
+        if start is not None:
+            return Stream(start, offset)
         if not offset % self._unit:
             for position in self._streams:
-                if 0 < offset - position <= self._gap and not position % self._unit:
+                if self._reaches(position, offset):
                     return self._streams.pop(position)
+            for position in self._firsts:
+                if self._reaches(position, offset):
+                    return Stream(self._firsts.pop(position), position)
         return None
+
+    def _reaches(self, position: int, offset: int) -> bool:
+        return 0 < offset - position <= self._gap and not position % self._unit
 
     def _passed(self, offset: int, end: int) -> Stream | None:
         """The stream that has just gone past there: parts of a long request may come in any order."""

@@ -23,6 +23,8 @@ from fusedisk.core.inflate_pool import BREAK_EVEN, CONTENT_SIZE, SOURCE_SIZE, Ba
 from tests.support.tasks import start, until
 
 SIZE = 64 << 10
+HELD = CONTENT_SIZE // 2 // SIZE + 1
+"""Pieces that are not copied."""
 
 
 def content(number: int) -> bytes:
@@ -125,17 +127,28 @@ def memory_of(pool: InflatePool) -> int:
 
 async def test_content_stays_for_as_long_as_it_is_held() -> None:
     async with running(capacity=40 * CONTENT_SIZE) as pool:
-        held = {number: await inflate(pool, range(number, number + 9)) for number in range(60)}
+        held = {number: await inflate(pool, range(number, number + HELD)) for number in range(60)}
         shared = [number for number, pieces in held.items() if isinstance(pieces[0], memoryview)]
         assert 40 <= len(shared) < 60, "what finds no room is copied"
         for number, pieces in held.items():
-            assert pieces == [content(number + more) for more in range(9)]
+            assert pieces == [content(number + more) for more in range(HELD)]
         full = memory_of(pool)
         del pieces
         held.clear()
         assert memory_of(pool) <= full - 15 * CONTENT_SIZE, "some of it is given back"
-        again = await inflate(pool, range(9))
+        again = await inflate(pool, range(HELD))
         assert isinstance(again[0], memoryview), "the room is free again"
+
+
+async def test_a_batch_of_the_smallest_pieces() -> None:
+    count = CONTENT_SIZE // 512
+    async with running() as pool:
+        batch = begin(pool)
+        packed = deflated(bytes(512))
+        batch.source[: len(packed)] = packed
+        found = await batch.inflate("deflate-4k", [(0, len(packed), 512)] * count)
+        batch.leave()
+        assert found == [bytes(512)] * count
 
 
 async def test_a_little_is_copied() -> None:
@@ -147,7 +160,7 @@ async def test_memory_goes_with_the_processes_but_for_what_is_held(monkeypatch: 
     async with running(capacity=40 * CONTENT_SIZE) as pool:
         crew = pool._crew
         assert crew is not None
-        held = [await inflate(pool, range(number, number + 9)) for number in range(20)]
+        held = [await inflate(pool, range(number, number + HELD)) for number in range(20)]
         waiting = begin(pool)
         fill(waiting, [deflated(content(1))])
         workers()[0].kill()
@@ -205,11 +218,11 @@ async def test_without_work_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_processes_that_do_not_answer_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inflate_pool, "_UNANSWERED", 0.01)
     async with running() as pool:
         stopped = workers()
         for worker in stopped:
             worker.send_signal(signal.SIGSTOP)
-        monkeypatch.setattr(inflate_pool, "_PATIENCE", 0.0)
         assert await inflate(pool, range(4), processes=2) == [None] * 4
         assert not any(worker.is_running() for worker in stopped)
 

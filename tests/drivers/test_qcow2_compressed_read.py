@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.support.compressed import (
     SIZE,
     cluster_content,
     entries,
+    inflated,
     new_store,
     reader_of,
     reading,
@@ -210,6 +212,65 @@ async def test_read_cached_answers_what_is_inflated_and_nothing_else() -> None:
         assert not driver.read_cached(2 * CLUSTER, buffer[:10])
         assert not driver.read_cached(CLUSTER, buffer)
         assert driver.read_cached(CLUSTER, buffer[:CLUSTER])
+
+
+async def test_the_first_look_at_a_cluster_is_given_no_more_than_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    path.write_bytes((await new_store()).data)
+    async with opened(path) as backend:
+        await backend.read(0, 1)
+        read = backend.immediate.read
+        buffer = bytearray(4096)
+        for number in (5, 9):
+            place = number * CLUSTER + 8192
+            assert read(place, buffer)
+            assert buffer == CONTENT[place : place + 4096]
+            assert inflated(backend) == {0}
+        assert read(5 * CLUSTER + 40960, buffer), "the second look"
+        assert buffer == CONTENT[5 * CLUSTER + 40960 :][:4096]
+        assert inflated(backend) == {0, 5}
+        assert read(7 * CLUSTER + 60_000, memoryview(buffer)[:4000]), "not much less than all of it"
+        assert buffer[:4000] == CONTENT[7 * CLUSTER + 60_000 :][:4000]
+        assert inflated(backend) == {0, 5, 7}
+
+
+async def test_random_looks_see_what_is_there(tmp_path: Path) -> None:
+    content = bytearray(CONTENT)
+    rng = random.Random(7)
+    for number in range(0, SIZE // CLUSTER, 3):
+        # What does not compress lies between what does, at some place of the cluster.
+        place, length = number * CLUSTER + rng.randrange(CLUSTER // 2), rng.randrange(CLUSTER // 4)
+        content[place : place + length] = rng.randbytes(length)
+    path = tmp_path / "image.qcow2"
+    path.write_bytes((await new_store(bytes(content))).data)
+    async with opened(path) as backend:
+        driver_of(backend).image.inflated.capacity = 20 * CLUSTER
+        for _ in range(1500):
+            offset = rng.randrange(SIZE)
+            length = min(rng.randrange(1, 8192), SIZE - offset)
+            buffer = bytearray(length)
+            if not backend.immediate.read(offset, buffer):
+                await backend.read_into(offset, memoryview(buffer))
+            assert buffer == content[offset : offset + length]
+
+
+async def test_damage_behind_what_is_looked_at_is_for_who_reads_it(tmp_path: Path) -> None:
+    store = await new_store()
+    async with reading(store) as backend:
+        start, length = driver_of(backend).image.geometry.compressed_range(entries(backend)[5])
+    packer = zlib.compressobj(6, zlib.DEFLATED, -12)
+    packed = packer.compress(CONTENT[5 * CLUSTER :][: CLUSTER // 2]) + packer.flush(zlib.Z_SYNC_FLUSH) + b"\xff" * 100
+    assert len(packed) < length
+    store.data[start : start + len(packed)] = packed
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(store.data)
+    async with opened(path) as backend:
+        await backend.read(0, 1)
+        buffer = bytearray(512)
+        assert backend.immediate.read(5 * CLUSTER, buffer)
+        assert buffer == CONTENT[5 * CLUSTER :][:512]
+        with pytest.raises(CorruptImageError, match=f"compressed cluster for guest offset {5 * CLUSTER}"):
+            await backend.read(5 * CLUSTER, CLUSTER)
 
 
 # --- beside writers -------------------------------------------------------------------------------------

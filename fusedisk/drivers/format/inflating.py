@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from fusedisk.core.inflate import INFLATERS, Content, Inflate, InflateError
+from fusedisk.core.inflate import CODECS, Content, Inflate, InflateError
 from fusedisk.core.inflate_pool import Piece, inflate_pool
 from fusedisk.core.inflated_cache import InflatedCache, Load
 from fusedisk.core.offload import run_cpu
@@ -37,10 +37,11 @@ class Inflater:
     """Fills a cache with the pieces of one image."""
 
     def __init__(self, cache: InflatedCache, codec: str, read: Read) -> None:
-        """``codec``: a key of INFLATERS."""
+        """``codec``: a key of CODECS."""
         self.cache = cache
         self.codec = codec
-        self.inflate = INFLATERS[codec]()
+        kind = CODECS[codec]()
+        self.inflate, self.prefix = kind.inflate, kind.prefix
         self._read = read
 
     async def run(self, loads: list[Load], *, threads: int = len(os.sched_getaffinity(0))) -> None:

@@ -1,7 +1,8 @@
 """Reading compressed clusters: raw deflate with a window of 4 KiB, or zstd.
 
 Clusters inflate whole and are kept for a while, many of a run at a time, ahead of those who read sequentially. Whoever
-wants a cluster that somebody else is inflating waits for that.
+wants a cluster that somebody else is inflating waits for that. Only the first look at a small part of a cluster gets no
+more than it needs (:mod:`fusedisk.core.glances`).
 
 Why this is safe beside writers: rewriting a compressed cluster frees its host clusters while others may be reading
 them. Before they can be used again the cache is told (:mod:`fusedisk.core.inflated_cache`): then it keeps nothing that
@@ -22,6 +23,7 @@ from fusedisk.block import background
 from fusedisk.block.extent import Extent
 from fusedisk.block.node import Node
 from fusedisk.core.errors import CorruptImageError, FusediskError
+from fusedisk.core.glances import Glances
 from fusedisk.core.inflate import Content, InflateError
 from fusedisk.core.inflate_pool import inflate_pool
 from fusedisk.core.inflated_cache import Load
@@ -33,7 +35,7 @@ from fusedisk.drivers.format.qcow2.layout import COMPRESSION_NAMES
 WINDOW_BITS = -12
 BATCH = 2 << 20
 """Bytes that one request inflates at once; a single cluster may be as large."""
-AHEAD_BATCH = 1 << 20
+AHEAD_BATCH = 2 << 20
 """Bytes that one task inflates at once ahead of readers."""
 AHEAD_THREADS = min(len(os.sched_getaffinity(0)), 8)
 """Tasks that inflate ahead, where there are no processes for that."""
@@ -51,6 +53,7 @@ class CompressedReader:
         self._cache = self.image.inflated
         self._readahead = Readahead(self._size, self._cache.capacity)
         self._inflater = Inflater(self._cache, _CODECS[self.image.header.compression_type], self._read)
+        self._glances = Glances(self._size)
         self._ahead = 0
         """Tasks that inflate ahead."""
 
@@ -104,7 +107,7 @@ class CompressedReader:
         for entry in entries:
             content = self._cache.get(entry)
             if content is None and len(entries) == 1:
-                content = self._inflate_now(entry)
+                content = self._inflate_now(entry, (offset & self._mask) + length)
             if content is None:
                 return False
             contents.append(content)
@@ -124,7 +127,11 @@ class CompressedReader:
             return None
         length = extent.length
         self._notice(offset, length)
-        pieces = [memoryview(content) for content in contents if content is not None]
+        pieces = [
+            content if isinstance(content, memoryview) else memoryview(content)
+            for content in contents
+            if content is not None
+        ]
         inside = offset & self._mask
         if inside:
             pieces[0] = pieces[0][inside:]
@@ -139,19 +146,19 @@ class CompressedReader:
         return partial(self._read_cluster, _entries(extent)[0]), self._size - (offset & self._mask)
 
     def _read_cluster(self, entry: int, offset: int, buffer: memoryview) -> bool:
+        inside, length = offset & self._mask, len(buffer)
         content = self._cache.get(entry)
         if content is None:
-            content = self._inflate_now(entry)
+            content = self._inflate_now(entry, inside + length)
             if content is None:
                 return False
-        length = len(buffer)
         self._notice(offset, length)
-        inside = offset & self._mask
         buffer[:] = memoryview(content)[inside : inside + length]
         return True
 
-    def _inflate_now(self, entry: int) -> Content | None:
-        """The content of a cluster whose data is in the host's page cache, unless inflating it is for a thread."""
+    def _inflate_now(self, entry: int, end: int) -> Content | None:
+        """The content of a cluster whose data is in the host's page cache, at least its first ``end`` bytes, unless
+        inflating it is for a thread."""
         storage = self.image.storage.node
         if self._size > INLINE_SIZE or storage.serialising or self._cache.loading(entry) is not None:
             return None
@@ -159,6 +166,10 @@ class CompressedReader:
         data = memoryview(bytearray(max(min(length, storage.length - start), 0)))
         if not storage.driver.read_now(start, data):
             return None
+        if self._glances.first(entry, end):
+            part = self._inflater.prefix(data, end)
+            if part is not None:
+                return part
         try:
             content = self._inflater.inflate(data, self._size)
         except InflateError:

@@ -1,0 +1,86 @@
+"""What libdeflate can do beyond what the package ``deflate`` offers: inflate to where the caller wants it, or a part.
+
+The package's extension module has all of libdeflate's functions, with the names of libdeflate.h; they are called as
+they are. Where a build of it keeps them to itself, :func:`libdeflate` is None and everybody does without.
+
+libdeflate knows only whole streams: it stops where the output has no more room, but does not say how far it came. It
+stops less than 258 bytes before the end of the output, the length of the longest match, unless what follows is a
+stored block, of which it then takes nothing. So the output has some more room than is wanted, with random bytes in it:
+once they are overwritten, it came further than that. It may write some bytes past where it stands, as it copies whole
+words; so there is a gap before the random bytes that is many times as wide.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+_SUCCESS, _BAD_DATA, _INSUFFICIENT_SPACE = 0, 1, 3
+_GAP = 1024
+_MARK = os.urandom(16)
+_LONGEST_MATCH = 258
+PREFIX_MORE = _GAP + len(_MARK) + _LONGEST_MATCH
+"""Bytes that :meth:`Libdeflate.prefix` inflates beyond those that are wanted."""
+
+_byte = ctypes.c_char
+_address = ctypes.addressof
+
+
+class Libdeflate:
+    """Raw deflate. Any thread may call it, also several at once; the GIL is released meanwhile. All memory must be
+    writable, as only of that one may take the address."""
+
+    def __init__(self, path: str) -> None:
+        """``path``: of the library. Raises OSError or AttributeError where it is not one."""
+        library = ctypes.CDLL(path)
+        self._allocate = library.libdeflate_alloc_decompressor
+        self._allocate.argtypes = ()
+        self._allocate.restype = ctypes.c_void_p
+        self._decompress = library.libdeflate_deflate_decompress
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        self._decompress.argtypes = (pointer, pointer, size, pointer, size, pointer)
+        self._decompress.restype = ctypes.c_int
+        self._spare: list[int] = []
+        """Decompressors that nobody uses; each of them only works for one at a time."""
+
+    def into(self, data: memoryview, target: memoryview) -> bool:
+        """Fill ``target`` with what ``data``, which may be followed by anything, inflates to. False: it may hold
+        anything, since the data is damaged or inflates to another length."""
+        return self._call(data, target) == _SUCCESS
+
+    def prefix(self, data: memoryview, size: int) -> bytearray | None:
+        """The first ``size`` bytes of what ``data`` inflates to. None: this is not the way to find out."""
+        output = bytearray(size + PREFIX_MORE)
+        mark = size + _GAP
+        output[mark : mark + len(_MARK)] = _MARK
+        if self._call(data, output) != _INSUFFICIENT_SPACE or output[mark : mark + len(_MARK)] == _MARK:
+            return None
+        del output[size:]
+        return output
+
+    def _call(self, data: memoryview, target: memoryview | bytearray) -> int:
+        if not len(data):
+            return _BAD_DATA
+        try:
+            decompressor = self._spare.pop()
+        except IndexError:
+            decompressor = self._allocate()
+            if not decompressor:
+                raise MemoryError("libdeflate has no room for a decompressor") from None
+        source, output = _byte.from_buffer(data), _byte.from_buffer(target)
+        # Without a place for the length, no other length than that of the output is a success.
+        result: int = self._decompress(decompressor, _address(source), len(data), _address(output), len(target), None)
+        self._spare.append(decompressor)
+        return result
+
+
+@cache
+def libdeflate() -> Libdeflate | None:
+    """Where it can be called."""
+    try:
+        import deflate._deflate as extension
+
+        return Libdeflate(extension.__file__)
+    except (ImportError, OSError, AttributeError):
+        return None

@@ -1,0 +1,36 @@
+"""Who is given a part of a piece, and who all of it."""
+
+from __future__ import annotations
+
+from fusedisk.core.glances import MOST_GLANCES, Glances
+
+SIZE = 64 << 10
+
+
+def test_the_first_look_is_given_a_part_and_the_second_all_of_it() -> None:
+    glances = Glances(SIZE)
+    assert glances.first(1, 4096)
+    assert glances.first(2, 32768)
+    assert not glances.first(1, 4096)
+    assert not glances.first(2, 4096)
+
+
+def test_a_piece_that_was_lost_again_begins_anew() -> None:
+    glances = Glances(SIZE)
+    assert [glances.first(1, 4096) for _ in range(4)] == [True, False, True, False]
+
+
+def test_a_look_at_most_of_a_piece_is_given_all_of_it() -> None:
+    glances = Glances(SIZE)
+    assert not glances.first(1, SIZE)
+    assert not glances.first(1, SIZE - 4096)
+    assert glances.first(1, SIZE // 2)
+
+
+def test_looks_long_ago_are_forgotten_and_their_number_is_bounded() -> None:
+    glances = Glances(SIZE)
+    for key in range(3 * MOST_GLANCES):
+        assert glances.first(key, 4096)
+    assert len(glances._seen) == MOST_GLANCES
+    assert glances.first(0, 4096)
+    assert not glances.first(3 * MOST_GLANCES - 1, 4096)

@@ -1,0 +1,150 @@
+"""libdeflate called directly: streams to where they are wanted, and their first parts."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusedisk.core import inflate, libdeflate
+from fusedisk.core.inflate import InflateError, raw_deflate, zstd
+from fusedisk.core.libdeflate import PREFIX_MORE, Libdeflate
+
+SIZE = 64 << 10
+
+
+def deflated(content: bytes, level: int = 6) -> memoryview:
+    packer = zlib.compressobj(level, zlib.DEFLATED, -12)
+    return memoryview(bytearray(packer.compress(content) + packer.flush()))
+
+
+def text(seed: int, size: int = SIZE) -> bytes:
+    rng = random.Random(seed)
+    words = [rng.randbytes(rng.randrange(2, 12)) for _ in range(500)]
+    return b"".join(rng.choices(words, k=size))[:size]
+
+
+@pytest.fixture
+def library() -> Libdeflate:
+    found = libdeflate.libdeflate()
+    assert found is not None, "the package 'deflate' has libdeflate's functions"
+    return found
+
+
+def test_a_stream_inflates_to_where_it_is_wanted(library: Libdeflate) -> None:
+    content = text(1)
+    target = bytearray(b"\xaa" * (SIZE + 20))
+    data = memoryview(bytearray(bytes(deflated(content)) + b"what follows"))
+    assert library.into(data, memoryview(target)[10 : SIZE + 10])
+    assert target == b"\xaa" * 10 + content + b"\xaa" * 10
+
+
+def test_other_lengths_and_damage_are_told(library: Libdeflate) -> None:
+    content = text(2)
+    data = deflated(content)
+    for size in (SIZE - 1, SIZE + 1):
+        assert not library.into(data, memoryview(bytearray(size)))
+    assert not library.into(data[:100], memoryview(bytearray(SIZE)))
+    assert not library.into(data[:0], memoryview(bytearray(SIZE)))
+    assert not library.into(memoryview(bytearray(b"\xff" * 100)), memoryview(bytearray(SIZE)))
+
+
+def test_a_part_takes_no_more_than_a_part(library: Libdeflate) -> None:
+    content = text(3)
+    data = deflated(content)
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    assert not library.into(data, memoryview(bytearray(SIZE))), "it is damaged"
+    for size in (1, 4096, SIZE // 4):
+        assert library.prefix(data, size) == content[:size]
+
+
+def test_a_part_that_ends_before_a_stored_block_is_another_way_s(library: Libdeflate) -> None:
+    stored = random.Random(4).randbytes(44 << 10)
+    content = text(4, 20_000) + stored
+    packer = zlib.compressobj(6, zlib.DEFLATED, -12)
+    packed = packer.compress(content[:20_000]) + packer.flush(zlib.Z_SYNC_FLUSH)
+    packed += b"\1" + len(stored).to_bytes(2, "little") + (len(stored) ^ 0xFFFF).to_bytes(2, "little") + stored
+    data = memoryview(bytearray(packed))
+    assert library.into(data, memoryview(bytearray(len(content))))
+    assert library.prefix(data, 10_000) == content[:10_000]
+    found = {size: library.prefix(data, size) for size in range(15_000, 40_000, 500)}
+    assert None in found.values(), "libdeflate takes nothing of a stored block that has no room"
+    assert all(part is None or part == content[:size] for size, part in found.items())
+    assert library.prefix(deflated(content, 0), 30_000) is None, "all of it is stored"
+
+
+def test_a_part_of_what_is_shorter_is_another_way_s(library: Libdeflate) -> None:
+    assert library.prefix(deflated(text(5, 4096)), 8192) is None
+    assert library.prefix(deflated(text(5, 4096)), 4096) is None
+    assert library.prefix(deflated(text(5, 4096 + PREFIX_MORE)), 4096) is None
+
+
+blocks = st.one_of(
+    st.binary(min_size=1, max_size=3000),
+    st.builds(lambda seed, size: text(seed, size), st.integers(0, 50), st.integers(1, 20_000)),
+    st.builds(lambda seed, size: random.Random(seed).randbytes(size), st.integers(0, 50), st.integers(1, 20_000)),
+    st.builds(lambda byte, size: bytes([byte]) * size, st.integers(0, 255), st.integers(1, 30_000)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(blocks, st.sampled_from((zlib.Z_NO_FLUSH, zlib.Z_FULL_FLUSH))), min_size=1, max_size=8),
+    st.integers(0, 9),
+    st.lists(st.integers(1, 1 << 16), min_size=1, max_size=8),
+)
+def test_no_part_is_ever_wrong(parts: list[tuple[bytes, int]], level: int, sizes: list[int]) -> None:
+    library = libdeflate.libdeflate()
+    assert library is not None
+    packer = zlib.compressobj(level, zlib.DEFLATED, -12)
+    packed = b"".join(packer.compress(part) + packer.flush(flush) for part, flush in parts) + packer.flush()
+    content = b"".join(part for part, _ in parts)
+    data = memoryview(bytearray(packed))
+    for size in sizes:
+        if size <= len(content):
+            found = library.prefix(data, size)
+            assert found is None or found == content[:size]
+        else:
+            assert library.prefix(data, size) is None
+    target = bytearray(len(content))
+    assert library.into(data, memoryview(target))
+    assert target == content
+
+
+def test_threads_do_not_share_a_decompressor(library: Libdeflate) -> None:
+    contents = [text(seed) for seed in range(8)]
+    data = [deflated(content) for content in contents]
+
+    def work(number: int) -> bool:
+        target = bytearray(SIZE)
+        return library.into(data[number % 8], memoryview(target)) and target == contents[number % 8]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(400)))
+
+
+def test_everybody_does_without_where_it_is_kept_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AttributeError):
+        Libdeflate("libc.so.6")
+    with pytest.raises(OSError):
+        Libdeflate("there-is-no-such-library.so")
+    monkeypatch.setattr(inflate, "libdeflate", lambda: None)
+    codec = raw_deflate(12)
+    content = text(6)
+    target = bytearray(SIZE)
+    codec.into(deflated(content), memoryview(target))
+    assert target == content
+    assert codec.inflate(deflated(content), SIZE) == content
+    assert codec.prefix(deflated(content), 100) is None
+
+
+@pytest.mark.parametrize("codec", [raw_deflate(12), zstd()], ids=["deflate", "zstd"])
+def test_what_does_not_inflate_is_an_error(codec: inflate.Codec) -> None:
+    for data in (b"\xff" * 100, b"\x00" * 100, b"x"):
+        with pytest.raises(InflateError):
+            codec.into(memoryview(bytearray(data)), memoryview(bytearray(SIZE)))
+        assert codec.prefix(memoryview(bytearray(data)), 4096) is None
