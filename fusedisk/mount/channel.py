@@ -17,7 +17,6 @@ import errno
 import logging
 import mmap
 import os
-import select
 import struct
 from collections.abc import Callable
 from time import perf_counter
@@ -30,10 +29,11 @@ from fusedisk.core.errors import HostError
 from fusedisk.mount import wire
 from fusedisk.mount.answers import Answers, Work, failed
 from fusedisk.mount.handles import Handle
+from fusedisk.mount.nap import Nap
 from fusedisk.mount.negotiation import Negotiation
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.passthrough import PassedThrough
-from fusedisk.mount.polling import NAP, Polling
+from fusedisk.mount.polling import Polling
 from fusedisk.mount.reply_pipe import LEAST, ReplyPipe
 from fusedisk.mount.requesters import is_dying
 from fusedisk.mount.settings import Passthrough
@@ -134,9 +134,7 @@ class Channel:
         self._interruptible: dict[int, tuple[trio.CancelScope, int]] = {}
         """With the thread that must be dying for that; 0: any signal will do."""
         self._polling = Polling(may_ask=len(os.sched_getaffinity(0)) > 1)
-        poller = select.poll()
-        poller.register(self._device, select.POLLIN)
-        self._nap = poller.poll
+        self._nap = Nap(self._device)
 
     async def run(self) -> None:
         """Serve until the mount is gone, then let pyfuse3 end. Raises BrokenConnectionError."""
@@ -152,6 +150,7 @@ class Channel:
 
     def close(self) -> None:
         """Let go of the connection."""
+        self._nap.close()
         self._library.close()
         os.close(self._device)
         if self._pipe is not None:
@@ -177,11 +176,11 @@ class Channel:
         written = bytearray(_WRITTEN.size)
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
-        polling, nap = self._polling, self._nap
+        polling, nap = self._polling, self._nap.take
         turns, turn = 0, clock() + _LONGEST_TURN
         asked = 0.0
         while True:
-            if polling.naps and not self._places and not self._forwarded and not in_background() and not nap(NAP):
+            if polling.naps and not self._places and not self._forwarded and not in_background() and not nap():
                 polling.overslept()
             try:
                 length = readv(device, vector)

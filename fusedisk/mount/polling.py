@@ -1,29 +1,28 @@
 """How to wait for the next request: decisions only, no I/O and no clock.
 
-There are three ways. *Asking* again and again notices a request at once and takes a processor all that time. *Napping*,
-asleep in poll(2), takes what waking up costs, some 30 microseconds before and ten after. *Waiting* along with
-everything else in the event loop costs the most, and is the only one that lets others go on.
+There are three ways. *Asking* again and again notices a request at once and takes a processor all that time. *Napping*
+(:mod:`.nap`) takes what falling asleep and waking up costs. *Waiting* along with everything else in the event loop
+costs the most, and is the only one that lets others go on.
 
 Asking is worth what the request would cost otherwise: the time of waking up, and half of what answering takes, since
 who answers for long may as well ask for longer. That is an account: a request that was asked for in less puts the rest
 on it, one that took longer takes from it, and while nothing is on it there are naps, of which each puts a little on it.
-So short gaps are always bridged by asking, long ones now and then, which shows when they become shorter, and asking
-takes a bounded part of a processor. Behind a gap of a millisecond there is neither.
+So short gaps are always bridged by asking, and long ones now and then, which shows when they have become shorter. Not
+more often: where most requests are slept for, the few that are not gain nothing. Behind a gap of a millisecond there
+is neither.
 """
 
 from __future__ import annotations
 
 ASK = 80e-6
 """Seconds to ask for one request, at most."""
-NAP = 1
-"""Milliseconds to sleep for one request, at most: nobody else does anything meanwhile."""
 _SOON = 1e-3
 """Seconds between an answer and the next request below which the one after it will probably come soon, too."""
-_WAKING = 20e-6
-"""Seconds of a processor that waking up takes."""
+_WAKING = 22e-6
+"""Seconds of a processor that falling asleep and waking up take."""
 _SHARE = 0.5
 """What asking may take, as a share of the time in which requests are answered."""
-_NAPPED = 9e-6
+_NAPPED = 1e-6
 """Seconds that a nap puts on the account."""
 _MOST = 400e-6
 """Seconds that are on the account at most, so that it notices soon when gaps become longer."""
