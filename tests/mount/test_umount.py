@@ -22,7 +22,7 @@ from tests.conftest import qemu_img, qemu_io, require_root, run_tool
 from tests.support.commands import fusedisk_process
 from tests.support.files import mounted_tmpfs
 from tests.support.images import make_qcow2
-from tests.support.mounts import Mounts, daemon_of, has_ended, is_mounted, wait_until
+from tests.support.mounts import Mounts, daemon_of, has_ended, is_mounted, own_mounts, wait_until
 
 MIB = 1 << 20
 
@@ -219,13 +219,8 @@ def test_a_filesystem_that_is_mounted_elsewhere_is_told_and_forced(
         if way == "bind":
             run_tool("mount", "--bind", on, other)
         else:
-            # It has a copy of all mounts, and lets go of those of other tests.
-            script = (
-                "while read -r _ place type _; do "
-                f"test $type != fuse.fusedisk || test $place = '{on}' || umount -l $place; "
-                "done < /proc/self/mounts; echo; exec sleep 600"
-            )
-            sleeper = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE)
+            command = own_mounts("echo; exec sleep 600", but=on)
+            sleeper = subprocess.Popen(command, stdout=subprocess.PIPE)
             assert sleeper.stdout is not None
             assert sleeper.stdout.readline()
         done = fusedisk_process("umount", on)

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import require_fuse, require_root, require_tool
 from tests.support.commands import ROOT, fusedisk_process, process_environment
-from tests.support.mounts import is_mounted
+from tests.support.mounts import is_mounted, own_mounts
 
 MIB = 1 << 20
 
@@ -196,8 +196,9 @@ def test_root_of_a_user_namespace(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     program = shlex.join([sys.executable, "-m", "fusedisk"])
     script = f"{program} mount disk.img mnt && cmp mnt/disk disk.img && {program} list && {program} umount mnt"
+    command = [*unshare, "sh", "-c", script]
     done = subprocess.run(
-        [*unshare, "sh", "-c", script],
+        own_mounts("exec " + shlex.join(command)) if os.geteuid() == 0 else command,
         cwd=tmp_path,
         env=process_environment() | {"XDG_RUNTIME_DIR": str(tmp_path)},
         capture_output=True,

@@ -177,3 +177,14 @@ def wait_until(condition: Callable[[], object], what: str, patience: float = PAT
     while not condition():
         assert time.monotonic() < deadline, f"it never came to this: {what}"
         time.sleep(0.02)
+
+
+def own_mounts(script: str, but: Path | None = None) -> list[str]:
+    """A command, for root: a shell script among mounts of its own. They are copies of all there are, which would keep
+    the daemons of other tests; it lets go of those first, all but that at ``but``."""
+    return [
+        *("unshare", "-m", "sh", "-c"),
+        "while read -r _ place type _; do "
+        f'test $type != fuse.fusedisk || test "$place" = "{but}" || umount -l "$place"; '
+        f"done < /proc/self/mounts; {script}",
+    ]
