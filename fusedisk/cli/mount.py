@@ -14,6 +14,7 @@ import click
 
 from fusedisk.cli.image import complete_file, complete_format, gate_options
 from fusedisk.cli.output import tell
+from fusedisk.cli.owner import group, user
 
 if TYPE_CHECKING:
     from fusedisk.cli.daemon import MountRequest
@@ -115,8 +116,8 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
     show_default=True,
     help="Let other users in, root among them; auto: where that is permitted.",
 )
-@click.option("--uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Owner of the files.")
-@click.option("--gid", type=click.IntRange(0, 2**32 - 2), metavar="GID", help="Group of the files.")
+@click.option("--uid", type=user, metavar="USER", help="Owner of the files, a name or a number.")
+@click.option("--gid", type=group, metavar="GROUP", help="Group of the files, a name or a number.")
 @click.option("--mode", metavar="MODE", help="Permissions of the files, octal.  [default: 0600, or 0400 read-only]")
 @click.option(
     "-U", "--force-share", is_flag=True, help="With --read-only: look at images even while somebody writes to them."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import grp
 import mmap
 import os
+import pwd
 import re
 import signal
 import stat
@@ -14,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import qemu_img, require_tool, run_tool
-from tests.support.commands import process_command
+from tests.support.commands import fusedisk_process, process_command
 from tests.support.images import make_qcow2
-from tests.support.mounts import Mounts, daemon_of, wait_until
+from tests.support.mounts import Mounts, daemon_of, is_mounted, wait_until
 
 MIB = 1 << 20
 
@@ -180,6 +182,23 @@ def test_owner_and_mode_as_asked(mounts: Mounts, raw: Path) -> None:
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 5678, 0o640)
     directory = on.stat()
     assert (directory.st_uid, directory.st_gid, stat.S_IMODE(directory.st_mode)) == (1234, 5678, 0o750)
+
+
+def test_owner_by_name(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount("--uid", "nobody", "--gid", grp.getgrgid(0).gr_name, raw)
+    found = (on / "disk").stat()
+    assert (found.st_uid, found.st_gid) == (pwd.getpwnam("nobody").pw_uid, 0)
+
+
+@pytest.mark.parametrize("option", ["--uid", "--gid"])
+@pytest.mark.parametrize("value", ["", "no such name", "-1", "4294967295", "9" * 5000, "1_0", "\u0661", "0x1"])
+def test_an_owner_that_is_none(raw: Path, tmp_path: Path, option: str, value: str) -> None:
+    (tmp_path / "on").mkdir()
+    done = fusedisk_process("mount", f"{option}={value}", raw, tmp_path / "on")
+    what = "user" if option == "--uid" else "group"
+    assert (done.code, done.out) == (2, "")
+    assert f"'{value}' is neither a {what} of this machine nor a number up to 4294967294." in done.err
+    assert not is_mounted(tmp_path / "on")
 
 
 def test_read_only(mounts: Mounts, raw: Path) -> None:
