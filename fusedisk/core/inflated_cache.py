@@ -94,6 +94,10 @@ class InflatedCache:
     def __len__(self) -> int:
         return len(self._new) + len(self._proven)
 
+    def has_room(self, size: int) -> bool:
+        """Whether a piece of so many bytes costs no other its place."""
+        return self.size + size <= self.capacity
+
     def get(self, key: int) -> Content | None:
         """The piece, if it is there."""
         content = self._proven.get(key)

@@ -32,6 +32,17 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert (cache.size, len(cache)) == (0, 0)
 
 
+def test_there_is_room_until_something_has_to_go() -> None:
+    cache = InflatedCache(30)
+    for key in (1, 2, 3):
+        assert cache.has_room(10)
+        kept(cache, key)
+    assert not cache.has_room(1)
+    cache.drop(2)
+    assert cache.has_room(10)
+    assert not cache.has_room(11)
+
+
 def prove(cache: InflatedCache, keys: range, others: range) -> None:
     """Have pieces, and ask for them after others came."""
     for key in (*keys, *others):

@@ -1,8 +1,8 @@
 """Reading compressed clusters: raw deflate with a window of 4 KiB, or zstd.
 
 Clusters inflate whole and are kept for a while, many of a run at a time, ahead of those who read sequentially. Whoever
-wants a cluster that somebody else is inflating waits for that. Only the first look at a small part of a cluster gets no
-more than it needs (:mod:`fusedisk.core.glances`).
+wants a cluster that somebody else is inflating waits for that. Once they have no more room, the first look at a small
+part of a cluster gets no more than it needs (:mod:`fusedisk.core.glances`).
 
 Why this is safe beside writers: rewriting a compressed cluster frees its host clusters while others may be reading
 them. Before they can be used again the cache is told (:mod:`fusedisk.core.inflated_cache`): then it keeps nothing that
@@ -166,7 +166,7 @@ class CompressedReader:
         data = memoryview(bytearray(max(min(length, storage.length - start), 0)))
         if not storage.driver.read_now(start, data):
             return None
-        if self._glances.first(entry, end):
+        if not self._cache.has_room(self._size) and self._glances.first(entry, end):
             part = self._inflater.prefix(data, end)
             if part is not None:
                 return part
