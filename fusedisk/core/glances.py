@@ -26,9 +26,12 @@ class Glances:
         if end > self._worth:
             return False
         if key in seen:
-            del seen[key]
             return False
         if len(seen) == MOST_GLANCES:
             del seen[next(iter(seen))]
         seen[key] = None
         return True
+
+    def whole(self, key: int) -> None:
+        """All of a piece was inflated."""
+        self._seen.pop(key, None)

@@ -6,8 +6,11 @@ they are. Where a build of it keeps them to itself, :func:`libdeflate` is None a
 libdeflate knows only whole streams: it stops where the output has no more room, but does not say how far it came. It
 stops less than 258 bytes before the end of the output, the length of the longest match, unless what follows is a
 stored block, of which it then takes nothing. So the output has some more room than is wanted, with random bytes in it:
-once they are overwritten, it came further than that. It may write some bytes past where it stands, as it copies whole
-words; so there is a gap before the random bytes that is many times as wide.
+once they are overwritten, it came further than that.
+
+There is a gap before the random bytes, for two things that are not output. As it copies whole words, it writes up to
+some 40 bytes past where it stands. And where a stream is cut off, it takes up to eight bytes of zeroes for what
+follows, before it notices: those are up to 1289 bytes of output, as five matches.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import os
 from functools import cache
 
 _SUCCESS, _BAD_DATA, _INSUFFICIENT_SPACE = 0, 1, 3
-_GAP = 1024
+_GAP = 2048
 _MARK = os.urandom(16)
 _LONGEST_MATCH = 258
 PREFIX_MORE = _GAP + len(_MARK) + _LONGEST_MATCH

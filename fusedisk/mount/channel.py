@@ -51,7 +51,7 @@ _TURNS = 64
 """Requests answered on the spot after which other work gets its turn."""
 _LONGEST_TURN = 1e-3
 """Seconds after which it gets it in any case: some requests take a hundred times as long as others."""
-_PATIENCE = 10e-3
+_PATIENCE = 3e-3
 """Seconds more that work waits which nobody here knows of."""
 
 _LEAST_SPARE, _MOST_SPARE = 2, 8
@@ -177,16 +177,17 @@ class Channel:
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
         polling, nap = self._polling, self._nap.take
-        turns, turn = 0, clock() + _LONGEST_TURN
+        turns, now = 0, clock()
+        turn = now + _LONGEST_TURN
         asked = 0.0
         while True:
-            if polling.naps and not self._places and not self._forwarded and not in_background() and not nap():
+            if (polling.naps and now < turn) and not (self._places or self._forwarded or in_background()) and not nap():
                 polling.overslept()
             try:
                 length = readv(device, vector)
             except BlockingIOError:
                 now = clock()
-                if now < polling.deadline and not self._places and not self._forwarded and not in_background():
+                if now < polling.deadline and not (self._places or self._forwarded or in_background()):
                     asked = now
                     continue
                 await trio.lowlevel.wait_readable(device)

@@ -17,7 +17,12 @@ def test_the_first_look_is_given_a_part_and_the_second_all_of_it() -> None:
 
 def test_a_piece_that_was_lost_again_begins_anew() -> None:
     glances = Glances(SIZE)
-    assert [glances.first(1, 4096) for _ in range(4)] == [True, False, True, False]
+    assert glances.first(1, 4096)
+    assert not glances.first(1, 4096)
+    assert not glances.first(1, 4096), "it did not inflate"
+    glances.whole(1)
+    assert glances.first(1, 4096)
+    glances.whole(2)
 
 
 def test_a_look_at_most_of_a_piece_is_given_all_of_it() -> None:

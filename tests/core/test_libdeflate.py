@@ -83,6 +83,57 @@ def test_a_part_of_what_is_shorter_is_another_way_s(library: Libdeflate) -> None
     assert library.prefix(deflated(text(5, 4096 + PREFIX_MORE)), 4096) is None
 
 
+def cut_off(literals: int) -> memoryview:
+    """A stream that ends amid a block in which zeroes are the longest match, of two bits."""
+    bits: list[int] = []
+
+    def number(value: int, width: int) -> None:
+        bits.extend(value >> place & 1 for place in range(width))
+
+    def code(text: str) -> None:
+        bits.extend(map(int, text))
+
+    def unused(count: int) -> None:
+        while count:
+            part = min(count, 138)
+            code("0")
+            number(part - 11, 7)
+            count -= part
+
+    for value, width in ((1, 1), (2, 2), (29, 5), (0, 5), (14, 4)):
+        number(value, width)
+    lengths = {18: 1, 1: 2, 2: 2}
+    for symbol in (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1):
+        number(lengths.get(symbol, 0), 3)
+    unused(ord("A"))
+    code("11")
+    unused(256 - ord("A") - 1)
+    code("11")
+    unused(28)
+    code("10")  # length 258
+    code("10")  # distance 1
+    for _ in range(literals):
+        code("10")
+    bits += [0] * (-len(bits) % 8)
+    return memoryview(bytearray(sum(bits[at + place] << place for place in range(8)) for at in range(0, len(bits), 8)))
+
+
+def test_what_libdeflate_makes_up_behind_the_end_of_a_stream_is_no_part(library: Libdeflate) -> None:
+    most = 0
+    for literals in range(1, 10):
+        data = cut_off(literals)
+        content = zlib.decompressobj(-15).decompress(data)
+        assert content.startswith(b"A" * literals)
+        # So far it claims that there is more than it has room for.
+        there = max(size for size in range(1, 6000) if library._call(data, bytearray(size)) == 3)
+        most = max(most, there - len(content))
+        for size in (1, literals, len(content) - 1, len(content)):
+            assert library.prefix(data, size) in (None, content[:size])
+        for size in range(len(content) + 1, len(content) + 2000):
+            assert library.prefix(data, size) is None
+    assert 1000 < most < PREFIX_MORE - 500, "the gap is wide enough"
+
+
 blocks = st.one_of(
     st.binary(min_size=1, max_size=3000),
     st.builds(lambda seed, size: text(seed, size), st.integers(0, 50), st.integers(1, 20_000)),

@@ -174,6 +174,7 @@ class CompressedReader:
             content = self._inflater.inflate(data, self._size)
         except InflateError:
             return None  # read says what it is
+        self._glances.whole(entry)
         self._cache.keep(entry, content)
         return content
 
