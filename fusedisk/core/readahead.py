@@ -16,20 +16,16 @@ MAX_STREAMS = 8
 class Stream:
     """One reader."""
 
-    __slots__ = ("ahead", "following", "next", "offset", "until", "window")
+    __slots__ = ("ahead", "next", "offset", "until", "window")
 
-    def __init__(self, offset: int, end: int) -> None:
-        self.offset = offset
-        """Of its last request."""
-        self.next = end
-        """Offset behind its last request."""
-        self.following = 0
-        """Requests that continued the one before them."""
+    def __init__(self) -> None:
+        self.offset = self.next = 0
+        """Of its last request, and the offset behind that."""
         self.window = 0
         """Bytes to be ahead of it."""
-        self.ahead = end
+        self.ahead = 0
         """What was fetched, or is on its way, ends here."""
-        self.until = end
+        self.until = 0
         """What is wanted ends here."""
 
 
@@ -43,50 +39,64 @@ class Readahead:
         self._longest = max(min(LONGEST_WINDOW, capacity // MAX_STREAMS), 2 * unit)
         self._gap = max(1 << 20, unit)
         self._streams: dict[int, Stream] = {}
-        """Who has read on, by the offset behind their last request; who was neither read nor fetched for longest comes
-        first."""
-        self._firsts: dict[int, int] = {}
-        """Requests that continued no other: their offsets, by the offset behind them, oldest first."""
+        """Those that are sequential, by the offset behind their last request; who was neither read nor fetched for
+        longest comes first."""
+        self._others: dict[int, tuple[int, int]] = {}
+        """Requests that belong to none of them, by the offset behind them, oldest first: their offset, and how many
+        requests before them each continued the one before it."""
 
     def notice(self, offset: int, end: int, limit: int) -> bool:
         """Somebody reads ``[offset, end)`` of ``limit`` bytes; tells whether that makes anything wanted."""
-        streams, firsts = self._streams, self._firsts
-        stream = streams.pop(offset, None) if streams else None
-        if stream is None:
-            same = streams.get(end) if streams else None
-            if same is not None and same.offset == offset:
-                # The same request once more, since not all of it could be answered at once.
-                return same.ahead < same.until
-            if firsts.get(end) == offset:
-                return False
-            stream = self._before(offset)
-        if stream is not None:
-            if len(streams) == MAX_STREAMS:
-                del streams[next(iter(streams))]
-            streams[end] = stream
-            return self._advance(stream, offset, end, limit)
-        late = self._passed(offset, end) if streams else None
-        if late is not None:
-            return late.ahead < late.until
-        if len(firsts) == MAX_STREAMS:
-            del firsts[next(iter(firsts))]
-        firsts[end] = offset
+        streams, others = self._streams, self._others
+        same = others.get(end)
+        if same is not None and same[0] == offset:
+            return False
+        following = 0
+        if streams or offset in others or not offset % self._unit:  # random readers mostly come past here
+            stream = streams.pop(offset, None)
+            if stream is None:
+                twice = streams.get(end)
+                if twice is not None and twice.offset == offset:
+                    # The same request once more, since not all of it could be answered at once.
+                    return twice.ahead < twice.until
+                stream = self._before_hole(offset)
+            if stream is None:
+                following = self._following(offset)
+                if following == SEQUENTIAL:
+                    stream = Stream()
+                    if len(streams) == MAX_STREAMS:
+                        del streams[next(iter(streams))]
+            if stream is not None:
+                streams[end] = stream
+                return self._advance(stream, offset, end, limit)
+            if not following:
+                late = self._passed(offset, end)
+                if late is not None:
+                    return late.ahead < late.until
+        if same is None and len(others) == MAX_STREAMS:
+            del others[next(iter(others))]
+        others[end] = offset, following
         return False
 
-    def _before(self, offset: int) -> Stream | None:
-        """Take out the stream that goes on at ``offset``: one with a first request before it, or, since only units that
-        need not be fetched, holes in what is read, may lie between, any that ends not far from there."""
-        start = self._firsts.pop(offset, None)
-        if start is not None:
-            return Stream(start, offset)
+    def _before_hole(self, offset: int) -> Stream | None:
+        """Take out the stream that may go on at ``offset``, since only units that need not be fetched, holes in what is
+        read, may lie between."""
         if not offset % self._unit:
             for position in self._streams:
                 if self._reaches(position, offset):
                     return self._streams.pop(position)
-            for position in self._firsts:
-                if self._reaches(position, offset):
-                    return Stream(self._firsts.pop(position), position)
         return None
+
+    def _following(self, offset: int) -> int:
+        """How many requests continued the one before them, with the one at ``offset``: take out what it continues."""
+        others = self._others
+        before = others.pop(offset, None)
+        if before is None and not offset % self._unit:
+            for position in others:
+                if self._reaches(position, offset):
+                    before = others.pop(position)
+                    break
+        return before[1] + 1 if before is not None else 0
 
     def _reaches(self, position: int, offset: int) -> bool:
         return 0 < offset - position <= self._gap and not position % self._unit
@@ -94,15 +104,12 @@ class Readahead:
     def _passed(self, offset: int, end: int) -> Stream | None:
         """The stream that has just gone past there: parts of a long request may come in any order."""
         for position, stream in self._streams.items():
-            if stream.following >= SEQUENTIAL and position - self._gap <= offset and end <= position:
+            if position - self._gap <= offset and end <= position:
                 return stream
         return None
 
     def _advance(self, stream: Stream, offset: int, end: int, limit: int) -> bool:
         stream.offset, stream.next = offset, end
-        stream.following += 1
-        if stream.following < SEQUENTIAL:
-            return False
         stream.ahead = max(stream.ahead, end)
         if stream.until - end <= stream.window - stream.window // 4 and stream.until < limit:
             # Twice as far as before.

@@ -104,7 +104,7 @@ def test_parts_of_a_request_that_come_the_other_way_round_are_no_stream_of_their
         readahead.notice((step - 1) * UNIT, step * UNIT, SIZE)
     assert [stream.next for stream in readahead._streams.values()] == [39 * UNIT]
     readahead.notice(100 * UNIT, 101 * UNIT, SIZE)
-    assert [(start, end) for end, start in readahead._firsts.items()] == [(100 * UNIT, 101 * UNIT)]
+    assert readahead._others == {101 * UNIT: (100 * UNIT, 0)}
 
 
 def test_random_requests_between_do_not_end_a_stream() -> None:
@@ -118,7 +118,7 @@ def test_random_requests_between_do_not_end_a_stream() -> None:
             offset = (SIZE >> 1) + rng.randrange(1 << 15) * 4096
             readahead.notice(offset + 1, offset + 2, SIZE)
     assert sum(wanted) > 3
-    assert len(readahead._firsts) == MAX_STREAMS
+    assert len(readahead._others) == MAX_STREAMS
 
 
 def test_it_ends_where_the_disk_does() -> None:
