@@ -23,9 +23,7 @@ class Glances:
     def first(self, key: int, end: int) -> bool:
         """Somebody looks at the first ``end`` bytes of a piece; tells whether no more than that is to be inflated."""
         seen = self._seen
-        if end > self._worth:
-            return False
-        if key in seen:
+        if end > self._worth or key in seen:
             return False
         if len(seen) == MOST_GLANCES:
             del seen[next(iter(seen))]

@@ -16,8 +16,6 @@ Content = bytes | bytearray | memoryview
 Inflate = Callable[[Source, int], Content]
 """From compressed data, which may be followed by anything, and a length in bytes to as many bytes. Raises
 InflateError. Any thread may call it, also several at once."""
-
-
 InflateInto = Callable[[memoryview, memoryview], None]
 """The same, from writable memory to a buffer that is filled; what is in it after an error is anything."""
 InflatePrefix = Callable[[memoryview, int], Content | None]

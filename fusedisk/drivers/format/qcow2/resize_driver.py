@@ -15,10 +15,6 @@ from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
 class ResizeDriver(SnapshotDriver):
     """The part of the qcow2 driver that is about its length."""
 
-    async def prepare_writing(self) -> None:
-        """What the first write needs."""
-        raise NotImplementedError
-
     async def _read_plain(self, extent: Extent, offset: int, buffer: Buffer) -> None:
         """Fill ``buffer`` with what an extent that is not compressed holds."""
         raise NotImplementedError
