@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fusedisk.core.libdeflate import libdeflate
 
@@ -16,8 +17,9 @@ Content = bytes | bytearray | memoryview
 Inflate = Callable[[Source, int], Content]
 """From compressed data, which may be followed by anything, and a length in bytes to as many bytes. Raises
 InflateError. Any thread may call it, also several at once."""
-InflateInto = Callable[[memoryview, memoryview], None]
-"""The same, from writable memory to a buffer that is filled; what is in it after an error is anything."""
+InflateWithin = Callable[[int, int, int, int], bool]
+"""From one part of some memory to another, each given as offset and length in bytes. False where Inflate would raise
+InflateError; then what is in the other part is anything. One thread may call it."""
 InflatePrefix = Callable[[memoryview, int], Content | None]
 """The first bytes of what writable memory inflates to, for much less than all of it takes; None where all of it is as
 good a way, or the only one to find out."""
@@ -32,7 +34,8 @@ class Codec:
     """What one kind of compressed data inflates with."""
 
     inflate: Inflate
-    into: InflateInto
+    within: Callable[[memoryview], InflateWithin]
+    """Makes it, for writable memory."""
     prefix: InflatePrefix
 
 
@@ -42,13 +45,12 @@ def raw_deflate(window_bits: int) -> Codec:
     library = libdeflate()
     if library is None:
         return _whole_only(inflate)
-    fill = library.into
 
-    def into(data: memoryview, target: memoryview) -> None:
-        if not fill(data, target):
-            target[:] = inflate(data, len(target))
+    def within(memory: memoryview) -> InflateWithin:
+        fill, otherwise = library.within(memory), _within(inflate, memory)
+        return lambda *parts: fill(*parts) or otherwise(*parts)
 
-    return Codec(inflate, into, library.prefix)
+    return Codec(inflate, within, library.prefix)
 
 
 def zstd() -> Codec:
@@ -57,10 +59,18 @@ def zstd() -> Codec:
 
 
 def _whole_only(inflate: Inflate) -> Codec:
-    def into(data: memoryview, target: memoryview) -> None:
-        target[:] = inflate(data, len(target))
+    return Codec(inflate, partial(_within, inflate), lambda data, size: None)
 
-    return Codec(inflate, into, lambda data, size: None)
+
+def _within(inflate: Inflate, memory: memoryview) -> InflateWithin:
+    def into(offset: int, length: int, place: int, size: int) -> bool:
+        try:
+            memory[place : place + size] = inflate(memory[offset : offset + length], size)
+        except InflateError:
+            return False
+        return True
+
+    return into
 
 
 def zlib_inflater(window_bits: int) -> Inflate:

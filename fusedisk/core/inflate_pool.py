@@ -23,10 +23,11 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 
 import trio
 
-from fusedisk.core.inflate import CODECS, Content
+from fusedisk.core.inflate import CODECS
 from fusedisk.core.inflate_worker import ANSWER_SIZE, READY
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ _UNANSWERED = 10.0
 _IDLE_SECONDS = 30.0
 """Seconds without a batch after which the processes are ended."""
 
-Piece = tuple[int, int, int]
-"""Offset and length of compressed data in a source, and the length of what it inflates to, in bytes."""
+Piece = tuple[int, int]
+"""Offset and length of compressed data in a source, in bytes."""
 
 _NUMBERS = {codec: number for number, codec in enumerate(CODECS)}
 _Slab = ctypes.c_char * CONTENT_SIZE
@@ -101,10 +102,11 @@ class InflatePool:
                 self._inflated_without, self._starting = 0, True
                 trio.lowlevel.spawn_system_task(self._run, name="processes that inflate")
             return None
-        if not crew.sources or not crew.slabs:
+        room = crew.room()
+        if not crew.sources or not room:
             return None
         crew.used = True
-        return Batch(crew, copied=len(crew.slabs) <= self.batches or content_size < _WORTH_HOLDING)
+        return Batch(crew, copied=room <= self.batches or content_size < _WORTH_HOLDING)
 
     async def _run(self) -> None:
         """Start the processes, and end them. They end together: who is left of them would hardly be worth it."""
@@ -144,26 +146,26 @@ class Batch:
         """For the compressed data."""
         self._place, self._slab = crew.take_slab()
 
-    async def inflate(self, codec: str, pieces: Sequence[Piece], processes: int = 1) -> list[Content | None]:
-        """What each piece of :attr:`source` inflates to, or None if the caller is to inflate it, or to find out about
-        it, by themselves. ``codec``: a key of CODECS. ``processes``: how many share the work, not more than there
-        are pieces."""
-        assert processes <= len(pieces), (processes, len(pieces))
-        messages = [array("I", [_NUMBERS[codec]]) for _ in range(processes)]
-        place = self._place
-        for number, (offset, length, size) in enumerate(pieces):
-            message = messages[number * processes // len(pieces)]
-            message.extend((self._source_place + offset, length, place, size))
-            place += size
-        done = await self._crew.have_done(messages)
-        content = memoryview(self._slab).cast("B")
-        results: list[Content | None] = []
-        place = 0
-        for there, (_, _, size) in zip(done or bytes(len(pieces)), pieces, strict=True):
-            piece = content[place : place + size]
-            results.append((bytes(piece) if self._copied else piece) if there else None)
-            place += size
-        return results
+    async def inflate(
+        self, codec: str, pieces: Sequence[Piece], size: int, processes: int = 1
+    ) -> tuple[memoryview, list[int]]:
+        """The ``size`` bytes that each piece of :attr:`source` inflates to, one behind the other, and the numbers of
+        those pieces that the caller is to inflate, or to find out about, by themselves. ``codec``: a key of CODECS.
+        ``processes``: how many share the work, not more than there are pieces."""
+        count = len(pieces)
+        assert processes <= count, (processes, count)
+        messages = []
+        for number in range(processes):
+            first, end = number * count // processes, (number + 1) * count // processes
+            message = array("I", (_NUMBERS[codec], size, self._source_place, self._place + first * size))
+            message.extend(chain.from_iterable(pieces[first:end]))
+            messages.append(message)
+        done = await self._crew.have_done(messages) or bytes(count)
+        assert len(done) == count, (done, count)
+        content = memoryview(self._slab).cast("B")[: count * size]
+        if self._copied:
+            content = memoryview(bytearray(content))
+        return content, [number for number, there in enumerate(done) if not there] if 0 in done else []
 
     def leave(self) -> None:
         """The compressed data is needed no more."""
@@ -181,30 +183,37 @@ class _Crew:
         os.ftruncate(self.descriptor, size)
         self._memory = mmap.mmap(self.descriptor, size)
         self.view = memoryview(self._memory)
-        self.slabs = [number * CONTENT_SIZE for number in reversed(range(slabs))]
-        """Offsets of those that nobody refers to. The last was in use before, so it is in use again."""
+        self._empty = [number * CONTENT_SIZE for number in range(slabs)]
+        """Offsets of slabs that nobody refers to, and that have no memory."""
+        self._free: list[int] = []
+        """Offsets of slabs that nobody refers to, and that still have theirs. So they are the first to be used again,
+        and of those the one that was in use before."""
         self.sources = [first_source + number * SOURCE_SIZE for number in range(sources)]
         """Offsets of those that are free."""
         self.used = True
         """There was a batch lately."""
         self._most_free = 4 * sources
-        """Slabs that nobody refers to, and that still have their memory."""
+        """Slabs that keep their memory while nobody refers to them."""
         self._taken: dict[int, weakref.ref[object]] = {}
         self._workers: list[_Worker] = []
         self._ended = False
 
+    def room(self) -> int:
+        """Slabs that nobody refers to."""
+        return len(self._free) + len(self._empty)
+
     def take_slab(self) -> tuple[int, ctypes.Array[ctypes.c_char]]:
         """Room for content, free again as soon as nobody refers to it or a view of it."""
-        place = self.slabs.pop()
+        place = (self._free or self._empty).pop()
         slab = _Slab.from_buffer(self._memory, place)
 
         def free(_: object) -> None:
             del self._taken[place]
-            if self._ended or len(self.slabs) >= self._most_free:
+            if self._ended or len(self._free) >= self._most_free:
                 self._release(place, CONTENT_SIZE)
-                self.slabs.insert(0, place)
+                self._empty.append(place)
             else:
-                self.slabs.append(place)
+                self._free.append(place)
 
         self._taken[place] = weakref.ref(slab, free)
         return place, slab
@@ -222,7 +231,7 @@ class _Crew:
     def end(self) -> None:
         """There will be no batches any more. What is held on to stays, and nothing else."""
         self._ended = True
-        for place in self.slabs:
+        for place in self._free:
             self._release(place, CONTENT_SIZE)
         for place in self.sources:
             self._release(place, SOURCE_SIZE)

@@ -1,9 +1,10 @@
 """A process that inflates for :mod:`fusedisk.core.inflate_pool`, and ends with it.
 
 It has two descriptors: a socket, and memory that it shares with the pool. It sends READY, and then answers messages. A
-message is an array of unsigned 32-bit numbers: the codec, by its place in CODECS; then for each piece the offset and
-length of its compressed data in that memory, and the offset and length of what it inflates to. The answer has a byte
-for each piece, 1 where it is there; what is wrong with the others is for the pool's user to find out.
+message is an array of unsigned 32-bit numbers: the codec, by its place in CODECS; how many bytes each piece inflates
+to; where in that memory the compressed data begins, and where the content of the pieces is to be, one behind the other;
+then for each piece the offset, from that beginning, and the length of its compressed data. The answer has a byte for
+each piece, 1 where it is there; what is wrong with the others is for the pool's user to find out.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import os
 import socket
 import sys
 from contextlib import suppress
+from itertools import islice
 
-from fusedisk.core.inflate import CODECS, InflateError, InflateInto
+from fusedisk.core.inflate import CODECS, InflateWithin
 
 READY = b"ready"
 MESSAGE_SIZE, ANSWER_SIZE = 96 << 10, 6 << 10
@@ -23,21 +25,17 @@ MESSAGE_SIZE, ANSWER_SIZE = 96 << 10, 6 << 10
 
 def work(connection: socket.socket, memory: memoryview) -> None:
     """Answer until the other end is closed."""
-    inflaters: dict[int, InflateInto] = {}
+    inflaters: dict[int, InflateWithin] = {}
     while message := connection.recv(MESSAGE_SIZE):
         numbers = iter(memoryview(message).cast("I"))
-        codec = next(numbers)
+        codec, size, start, place = islice(numbers, 4)
         inflate = inflaters.get(codec)
         if inflate is None:
-            inflate = inflaters[codec] = list(CODECS.values())[codec]().into
+            inflate = inflaters[codec] = list(CODECS.values())[codec]().within(memory)
         done = bytearray()
-        for source, length, place, size in zip(*[numbers] * 4, strict=True):
-            try:
-                inflate(memory[source : source + length], memory[place : place + size])
-            except InflateError:
-                done.append(0)
-            else:
-                done.append(1)
+        for offset, length in zip(numbers, numbers, strict=True):
+            done.append(inflate(start + offset, length, place, size))
+            place += size
         connection.send(done)
 
 

@@ -1,5 +1,8 @@
 """Inflated pieces of an image, bounded in bytes, and those that are being inflated right now.
 
+Pieces that are inflated together stay together, in one memory, until one of them proves that it is worth keeping: then
+it gets a copy of its own.
+
 A piece has a key that says where its compressed data lies, so two pieces may have the same key one after the other:
 its host space is freed and holds something else later. So whoever frees it calls :meth:`InflatedCache.drop` before
 the space can be used again. That holds for loads under way too: what they read is theirs to use no more.
@@ -14,7 +17,9 @@ All of it is synchronous, but for waiting.
 from __future__ import annotations
 
 import os
+from array import array
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 
 import trio
 
@@ -35,27 +40,34 @@ def inflated_capacity() -> int:
     return min(max(memory // _SHARE_OF_MEMORY, _LEAST_CAPACITY), _MOST_CAPACITY)
 
 
-class Load:
-    """One piece on its way into the cache."""
+class Run:
+    """Pieces that come together."""
 
-    __slots__ = ("_done", "content", "error", "finished", "key", "length", "size", "stale", "start")
+    __slots__ = ("_done", "came", "content", "errors", "finished", "keys", "memory", "places", "size")
 
-    def __init__(self, key: int, start: int, length: int, size: int) -> None:
-        self.key = key
-        self.start = start
-        """Host offset of the compressed data."""
-        self.length = length
-        """Bytes of compressed data, maybe with something behind it."""
+    def __init__(self, keys: Iterable[int], size: int) -> None:
+        self.keys = array("Q", keys)
         self.size = size
-        """Bytes to inflate it to."""
-        self.stale = False
-        """The space was freed meanwhile."""
+        """Bytes of each piece."""
+        self.places = dict(zip(self.keys, range(0, len(self.keys) * size, size), strict=True))
+        """Where in the content the piece of a key is; those that are not here are to be had no more."""
+        self.content: Content = b""
+        """The pieces one behind the other, once they are there."""
+        self.memory = 0
+        """Bytes that the content takes up."""
+        self.came = 0
+        """Bytes that had come by then, with its own."""
         self.finished = False
-        self.content: Content | None = None
-        """The piece, once it is there and not stale."""
-        self.error: InflateError | None = None
-        """Why it could not be inflated, unless it is stale."""
+        self.errors: dict[int, InflateError] = {}
+        """Why pieces could not be inflated."""
         self._done: trio.Event | None = None
+
+    def get(self, key: int) -> Content | None:
+        """A piece, once the run is finished."""
+        place = self.places.get(key)
+        if place is None or len(self.content) == self.size:
+            return self.content if place is not None else None
+        return memoryview(self.content)[place : place + self.size]
 
     async def wait(self) -> None:
         """Wait until it is finished."""
@@ -76,23 +88,21 @@ class InflatedCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        """Bytes. The piece that came last stays, however large it is."""
+        """Bytes. What came last stays, however large it is."""
         self.size = 0
-        """Bytes of memory that the pieces take up. A view takes up all of what it is a view of."""
-        self._shared: dict[int, int] = {}
-        """How many of the pieces are views of the same, by its id."""
-        self._new: OrderedDict[int, tuple[Content, int]] = OrderedDict()
-        """With what had come before."""
+        """Bytes of memory that the pieces take up."""
+        self._runs: dict[int, Run] = {}
+        """New ones and those under way, by the keys that they have a place for."""
+        self._new: OrderedDict[Run, None] = OrderedDict()
         self._came = 0
         """Bytes."""
         self._proof = capacity // _SHARE_OF_PROOF
         self._proven: OrderedDict[int, Content] = OrderedDict()
         self._proven_size = 0
         self._proven_capacity = capacity - capacity // _SHARE_OF_NEW
-        self._loads: dict[int, Load] = {}
 
     def __len__(self) -> int:
-        return len(self._new) + len(self._proven)
+        return sum(len(run.places) for run in self._new) + len(self._proven)
 
     def has_room(self, size: int) -> bool:
         """Whether a piece of so many bytes costs no other its place."""
@@ -104,102 +114,139 @@ class InflatedCache:
         if content is not None:
             self._proven.move_to_end(key)
             return content
-        new = self._new.get(key)
-        if new is None:
+        run = self._runs.get(key)
+        if run is None or not run.finished:
             return None
-        content, came = new
-        if self._came - came < self._proof:
-            self._new.move_to_end(key)
-            return content
-        del self._new[key]
+        content = run.get(key)
+        if self._came - run.came < self._proof:
+            self._new.move_to_end(run)
+        elif content is not None:
+            content = self._prove(run, key, content)
+        return content
+
+    def _prove(self, run: Run, key: int, content: Content) -> Content:
         if isinstance(content, memoryview):
             # It would keep its neighbours in memory.
-            self._uncount(content)
             content = bytes(content)
-            self.size += len(content)
+        self._take_out(run, key)
         self._proven[key] = content
         self._proven_size += len(content)
+        self.size += len(content)
         while self._proven_size > self._proven_capacity and len(self._proven) > 1:
             # It gets another chance.
             oldest, demoted = self._proven.popitem(last=False)
             self._proven_size -= len(demoted)
-            self._new[oldest] = demoted, self._came
+            self.size -= len(demoted)
+            self._add_single(oldest, demoted)
         return content
 
-    def loading(self, key: int) -> Load | None:
-        """The load under way for a key."""
-        return self._loads.get(key)
+    def get_all(self, keys: array[int]) -> list[Content] | None:
+        """The pieces, if all of them are there, in as few parts as they are in memory."""
+        found: list[Content] = []
+        done = 0
+        while done < len(keys):
+            part = self._neighbours(keys[done:])
+            if part is not None:
+                run, first, count = part
+                self._new.move_to_end(run)
+                content: Content | None = memoryview(run.content)[first : first + count * run.size]
+                done += count
+            else:
+                content = self.get(keys[done])
+                done += 1
+            if content is None:
+                return None
+            found.append(content)
+        return found
+
+    def _neighbours(self, keys: array[int]) -> tuple[Run, int, int] | None:
+        """Pieces that lie together, are all still there, and prove nothing: the first of them, and how many."""
+        run = self._runs.get(keys[0])
+        if run is None or not run.finished or self._came - run.came >= self._proof or len(run.places) < len(run.keys):
+            return None
+        place = run.places[keys[0]]
+        first = place // run.size
+        there = run.keys[first : first + len(keys)]
+        return (run, place, len(there)) if there == keys[: len(there)] else None
+
+    def loading(self, key: int) -> Run | None:
+        """The run under way that a piece comes with."""
+        run = self._runs.get(key)
+        return None if run is None or run.finished else run
 
     def knows(self, key: int) -> bool:
         """Whether the piece is there or on its way."""
-        return key in self._proven or key in self._new or key in self._loads
+        return key in self._runs or key in self._proven
 
-    def begin(self, key: int, start: int, length: int, size: int) -> Load:
-        """Start a load, for a key that has none; :meth:`finish` is called for it whatever happens."""
-        load = self._loads[key] = Load(key, start, length, size)
-        return load
+    def begin(self, keys: Iterable[int], size: int) -> Run:
+        """Start to load pieces of ``size`` bytes that are neither there nor on their way; :meth:`finish` is called for
+        it whatever happens."""
+        run = Run(keys, size)
+        self._runs.update(dict.fromkeys(run.keys, run))
+        return run
 
-    def finish(self, load: Load, result: Content | InflateError | None) -> None:
-        """End a load: with the piece, with the reason why there is none, or with nothing where that is not known."""
-        if not load.stale:
-            del self._loads[load.key]
-            if result is None or isinstance(result, InflateError):
-                load.error = result
-            else:
-                load.content = result
-                self.keep(load.key, result)
-        load.finish()
+    def finish(self, run: Run, content: Content | None, errors: Mapping[int, InflateError]) -> None:
+        """The pieces are there, one behind the other, but for those with an error, by their key. Without content it is
+        not known what they are."""
+        for key in run.keys if content is None else errors:
+            if key in run.places:
+                self._take_out(run, key)
+                if key in errors:
+                    run.errors[key] = errors[key]
+        if content is not None and run.places:
+            self._came += len(content)
+            self._add(run, content)
+        run.finish()
 
     def drop(self, key: int) -> None:
         """What the key stands for is freed."""
-        load = self._loads.pop(key, None)
-        if load is not None:
-            load.stale = True
+        run = self._runs.get(key)
+        if run is not None:
+            self._take_out(run, key)
         content = self._proven.pop(key, None)
         if content is not None:
             self._proven_size -= len(content)
-            self._uncount(content)
-        elif key in self._new:
-            self._uncount(self._new.pop(key)[0])
+            self.size -= len(content)
 
     def clear(self) -> None:
         """Drop everything."""
-        for load in self._loads.values():
-            load.stale = True
-        self._loads.clear()
+        for key, run in self._runs.items():
+            del run.places[key]
+        self._runs.clear()
         self._new.clear()
         self._proven.clear()
-        self._shared.clear()
         self.size = self._proven_size = 0
 
     def keep(self, key: int, content: Content) -> None:
         """Keep the piece of a key that has none and no load under way."""
-        self._new[key] = content, self._came
         self._came += len(content)
-        self._count(content)
-        while self.size > self.capacity and len(self) > 1:
+        self._add_single(key, content)
+
+    def _add_single(self, key: int, content: Content) -> None:
+        run = self._runs[key] = Run((key,), len(content))
+        self._add(run, content)
+
+    def _add(self, run: Run, content: Content) -> None:
+        """Make a run one of the new ones, and room for it."""
+        run.content = content
+        run.memory = memoryview(content.obj).nbytes if isinstance(content, memoryview) else len(content)
+        run.came, run.finished = self._came, True
+        self._new[run] = None
+        self.size += run.memory
+        while self.size > self.capacity and len(self._new) + len(self._proven) > 1:
             if len(self._new) > 1:
-                _, (oldest, _) = self._new.popitem(last=False)
+                oldest, _ = self._new.popitem(last=False)
+                self.size -= oldest.memory
+                for key in oldest.places:
+                    del self._runs[key]
             else:
-                _, oldest = self._proven.popitem(last=False)
-                self._proven_size -= len(oldest)
-            self._uncount(oldest)
+                _, worst = self._proven.popitem(last=False)
+                self._proven_size -= len(worst)
+                self.size -= len(worst)
 
-    def _count(self, content: Content) -> None:
-        if isinstance(content, memoryview):
-            whole = content.obj
-            views = self._shared[id(whole)] = self._shared.get(id(whole), 0) + 1
-            if views == 1:
-                self.size += memoryview(whole).nbytes
-        else:
-            self.size += len(content)
-
-    def _uncount(self, content: Content) -> None:
-        if isinstance(content, memoryview):
-            whole = content.obj
-            views = self._shared[id(whole)] = self._shared[id(whole)] - 1
-            if not views:
-                del self._shared[id(whole)]
-                self.size -= memoryview(whole).nbytes
-        else:
-            self.size -= len(content)
+    def _take_out(self, run: Run, key: int) -> None:
+        """Give a piece's place up, and the run with its last one."""
+        del run.places[key], self._runs[key]
+        if not run.places and run in self._new:
+            del self._new[run]
+            self.size -= run.memory

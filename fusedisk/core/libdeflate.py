@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 
 _SUCCESS, _BAD_DATA, _INSUFFICIENT_SPACE = 0, 1, 3
@@ -47,10 +48,23 @@ class Libdeflate:
         self._spare: list[int] = []
         """Decompressors that nobody uses; each of them only works for one at a time."""
 
-    def into(self, data: memoryview, target: memoryview) -> bool:
-        """Fill ``target`` with what ``data``, which may be followed by anything, inflates to. False: it may hold
+    def within(self, memory: memoryview) -> Callable[[int, int, int, int], bool]:
+        """What inflates from one part of ``memory`` to another, for one thread at a time: called with offset and length
+        of the data, which may be followed by anything, and offset and length of the target. False: that may hold
         anything, since the data is damaged or inflates to another length."""
-        return self._call(data, target) == _SUCCESS
+        decompress, decompressor = self._decompress, self._decompressor()
+        start = _byte.from_buffer(memory)  # as long as this is there, so is the memory
+        base, end = _address(start), len(memory)
+
+        def into(offset: int, length: int, place: int, size: int, _: object = start) -> bool:
+            if not length:
+                return False
+            assert max(offset + length, place + size) <= end, (offset, length, place, size)
+            # Without a place for the length, no other length than that of the target is a success.
+            done: int = decompress(decompressor, base + offset, length, base + place, size, None)
+            return done == _SUCCESS
+
+        return into
 
     def prefix(self, data: memoryview, size: int) -> bytearray | None:
         """The first ``size`` bytes of what ``data`` inflates to. None: this is not the way to find out."""
@@ -68,14 +82,17 @@ class Libdeflate:
         try:
             decompressor = self._spare.pop()
         except IndexError:
-            decompressor = self._allocate()
-            if not decompressor:
-                raise MemoryError("libdeflate has no room for a decompressor") from None
+            decompressor = self._decompressor()
         source, output = _byte.from_buffer(data), _byte.from_buffer(target)
-        # Without a place for the length, no other length than that of the output is a success.
         result: int = self._decompress(decompressor, _address(source), len(data), _address(output), len(target), None)
         self._spare.append(decompressor)
         return result
+
+    def _decompressor(self) -> int:
+        decompressor: int | None = self._allocate()
+        if not decompressor:
+            raise MemoryError("libdeflate has no room for a decompressor")
+        return decompressor
 
 
 @cache

@@ -32,10 +32,11 @@ class Stream:
 class Readahead:
     """The streams of one image."""
 
-    def __init__(self, unit: int, capacity: int) -> None:
+    def __init__(self, unit: int, capacity: int, batch: int) -> None:
         """``unit``: bytes that are fetched as one. ``capacity``: bytes that all streams may be ahead together, of
-        which one takes at most an eighth of them."""
+        which one takes at most an eighth of them. ``batch``: bytes of many units that are best fetched at a time."""
         self._unit = unit
+        self._batch = batch
         self._longest = max(min(LONGEST_WINDOW, capacity // MAX_STREAMS), 2 * unit)
         self._gap = max(1 << 20, unit)
         self._streams: dict[int, Stream] = {}
@@ -111,12 +112,18 @@ class Readahead:
     def _advance(self, stream: Stream, offset: int, end: int, limit: int) -> bool:
         stream.offset, stream.next = offset, end
         stream.ahead = max(stream.ahead, end)
-        if stream.until - end <= stream.window - stream.window // 4 and stream.until < limit:
+        if stream.until - end <= stream.window - self._step(stream.window) and stream.until < limit:
             # Twice as far as before.
             first = max(FIRST_WINDOW, 2 * (end - offset), 2 * self._unit)
             stream.window = min(max(2 * stream.window, first), self._longest)
             stream.until = min(end + stream.window, limit)
         return stream.ahead < stream.until
+
+    def _step(self, window: int) -> int:
+        """How much of its window a stream uses before more is wanted: a quarter, in whole batches where that is not
+        most of it."""
+        quarter = window // 4
+        return quarter if window < 2 * self._batch else -(-quarter // self._batch) * self._batch
 
     def wanted(self) -> Stream | None:
         """A stream with something wanted, each in turn; the caller moves its ``ahead`` on."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
+
 import trio
 import trio.testing
 
 from fusedisk.core.inflate import InflateError
-from fusedisk.core.inflated_cache import InflatedCache, Load
+from fusedisk.core.inflated_cache import InflatedCache, Run
 
 
-def kept(cache: InflatedCache, key: int, size: int = 10) -> Load:
-    load = cache.begin(key, 0, 1, size)
-    cache.finish(load, bytes([key]) * size)
-    return load
+def kept(cache: InflatedCache, key: int, size: int = 10) -> Run:
+    run = cache.begin([key], size)
+    cache.finish(run, bytes([key]) * size, {})
+    return run
 
 
 def test_what_was_not_used_for_longest_goes_first() -> None:
@@ -109,67 +111,144 @@ def test_dropped_pieces_take_no_room() -> None:
 
 async def test_those_who_wait_are_woken_by_whatever_end() -> None:
     cache = InflatedCache(30)
-    for result in (b"x" * 10, InflateError("bad"), None):
-        load = cache.begin(7, 0, 1, 10)
-        assert cache.loading(7) is load
+    bad = InflateError("bad")
+    for content, errors in ((b"x" * 10, {}), (b"", {7: bad}), (None, {})):
+        run = cache.begin([7], 10)
+        assert cache.loading(7) is run
+        assert cache.get(7) is None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(load.wait)
-            nursery.start_soon(load.wait)
+            nursery.start_soon(run.wait)
+            nursery.start_soon(run.wait)
             await trio.testing.wait_all_tasks_blocked()
-            cache.finish(load, result)
-        await load.wait()
+            cache.finish(run, content, errors)
+        await run.wait()
         assert cache.loading(7) is None
-        assert load.content == (result if isinstance(result, bytes) else None)
-        assert load.error is (result if isinstance(result, InflateError) else None)
+        assert run.get(7) == (content or None)
+        assert run.errors == errors
+        assert cache.knows(7) == bool(content)
         cache.drop(7)
 
 
 async def test_space_freed_and_used_again_during_a_load() -> None:
     """The key is the same, the content is not: neither the cache nor those who wait get the old one."""
     cache = InflatedCache(30)
-    old = cache.begin(7, 0, 1, 10)
+    old = cache.begin([7], 10)
     cache.drop(7)
     assert not cache.knows(7)
-    new = cache.begin(7, 0, 1, 10)
-    cache.finish(old, b"old" * 3)
+    new = cache.begin([7], 10)
+    cache.finish(old, b"old.......", {})
     assert cache.loading(7) is new, "the end of the old load is not the end of the new one"
     assert cache.get(7) is None
     await old.wait()
-    assert (old.content, old.error) == (None, None)
-    cache.finish(new, b"new" * 3)
-    assert cache.get(7) == new.content == b"new" * 3
+    assert (old.get(7), old.errors) == (None, {})
+    cache.finish(new, b"new.......", {})
+    assert cache.get(7) == new.get(7) == b"new......."
 
 
 def test_what_was_freed_need_not_inflate() -> None:
     cache = InflatedCache(30)
     for forget in (lambda: cache.drop(7), cache.clear):
-        load = cache.begin(7, 0, 1, 10)
+        run = cache.begin([7], 10)
         forget()
-        cache.finish(load, InflateError("other data by now"))
-        assert load.error is None
+        cache.finish(run, b"", {7: InflateError("other data by now")})
+        assert run.errors == {}
         assert not cache.knows(7)
+        assert (len(cache), cache.size) == (0, 0)
+
+
+def together(cache: InflatedCache, keys: range, size: int = 10) -> Run:
+    """Have pieces that came together."""
+    run = cache.begin(keys, size)
+    cache.finish(run, memoryview(b"".join(bytes([key]) * size for key in keys)), {})
+    return run
+
+
+def test_what_came_together_goes_together() -> None:
+    cache = InflatedCache(250)
+    for first in (0, 10, 20):
+        together(cache, range(first, first + 10))
+        assert cache.size <= 250
+    assert [key for key in range(30) if cache.knows(key)] == [*range(10, 30)]
+    assert (cache.size, len(cache)) == (200, 20)
+    for key in range(10, 20):
+        assert cache.get(key) == bytes([key]) * 10
+    kept(cache, 30, 60)
+    assert [key for key in range(30) if cache.knows(key)] == [*range(10, 20)], "which was not used for longest"
+
+
+def test_a_part_of_what_came_together_is_freed() -> None:
+    cache = InflatedCache(250)
+    run = cache.begin(range(10), 10)
+    cache.drop(3)
+    cache.finish(run, bytes(range(100)), {5: InflateError("bad")})
+    cache.drop(7)
+    there = [0, 1, 2, 4, 6, 8, 9]
+    assert [key for key in range(10) if cache.knows(key)] == there
+    assert all(cache.get(key) == run.get(key) == bytes(range(key * 10, key * 10 + 10)) for key in there)
+    assert [key for key in range(10) if run.get(key) is None] == [3, 5, 7]
+    assert [*run.errors] == [5]
+    assert cache.size == 100, "all of the memory stays"
+    for key in there:
+        cache.drop(key)
+    assert (cache.size, len(cache)) == (0, 0)
+
+
+def test_what_proves_itself_gets_memory_of_its_own() -> None:
+    cache = InflatedCache(240)
+    together(cache, range(10))
+    for key in range(50, 54):
+        kept(cache, key)
+    assert type(cache.get(3)) is bytes
+    assert (cache.size, len(cache)) == (150, 14)
+    for key in range(100, 130):
+        kept(cache, key)
+    assert [key for key in range(10) if cache.knows(key)] == [3]
+    assert cache.get(3) == b"\3" * 10
+
+
+def found(cache: InflatedCache, *keys: int) -> list[bytes] | None:
+    parts = cache.get_all(array("Q", keys))
+    return None if parts is None else [bytes(part) for part in parts]
+
+
+def test_neighbours_are_found_in_one_part() -> None:
+    cache = InflatedCache(1000)
+    together(cache, range(10))
+    together(cache, range(10, 20))
+    kept(cache, 20)
+    assert found(cache, 2, 3, 4) == [bytes([2] * 10 + [3] * 10 + [4] * 10)]
+    assert found(cache, 8, 9, 10, 11) == [bytes([8] * 10 + [9] * 10), bytes([10] * 10 + [11] * 10)]
+    assert found(cache, 19, 20) == [bytes([19] * 10), bytes([20] * 10)]
+    assert found(cache, 3, 5, 4) == [bytes([3] * 10), bytes([5] * 10), bytes([4] * 10)], "in the order of the keys"
+    assert found(cache, 20, 21) is None
+    cache.begin([21], 10)
+    assert found(cache, 20, 21) is None, "on its way is not there"
+    cache.drop(3)
+    assert found(cache, 2, 3) is None
+    assert found(cache, 4, 5) == [bytes([4] * 10), bytes([5] * 10)]
+
+
+def test_neighbours_in_use_stay_and_prove_themselves() -> None:
+    cache = InflatedCache(240)
+    together(cache, range(2))
+    together(cache, range(10, 12))
+    assert found(cache, 0, 1) == [bytes([0] * 10 + [1] * 10)]
+    for key in range(100, 121):
+        kept(cache, key)
+    assert [key for key in range(20) if cache.knows(key)] == [0, 1], "of the oldest"
+    assert found(cache, 0, 1) == [bytes(10), bytes([1] * 10)], "each by itself"
+    for key in range(200, 250):
+        kept(cache, key)
+    assert [key for key in range(20) if cache.knows(key)] == [0, 1]
 
 
 def test_a_view_counts_as_what_it_keeps_in_memory() -> None:
     cache = InflatedCache(250)
-    wholes = [memoryview(bytearray(100)) for _ in range(3)]
-    for number, whole in enumerate(wholes):
-        for part in range(10):
-            cache.keep(number * 10 + part, whole[part * 10 : part * 10 + 10])
-        assert cache.size <= 250
-    assert cache.size == 200, "each whole once"
-    assert [key for key in range(30) if cache.knows(key)] == [*range(10, 30)], "and it stays until all of it goes"
-    for key in range(10, 19):
-        cache.drop(key)
-    assert cache.size == 200
-    cache.drop(19)
+    whole = memoryview(bytearray(100))
+    cache.keep(1, whole[:10])
     assert cache.size == 100
-    cache.keep(100, bytes(30))
-    assert cache.size == 130
-    cache.clear()
-    assert cache.size == 0
-    cache.keep(1, wholes[0][:10])
-    assert cache.size == 100
-    cache._came += cache._proof
+    for key in range(2, 7):
+        kept(cache, key)
+    assert cache.size == 150
     assert type(cache.get(1)) is bytes
-    assert cache.size == 10
+    assert cache.size == 60

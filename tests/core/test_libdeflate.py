@@ -28,6 +28,16 @@ def text(seed: int, size: int = SIZE) -> bytes:
     return b"".join(rng.choices(words, k=size))[:size]
 
 
+def whole(library: Libdeflate, data: memoryview, size: int = SIZE) -> bytes | None:
+    """What the data inflates to, in a memory with its target behind it and something around both."""
+    place = 5 + len(data) + 7
+    memory = bytearray(b"\xaa" * (place + size + 9))
+    memory[5 : 5 + len(data)] = data
+    there = library.within(memoryview(memory))(5, len(data), place, size)
+    assert memory[:5] + memory[place - 7 : place] + memory[-9:] == b"\xaa" * 21, "nothing else is written to"
+    return bytes(memory[place:-9]) if there else None
+
+
 @pytest.fixture
 def library() -> Libdeflate:
     found = libdeflate.libdeflate()
@@ -37,27 +47,32 @@ def library() -> Libdeflate:
 
 def test_a_stream_inflates_to_where_it_is_wanted(library: Libdeflate) -> None:
     content = text(1)
-    target = bytearray(b"\xaa" * (SIZE + 20))
-    data = memoryview(bytearray(bytes(deflated(content)) + b"what follows"))
-    assert library.into(data, memoryview(target)[10 : SIZE + 10])
-    assert target == b"\xaa" * 10 + content + b"\xaa" * 10
+    assert whole(library, deflated(content)) == content
+    assert whole(library, memoryview(bytes(deflated(content)) + b"what follows")) == content
 
 
 def test_other_lengths_and_damage_are_told(library: Libdeflate) -> None:
     content = text(2)
     data = deflated(content)
     for size in (SIZE - 1, SIZE + 1):
-        assert not library.into(data, memoryview(bytearray(size)))
-    assert not library.into(data[:100], memoryview(bytearray(SIZE)))
-    assert not library.into(data[:0], memoryview(bytearray(SIZE)))
-    assert not library.into(memoryview(bytearray(b"\xff" * 100)), memoryview(bytearray(SIZE)))
+        assert whole(library, data, size) is None
+    assert whole(library, data[:100]) is None
+    assert whole(library, data[:0]) is None
+    assert whole(library, memoryview(b"\xff" * 100)) is None
+
+
+def test_nothing_beyond_the_memory_is_touched(library: Libdeflate) -> None:
+    into = library.within(memoryview(bytearray(1000)))
+    for offset, length, place, size in ((900, 101, 0, 100), (0, 100, 900, 101), (2000, 1, 0, 100)):
+        with pytest.raises(AssertionError):
+            into(offset, length, place, size)
 
 
 def test_a_part_takes_no_more_than_a_part(library: Libdeflate) -> None:
     content = text(3)
     data = deflated(content)
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
-    assert not library.into(data, memoryview(bytearray(SIZE))), "it is damaged"
+    assert whole(library, data) is None, "it is damaged"
     for size in (1, 4096, SIZE // 4):
         assert library.prefix(data, size) == content[:size]
 
@@ -69,7 +84,7 @@ def test_a_part_that_ends_before_a_stored_block_is_another_way_s(library: Libdef
     packed = packer.compress(content[:20_000]) + packer.flush(zlib.Z_SYNC_FLUSH)
     packed += b"\1" + len(stored).to_bytes(2, "little") + (len(stored) ^ 0xFFFF).to_bytes(2, "little") + stored
     data = memoryview(bytearray(packed))
-    assert library.into(data, memoryview(bytearray(len(content))))
+    assert whole(library, data, len(content)) == content
     assert library.prefix(data, 10_000) == content[:10_000]
     found = {size: library.prefix(data, size) for size in range(15_000, 40_000, 500)}
     assert None in found.values(), "libdeflate takes nothing of a stored block that has no room"
@@ -161,9 +176,7 @@ def test_no_part_is_ever_wrong(parts: list[tuple[bytes, int]], level: int, sizes
             assert found is None or found == content[:size]
         else:
             assert library.prefix(data, size) is None
-    target = bytearray(len(content))
-    assert library.into(data, memoryview(target))
-    assert target == content
+    assert whole(library, data, len(content)) == content
 
 
 def test_threads_do_not_share_a_decompressor(library: Libdeflate) -> None:
@@ -171,8 +184,7 @@ def test_threads_do_not_share_a_decompressor(library: Libdeflate) -> None:
     data = [deflated(content) for content in contents]
 
     def work(number: int) -> bool:
-        target = bytearray(SIZE)
-        return library.into(data[number % 8], memoryview(target)) and target == contents[number % 8]
+        return library.prefix(data[number % 8], SIZE // 2) == contents[number % 8][: SIZE // 2]
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(400)))
@@ -186,9 +198,10 @@ def test_everybody_does_without_where_it_is_kept_private(monkeypatch: pytest.Mon
     monkeypatch.setattr(inflate, "libdeflate", lambda: None)
     codec = raw_deflate(12)
     content = text(6)
-    target = bytearray(SIZE)
-    codec.into(deflated(content), memoryview(target))
-    assert target == content
+    data = deflated(content)
+    memory = memoryview(bytearray(SIZE) + data)
+    assert codec.within(memory)(SIZE, len(data), 0, SIZE)
+    assert memory[:SIZE] == content
     assert codec.inflate(deflated(content), SIZE) == content
     assert codec.prefix(deflated(content), 100) is None
 
@@ -197,5 +210,6 @@ def test_everybody_does_without_where_it_is_kept_private(monkeypatch: pytest.Mon
 def test_what_does_not_inflate_is_an_error(codec: inflate.Codec) -> None:
     for data in (b"\xff" * 100, b"\x00" * 100, b"x"):
         with pytest.raises(InflateError):
-            codec.into(memoryview(bytearray(data)), memoryview(bytearray(SIZE)))
+            codec.inflate(data, SIZE)
+        assert not codec.within(memoryview(bytearray(SIZE) + data))(SIZE, len(data), 0, SIZE)
         assert codec.prefix(memoryview(bytearray(data)), 4096) is None

@@ -20,7 +20,7 @@ def ahead(readahead: Readahead) -> list[tuple[int, int]]:
 
 
 def test_the_third_request_in_a_row_starts_it_and_it_goes_farther_each_time() -> None:
-    readahead = Readahead(UNIT, 1 << 30)
+    readahead = Readahead(UNIT, 1 << 30, UNIT)
     assert not readahead.notice(0, 4096, SIZE)
     assert not readahead.notice(4096, 8192, SIZE)
     assert readahead.notice(8192, 12288, SIZE)
@@ -39,7 +39,7 @@ def test_the_third_request_in_a_row_starts_it_and_it_goes_farther_each_time() ->
 
 
 def test_random_readers_are_left_alone() -> None:
-    readahead = Readahead(UNIT, 1 << 30)
+    readahead = Readahead(UNIT, 1 << 30, UNIT)
     rng = random.Random(1)
     for _ in range(10000):
         offset = rng.randrange(SIZE >> 12) << 12
@@ -53,7 +53,7 @@ def test_random_readers_are_left_alone() -> None:
 
 def test_several_readers_at_once_and_none_of_them_too_far_ahead() -> None:
     capacity = 8 << 20
-    readahead = Readahead(UNIT, capacity)
+    readahead = Readahead(UNIT, capacity, UNIT)
     positions = [number << 26 for number in range(MAX_STREAMS)]
     reached = list(positions)
     for _ in range(200):
@@ -67,7 +67,7 @@ def test_several_readers_at_once_and_none_of_them_too_far_ahead() -> None:
 
 
 def test_wanted_takes_turns() -> None:
-    readahead = Readahead(UNIT, 1 << 30)
+    readahead = Readahead(UNIT, 1 << 30, UNIT)
     for number in range(3):
         for step in range(3):
             at = (number << 26) + step * UNIT
@@ -83,7 +83,7 @@ def test_wanted_takes_turns() -> None:
 
 
 def test_holes_and_repeated_requests_do_not_end_a_stream() -> None:
-    readahead = Readahead(UNIT, 1 << 30)
+    readahead = Readahead(UNIT, 1 << 30, UNIT)
     readahead.notice(0, UNIT, SIZE)
     readahead.notice(0, UNIT, SIZE)
     # Clusters of zeroes between.
@@ -96,7 +96,7 @@ def test_holes_and_repeated_requests_do_not_end_a_stream() -> None:
 
 
 def test_parts_of_a_request_that_come_the_other_way_round_are_no_stream_of_their_own() -> None:
-    readahead = Readahead(UNIT, 1 << 30)
+    readahead = Readahead(UNIT, 1 << 30, UNIT)
     for step in range(3):
         readahead.notice(step * UNIT, (step + 1) * UNIT, SIZE)
     for step in range(4, 40, 2):
@@ -108,7 +108,7 @@ def test_parts_of_a_request_that_come_the_other_way_round_are_no_stream_of_their
 
 
 def test_random_requests_between_do_not_end_a_stream() -> None:
-    readahead = Readahead(UNIT, 1 << 30)
+    readahead = Readahead(UNIT, 1 << 30, UNIT)
     rng = random.Random(2)
     wanted = []
     for step in range(100):
@@ -122,7 +122,7 @@ def test_random_requests_between_do_not_end_a_stream() -> None:
 
 
 def test_it_ends_where_the_disk_does() -> None:
-    readahead = Readahead(UNIT, 1 << 30)
+    readahead = Readahead(UNIT, 1 << 30, UNIT)
     size = 5 * UNIT + 100
     for step in range(4):
         readahead.notice(step * UNIT, (step + 1) * UNIT, size)
@@ -131,7 +131,7 @@ def test_it_ends_where_the_disk_does() -> None:
 
 
 def test_what_is_forgotten_is_wanted_again_by_who_reads_on() -> None:
-    readahead = Readahead(UNIT, 1 << 30)
+    readahead = Readahead(UNIT, 1 << 30, UNIT)
     for step in range(3):
         readahead.notice(step * UNIT, (step + 1) * UNIT, SIZE)
     readahead.forget()

@@ -123,7 +123,7 @@ async def test_what_qemu_compressed(cluster_size: int, compression: str, tmp_pat
         assert await backend.read(0, size) == content
         await backend.wait_idle()
         assert not backend.node.tracked
-        assert not driver_of(backend).image.inflated._loads
+        assert all(run.finished for run in driver_of(backend).image.inflated._runs.values())
 
 
 # --- several readers ------------------------------------------------------------------------------------
@@ -172,7 +172,9 @@ async def test_who_waited_for_one_that_was_cancelled_reads_again() -> None:
         assert await second.join() == CONTENT[5:15]
 
 
-async def test_the_cache_is_bounded() -> None:
+async def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BATCH", "AHEAD_BATCH"):
+        monkeypatch.setattr(compressed, name, 2 * CLUSTER)
     store = await new_store()
     async with reading(store) as backend:
         cache = driver_of(backend).image.inflated

@@ -16,7 +16,7 @@ import trio
 
 from fusedisk.core.inflate import CODECS, Content, Inflate, InflateError
 from fusedisk.core.inflate_pool import Piece, inflate_pool
-from fusedisk.core.inflated_cache import InflatedCache, Load
+from fusedisk.core.inflated_cache import InflatedCache, Run
 from fusedisk.core.offload import run_cpu
 
 INLINE_SIZE = 64 << 10
@@ -28,9 +28,12 @@ HOST_READ = 1 << 20
 
 Read = Callable[[int, memoryview], Awaitable[None]]
 """Fills a buffer with compressed data from a host offset on, with zeroes past the end of the file."""
-_Result = Content | InflateError
-_Span = tuple[int, int, list[Load]]
-"""Host offsets of start and end, and the loads in between, of what is read as one."""
+Where = tuple[int, int, int]
+"""Where a piece's compressed data lies: host offset, length in bytes, maybe with something behind it, and the key."""
+_Inflated = tuple[Content, dict[int, InflateError]]
+"""What pieces inflate to, one behind the other, and why some do not, by their number."""
+_Span = tuple[int, int, list[Where]]
+"""Host offsets of start and end, and the pieces in between, of what is read as one."""
 
 
 class Inflater:
@@ -44,34 +47,36 @@ class Inflater:
         self.inflate, self.prefix = kind.inflate, kind.prefix
         self._read = read
 
-    async def run(self, loads: list[Load], *, threads: int = len(os.sched_getaffinity(0))) -> None:
-        """Finish the loads, on up to ``threads`` threads or processes. Raises what reading raises; data that does not
-        inflate is told by :attr:`Load.error`."""
-        results: Sequence[_Result] = ()
-        loads.sort(key=lambda load: load.start)
+    async def run(self, run: Run, where: list[Where], *, threads: int = len(os.sched_getaffinity(0))) -> None:
+        """Finish a run of pieces that lie there, in that order, by host offset, on up to ``threads`` threads or
+        processes. Raises what reading raises; data that does not inflate is told by :attr:`Run.errors`."""
+        content, errors = None, {}
         try:
-            results = await self._inflated(_spans(loads), sum(load.size for load in loads), min(threads, len(loads)))
+            content, failed = await self._inflated(_spans(where), run.size, min(threads, len(where)))
+            errors = {run.keys[number]: error for number, error in failed.items()}
         finally:
-            for index, load in enumerate(loads):
-                self.cache.finish(load, results[index] if results else None)
+            self.cache.finish(run, content, errors)
 
-    async def _inflated(self, spans: list[_Span], size: int, threads: int) -> list[_Result]:
+    async def _inflated(self, spans: list[_Span], size: int, threads: int) -> _Inflated:
         source_size = sum(end - start for start, end, _ in spans)
-        pool = inflate_pool() if size > INLINE_SIZE else None
-        batch = pool.begin(source_size, size) if pool is not None else None
+        content_size = sum(len(where) for _, _, where in spans) * size
+        pool = inflate_pool() if content_size > INLINE_SIZE else None
+        batch = pool.begin(source_size, content_size) if pool is not None else None
         if batch is None:
             source = memoryview(bytearray(source_size))
             pieces = await self._fill(source, spans)
-            return await self._inflated_here(source, pieces, threads)
+            return await self._inflated_here(source, pieces, size, threads)
         try:
             pieces = await self._fill(batch.source, spans)
-            results: list[_Result | None] = [*await batch.inflate(self.codec, pieces, threads)]
-            missing = [number for number, result in enumerate(results) if result is None]
-            if missing:
-                again = await self._inflated_here(batch.source, [pieces[number] for number in missing], threads)
-                for number, result in zip(missing, again, strict=True):
-                    results[number] = result
-            return [result for result in results if result is not None]
+            content, missing = await batch.inflate(self.codec, pieces, size, threads)
+            if not missing:
+                return content, {}
+            left = [pieces[number] for number in missing]
+            again, failed = await self._inflated_here(batch.source, left, size, min(threads, len(left)))
+            for place, number in enumerate(missing):
+                if place not in failed:
+                    content[number * size : (number + 1) * size] = again[place * size : (place + 1) * size]
+            return content, {missing[number]: error for number, error in failed.items()}
         finally:
             batch.leave()
 
@@ -79,53 +84,68 @@ class Inflater:
         """Read all compressed data."""
         pieces: list[Piece] = []
         place = 0
-        for start, end, loads in spans:
+        for start, end, where in spans:
             await self._read(start, source[place : place + end - start])
-            pieces += [(place + load.start - start, load.length, load.size) for load in loads]
+            pieces += [(place + offset - start, length) for offset, length, _ in where]
             place += end - start
         return pieces
 
-    async def _inflated_here(self, source: memoryview, pieces: list[Piece], threads: int) -> list[_Result]:
+    async def _inflated_here(self, source: memoryview, pieces: list[Piece], size: int, threads: int) -> _Inflated:
         """By this process."""
-        if sum(size for _, _, size in pieces) <= INLINE_SIZE:
-            return inflate_all(self.inflate, source, pieces)
+        if len(pieces) * size <= INLINE_SIZE:
+            return inflate_all(self.inflate, source, pieces, size)
         if threads == 1:
-            return await run_cpu(inflate_all, self.inflate, source, pieces)
-        results: list[list[_Result]] = [[] for _ in range(threads)]
+            return await run_cpu(inflate_all, self.inflate, source, pieces, size)
+        content = memoryview(bytearray(len(pieces) * size))
+        errors: dict[int, InflateError] = {}
 
         async def work(number: int) -> None:
-            part = slice(number * len(pieces) // threads, (number + 1) * len(pieces) // threads)
-            results[number] = await run_cpu(inflate_all, self.inflate, source, pieces[part])
+            first, end = number * len(pieces) // threads, (number + 1) * len(pieces) // threads
+            part = content[first * size : end * size]
+            found = await run_cpu(inflate_into, self.inflate, source, pieces[first:end], part)
+            errors.update((first + number, error) for number, error in found.items())
 
         async with trio.open_nursery() as nursery:
             for number in range(threads):
                 nursery.start_soon(work, number)
-        return [result for part in results for result in part]
+        return content, errors
 
 
-def _spans(loads: list[Load]) -> list[_Span]:
-    """Loads that are sorted by place, put together as far as they are to be read together."""
+def _spans(pieces: list[Where]) -> list[_Span]:
+    """Pieces that are sorted by place, put together as far as they are to be read together."""
     spans: list[_Span] = []
-    rest = loads
-    while rest:
-        start, count = rest[0].start, 1
-        end = start + rest[0].length
-        for load in rest[1:]:
-            after = max(end, load.start + load.length)
-            if load.start > end + HOST_GAP or after - start > HOST_READ:
-                break
-            end, count = after, count + 1
-        spans.append((start, end, rest[:count]))
-        rest = rest[count:]
+    first, start, end = 0, pieces[0][0], pieces[0][0]
+    for number, (offset, length, _) in enumerate(pieces):
+        after = max(end, offset + length)
+        if number > first and (offset > end + HOST_GAP or after - start > HOST_READ):
+            spans.append((start, end, pieces[first:number]))
+            first, start, after = number, offset, offset + length
+        end = after
+    spans.append((start, end, pieces[first:]))
     return spans
 
 
-def inflate_all(inflate: Inflate, source: memoryview, pieces: Sequence[Piece]) -> list[_Result]:
-    """What each piece inflates to, or why it does not."""
-    results: list[_Result] = []
-    for offset, length, size in pieces:
+def inflate_all(inflate: Inflate, source: memoryview, pieces: Sequence[Piece], size: int) -> _Inflated:
+    """What the pieces inflate to, and why some do not."""
+    if len(pieces) == 1:
+        ((offset, length),) = pieces
         try:
-            results.append(inflate(source[offset : offset + length], size))
+            return inflate(source[offset : offset + length], size), {}
         except InflateError as exc:
-            results.append(exc)
-    return results
+            return b"", {0: exc}
+    content = memoryview(bytearray(len(pieces) * size))
+    return content, inflate_into(inflate, source, pieces, content)
+
+
+def inflate_into(
+    inflate: Inflate, source: memoryview, pieces: Sequence[Piece], content: memoryview
+) -> dict[int, InflateError]:
+    """Fill ``content`` with what the pieces inflate to, as much each; returns why some do not, by their number."""
+    size = len(content) // len(pieces)
+    errors = {}
+    for number, (offset, length) in enumerate(pieces):
+        try:
+            content[number * size : (number + 1) * size] = inflate(source[offset : offset + length], size)
+        except InflateError as exc:
+            errors[number] = exc
+    return errors

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from fusedisk.block import background
@@ -26,9 +26,9 @@ from fusedisk.core.errors import CorruptImageError, FusediskError
 from fusedisk.core.glances import Glances
 from fusedisk.core.inflate import Content, InflateError
 from fusedisk.core.inflate_pool import inflate_pool
-from fusedisk.core.inflated_cache import Load
+from fusedisk.core.inflated_cache import Run
 from fusedisk.core.readahead import Readahead
-from fusedisk.drivers.format.inflating import INLINE_SIZE, Inflater
+from fusedisk.drivers.format.inflating import INLINE_SIZE, Inflater, Where
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.layout import COMPRESSION_NAMES
 
@@ -51,7 +51,7 @@ class CompressedReader:
         geometry = self.image.geometry
         self._size, self._bits, self._mask = geometry.cluster_size, geometry.cluster_bits, geometry.cluster_mask
         self._cache = self.image.inflated
-        self._readahead = Readahead(self._size, self._cache.capacity)
+        self._readahead = Readahead(self._size, self._cache.capacity, AHEAD_BATCH)
         self._inflater = Inflater(self._cache, _CODECS[self.image.header.compression_type], self._read)
         self._glances = Glances(self._size)
         self._ahead = 0
@@ -66,31 +66,34 @@ class CompressedReader:
         Raises CorruptImageError for data that does not inflate to a cluster.
         """
         inside = offset & self._mask
-        parts: list[Content | Load] = []
-        own: list[Load] = []
+        parts: list[Content | Run | None] = []
+        own: dict[int, None] = {}
         room = BATCH
         for entry in _entries(extent):
             part = self._cache.get(entry) or self._cache.loading(entry)
-            if part is None:
+            if part is None and entry not in own:
                 room -= self._size
                 if room < 0 and own:
                     break
-                part = self._begin(entry)
-                own.append(part)
+                own[entry] = None
             parts.append(part)
         length = min(len(parts) * self._size - inside, len(buffer))
+        begun = self._begin(own) if own else None
         self._notice(offset, length)
-        if own:
-            await self._inflater.run(own)
+        if begun is not None:
+            await self._inflater.run(*begun)
         done = 0
-        for number, part in enumerate(parts):
-            if isinstance(part, Load):
+        for number, (entry, part) in enumerate(zip(_entries(extent), parts, strict=False)):
+            if part is None and begun is not None:
+                part, _ = begun
+            if isinstance(part, Run):
                 await part.wait()
-                if part.error is not None:
-                    raise self._damaged(part, (offset & ~self._mask) + number * self._size) from part.error
-                if part.content is None:
-                    break
-                part = part.content
+                error = part.errors.get(entry)
+                if error is not None:
+                    raise self._damaged((offset & ~self._mask) + number * self._size, error) from error
+                part = part.get(entry)
+            if part is None:
+                break
             done += _copy(part, inside, buffer, done, length)
             inside = 0
         return done
@@ -103,14 +106,12 @@ class CompressedReader:
         if extent is None or not extent.compressed or extent.length != length:
             return False
         entries = _entries(extent)
-        contents = []
-        for entry in entries:
-            content = self._cache.get(entry)
-            if content is None and len(entries) == 1:
-                content = self._inflate_now(entry, (offset & self._mask) + length)
+        contents = self._cache.get_all(entries)
+        if contents is None:
+            content = self._inflate_now(entries[0], (offset & self._mask) + length) if len(entries) == 1 else None
             if content is None:
                 return False
-            contents.append(content)
+            contents = [content]
         self._notice(offset, length)
         inside, done = offset & self._mask, 0
         for content in contents:
@@ -122,20 +123,16 @@ class CompressedReader:
         """The bytes of a compressed extent at ``offset``, if all its clusters are inflated already."""
         if not extent.compressed:
             return None
-        contents = list(map(self._cache.get, _entries(extent)))
-        if None in contents:
+        contents = self._cache.get_all(_entries(extent))
+        if contents is None:
             return None
         length = extent.length
         self._notice(offset, length)
-        pieces = [
-            content if isinstance(content, memoryview) else memoryview(content)
-            for content in contents
-            if content is not None
-        ]
+        pieces = [content if isinstance(content, memoryview) else memoryview(content) for content in contents]
         inside = offset & self._mask
+        surplus = sum(map(len, pieces)) - inside - length
         if inside:
             pieces[0] = pieces[0][inside:]
-        surplus = len(contents) * self._size - inside - length
         if surplus:
             pieces[-1] = pieces[-1][: len(pieces[-1]) - surplus]
         return pieces
@@ -198,10 +195,10 @@ class CompressedReader:
     async def _go_ahead(self, welcome: background.Welcome) -> None:
         try:
             while welcome():
-                loads = self._begin_wanted()
-                if not loads:
+                begun = self._begin_wanted()
+                if begun is None:
                     return
-                await self._inflater.run(loads, threads=1)
+                await self._inflater.run(*begun, threads=1)
             self._readahead.forget()
         except FusediskError:
             # Whoever really wants to read there meets it again.
@@ -209,10 +206,10 @@ class CompressedReader:
         finally:
             self._ahead -= 1
 
-    def _begin_wanted(self) -> list[Load]:
-        """Loads of clusters that readers will want next; none where nothing is wanted."""
-        loads: list[Load] = []
-        while not loads and (stream := self._readahead.wanted()) is not None:
+    def _begin_wanted(self) -> tuple[Run, list[Where]] | None:
+        """Clusters that readers will want next; None where nothing is wanted."""
+        new: dict[int, None] = {}
+        while not new and (stream := self._readahead.wanted()) is not None:
             room = AHEAD_BATCH
             while room > 0 and stream.ahead < stream.until:
                 length = min(stream.until - stream.ahead, max(room, self._size))
@@ -222,25 +219,26 @@ class CompressedReader:
                     stream.ahead = stream.until
                     break
                 if extent.compressed:
-                    new = [entry for entry in dict.fromkeys(_entries(extent)) if not self._cache.knows(entry)]
-                    loads += [self._begin(entry) for entry in new]
-                    room -= len(new) * self._size
+                    new.update((entry, None) for entry in _entries(extent) if not self._cache.knows(entry))
+                    room = AHEAD_BATCH - len(new) * self._size
                 stream.ahead += extent.length
-        return loads
+        return self._begin(new) if new else None
 
     # --- inflating --------------------------------------------------------------------------------------
 
-    def _begin(self, entry: int) -> Load:
-        return self._cache.begin(entry, *self.image.geometry.compressed_range(entry), self._size)
+    def _begin(self, entries: Iterable[int]) -> tuple[Run, list[Where]]:
+        """A run of clusters that are neither there nor on their way, and where they lie."""
+        where = sorted(self.image.geometry.compressed_ranges(entries))
+        return self._cache.begin((entry for _, _, entry in where), self._size), where
 
     async def _read(self, start: int, buffer: memoryview) -> None:
         await self.image.announce("read_compressed")
         await self.image.read_into(start, buffer)
 
-    def _damaged(self, load: Load, offset: int) -> CorruptImageError:
+    def _damaged(self, offset: int, error: InflateError) -> CorruptImageError:
         return CorruptImageError(
             f"'{self.image.filename}' has a compressed cluster for guest offset {offset} that does not inflate to "
-            f"{load.size} bytes ({load.error})."
+            f"{self._size} bytes ({error})."
         )
 
 

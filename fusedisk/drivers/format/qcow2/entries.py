@@ -103,6 +103,18 @@ class Geometry:
         sectors = (entry & (COMPRESSED - 1)) >> self.compressed_size_shift
         return offset, (sectors + 1) * _SECTOR - (offset & (_SECTOR - 1))
 
+    def compressed_ranges(self, entries: Iterable[int]) -> list[tuple[int, int, int]]:
+        """The same for each of many, and the entry itself."""
+        mask, shift = self.compressed_offset_mask, self.compressed_size_shift
+        return [
+            (
+                offset := entry & mask,
+                ((entry & (COMPRESSED - 1)) >> shift) * _SECTOR + _SECTOR - (offset & (_SECTOR - 1)),
+                entry,
+            )
+            for entry in entries
+        ]
+
 
 class HostRun(NamedTuple):
     """Neighbouring host clusters, by number."""
