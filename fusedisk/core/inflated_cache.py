@@ -91,9 +91,10 @@ class InflatedCache:
         """Bytes. What came last stays, however large it is."""
         self.size = 0
         """Bytes of memory that the pieces take up."""
+        self._new: OrderedDict[int | Run, tuple[Content, int]] = OrderedDict()
+        """Runs, and pieces that came alone by their key: the content, and how many bytes had come by then."""
         self._runs: dict[int, Run] = {}
-        """New ones and those under way, by the keys that they have a place for."""
-        self._new: OrderedDict[Run, None] = OrderedDict()
+        """Runs, also those under way, by the keys that they have a place for."""
         self._came = 0
         """Bytes."""
         self._proof = capacity // _SHARE_OF_PROOF
@@ -102,7 +103,7 @@ class InflatedCache:
         self._proven_capacity = capacity - capacity // _SHARE_OF_NEW
 
     def __len__(self) -> int:
-        return sum(len(run.places) for run in self._new) + len(self._proven)
+        return sum(len(each.places) if isinstance(each, Run) else 1 for each in self._new) + len(self._proven)
 
     def has_room(self, size: int) -> bool:
         """Whether a piece of so many bytes costs no other its place."""
@@ -114,21 +115,29 @@ class InflatedCache:
         if content is not None:
             self._proven.move_to_end(key)
             return content
-        run = self._runs.get(key)
-        if run is None or not run.finished:
-            return None
-        content = run.get(key)
-        if self._came - run.came < self._proof:
-            self._new.move_to_end(run)
-        elif content is not None:
-            content = self._prove(run, key, content)
-        return content
-
-    def _prove(self, run: Run, key: int, content: Content) -> Content:
-        if isinstance(content, memoryview):
+        new = self._new.get(key)
+        if new is not None:
+            content, came = new
+            if self._came - came < self._proof:
+                self._new.move_to_end(key)
+                return content
+            del self._new[key]
+            self.size -= len(content)
+        else:
+            run = self._runs.get(key)
+            if run is None or not run.finished:
+                return None
+            content = run.get(key)
+            if content is None or self._came - run.came < self._proof:
+                self._new.move_to_end(run)
+                return content
             # It would keep its neighbours in memory.
             content = bytes(content)
-        self._take_out(run, key)
+            self._take_out(run, key)
+        self._prove(key, content)
+        return content
+
+    def _prove(self, key: int, content: Content) -> None:
         self._proven[key] = content
         self._proven_size += len(content)
         self.size += len(content)
@@ -136,9 +145,7 @@ class InflatedCache:
             # It gets another chance.
             oldest, demoted = self._proven.popitem(last=False)
             self._proven_size -= len(demoted)
-            self.size -= len(demoted)
-            self._add_single(oldest, demoted)
-        return content
+            self._new[oldest] = demoted, self._came
 
     def get_all(self, keys: array[int]) -> list[Content] | None:
         """The pieces, if all of them are there, in as few parts as they are in memory."""
@@ -176,7 +183,7 @@ class InflatedCache:
 
     def knows(self, key: int) -> bool:
         """Whether the piece is there or on its way."""
-        return key in self._runs or key in self._proven
+        return key in self._runs or key in self._new or key in self._proven
 
     def begin(self, keys: Iterable[int], size: int) -> Run:
         """Start to load pieces of ``size`` bytes that are neither there nor on their way; :meth:`finish` is called for
@@ -195,18 +202,53 @@ class InflatedCache:
                     run.errors[key] = errors[key]
         if content is not None and run.places:
             self._came += len(content)
-            self._add(run, content)
+            run.content, run.came = content, self._came
+            run.memory = memoryview(content.obj).nbytes if isinstance(content, memoryview) else len(content)
+            self._add(run, content, run.memory)
         run.finish()
+
+    def keep(self, key: int, content: Content) -> None:
+        """Keep the piece of a key that has none and no load under way."""
+        self._came += len(content)
+        self._add(key, content, len(content))
+
+    def _add(self, what: int | Run, content: Content, memory: int) -> None:
+        self._new[what] = content, self._came
+        self.size += memory
+        while self.size > self.capacity and len(self._new) + len(self._proven) > 1:
+            if len(self._new) == 1:
+                _, content = self._proven.popitem(last=False)
+                self._proven_size -= len(content)
+                self.size -= len(content)
+                continue
+            oldest, (content, _) = self._new.popitem(last=False)
+            if isinstance(oldest, Run):
+                self.size -= oldest.memory
+                for key in oldest.places:
+                    del self._runs[key]
+            else:
+                self.size -= len(content)
 
     def drop(self, key: int) -> None:
         """What the key stands for is freed."""
         run = self._runs.get(key)
         if run is not None:
             self._take_out(run, key)
+            return
         content = self._proven.pop(key, None)
         if content is not None:
             self._proven_size -= len(content)
+        elif key in self._new:
+            content, _ = self._new.pop(key)
+        if content is not None:
             self.size -= len(content)
+
+    def _take_out(self, run: Run, key: int) -> None:
+        """Give a piece's place up, and the run with its last one."""
+        del run.places[key], self._runs[key]
+        if not run.places and run in self._new:
+            del self._new[run]
+            self.size -= run.memory
 
     def clear(self) -> None:
         """Drop everything."""
@@ -216,37 +258,3 @@ class InflatedCache:
         self._new.clear()
         self._proven.clear()
         self.size = self._proven_size = 0
-
-    def keep(self, key: int, content: Content) -> None:
-        """Keep the piece of a key that has none and no load under way."""
-        self._came += len(content)
-        self._add_single(key, content)
-
-    def _add_single(self, key: int, content: Content) -> None:
-        run = self._runs[key] = Run((key,), len(content))
-        self._add(run, content)
-
-    def _add(self, run: Run, content: Content) -> None:
-        """Make a run one of the new ones, and room for it."""
-        run.content = content
-        run.memory = memoryview(content.obj).nbytes if isinstance(content, memoryview) else len(content)
-        run.came, run.finished = self._came, True
-        self._new[run] = None
-        self.size += run.memory
-        while self.size > self.capacity and len(self._new) + len(self._proven) > 1:
-            if len(self._new) > 1:
-                oldest, _ = self._new.popitem(last=False)
-                self.size -= oldest.memory
-                for key in oldest.places:
-                    del self._runs[key]
-            else:
-                _, worst = self._proven.popitem(last=False)
-                self._proven_size -= len(worst)
-                self.size -= len(worst)
-
-    def _take_out(self, run: Run, key: int) -> None:
-        """Give a piece's place up, and the run with its last one."""
-        del run.places[key], self._runs[key]
-        if not run.places and run in self._new:
-            del self._new[run]
-            self.size -= run.memory

@@ -28,6 +28,11 @@ class Stream:
         self.until = 0
         """What is wanted ends here."""
 
+    @property
+    def wanted(self) -> int:
+        """Bytes that are to be fetched."""
+        return max(self.until - self.ahead, 0)
+
 
 class Readahead:
     """The streams of one image."""
@@ -46,12 +51,12 @@ class Readahead:
         """Requests that belong to none of them, by the offset behind them, oldest first: their offset, and how many
         requests before them each continued the one before it."""
 
-    def notice(self, offset: int, end: int, limit: int) -> bool:
-        """Somebody reads ``[offset, end)`` of ``limit`` bytes; tells whether that makes anything wanted."""
+    def notice(self, offset: int, end: int, limit: int) -> int:
+        """Somebody reads ``[offset, end)`` of ``limit`` bytes; returns how many bytes are wanted ahead of them."""
         streams, others = self._streams, self._others
         same = others.get(end)
         if same is not None and same[0] == offset:
-            return False
+            return 0
         following = 0
         if streams or offset in others or not offset % self._unit:  # random readers mostly come past here
             stream = streams.pop(offset, None)
@@ -59,7 +64,7 @@ class Readahead:
                 twice = streams.get(end)
                 if twice is not None and twice.offset == offset:
                     # The same request once more, since not all of it could be answered at once.
-                    return twice.ahead < twice.until
+                    return twice.wanted
                 stream = self._before_hole(offset)
             if stream is None:
                 following = self._following(offset)
@@ -73,11 +78,11 @@ class Readahead:
             if not following:
                 late = self._passed(offset, end)
                 if late is not None:
-                    return late.ahead < late.until
+                    return late.wanted
         if same is None and len(others) == MAX_STREAMS:
             del others[next(iter(others))]
         others[end] = offset, following
-        return False
+        return 0
 
     def _before_hole(self, offset: int) -> Stream | None:
         """Take out the stream that may go on at ``offset``, since only units that need not be fetched, holes in what is
@@ -109,7 +114,7 @@ class Readahead:
                 return stream
         return None
 
-    def _advance(self, stream: Stream, offset: int, end: int, limit: int) -> bool:
+    def _advance(self, stream: Stream, offset: int, end: int, limit: int) -> int:
         stream.offset, stream.next = offset, end
         stream.ahead = max(stream.ahead, end)
         if stream.until - end <= stream.window - self._step(stream.window) and stream.until < limit:
@@ -117,7 +122,7 @@ class Readahead:
             first = max(FIRST_WINDOW, 2 * (end - offset), 2 * self._unit)
             stream.window = min(max(2 * stream.window, first), self._longest)
             stream.until = min(end + stream.window, limit)
-        return stream.ahead < stream.until
+        return stream.wanted
 
     def _step(self, window: int) -> int:
         """How much of its window a stream uses before more is wanted: a quarter, in whole batches where that is not

@@ -11,10 +11,11 @@ from fusedisk.core.inflate import InflateError
 from fusedisk.core.inflated_cache import InflatedCache, Run
 
 
-def kept(cache: InflatedCache, key: int, size: int = 10) -> Run:
-    run = cache.begin([key], size)
-    cache.finish(run, bytes([key]) * size, {})
-    return run
+def kept(cache: InflatedCache, key: int, size: int = 10) -> None:
+    if key % 2:
+        cache.keep(key, bytes([key]) * size)
+    else:
+        cache.finish(cache.begin([key], size), bytes([key]) * size, {})
 
 
 def test_what_was_not_used_for_longest_goes_first() -> None:
@@ -245,10 +246,10 @@ def test_neighbours_in_use_stay_and_prove_themselves() -> None:
 def test_a_view_counts_as_what_it_keeps_in_memory() -> None:
     cache = InflatedCache(250)
     whole = memoryview(bytearray(100))
-    cache.keep(1, whole[:10])
+    cache.finish(cache.begin([1], 10), whole[:10], {})
     assert cache.size == 100
     for key in range(2, 7):
-        kept(cache, key)
+        cache.keep(key, bytes([key]) * 10)
     assert cache.size == 150
     assert type(cache.get(1)) is bytes
     assert cache.size == 60

@@ -120,10 +120,11 @@ class ClusterMap:
     def _compressed_extent(self, entries: array[int], inside: int, length: int) -> Extent:
         """The extent of a compressed cluster and of what follows it, as far as that is compressed. Its token is their
         entries."""
-        for count, entry in enumerate(entries):
-            if not entry & COMPRESSED:
-                entries = entries[:count]
-                break
+        if not (min(entries) >= COMPRESSED and max(entries) < COPIED):  # the short way for most
+            for count, entry in enumerate(entries):
+                if not entry & COMPRESSED:
+                    entries = entries[:count]
+                    break
         length = min(length, (len(entries) << self._cluster_bits) - inside)
         place = entries[0] & self.image.geometry.compressed_offset_mask
         return Extent(SPECIAL, length, self.edge, place, False, True, entries)

@@ -185,10 +185,13 @@ class CompressedReader:
 
     def _notice(self, offset: int, length: int) -> None:
         """Somebody reads here: go ahead of them if they read sequentially."""
-        if not self._readahead.notice(offset, offset + length, self.image.header.size):
+        wanted = self._readahead.notice(offset, offset + length, self.image.header.size)
+        if not wanted:
             return
         pool = inflate_pool()
         tasks = (pool.parallel(self._size) if pool is not None else 0) or AHEAD_THREADS
+        # Those that are at work come back for more only when they are done.
+        tasks = min(tasks, self._ahead + -(-wanted // AHEAD_BATCH))
         while self._ahead < tasks and background.start(self.node, self._go_ahead):
             self._ahead += 1
 
