@@ -9,15 +9,17 @@ at worst there is half as much to do again.
 from __future__ import annotations
 
 MOST_GLANCES = 1 << 12
-"""Pieces that one look is remembered of, oldest first forgotten."""
+"""Pieces that one look is remembered of at most, oldest first forgotten. Where there is room for fewer, so many: looks
+that are farther apart would not have found the piece either, had it been kept at the first."""
 
 
 class Glances:
     """The pieces of one image that had one look, by key."""
 
-    def __init__(self, size: int) -> None:
-        """``size``: bytes of a piece."""
+    def __init__(self, size: int, room: int) -> None:
+        """``size``: bytes of a piece. ``room``: bytes of all that can be kept."""
         self._worth = size - size // 4
+        self._most = max(min(room // size, MOST_GLANCES), 1)
         self._seen: dict[int, None] = {}
 
     def first(self, key: int, end: int) -> bool:
@@ -25,7 +27,7 @@ class Glances:
         seen = self._seen
         if end > self._worth or key in seen:
             return False
-        if len(seen) == MOST_GLANCES:
+        if len(seen) == self._most:
             del seen[next(iter(seen))]
         seen[key] = None
         return True

@@ -128,13 +128,14 @@ class InflatedCache:
             if run is None or not run.finished:
                 return None
             content = run.get(key)
+            self._new.move_to_end(run)
             if content is None or self._came - run.came < self._proof:
-                self._new.move_to_end(run)
                 return content
             # It would keep its neighbours in memory.
             content = bytes(content)
             self._take_out(run, key)
         self._prove(key, content)
+        self._make_room()
         return content
 
     def _prove(self, key: int, content: Content) -> None:
@@ -215,6 +216,9 @@ class InflatedCache:
     def _add(self, what: int | Run, content: Content, memory: int) -> None:
         self._new[what] = content, self._came
         self.size += memory
+        self._make_room()
+
+    def _make_room(self) -> None:
         while self.size > self.capacity and len(self._new) + len(self._proven) > 1:
             if len(self._new) == 1:
                 _, content = self._proven.popitem(last=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fusedisk.core.inflate import InflateError
+from fusedisk.core.inflate import Content, InflateError
 from fusedisk.core.inflated_cache import InflatedCache, Run
 
 
@@ -253,3 +256,70 @@ def test_a_view_counts_as_what_it_keeps_in_memory() -> None:
     assert cache.size == 150
     assert type(cache.get(1)) is bytes
     assert cache.size == 60
+
+
+def consistent(cache: InflatedCache) -> None:
+    """Books that agree with each other."""
+    runs = [each for each in cache._new if isinstance(each, Run)]
+    singles = {each: content for each, (content, _) in cache._new.items() if not isinstance(each, Run)}
+    assert cache._proven_size == sum(map(len, cache._proven.values()))
+    assert cache.size == sum(run.memory for run in runs) + sum(map(len, singles.values())) + cache._proven_size
+    assert cache.size <= cache.capacity or len(cache._new) + len(cache._proven) == 1
+    assert all(cache._runs[key] is run for run in runs for key in run.places)
+    assert all(key in run.places and (run in cache._new or not run.finished) for key, run in cache._runs.items())
+    assert not any(key in cache._runs or key in cache._proven for key in singles)
+    assert not cache._runs.keys() & cache._proven.keys()
+    assert len(cache) == sum(len(run.places) for run in runs) + len(singles) + len(cache._proven)
+
+
+@given(seed=st.integers(0, 1 << 32), capacity=st.sampled_from([30, 100, 240, 1000]))
+@settings(max_examples=60, deadline=None)
+def test_whatever_happens_nobody_gets_what_is_not_there(seed: int, capacity: int) -> None:
+    rng = random.Random(seed)
+    cache = InflatedCache(capacity)
+    generations = dict.fromkeys(range(40), 0)
+    """How often what a key stands for was freed."""
+    under_way: list[tuple[Run, dict[int, int]]] = []
+
+    def content(key: int, generation: int) -> bytes:
+        return bytes([key, generation % 256]) * 5
+
+    def right(key: int, found: Content | None) -> bool:
+        return found is None or found == content(key, generations[key])
+
+    for _ in range(400):
+        key = rng.randrange(40)
+        match rng.randrange(9):
+            case 0 | 1:
+                first = rng.choice((key, key - key % 10))
+                keys = [each for each in range(first, min(first + rng.randrange(1, 11), 40)) if not cache.knows(each)]
+                if keys:
+                    under_way.append((cache.begin(keys, 10), {each: generations[each] for each in keys}))
+            case 2 | 3 if under_way:
+                run, at = under_way.pop(rng.randrange(len(under_way)))
+                bad = {each: InflateError("bad") for each in at if not rng.randrange(20)}
+                whole = b"".join(content(each, generation) for each, generation in at.items())
+                cache.finish(run, rng.choice((whole, memoryview(whole), memoryview(whole), None)), bad)
+                assert run.finished
+                assert all(right(each, run.get(each)) for each in at)
+                assert all(at[each] == generations[each] for each in run.errors)
+            case 4 if not cache.knows(key):
+                cache.keep(key, content(key, generations[key]))
+                assert right(key, cache.get(key))
+            case 5:
+                cache.drop(key)
+                generations[key] += 1
+                assert not cache.knows(key)
+            case 6 if not rng.randrange(20):
+                cache.clear()
+                for each in generations:
+                    generations[each] += 1
+                assert not len(cache)
+            case 7:
+                assert right(key, cache.get(key))
+            case _:
+                keys = [*range(key, min(key + rng.randrange(1, 12), 40))]
+                parts = cache.get_all(array("Q", keys))
+                if parts is not None:
+                    assert b"".join(parts) == b"".join(content(each, generations[each]) for each in keys)
+        consistent(cache)

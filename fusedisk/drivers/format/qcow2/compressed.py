@@ -53,7 +53,9 @@ class CompressedReader:
         self._cache = self.image.inflated
         self._readahead = Readahead(self._size, self._cache.capacity, AHEAD_BATCH)
         self._inflater = Inflater(self._cache, _CODECS[self.image.header.compression_type], self._read)
-        self._glances = Glances(self._size)
+        self._glances = Glances(self._size, self._cache.capacity)
+        self._compressed = memoryview(bytearray())
+        """For the data of a cluster that is inflated at once."""
         self._ahead = 0
         """Tasks that inflate ahead."""
 
@@ -160,7 +162,10 @@ class CompressedReader:
         if self._size > INLINE_SIZE or storage.serialising or self._cache.loading(entry) is not None:
             return None
         start, length = self.image.geometry.compressed_range(entry)
-        data = memoryview(bytearray(max(min(length, storage.length - start), 0)))
+        length = max(min(length, storage.length - start), 0)
+        if length > len(self._compressed):
+            self._compressed = memoryview(bytearray(length))
+        data = self._compressed[:length]
         if not storage.driver.read_now(start, data):
             return None
         if not self._cache.has_room(self._size) and self._glances.first(entry, end):
