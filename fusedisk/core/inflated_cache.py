@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 
 import trio
 
-from fusedisk.core.inflate import Content, InflateError
+from fusedisk.core.inflate import Content
 
 _LEAST_CAPACITY, _MOST_CAPACITY = 16 << 20, 128 << 20
 _SHARE_OF_MEMORY = 64
@@ -43,7 +43,7 @@ def inflated_capacity() -> int:
 class Run:
     """Pieces that come together."""
 
-    __slots__ = ("_done", "came", "content", "errors", "finished", "keys", "memory", "places", "size")
+    __slots__ = ("_done", "asked", "content", "errors", "finished", "keys", "memory", "places", "size")
 
     def __init__(self, keys: Iterable[int], size: int) -> None:
         self.keys = array("Q", keys)
@@ -55,11 +55,11 @@ class Run:
         """The pieces one behind the other, once they are there."""
         self.memory = 0
         """Bytes that the content takes up."""
-        self.came = 0
-        """Bytes that had come by then, with its own."""
+        self.asked: int | None = None
+        """Bytes that had come when one of the pieces was last asked for."""
         self.finished = False
-        self.errors: dict[int, InflateError] = {}
-        """Why pieces could not be inflated."""
+        self.errors: dict[int, str] = {}
+        """Why pieces could not be inflated. An exception would hold all that was in its reach in memory."""
         self._done: trio.Event | None = None
 
     def get(self, key: int) -> Content | None:
@@ -128,11 +128,12 @@ class InflatedCache:
             if run is None or not run.finished:
                 return None
             content = run.get(key)
-            self._new.move_to_end(run)
-            if content is None or self._came - run.came < self._proof:
+            if content is None or self._is_in_use(run):
+                self._use(run)
                 return content
             # It would keep its neighbours in memory.
             content = bytes(content)
+            self._new.move_to_end(run)
             self._take_out(run, key)
         self._prove(key, content)
         self._make_room()
@@ -156,7 +157,7 @@ class InflatedCache:
             part = self._neighbours(keys[done:])
             if part is not None:
                 run, first, count = part
-                self._new.move_to_end(run)
+                self._use(run)
                 content: Content | None = memoryview(run.content)[first : first + count * run.size]
                 done += count
             else:
@@ -170,12 +171,21 @@ class InflatedCache:
     def _neighbours(self, keys: array[int]) -> tuple[Run, int, int] | None:
         """Pieces that lie together, are all still there, and prove nothing: the first of them, and how many."""
         run = self._runs.get(keys[0])
-        if run is None or not run.finished or self._came - run.came >= self._proof or len(run.places) < len(run.keys):
+        if run is None or not run.finished or not self._is_in_use(run) or len(run.places) < len(run.keys):
             return None
         place = run.places[keys[0]]
         first = place // run.size
         there = run.keys[first : first + len(keys)]
         return (run, place, len(there)) if there == keys[: len(there)] else None
+
+    def _is_in_use(self, run: Run) -> bool:
+        """Whether who asks for a piece proves nothing. What goes ahead of several readers may have come long before
+        they get there: so what counts is when a piece was asked for."""
+        return run.asked is None or self._came - run.asked < self._proof
+
+    def _use(self, run: Run) -> None:
+        run.asked = self._came
+        self._new.move_to_end(run)
 
     def loading(self, key: int) -> Run | None:
         """The run under way that a piece comes with."""
@@ -193,7 +203,7 @@ class InflatedCache:
         self._runs.update(dict.fromkeys(run.keys, run))
         return run
 
-    def finish(self, run: Run, content: Content | None, errors: Mapping[int, InflateError]) -> None:
+    def finish(self, run: Run, content: Content | None, errors: Mapping[int, str]) -> None:
         """The pieces are there, one behind the other, but for those with an error, by their key. Without content it is
         not known what they are."""
         for key in run.keys if content is None else errors:
@@ -202,10 +212,15 @@ class InflatedCache:
                 if key in errors:
                     run.errors[key] = errors[key]
         if content is not None and run.places:
-            self._came += len(content)
-            run.content, run.came = content, self._came
-            run.memory = memoryview(content.obj).nbytes if isinstance(content, memoryview) else len(content)
-            self._add(run, content, run.memory)
+            run.content = content
+            if len(run.keys) == 1 and not isinstance(content, memoryview):
+                (key,) = run.keys
+                del self._runs[key]
+                self.keep(key, content)
+            else:
+                self._came += len(content)
+                run.memory = memoryview(content.obj).nbytes if isinstance(content, memoryview) else len(content)
+                self._add(run, content, run.memory)
         run.finish()
 
     def keep(self, key: int, content: Content) -> None:

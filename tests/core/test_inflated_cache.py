@@ -10,7 +10,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedisk.core.inflate import Content, InflateError
+from fusedisk.core.inflate import Content
 from fusedisk.core.inflated_cache import InflatedCache, Run
 
 
@@ -115,7 +115,7 @@ def test_dropped_pieces_take_no_room() -> None:
 
 async def test_those_who_wait_are_woken_by_whatever_end() -> None:
     cache = InflatedCache(30)
-    bad = InflateError("bad")
+    bad = "bad"
     for content, errors in ((b"x" * 10, {}), (b"", {7: bad}), (None, {})):
         run = cache.begin([7], 10)
         assert cache.loading(7) is run
@@ -154,7 +154,7 @@ def test_what_was_freed_need_not_inflate() -> None:
     for forget in (lambda: cache.drop(7), cache.clear):
         run = cache.begin([7], 10)
         forget()
-        cache.finish(run, b"", {7: InflateError("other data by now")})
+        cache.finish(run, b"", {7: "other data by now"})
         assert run.errors == {}
         assert not cache.knows(7)
         assert (len(cache), cache.size) == (0, 0)
@@ -163,7 +163,7 @@ def test_what_was_freed_need_not_inflate() -> None:
 def together(cache: InflatedCache, keys: range, size: int = 10) -> Run:
     """Have pieces that came together."""
     run = cache.begin(keys, size)
-    cache.finish(run, memoryview(b"".join(bytes([key]) * size for key in keys)), {})
+    cache.finish(run, memoryview(b"".join(bytes([key % 256]) * size for key in keys)), {})
     return run
 
 
@@ -184,7 +184,7 @@ def test_a_part_of_what_came_together_is_freed() -> None:
     cache = InflatedCache(250)
     run = cache.begin(range(10), 10)
     cache.drop(3)
-    cache.finish(run, bytes(range(100)), {5: InflateError("bad")})
+    cache.finish(run, bytes(range(100)), {5: "bad"})
     cache.drop(7)
     there = [0, 1, 2, 4, 6, 8, 9]
     assert [key for key in range(10) if cache.knows(key)] == there
@@ -202,12 +202,30 @@ def test_what_proves_itself_gets_memory_of_its_own() -> None:
     together(cache, range(10))
     for key in range(50, 54):
         kept(cache, key)
+    assert type(cache.get(2)) is memoryview, "it was not asked for before"
+    for key in range(60, 64):
+        kept(cache, key)
     assert type(cache.get(3)) is bytes
-    assert (cache.size, len(cache)) == (150, 14)
+    assert (cache.size, len(cache)) == (190, 18)
     for key in range(100, 130):
         kept(cache, key)
     assert [key for key in range(10) if cache.knows(key)] == [3]
     assert cache.get(3) == b"\3" * 10
+
+
+def test_readers_that_go_on_beside_each_other_prove_nothing() -> None:
+    cache = InflatedCache(240)
+    pieces = 0
+    for step in range(20):
+        for reader in range(5):
+            together(cache, range(1000 * reader + step * 2, 1000 * reader + step * 2 + 2))
+        for piece in range(2):
+            for reader in range(5):
+                assert cache.get(1000 * reader + step * 2 + piece) is not None
+                pieces += 1
+        assert not cache._proven
+        assert cache.size <= 240
+    assert pieces == 200
 
 
 def found(cache: InflatedCache, *keys: int) -> list[bytes] | None:
@@ -254,8 +272,11 @@ def test_a_view_counts_as_what_it_keeps_in_memory() -> None:
     for key in range(2, 7):
         cache.keep(key, bytes([key]) * 10)
     assert cache.size == 150
+    assert cache.get(1) == bytes(10)
+    for key in range(7, 12):
+        cache.keep(key, bytes([key]) * 10)
     assert type(cache.get(1)) is bytes
-    assert cache.size == 60
+    assert cache.size == 110
 
 
 def consistent(cache: InflatedCache) -> None:
@@ -297,7 +318,7 @@ def test_whatever_happens_nobody_gets_what_is_not_there(seed: int, capacity: int
                     under_way.append((cache.begin(keys, 10), {each: generations[each] for each in keys}))
             case 2 | 3 if under_way:
                 run, at = under_way.pop(rng.randrange(len(under_way)))
-                bad = {each: InflateError("bad") for each in at if not rng.randrange(20)}
+                bad = {each: "bad" for each in at if not rng.randrange(20)}
                 whole = b"".join(content(each, generation) for each, generation in at.items())
                 cache.finish(run, rng.choice((whole, memoryview(whole), memoryview(whole), None)), bad)
                 assert run.finished

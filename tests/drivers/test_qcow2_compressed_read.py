@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import struct
 import zlib
@@ -13,6 +14,7 @@ import trio
 
 from fusedisk.block.extent import DATA, SPECIAL, ZERO
 from fusedisk.core.errors import CorruptImageError, HostError
+from fusedisk.core.inflate import InflateError
 from fusedisk.drivers.format.qcow2 import compressed
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from tests.conftest import qemu_img
@@ -278,6 +280,21 @@ async def test_damage_behind_what_is_looked_at_is_for_who_reads_it(tmp_path: Pat
         assert buffer == CONTENT[5 * CLUSTER :][:512]
         with pytest.raises(CorruptImageError, match=f"compressed cluster for guest offset {5 * CLUSTER}"):
             await backend.read(5 * CLUSTER, CLUSTER)
+
+
+async def test_damage_keeps_nothing_in_memory_but_why() -> None:
+    """What an exception has in its reach is all compressed data that was read along with the damage."""
+    store = await new_store()
+    async with reading(store) as backend:
+        start, _ = driver_of(backend).image.geometry.compressed_range(entries(backend)[2])
+    store.data[start : start + 100] = b"\xff" * 100
+    async with reading(store) as backend:
+        for offset in (CLUSTER, 2 * CLUSTER):  # in the middle of several, and alone
+            with pytest.raises(CorruptImageError, match=f"compressed cluster for guest offset {2 * CLUSTER}"):
+                await backend.read(offset, 2 * CLUSTER if offset == CLUSTER else CLUSTER)
+        assert inflated(backend) >= {1}
+        gc.collect()
+        assert not any(isinstance(each, InflateError) for each in gc.get_objects())
 
 
 # --- beside writers -------------------------------------------------------------------------------------

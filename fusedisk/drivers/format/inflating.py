@@ -30,7 +30,7 @@ Read = Callable[[int, memoryview], Awaitable[None]]
 """Fills a buffer with compressed data from a host offset on, with zeroes past the end of the file."""
 Where = tuple[int, int, int]
 """Where a piece's compressed data lies: host offset, length in bytes, maybe with something behind it, and the key."""
-_Inflated = tuple[Content, dict[int, InflateError]]
+_Inflated = tuple[Content, dict[int, str]]
 """What pieces inflate to, one behind the other, and why some do not, by their number."""
 _Span = tuple[int, int, list[Where]]
 """Host offsets of start and end, and the pieces in between, of what is read as one."""
@@ -97,7 +97,7 @@ class Inflater:
         if threads == 1:
             return await run_cpu(inflate_all, self.inflate, source, pieces, size)
         content = memoryview(bytearray(len(pieces) * size))
-        errors: dict[int, InflateError] = {}
+        errors: dict[int, str] = {}
 
         async def work(number: int) -> None:
             first, end = number * len(pieces) // threads, (number + 1) * len(pieces) // threads
@@ -132,14 +132,12 @@ def inflate_all(inflate: Inflate, source: memoryview, pieces: Sequence[Piece], s
         try:
             return inflate(source[offset : offset + length], size), {}
         except InflateError as exc:
-            return b"", {0: exc}
+            return b"", {0: str(exc)}
     content = memoryview(bytearray(len(pieces) * size))
     return content, inflate_into(inflate, source, pieces, content)
 
 
-def inflate_into(
-    inflate: Inflate, source: memoryview, pieces: Sequence[Piece], content: memoryview
-) -> dict[int, InflateError]:
+def inflate_into(inflate: Inflate, source: memoryview, pieces: Sequence[Piece], content: memoryview) -> dict[int, str]:
     """Fill ``content`` with what the pieces inflate to, as much each; returns why some do not, by their number."""
     size = len(content) // len(pieces)
     errors = {}
@@ -147,5 +145,5 @@ def inflate_into(
         try:
             content[number * size : (number + 1) * size] = inflate(source[offset : offset + length], size)
         except InflateError as exc:
-            errors[number] = exc
+            errors[number] = str(exc)
     return errors

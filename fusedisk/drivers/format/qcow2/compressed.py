@@ -90,9 +90,9 @@ class CompressedReader:
                 part, _ = begun
             if isinstance(part, Run):
                 await part.wait()
-                error = part.errors.get(entry)
-                if error is not None:
-                    raise self._damaged((offset & ~self._mask) + number * self._size, error) from error
+                reason = part.errors.get(entry)
+                if reason is not None:
+                    raise self._damaged((offset & ~self._mask) + number * self._size, reason)
                 part = part.get(entry)
             if part is None:
                 break
@@ -243,10 +243,10 @@ class CompressedReader:
         await self.image.announce("read_compressed")
         await self.image.read_into(start, buffer)
 
-    def _damaged(self, offset: int, error: InflateError) -> CorruptImageError:
+    def _damaged(self, offset: int, reason: str) -> CorruptImageError:
         return CorruptImageError(
             f"'{self.image.filename}' has a compressed cluster for guest offset {offset} that does not inflate to "
-            f"{self._size} bytes ({error})."
+            f"{self._size} bytes ({reason})."
         )
 
 
