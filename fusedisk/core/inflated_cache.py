@@ -188,18 +188,23 @@ class InflatedCache:
         self._new.move_to_end(run)
 
     def loading(self, key: int) -> Run | None:
-        """The run under way that a piece comes with."""
+        """The run under way that a piece which is asked for comes with."""
         run = self._runs.get(key)
-        return None if run is None or run.finished else run
+        if run is None or run.finished:
+            return None
+        run.asked = self._came
+        return run
 
     def knows(self, key: int) -> bool:
         """Whether the piece is there or on its way."""
         return key in self._runs or key in self._new or key in self._proven
 
-    def begin(self, keys: Iterable[int], size: int) -> Run:
+    def begin(self, keys: Iterable[int], size: int, *, asked: bool = True) -> Run:
         """Start to load pieces of ``size`` bytes that are neither there nor on their way; :meth:`finish` is called for
-        it whatever happens."""
+        it whatever happens. ``asked``: somebody waits for them, rather than that they come ahead of who may."""
         run = Run(keys, size)
+        if asked:
+            run.asked = self._came
         self._runs.update(dict.fromkeys(run.keys, run))
         return run
 
@@ -219,6 +224,8 @@ class InflatedCache:
                 self.keep(key, content)
             else:
                 self._came += len(content)
+                if run.asked is not None:
+                    run.asked = self._came
                 run.memory = memoryview(content.obj).nbytes if isinstance(content, memoryview) else len(content)
                 self._add(run, content, run.memory)
         run.finish()

@@ -161,8 +161,8 @@ def test_what_was_freed_need_not_inflate() -> None:
 
 
 def together(cache: InflatedCache, keys: range, size: int = 10) -> Run:
-    """Have pieces that came together."""
-    run = cache.begin(keys, size)
+    """Have pieces that came together, ahead of who may ask for them."""
+    run = cache.begin(keys, size, asked=False)
     cache.finish(run, memoryview(b"".join(bytes([key % 256]) * size for key in keys)), {})
     return run
 
@@ -228,6 +228,19 @@ def test_readers_that_go_on_beside_each_other_prove_nothing() -> None:
     assert pieces == 200
 
 
+def test_who_waits_for_pieces_asks_for_them() -> None:
+    for waits in (False, True):
+        for asked in (False, True):
+            cache = InflatedCache(240)
+            run = cache.begin(range(2), 10, asked=asked)
+            if waits:
+                assert cache.loading(1) is run
+            cache.finish(run, memoryview(bytes(20)), {})
+            for key in range(50, 54):
+                kept(cache, key)
+            assert type(cache.get(0)) is (bytes if asked or waits else memoryview)
+
+
 def found(cache: InflatedCache, *keys: int) -> list[bytes] | None:
     parts = cache.get_all(array("Q", keys))
     return None if parts is None else [bytes(part) for part in parts]
@@ -267,7 +280,7 @@ def test_neighbours_in_use_stay_and_prove_themselves() -> None:
 def test_a_view_counts_as_what_it_keeps_in_memory() -> None:
     cache = InflatedCache(250)
     whole = memoryview(bytearray(100))
-    cache.finish(cache.begin([1], 10), whole[:10], {})
+    cache.finish(cache.begin([1], 10, asked=False), whole[:10], {})
     assert cache.size == 100
     for key in range(2, 7):
         cache.keep(key, bytes([key]) * 10)

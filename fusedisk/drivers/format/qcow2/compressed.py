@@ -80,7 +80,7 @@ class CompressedReader:
                 own[entry] = None
             parts.append(part)
         length = min(len(parts) * self._size - inside, len(buffer))
-        begun = self._begin(own) if own else None
+        begun = self._begin(own, asked=True) if own else None
         self._notice(offset, length)
         if begun is not None:
             await self._inflater.run(*begun)
@@ -230,14 +230,14 @@ class CompressedReader:
                     new.update((entry, None) for entry in _entries(extent) if not self._cache.knows(entry))
                     room = AHEAD_BATCH - len(new) * self._size
                 stream.ahead += extent.length
-        return self._begin(new) if new else None
+        return self._begin(new, asked=False) if new else None
 
     # --- inflating --------------------------------------------------------------------------------------
 
-    def _begin(self, entries: Iterable[int]) -> tuple[Run, list[Where]]:
+    def _begin(self, entries: Iterable[int], *, asked: bool) -> tuple[Run, list[Where]]:
         """A run of clusters that are neither there nor on their way, and where they lie."""
         where = sorted(self.image.geometry.compressed_ranges(entries))
-        return self._cache.begin((entry for _, _, entry in where), self._size), where
+        return self._cache.begin((entry for _, _, entry in where), self._size, asked=asked), where
 
     async def _read(self, start: int, buffer: memoryview) -> None:
         await self.image.announce("read_compressed")
