@@ -7,9 +7,9 @@ A piece has a key that says where its compressed data lies, so two pieces may ha
 its host space is freed and holds something else later. So whoever frees it calls :meth:`InflatedCache.drop` before
 the space can be used again. That holds for loads under way too: what they read is theirs to use no more.
 
-What is asked for long after it came is kept in preference to what is not, so that reading an image from one end to the
-other does not cost those their pieces who read some of them all the time. Long, since who reads on in small steps asks
-for each piece many times in a row, and a while after it was fetched ahead of them.
+What is asked for long after it came, or after its neighbours were asked for, is kept in preference to what is not, so
+that reading an image from one end to the other does not cost those their pieces who read some of them all the time.
+Long, since who reads on in small steps asks for each piece many times in a row.
 
 All of it is synchronous, but for waiting.
 """
@@ -65,8 +65,10 @@ class Run:
     def get(self, key: int) -> Content | None:
         """A piece, once the run is finished."""
         place = self.places.get(key)
-        if place is None or len(self.content) == self.size:
-            return self.content if place is not None else None
+        if place is None:
+            return None
+        if len(self.content) == self.size:
+            return self.content
         return memoryview(self.content)[place : place + self.size]
 
     async def wait(self) -> None:

@@ -105,15 +105,7 @@ class Geometry:
 
     def compressed_ranges(self, entries: Iterable[int]) -> list[tuple[int, int, int]]:
         """The same for each of many, and the entry itself."""
-        mask, shift = self.compressed_offset_mask, self.compressed_size_shift
-        return [
-            (
-                offset := entry & mask,
-                ((entry & (COMPRESSED - 1)) >> shift) * _SECTOR + _SECTOR - (offset & (_SECTOR - 1)),
-                entry,
-            )
-            for entry in entries
-        ]
+        return [(*self.compressed_range(entry), entry) for entry in entries]
 
 
 class HostRun(NamedTuple):
