@@ -217,9 +217,11 @@ async def test_there_is_room_for_so_many_and_no_more() -> None:
 async def test_a_process_that_is_killed_costs_nothing() -> None:
     async with running() as pool:
         first, second = workers()
-        first.send_signal(signal.SIGSTOP)
+        for worker in (first, second):  # an answer in between would have the next task go to who gave it
+            worker.send_signal(signal.SIGSTOP)
         async with trio.open_nursery() as nursery:
             tasks = [await start(nursery, partial(inflate, pool, range(number, number + 1))) for number in range(4)]
+            second.send_signal(signal.SIGCONT)
             await until(lambda: sum(task.done for task in tasks) == 2)
             first.kill()
             found = [(await task.join())[0] for task in tasks]
