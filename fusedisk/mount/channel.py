@@ -173,9 +173,13 @@ class Channel:
         readv, write, clock, in_background = os.readv, os.write, perf_counter, background.running
         unpack, pack = _HEAD.unpack_from, wire.OUT_HEADER.pack_into
         reply = self._take_reply()
+        # Where the data of a READ goes, and the reply with its header; the data of a WRITE. They are kept, as the next
+        # request is mostly as long.
+        target, message = reply[_REPLY:_REPLY], reply[_REPLY_HEADER:_REPLY]
         written = bytearray(_WRITTEN.size)
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
+        content = data[:0]
         polling, nap = self._polling, self._nap.take
         turns, now = 0, clock()
         turn = now + _LONGEST_TURN
@@ -215,20 +219,21 @@ class Channel:
                 if opcode == wire.READ:
                     if size >= LEAST and self._lend(unique, handle, offset, size):
                         answered = True
-                    elif (
-                        handle is not None
-                        and size <= wire.MAX_WRITE
-                        and handle.export.read_now(offset, reply[_REPLY : _REPLY + size])
-                    ):
-                        answered = True
-                        pack(reply, _REPLY_HEADER, _OUT + size, 0, unique)
-                        write(device, reply[_REPLY_HEADER : _REPLY + size])
+                    elif handle is not None and size <= wire.MAX_WRITE:
+                        if size != len(target):
+                            target, message = reply[_REPLY : _REPLY + size], reply[_REPLY_HEADER : _REPLY + size]
+                        if handle.export.read_now(offset, target):
+                            answered = True
+                            pack(message, 0, _OUT + size, 0, unique)
+                            write(device, message)
                 elif opcode == wire.WRITE:
                     if length != wire.WRITE_HEAD + size:
                         raise BrokenConnectionError(
                             f"The kernel sent a write of {size} bytes in {length}: the mount ends."
                         )
-                    if handle is not None and handle.export.write_now(offset, data[:size]):
+                    if size != len(content):
+                        content = data[:size]
+                    if handle is not None and handle.export.write_now(offset, content):
                         answered = True
                         _WRITTEN.pack_into(written, 0, len(written), 0, unique, size, 0)
                         write(device, written)
@@ -243,6 +248,7 @@ class Channel:
             if not answered and await self._dispatch(nursery, request, length, opcode, unique):
                 request = self._take_request()
                 vector, head, data = request.vector, request.head, request.data
+                content = data[:0]
             turns += 1
             now = clock()
             if (turns >= _TURNS or now >= turn) and (
