@@ -15,6 +15,7 @@ from tests.support.memory import Store
 from tests.support.opening import Chain, chain_backend, memory_backend
 from tests.support.oracle import random_range
 from tests.support.tasks import start
+from tests.support.thinning import thinned
 from tests.support.toy import Table
 
 BLOCK = 512
@@ -140,7 +141,7 @@ async def _request(rng: random.Random, backend: Backend, number: int) -> tuple[i
     return offset, length, value
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", thinned(range(8)))
 @pytest.mark.parametrize("kind", ["aligned-file", "format"])
 async def test_overlapping_writers_leave_some_order_of_theirs(graph: Graph, kind: str, seed: int) -> None:
     """Each byte holds what one of the writers of the last batch put there, or the old byte where none wrote."""

@@ -16,6 +16,7 @@ from fusedisk.drivers.protocol.file import FileDriver
 from fusedisk.drivers.protocol.host_file import HostFile
 from tests.conftest import qemu_img
 from tests.support.qcow2 import assert_clean, driver_of, opened, raw_content
+from tests.support.thinning import thinned
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 4 * MIB
@@ -94,7 +95,7 @@ def reluctant(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 @features
 @backed
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", thinned(range(3)))
 async def test_what_takes_waiting_is_written_later(
     tmp_path: Path,
     feature: str,

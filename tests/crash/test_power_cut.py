@@ -31,7 +31,7 @@ async def check_power_cuts(name: str, folder: Path, checker: Checker, seed: int,
     assert result.different > 20
 
 
-@pytest.mark.parametrize("name", thinned(WORKLOADS))
+@pytest.mark.parametrize("name", thinned(WORKLOADS, 6))
 async def test_some_power_cuts(name: str, tmp_path: Path, checker: Checker) -> None:
     await check_power_cuts(name, tmp_path, checker, seed=1, cuts=20, tries=3)
 

@@ -28,7 +28,7 @@ async def check_prefixes(name: str, folder: Path, checker: Checker, seed: int, c
     assert result.different > 30
 
 
-@pytest.mark.parametrize("name", thinned(WORKLOADS))
+@pytest.mark.parametrize("name", thinned(WORKLOADS, 6))
 async def test_some_prefixes(name: str, tmp_path: Path, checker: Checker) -> None:
     await check_prefixes(name, tmp_path, checker, seed=1, count=40)
 

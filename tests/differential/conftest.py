@@ -28,22 +28,30 @@ def batches(request: pytest.FixtureRequest) -> int | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "seeds(count, first=0): how many seeds a test runs with")
+    config.addinivalue_line(
+        "markers", "seeds(count, first=0, quick=count): seeds of a test, and how many in quick runs"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``seed`` of a test is the one asked for, or each of its ``seeds`` marker."""
     if "seed" not in metafunc.fixturenames:
         return
-    marker = metafunc.definition.get_closest_marker("seeds")
-    count, first = (marker.args[0], marker.kwargs.get("first", 0)) if marker is not None else (1, 0)
-    if (other := metafunc.config.getoption("--first-seed", default=None)) is not None:
-        first = other
-    count = metafunc.config.getoption("--seeds", default=None) or count
     asked = metafunc.config.getoption("--seed", default=None)
     if asked is None and "FUSEDISK_SEED" in os.environ:
         asked = int(os.environ["FUSEDISK_SEED"])
-    metafunc.parametrize("seed", range(first, first + count) if asked is None else [asked])
+    if asked is not None:
+        metafunc.parametrize("seed", [asked])
+        return
+    marker = metafunc.definition.get_closest_marker("seeds")
+    count, given = (marker.args[0], marker.kwargs) if marker is not None else (1, {})
+    first, quick = given.get("first", 0), given.get("quick", count)
+    if (other := metafunc.config.getoption("--first-seed", default=None)) is not None:
+        first = other
+    if (other := metafunc.config.getoption("--seeds", default=None)) is not None:
+        count = quick = other
+    slow = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(first + quick, first + count)]
+    metafunc.parametrize("seed", [*range(first, first + quick), *slow])
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,6 @@ from tests.differential.runner import run_or_explain
 from tests.differential.scenario import Scenario
 
 
-@pytest.mark.seeds(12)
+@pytest.mark.seeds(12, quick=4)
 async def test_some_of_everything(seed: int, batches: int | None, tmp_path: Path) -> None:
     await run_or_explain(Scenario.of(seed), tmp_path, batches)

@@ -51,7 +51,7 @@ async def test_a_few(name: str, tmp_path: Path) -> None:
     await _run(name, range(4), tmp_path)
 
 
-@pytest.mark.parametrize(("name", "seed"), FOUND)
+@pytest.mark.parametrize(("name", "seed"), thinned(FOUND))
 async def test_found_once(name: str, seed: int, tmp_path: Path) -> None:
     await _run(name, range(seed, seed + 1), tmp_path)
 
