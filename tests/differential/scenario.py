@@ -57,8 +57,10 @@ class Scenario:
 
     @property
     def batches(self) -> int:
-        """How long the run is."""
-        return 500 if SYSTEMATIC <= self.seed < ENCRYPTED else 60
+        """How long the run is: where every combination has its turn, a thousand requests and more."""
+        if SYSTEMATIC <= self.seed < ENCRYPTED:
+            return 500 if self.cluster_size < 64 * KIB else 300  # large ones take several times as long
+        return 60
 
     @property
     def data_file(self) -> bool:
