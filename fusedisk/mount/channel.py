@@ -29,7 +29,7 @@ from fusedisk.core.errors import HostError
 from fusedisk.mount import wire
 from fusedisk.mount.answers import Answers, Work, failed
 from fusedisk.mount.handles import Handle
-from fusedisk.mount.nap import Nap
+from fusedisk.mount.nap import TICK, Nap
 from fusedisk.mount.negotiation import Negotiation
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.passthrough import PassedThrough
@@ -53,6 +53,8 @@ _LONGEST_TURN = 1e-3
 """Seconds after which it gets it in any case: some requests take a hundred times as long as others."""
 _PATIENCE = 3e-3
 """Seconds more that work waits which nobody here knows of."""
+_PATIENCE_NAPPING = _PATIENCE - 2 * TICK
+"""The same before a nap, which may take two ticks of its own."""
 
 _LEAST_SPARE, _MOST_SPARE = 2, 8
 """Buffers of each kind that are made at once, and kept for later."""
@@ -185,7 +187,7 @@ class Channel:
         turn = now + _LONGEST_TURN
         asked = 0.0
         while True:
-            if (polling.naps and now < turn) and not (self._places or self._forwarded or in_background()) and not nap():
+            if polling.naps and not (self._places or self._forwarded or in_background()) and not nap():
                 polling.overslept()
             try:
                 length = readv(device, vector)
@@ -252,7 +254,11 @@ class Channel:
             turns += 1
             now = clock()
             if (turns >= _TURNS or now >= turn) and (
-                self._places or self._forwarded or in_background() or turns >= 16 * _TURNS or now >= turn + _PATIENCE
+                self._places
+                or self._forwarded
+                or in_background()
+                or turns >= 16 * _TURNS
+                or now >= turn + (_PATIENCE_NAPPING if polling.naps else _PATIENCE)
             ):
                 await trio.lowlevel.checkpoint()
                 turns, now = 0, clock()

@@ -262,6 +262,36 @@ async def test_work_in_the_background_gets_its_turn(monkeypatch: pytest.MonkeyPa
     assert most <= max(later - earlier for earlier, later in itertools.pairwise(answered)) <= 2 * most + 2
 
 
+async def test_other_work_gets_its_turn_between_naps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two milliseconds of naps in which requests come, and then a turn of the loop, but no wait in it: the next
+    request comes in the nap that follows. Nobody else sends any here."""
+    ticks = itertools.count()
+    monkeypatch.setattr(channel, "perf_counter", lambda: 100e-6 * next(ticks))
+    polling = SimpleNamespace(naps=True, deadline=0.0, answered=lambda *_: None, woke=lambda *_: None)
+    polling.overslept = lambda: setattr(polling, "naps", False)
+    monkeypatch.setattr(channel, "Polling", lambda **_: polling)
+    naps = 0
+
+    def nap(_: object) -> bool:
+        nonlocal naps
+        naps += 1
+        if 1 < naps <= 200:
+            setup.kernel.push_write(0, bytes(4096))
+        return naps <= 200
+
+    monkeypatch.setattr(channel.Nap, "take", nap)
+    async with serving() as setup:
+        await setup.kernel.write(0, bytes(4096))
+        answered = [0]
+        with trio.fail_after(30):
+            while polling.naps:
+                await trio.lowlevel.checkpoint()
+                answered.append(setup.disk.writes)
+    assert naps == 201
+    assert setup.disk.writes == 200
+    assert 18 <= max(later - earlier for earlier, later in itertools.pairwise(answered)) <= 42
+
+
 async def test_requests_in_flight_are_bounded(setup: Setup) -> None:
     """What is beyond waits where it came from, and is answered in the end."""
     setup.disk.cached = False
