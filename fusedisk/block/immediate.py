@@ -45,8 +45,11 @@ _MOST_LENT = 16
 """Parts of host files that one range may be made of."""
 
 _PLACE_BITS = 16
+_PLACE_SIZE = 1 << _PLACE_BITS
 MOST_PLACES = 1 << 15
 """Kept of one disk: some 8 MiB."""
+_REACH = 1 << 20
+"""Bytes from a place on that are looked up with it, at most: as far as they lead on, so do the places among them."""
 PAUSE = 1 << 19
 """The same, at most, where that did not pay; each place shall be found several times."""
 STEADY = 64
@@ -73,6 +76,7 @@ class Immediate:
         "_detects",
         "_generation",
         "_graph",
+        "_looks",
         "_node",
         "_off",
         "_pause",
@@ -100,6 +104,8 @@ class Immediate:
         """Reads between a change of the mapping and the first place that is remembered."""
         self._since = 0
         """Reads that there were when the first of the places was remembered."""
+        self._looks = 0
+        """How often places were looked up since then."""
 
     def disable(self) -> None:
         """Answer nothing from now on."""
@@ -139,7 +145,7 @@ class Immediate:
                 return False
             if self._pause:
                 self._pause -= 1
-            elif place is None and length <= 1 << _PLACE_BITS:
+            elif place is None and length <= _PLACE_SIZE:
                 self._remember(offset)
         accounting = backend.accounting
         accounting.reads += 1
@@ -355,29 +361,36 @@ class Immediate:
         self._pause = max(self._pause, self._wait)
 
     def _pay(self) -> bool:
-        """Whether each place was found several times."""
-        return self._backend.accounting.reads - self._since >= 4 * len(self._places)
+        """Whether there were several reads for each time that places were looked up."""
+        return self._backend.accounting.reads - self._since >= 4 * self._looks
 
     def _remember(self, offset: int) -> None:
         """Keep where the part of the disk around ``offset`` leads, if that is to one place."""
         places = self._places
         if not places:
             self._since = self._backend.accounting.reads
+            self._looks = 0
         elif len(places) >= MOST_PLACES:
             # Where most reads found no place, the disk is too large for them.
             self._pause = 0 if self._pay() else PAUSE
             places.clear()
             return
-        place = self._place(offset & -(1 << _PLACE_BITS))
-        if place is not None:
-            places[offset >> _PLACE_BITS] = place
+        first = offset >> _PLACE_BITS
+        place = self._place(first << _PLACE_BITS)
+        if place is None:
+            return
+        self._looks += 1
+        places[first] = place
+        # Those at the end are looked up by themselves: reads that begin in them may go on behind it.
+        for other in range(first + 1, (place[2] >> _PLACE_BITS) - 1):
+            places[other] = place
 
     def _place(self, start: int) -> _Place | None:
         """Where the disk leads at ``start``; None where that takes more than tables in memory."""
         node = self._node
         if node.driver.moves_bytes:
             return _NOWHERE
-        extent = node.driver.lookup(start, min(2 << _PLACE_BITS, node.length - start))
+        extent = node.driver.lookup(start, min(_REACH, node.length - start))
         if extent is None:
             return None
         status, count, child, place, _, _, _ = extent

@@ -90,6 +90,35 @@ async def test_what_was_read_is_found_without_a_lookup(
                 assert read(backend, offset, 4 * KIB) == expected[offset]
 
 
+async def test_one_look_finds_the_places_that_lie_behind_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with chain(tmp_path, 1) as backend:
+        start, length = MIB + 256 * KIB, 768 * KIB
+        expected = random.Random(0).randbytes(length)
+        await backend.write(start, expected)
+        assert read(backend, start, 512) == expected[:512]
+        monkeypatch.setattr(backend.node.driver, "lookup", no_lookup)
+        for offset in range(512, length - 128 * KIB, 28 * KIB):
+            assert read(backend, start + offset, 60 * KIB) == expected[offset : offset + 60 * KIB]
+
+
+async def test_places_that_were_found_together_pay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pays is counted in looks: many places of which few are read are no reason to stop."""
+    monkeypatch.setattr(immediate, "MOST_PLACES", 8)
+    monkeypatch.setattr(immediate, "PAUSE", 1000)
+    async with chain(tmp_path, 1) as backend:
+        await backend.write(256 * KIB, b"x" * 768 * KIB)
+        known = backend.immediate._places
+        known.clear()
+        for _ in range(5):
+            assert read(backend, 256 * KIB, 512) == b"x" * 512
+        assert len(known) > 8
+        for _ in range(2):
+            assert read(backend, 3 * MIB, 512) is not None
+        assert 3 * MIB >> 16 in known
+
+
 async def test_a_place_ends_where_its_data_does(tmp_path: Path) -> None:
     async with chain(tmp_path, 2) as backend:
         await backend.write(MIB, b"a" * 64 * KIB)
@@ -115,6 +144,7 @@ async def test_places_are_bounded_and_not_kept_where_they_do_not_pay(
 ) -> None:
     monkeypatch.setattr(immediate, "MOST_PLACES", 8)
     monkeypatch.setattr(immediate, "PAUSE", 1000)
+    monkeypatch.setattr(immediate, "_REACH", 128 * KIB)  # one place for each look
     async with chain(tmp_path, 1) as backend:
         known = backend.immediate._places
         known.clear()
