@@ -114,6 +114,10 @@ def test_what_cannot_run_here_is_skipped_and_told(
     names, formats = ("passthrough-seqread-1m",), ("raw",)
     assert compare(Console(file=output), tmp_path, [OURS], names, formats, runs=1, runtime=0.05, size=1) == []
     assert "skipped: passthrough-seqread-1m: passthrough needs root and Linux 6.9" in output.getvalue()
+    monkeypatch.setattr("scripts.benchmark.workloads.DEVICE", str(tmp_path / "none"))
+    names, formats = ("awake-loop-tar",), ("ext4",)
+    assert compare(Console(file=output), tmp_path, [OURS], names, formats, runs=1, runtime=0.05, size=1) == []
+    assert "skipped: awake-loop-tar: --low-latency needs root and" in output.getvalue()
     assert plain == []
 
 

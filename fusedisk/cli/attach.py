@@ -24,6 +24,7 @@ _OF_MOUNT = (
     "kernel_cache",
     "passthrough",
     "channel",
+    "low_latency",
     "force_share",
     "allow_path",
     "allow_any_reference",

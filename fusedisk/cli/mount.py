@@ -108,6 +108,11 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
     show_default=True,
     help="Serve data by our own reader of /dev/fuse; off: by pyfuse3, slower and without holes and discard.",
 )
+@click.option(
+    "--low-latency",
+    is_flag=True,
+    help="Keep the machine's processors from sleeping while requests come one after the other (root).",
+)
 @click.option("--growable", is_flag=True, help="A write past the end makes the disk longer.")
 @click.option(
     "--allow-other",
@@ -191,6 +196,7 @@ def make_request(given: dict[str, Any]) -> MountRequest:
             channel=given["channel"] != "off",
             kernel_cache=given["kernel_cache"] != "off",
             passthrough=Passthrough(given["passthrough"]),
+            low_latency=given["low_latency"],
         ),
         allow_other=mountpoint.allow_other(given["allow_other"]),
         allow_paths=tuple(map(os.path.abspath, given["allow_path"])),
@@ -216,6 +222,10 @@ def _check_combination(given: dict[str, Any]) -> None:
         (
             given["copy_on_read"] and given["read_only"],
             "--copy-on-read writes what it reads into the image, which --read-only forbids: choose one of them.",
+        ),
+        (
+            given["low_latency"] and given["channel"] == "off",
+            "--low-latency goes by what the data channel sees, which --channel=off does without: choose one of them.",
         ),
         (given["growable"] and given["read_only"], "--growable is about writes, which --read-only forbids."),
     ]

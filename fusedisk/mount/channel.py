@@ -116,9 +116,12 @@ class Channel:
         passthrough: Passthrough,
         ended: Callable[[], None],
         pipe: ReplyPipe | None,
+        busy: Callable[[], None] | None = None,
     ) -> None:
-        """``ended`` is called when nothing is served any more. ``pipe`` is closed with the channel."""
+        """``ended`` is called when nothing is served any more. ``pipe`` is closed with the channel. ``busy`` is called
+        every few milliseconds while requests come close upon each other."""
         self._ended = ended
+        self._busy = busy
         self._pipe = pipe
         self._handles = operations.handles.by_number
         self._device, self._library = spliced
@@ -182,7 +185,7 @@ class Channel:
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
         content = data[:0]
-        polling, nap = self._polling, self._nap.take
+        polling, nap, busy = self._polling, self._nap.take, self._busy
         turns, now = 0, clock()
         turn = now + _LONGEST_TURN
         asked = 0.0
@@ -200,6 +203,8 @@ class Channel:
                 turns, now = 0, clock()
                 turn = now + _LONGEST_TURN
                 polling.woke(now, asked)
+                if busy is not None and polling.soon:
+                    busy()
                 asked = 0.0
                 continue
             except OSError as exc:
@@ -260,6 +265,8 @@ class Channel:
                 or turns >= 16 * _TURNS
                 or now >= turn + (_PATIENCE_NAPPING if polling.naps else _PATIENCE)
             ):
+                if busy is not None:
+                    busy()
                 await trio.lowlevel.checkpoint()
                 turns, now = 0, clock()
                 turn = now + _LONGEST_TURN

@@ -32,14 +32,15 @@ class Polling:
     """What is known of the gaps between an answer and the next request, of one connection. Times are in seconds, of
     one clock."""
 
-    __slots__ = ("_account", "_answered", "_may_ask", "_soon", "deadline", "naps")
+    __slots__ = ("_account", "_answered", "_may_ask", "deadline", "naps", "soon")
 
     def __init__(self, *, may_ask: bool) -> None:
         """``may_ask``: there is a processor for who asks and another for who is waited for."""
         self._may_ask = may_ask
         self._account = 0.0
         self._answered = 0.0
-        self._soon = False
+        self.soon = False
+        """Whether the request came close upon the one before it."""
         self.deadline = 0.0
         """Until when to ask; nothing is asked for a second time where that is past."""
         self.naps = False
@@ -50,13 +51,13 @@ class Polling:
         asked for more than once."""
         if asked:
             self._account -= asked - self._answered
-        self._soon = now - self._answered < _SOON
+        self.soon = now - self._answered < _SOON
         self.deadline = 0.0
         self.naps = False
 
     def overslept(self) -> None:
         """Nothing came during a nap."""
-        self._soon = self.naps = False
+        self.soon = self.naps = False
 
     def answered(self, now: float, asked: float) -> None:
         """A request was answered, or is on its way to who answers it. ``asked``: when it was last asked for in vain; 0
@@ -67,6 +68,6 @@ class Polling:
         elif self.naps:
             self._account += _NAPPED
         self._answered = now
-        asks = self._soon and self._may_ask and self._account > 0
+        asks = self.soon and self._may_ask and self._account > 0
         self.deadline = now + ASK if asks else 0.0
-        self.naps = self._soon and not asks
+        self.naps = self.soon and not asks

@@ -24,6 +24,7 @@ from fusedisk.mount.operations import Operations
 from fusedisk.mount.reply_pipe import ReplyPipe
 from fusedisk.mount.settings import ServeSettings
 from fusedisk.mount.splicing import fuse_descriptors, splice
+from fusedisk.mount.wakefulness import Wakefulness
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Session:
         self._options = options
         self._settings = settings or ServeSettings()
         self._channel: Channel | None = None
+        self._wakefulness: Wakefulness | None = None
         self._mount: mountinfo.Mount | None = None
         self._serving = False
         self._stale: set[int] = set()
@@ -55,6 +57,8 @@ class Session:
 
     def start(self) -> None:
         """Mount. Blocks for a moment; raises HostError with what libfuse says."""
+        if self._settings.low_latency:
+            self._wakefulness = Wakefulness()
         before = fuse_descriptors() if self._settings.channel else set()
         pipe = _reply_pipe() if self._settings.channel else None
         with _StderrCapture() as said:
@@ -73,7 +77,9 @@ class Session:
                     pipe.close()
                 log.warning("The data channel is off, so holes and discard are missing: %s", exc)
                 return
-            self._channel = Channel(self.operations, spliced, self._settings.passthrough, pyfuse3.terminate, pipe)
+            busy = self._wakefulness.busy if self._wakefulness is not None else None
+            passthrough = self._settings.passthrough
+            self._channel = Channel(self.operations, spliced, passthrough, pyfuse3.terminate, pipe, busy)
 
     @property
     def device(self) -> str:
@@ -107,6 +113,8 @@ class Session:
                     nursery.start_soon(export.write_behind)
             if self._channel is not None:
                 nursery.start_soon(self._channel.run)
+            if self._wakefulness is not None:
+                nursery.start_soon(self._wakefulness.run)
             try:
                 await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS if self._channel is None else MAX_NAME_TASKS)
             finally:
@@ -124,6 +132,8 @@ class Session:
         pyfuse3.close(unmount=False)
         if self._channel is not None:
             self._channel.close()
+        if self._wakefulness is not None:
+            self._wakefulness.close()
         if self._mount is not None and self._is_ours(mountinfo.mount_at(self.mountpoint)):
             unmounting.detach(self.mountpoint)
 

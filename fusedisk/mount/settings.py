@@ -25,3 +25,5 @@ class ServeSettings:
     kernel_cache: bool = True
     """The kernel may keep in its page cache what cannot change without its knowledge."""
     passthrough: Passthrough = Passthrough.AUTO
+    low_latency: bool = False
+    """Processors stay awake while requests come close upon each other; takes root."""

@@ -90,6 +90,13 @@ def passed_through(image: Path, fmt: str, folder: Path) -> Iterator[Served]:
 
 
 @contextmanager
+def awake(image: Path, fmt: str, folder: Path) -> Iterator[Served]:
+    """Serve *image* while the processors stay awake; raises ServerError."""
+    with fusedisk(image, fmt, folder, "--low-latency") as served:
+        yield served
+
+
+@contextmanager
 def host_file(image: Path, fmt: str, folder: Path) -> Iterator[Served]:
     """The raw *image* as it is, without a daemon."""
     yield Served(image, None)

@@ -9,13 +9,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
+from fusedisk.mount.wakefulness import DEVICE
 from scripts.benchmark.images import MIB
 from scripts.benchmark.jobs import Fio, Job, OnLoop, Tar
-from scripts.benchmark.servers import SERVERS, Server, fusedisk, host_file, passed_through
+from scripts.benchmark.servers import SERVERS, Server, awake, fusedisk, host_file, passed_through
 
 OURS, THEIRS = SERVERS
 PASSTHROUGH, HOST_FILE = "passthrough", "host file"
 CHAIN, SINGLE = "chain of 16", "single image"
+AWAKE = "fusedisk --low-latency"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ CONTENDERS = {
     HOST_FILE: Contender(host_file),
     CHAIN: Contender(fusedisk),
     SINGLE: Contender(fusedisk, bottom=True),
+    AWAKE: Contender(awake),
 }
 
 
@@ -68,6 +71,8 @@ class Workload:
             return "loop devices need root"
         if PASSTHROUGH in self.pair and not (root and _kernel() >= (6, 9)):
             return "passthrough needs root and Linux 6.9"
+        if AWAKE in self.pair and not os.access(DEVICE, os.W_OK):
+            return f"--low-latency needs root and {DEVICE}"
         return None
 
 
@@ -79,8 +84,11 @@ def _kernel() -> tuple[int, ...]:
 _compressed = partial(Workload, images=("compressed",))
 _passthrough = partial(Workload, goal=0.95, images=("raw",), pair=(PASSTHROUGH, HOST_FILE))
 _chain = partial(Workload, goal=1 / 1.2, images=("chain",), pair=(CHAIN, SINGLE))
+_awake = partial(Workload, images=("qcow2",), pair=(AWAKE, OURS))
 
 _MIXED = ("--rwmixread=70",)
+_LOCAL = Fio("randread", 4096, options=("--random_distribution=zoned:90/10:10/90",))
+"""Nine of ten requests go to a tenth of the disk, which a cache of inflated clusters can hold."""
 
 WORKLOADS = {
     workload.name: workload
@@ -96,12 +104,7 @@ WORKLOADS = {
         Workload("seqread-1m", Fio("read", MIB), goal=2.5),
         Workload("seqwrite-1m", Fio("write", MIB), goal=1.2),
         _compressed("compressed-seqread-1m", Fio("read", MIB), goal=3.0),
-        # Nine of ten requests go to a tenth of the disk, which a cache of inflated clusters can hold.
-        _compressed(
-            "compressed-randread-4k-local",
-            Fio("randread", 4096, options=("--random_distribution=zoned:90/10:10/90",)),
-            goal=10.0,
-        ),
+        _compressed("compressed-randread-4k-local", _LOCAL, goal=10.0),
         Workload("loop-randread-4k-d16", OnLoop(Fio("randread", 4096, 16)), goal=1.0),
         Workload("loop-tar", Tar(), goal=1.2, images=("ext4",)),
         # Direct, both end at the host's disk; buffered, both in its page cache, where the way there shows most.
@@ -112,5 +115,9 @@ WORKLOADS = {
         _passthrough("passthrough-buffered-seqread-1m", Fio("read", MIB, direct=False)),
         _chain("chain-randread-4k-d1", Fio("randread", 4096)),
         _chain("chain-randread-4k-d16", Fio("randread", 4096, 16)),
+        _awake("awake-randread-4k-d1", Fio("randread", 4096)),
+        _awake("awake-randwrite-4k-d1", Fio("randwrite", 4096)),
+        _awake("awake-compressed-randread-4k-local", _LOCAL, images=("compressed",)),
+        _awake("awake-loop-tar", Tar(), images=("ext4",)),
     )
 }

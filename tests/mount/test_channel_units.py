@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -169,7 +169,7 @@ class Setup(SimpleNamespace):
 
 
 @contextlib.asynccontextmanager
-async def serving() -> AsyncIterator[Setup]:
+async def serving(busy: Callable[[], None] | None = None) -> AsyncIterator[Setup]:
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
     for end in (end for pair in pairs for end in pair):
         end.setblocking(False)
@@ -178,7 +178,7 @@ async def serving() -> AsyncIterator[Setup]:
     disk, ended = Disk(), trio.Event()
     handle = Handle(disk, os.O_RDWR)  # type: ignore[arg-type]
     operations: Any = SimpleNamespace(handles=SimpleNamespace(by_number={1: handle}), exports=[])
-    served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set, None)
+    served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set, None, busy)
     device.close()
     try:
         async with trio.open_nursery() as nursery:
@@ -280,7 +280,8 @@ async def test_other_work_gets_its_turn_between_naps(monkeypatch: pytest.MonkeyP
         return naps <= 200
 
     monkeypatch.setattr(channel.Nap, "take", nap)
-    async with serving() as setup:
+    busy: list[int] = []
+    async with serving(lambda: busy.append(setup.disk.writes)) as setup:
         await setup.kernel.write(0, bytes(4096))
         answered = [0]
         with trio.fail_after(30):
@@ -290,6 +291,20 @@ async def test_other_work_gets_its_turn_between_naps(monkeypatch: pytest.MonkeyP
     assert naps == 201
     assert setup.disk.writes == 200
     assert 18 <= max(later - earlier for earlier, later in itertools.pairwise(answered)) <= 42
+    assert all(later - earlier <= 22 for earlier, later in itertools.pairwise((0, *busy, 200)))
+
+
+async def test_who_waits_for_a_disk_is_busy_if_requests_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(channel, "perf_counter", lambda: 1e-6 * next(ticks))
+    told: list[bool] = []
+    async with serving(lambda: told.append(True)) as setup:
+        setup.disk.cached = False
+        setup.disk.go_on.set()
+        for _ in range(5):
+            unique = await setup.kernel.read(0, 512)
+            assert (await setup.kernel.reply())[0] == unique
+    assert told
 
 
 async def test_requests_in_flight_are_bounded(setup: Setup) -> None:

@@ -158,6 +158,7 @@ def test_fake(mounts: Mounts, image: Path) -> None:
         ("allow_path=/a,allow-path=/b", ["--allow-path", "/a", "--allow-path", "/b"]),
         ('name="a,b",format=raw', ["--name", "a,b", "--format", "raw"]),
         ("partitions,snapshots", ["--partitions", "--snapshots"]),
+        ("low_latency", ["--low-latency"]),
     ],
 )
 def test_options(options: str, expected: list[str]) -> None:
