@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -233,6 +234,18 @@ def test_servers_take_turns(plain: list[str], tmp_path: Path) -> None:
     assert plain == [OURS, THEIRS, THEIRS, OURS]
     assert [len(results[0].runs[server]) for server in (OURS, THEIRS)] == [2, 2]
     assert min(results[0].runs[OURS]) > 0
+
+
+def test_a_run_in_pieces_takes_turns_more_often(
+    plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_tool("fio")
+    assert WORKLOADS["passthrough-seqread-1m"].pieces == 3
+    monkeypatch.setitem(WORKLOADS, "pieces", dataclasses.replace(READ, name="pieces", pieces=2))
+    console = Console(file=io.StringIO())
+    (result,) = compare(console, tmp_path, [OURS, THEIRS], ("pieces",), ("raw",), runs=1, runtime=0.1, size=1)
+    assert plain == [OURS, THEIRS, THEIRS, OURS]
+    assert [len(result.runs[server]) for server in (OURS, THEIRS)] == [2, 2]
 
 
 def test_a_failed_run_is_told_and_counts_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

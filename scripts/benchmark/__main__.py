@@ -126,16 +126,22 @@ def compare(
             results += [Result(fmt, workload, contenders) for fmt in formats if fmt in workload.images]
     results.sort(key=lambda result: list(FORMATS).index(result.fmt))
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("making the images", total=sum(len(result.contenders) for result in results) * runs)
+        task = progress.add_task("making the images", total=sum(_turns(result) for result in results) * runs)
         images = make_images(place, size * MIB, tuple({result.fmt: None for result in results}))
         for result in results:
             progress.update(task, description=f"{result.fmt} {result.workload.name}")
-            for turn in range(runs):
+            pieces = result.workload.pieces
+            for turn in range(runs * pieces):
                 for contender in result.contenders if turn % 2 == 0 else result.contenders[::-1]:
                     if contender not in result.errors:
-                        measure_once(result, contender, images[result.fmt], place, runtime)
+                        measure_once(result, contender, images[result.fmt], place, runtime / pieces)
                     progress.advance(task)
     return results
+
+
+def _turns(result: Result) -> int:
+    """How often somebody is measured for one run of each."""
+    return len(result.contenders) * result.workload.pieces
 
 
 def measure_once(result: Result, name: str, image: Image, place: Path, runtime: float) -> None:
