@@ -57,9 +57,9 @@ class Scenario:
 
     @property
     def batches(self) -> int:
-        """How long the run is: where every combination has its turn, a thousand requests and more."""
+        """How long the run is: where every combination has its turn, eight hundred requests and more."""
         if SYSTEMATIC <= self.seed < ENCRYPTED:
-            return 500 if self.cluster_size < 64 * KIB else 300  # large ones take several times as long
+            return 500 if self.cluster_size < 64 * KIB else 200  # large ones take several times as long
         return 60
 
     @property
