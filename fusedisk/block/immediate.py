@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fusedisk.block import permissions
 from fusedisk.block.driver import Buffer, Driver
-from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO
+from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
 from fusedisk.block.io import PROBE_SIZE
 from fusedisk.block.node import Node
 from fusedisk.block.runs import RunMap
@@ -376,42 +376,52 @@ class Immediate:
             places.clear()
             return
         first = offset >> _PLACE_BITS
-        place = self._place(first << _PLACE_BITS)
-        if place is None:
+        start = first << _PLACE_BITS
+        node = self._node
+        if node.driver.moves_bytes:
+            places[first] = _NOWHERE
+            return
+        extent = node.driver.lookup(start, min(_REACH, node.length - start))
+        place = self._place(extent, start, start) if extent is not None else None
+        if extent is None or place is None:
             return
         self._looks += 1
         places[first] = place
-        # Those at the end are looked up by themselves: reads that begin in them may go on behind it.
-        for other in range(first + 1, (place[2] >> _PLACE_BITS) - 1):
+        # Where the look ended before its extent may have, the last one gets its own: reads there may go on behind it.
+        for other in range(first + 1, (start + extent.length >> _PLACE_BITS) - (extent.length == _REACH)):
+            position = other << _PLACE_BITS
+            if position + _PLACE_SIZE > place[2]:
+                place = self._place(extent, start, position)
+                if place is None:
+                    return
             places[other] = place
 
-    def _place(self, start: int) -> _Place | None:
-        """Where the disk leads at ``start``; None where that takes more than tables in memory."""
+    def _place(self, extent: Extent, start: int, position: int) -> _Place | None:
+        """Where the disk leads at ``position`` inside an extent that begins at ``start``; None where that takes more
+        than tables in memory."""
         node = self._node
-        if node.driver.moves_bytes:
-            return _NOWHERE
-        extent = node.driver.lookup(start, min(_REACH, node.length - start))
-        if extent is None:
-            return None
         status, count, child, place, _, _, _ = extent
+        end = start + count
         if status == DATA:
             leaf = child.node  # type: ignore[union-attr]
-            return (leaf.driver.read_now, place - start, start + count, leaf) if leaf.driver.moves_bytes else _NOWHERE
+            return (leaf.driver.read_now, place - start, end, leaf) if leaf.driver.moves_bytes else _NOWHERE
         if status == SPECIAL:
+            if position != start:
+                return None
             source = node.driver.cached_source(extent, start)
             return (source[0], 0, start + source[1], None) if source is not None else _NOWHERE
         backing = node.backing if status == UNALLOCATED else None
         if backing is None:
-            return _zeroes, 0, start + count, None
+            return _zeroes, 0, end, None
         runs = self._chains.get(backing.node)
         if runs is None:
             return _NOWHERE  # it may change, and become longer
-        if start >= backing.node.length:
-            return _zeroes, 0, start + count, None
-        index = runs.find(start)
+        if position >= backing.node.length:
+            return _zeroes, 0, end, None
+        index = runs.find(position)
         if index < 0:
             return None
-        return runs.targets[index], runs.deltas[index], min(runs.ends[index], start + count), None
+        return runs.targets[index], runs.deltas[index], min(runs.ends[index], end), None
 
     # --- writing ----------------------------------------------------------------------------------------
 

@@ -103,6 +103,19 @@ async def test_one_look_finds_the_places_that_lie_behind_each_other(
             assert read(backend, start + offset, 60 * KIB) == expected[offset : offset + 60 * KIB]
 
 
+async def test_one_look_finds_the_places_in_all_layers_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with chain(tmp_path, 3) as backend:
+        expected = bytes(await backend.read(MIB, MIB))
+        # The top's own data begins at 384 KiB.
+        for first, end in ((0, 384), (640, 1024 - 64)):
+            assert read(backend, MIB + first * KIB, 512) == expected[first * KIB : first * KIB + 512]
+            with monkeypatch.context() as patched:
+                patched.setattr(backend.node.driver, "lookup", no_lookup)
+                for offset in range(first * KIB, end * KIB, 16 * KIB):
+                    assert read(backend, MIB + offset, 16 * KIB) == expected[offset : offset + 16 * KIB]
+        assert len({expected[offset * KIB] for offset in (0, 192, 300, 1000)}) == 3
+
+
 async def test_places_that_were_found_together_pay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What pays is counted in looks: many places of which few are read are no reason to stop."""
     monkeypatch.setattr(immediate, "MOST_PLACES", 8)
