@@ -281,24 +281,29 @@ class Immediate:
     def _learn(self, runs: RunMap[_Fill], node: Node, offset: int, length: int) -> None:
         """Find out where ``offset`` of a read-only chain leads, and what lies around it."""
         position, end = offset & -_ALIGNMENT, offset + length
+        empty: dict[Node, tuple[int, int]] = {}
+        new: list[tuple[int, int, _Fill, int]] = []
         for _ in range(_MOST_STEPS):
             known = runs.find(position)
             if known >= 0:
                 position = runs.ends[known]
             else:
-                found = _resolve(node, position, _LOOKAHEAD)
-                if found is None:
-                    if position >= offset:
-                        return
+                found = _resolve(node, position, _LOOKAHEAD, empty)
+                if found is not None:
+                    new.append(_run(position, found))
+                    position = new[-1][1]
+                elif position < offset:
                     position = offset
                     continue
-                position = _add(runs, position, found)
+                else:
+                    break
             if position >= end:
-                return
-        if position <= offset:
-            found = _resolve(node, offset, length)
+                break
+        else:
+            found = _resolve(node, offset, length, empty) if position <= offset else None
             if found is not None:
-                _add(runs, offset, found)
+                new.append(_run(offset, found))
+        runs.add_all(new)
 
     # --- lending ----------------------------------------------------------------------------------------
 
@@ -479,36 +484,53 @@ _Found = tuple[int, _Fill, int]
 """A length, what fills that much, and the place to give to it."""
 
 
-def _add(runs: RunMap[_Fill], offset: int, found: _Found) -> int:
-    """Remember what was found at ``offset``; returns where it ends."""
+def _run(offset: int, found: _Found) -> tuple[int, int, _Fill, int]:
+    """What was found at ``offset``, as :class:`RunMap` takes it."""
     count, fill, place = found
-    runs.add(offset, offset + count, fill, place - offset if fill is not _zeroes else 0)
-    return offset + count
+    return offset, offset + count, fill, place - offset if fill is not _zeroes else 0
 
 
-def _resolve(node: Node, offset: int, length: int) -> _Found | None:
-    """What fills a prefix of a range of a node; None where a layer's mapping is not in memory."""
+_NO_RANGE = (0, 0)
+
+
+def _resolve(node: Node, offset: int, length: int, empty: dict[Node, tuple[int, int]]) -> _Found | None:
+    """What fills a prefix of a range of a node; None where a layer's mapping is not in memory.
+
+    ``empty``: ranges in which layers are known to hold nothing of their own; what is found out is added. So layers
+    above pieces that lie here and there are asked once, not for each piece.
+    """
     while True:
-        length = min(length, node.length - offset)
+        room = node.length - offset
+        if length > room:
+            length = room
         driver = node.driver
         if driver.moves_bytes:
             return length, driver.read_now, offset
-        extent = driver.lookup(offset, length)
-        if extent is None:
-            return None
-        status, count, child, place, _, _, _ = extent
-        if status == DATA:
-            assert child is not None
-            if place >= child.node.length:
-                return count, _zeroes, 0
-            node, offset, length = child.node, place, count
-            continue
-        if status == SPECIAL:
-            return count, driver.read_cached, offset
-        backing = node.backing if status == UNALLOCATED else None
+        start, end = empty.get(node, _NO_RANGE)
+        if start <= offset < end:
+            if length > end - offset:
+                length = end - offset
+        else:
+            extent = driver.lookup(offset, min(max(length, _ALIGNMENT), room))
+            if extent is None:
+                return None
+            status, count, child, place, _, _, _ = extent
+            length = min(length, count)
+            if status == DATA:
+                assert child is not None
+                if place >= child.node.length:
+                    return length, _zeroes, 0
+                node, offset = child.node, place
+                continue
+            if status == SPECIAL:
+                return length, driver.read_cached, offset
+            if status != UNALLOCATED:
+                return length, _zeroes, 0
+            empty[node] = offset, offset + count
+        backing = node.backing
         if backing is None or offset >= backing.node.length:
-            return count, _zeroes, 0
-        node, length = backing.node, count
+            return length, _zeroes, 0
+        node = backing.node
 
 
 def _zeroes(place: int, buffer: Buffer) -> bool:

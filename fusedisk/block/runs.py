@@ -6,6 +6,7 @@ For mappings that do not change: a run never contradicts one that is there, so a
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 _Target = TypeVar("_Target")
@@ -48,6 +49,31 @@ class RunMap(Generic[_Target]):
                 return
             start = self.ends[index]
             index += 1
+
+    def add_all(self, runs: Sequence[tuple[int, int, _Target, int]]) -> None:
+        """The same for several, in the order of their starts and none over another. Where nothing is known among them,
+        each list is moved once and not for each run."""
+        joined: list[tuple[int, int, _Target, int]] = []
+        for run in runs:
+            start, end, target, delta = run
+            if joined and joined[-1][1:] == (start, target, delta):
+                run = joined.pop()[0], end, target, delta
+            joined.append(run)
+        if len(joined) > 2 and len(self.starts) + len(joined) <= self._limit:
+            second, last = joined[1], joined[-1]
+            index = bisect_right(self.starts, joined[0][0])
+            if index == bisect_right(self.starts, last[1] - 1) and (not index or self.ends[index - 1] <= second[0]):
+                # The first and the last one may continue what is there.
+                self.add(*joined[0])
+                index = bisect_right(self.starts, second[0])
+                starts, ends, targets, deltas = zip(*joined[1:-1], strict=True)
+                self.starts[index:index] = starts
+                self.ends[index:index] = ends
+                self.targets[index:index] = targets
+                self.deltas[index:index] = deltas
+                joined = [last]
+        for run in joined:
+            self.add(*run)
 
     def _insert(self, index: int, start: int, end: int, target: _Target, delta: int) -> int:
         """Put a run into the gap before ``index``, as a part of its neighbours where it continues them; returns the

@@ -11,22 +11,28 @@ SIZE = 60
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, SIZE), st.integers(1, 20), st.integers(1, 6)), max_size=30),
+    st.lists(st.tuples(st.integers(0, SIZE), st.integers(1, 32), st.booleans()), max_size=30),
 )
-def test_knows_what_was_added(additions: list[tuple[int, int, int]]) -> None:
+def test_knows_what_was_added(additions: list[tuple[int, int, bool]]) -> None:
     """``world`` says once and for all where each byte leads, so that additions never contradict each other."""
     world = [(byte // 7 % 3, 100 * (byte // 7)) for byte in range(SIZE + 32)]
     runs: RunMap[int] = RunMap(1000)
     known: set[int] = set()
-    for start, length, _ in additions:
+    for start, length, together in additions:
         position = start
+        parts = []
         while position < start + length:
             end = position
             while end < start + length and world[end] == world[position]:
                 end += 1
-            runs.add(position, end, *world[position])
+            parts.append((position, end, *world[position]))
             known.update(range(position, end))
             position = end
+        if together:
+            runs.add_all(parts)
+        else:
+            for part in parts:
+                runs.add(*part)
     for byte in range(SIZE + 32):
         index = runs.find(byte)
         assert (index >= 0) == (byte in known)
@@ -47,6 +53,22 @@ def test_neighbours_become_one() -> None:
     runs.add(30, 40, "b", 5)
     runs.add(40, 50, "b", 6)
     assert len(runs) == 3
+
+
+def test_neighbours_become_one_when_they_come_together() -> None:
+    runs: RunMap[str] = RunMap(10)
+    runs.add(0, 10, "a", 0)
+    runs.add(50, 60, "c", 0)
+    runs.add_all([(10, 20, "a", 0), (20, 25, "b", 0), (25, 30, "b", 0), (30, 40, "b", 1), (40, 50, "c", 0)])
+    assert (runs.starts, runs.ends) == ([0, 20, 30, 40], [20, 30, 40, 60])
+    assert (runs.targets, runs.deltas) == (["a", "b", "b", "c"], [0, 0, 1, 0])
+
+
+def test_many_at_once_are_bounded() -> None:
+    runs: RunMap[int] = RunMap(4)
+    runs.add_all([(10 * number, 10 * number + 5, number, 0) for number in range(100)])
+    assert len(runs) <= 4
+    assert runs.find(990) >= 0
 
 
 def test_is_bounded() -> None:
