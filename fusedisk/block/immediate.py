@@ -384,6 +384,7 @@ class Immediate:
         start = first << _PLACE_BITS
         node = self._node
         if node.driver.moves_bytes:
+            self._looks += 1
             places[first] = _NOWHERE
             return
         extent = node.driver.lookup(start, min(_REACH, node.length - start))

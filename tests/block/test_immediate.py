@@ -179,6 +179,20 @@ async def test_places_are_bounded_and_not_kept_where_they_do_not_pay(
         assert len(known) == 0
 
 
+async def test_a_plain_file_has_no_places_that_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(immediate, "MOST_PLACES", 8)
+    monkeypatch.setattr(immediate, "PAUSE", 1000)
+    (tmp_path / "file").write_bytes(b"x" * 2 * MIB)
+    graph = Graph(DRIVERS)
+    try:
+        backend = await graph.open_backend({"driver": "file", "filename": str(tmp_path / "file")})
+        for offset in range(0, 2 * MIB, 64 * KIB):
+            assert read(backend, offset, 512) == b"x" * 512
+        assert not backend.immediate._places
+    finally:
+        await graph.close()
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("seed", thinned(range(6), 3))
 async def test_changes_of_all_kinds_between_reads(tmp_path: Path, depth: int, seed: int) -> None:
