@@ -13,10 +13,10 @@ until its mapping changes: what is read again takes one look into a table, whate
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fusedisk.block import permissions
+from fusedisk.block.chains import Fill, fill_with_zeroes, learn
 from fusedisk.block.driver import Buffer, Driver
 from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
 from fusedisk.block.io import PROBE_SIZE
@@ -27,9 +27,7 @@ from fusedisk.core.zeroes import is_zero, zero_fill
 if TYPE_CHECKING:
     from fusedisk.block.backend import Backend
 
-_Fill = Callable[[int, Buffer], bool]
-"""Fills a buffer from a place."""
-_Place = tuple[_Fill, int, int, Node | None]
+_Place = tuple[Fill, int, int, Node | None]
 """What fills a buffer, how much its places are more than the disk's offsets, where on the disk that ends, and the node
 that may have serialising requests."""
 
@@ -57,12 +55,6 @@ STEADY = 64
 
 _MOST_RUNS = 1 << 16
 """Kept of one chain: some 20 MiB."""
-_ALIGNMENT = 1 << 21
-"""Lookups begin at a multiple of this, so that random reads of neighbours share them."""
-_LOOKAHEAD = 1 << 26
-"""Bytes that one lookup asks about at most."""
-_MOST_STEPS = 64
-"""Extents that one miss looks up at most."""
 
 
 class Immediate:
@@ -94,7 +86,7 @@ class Immediate:
         self._off = False
         self._node: Node
         self._reads = self._writes = self._detects = self._asks = False
-        self._chains: dict[Node, RunMap[_Fill]] = {}
+        self._chains: dict[Node, RunMap[Fill]] = {}
         self._places: dict[int, _Place] = {}
         self._generation = -1
         """Of the node's mapping, which the places come from."""
@@ -268,7 +260,7 @@ class Immediate:
             return length if self._fill(below, offset, buffer[:length], length) else 0
         index = bisect_right(runs.starts, offset) - 1
         if index < 0 or offset >= runs.ends[index]:
-            self._learn(runs, below, offset, length)
+            learn(runs, below, offset, length)
             index = runs.find(offset)
             if index < 0:
                 return 0
@@ -277,33 +269,6 @@ class Immediate:
             length = known
         part = buffer if length == len(buffer) else buffer[:length]
         return length if runs.targets[index](offset + runs.deltas[index], part) else 0
-
-    def _learn(self, runs: RunMap[_Fill], node: Node, offset: int, length: int) -> None:
-        """Find out where ``offset`` of a read-only chain leads, and what lies around it."""
-        position, end = offset & -_ALIGNMENT, offset + length
-        empty: dict[Node, tuple[int, int]] = {}
-        new: list[tuple[int, int, _Fill, int]] = []
-        for _ in range(_MOST_STEPS):
-            known = runs.find(position)
-            if known >= 0:
-                position = runs.ends[known]
-            else:
-                found = _resolve(node, position, _LOOKAHEAD, empty)
-                if found is not None:
-                    new.append(_run(position, found))
-                    position = new[-1][1]
-                elif position < offset:
-                    position = offset
-                    continue
-                else:
-                    break
-            if position >= end:
-                break
-        else:
-            found = _resolve(node, offset, length, empty) if position <= offset else None
-            if found is not None:
-                new.append(_run(offset, found))
-        runs.add_all(new)
 
     # --- lending ----------------------------------------------------------------------------------------
 
@@ -418,12 +383,12 @@ class Immediate:
             return (source[0], 0, start + source[1], None) if source is not None else _NOWHERE
         backing = node.backing if status == UNALLOCATED else None
         if backing is None:
-            return _zeroes, 0, end, None
+            return fill_with_zeroes, 0, end, None
         runs = self._chains.get(backing.node)
         if runs is None:
             return _NOWHERE  # it may change, and become longer
         if position >= backing.node.length:
-            return _zeroes, 0, end, None
+            return fill_with_zeroes, 0, end, None
         index = runs.find(position)
         if index < 0:
             return None
@@ -481,63 +446,5 @@ def _below(node: Node) -> list[Node]:
     return list(found)
 
 
-_Found = tuple[int, _Fill, int]
-"""A length, what fills that much, and the place to give to it."""
-
-
-def _run(offset: int, found: _Found) -> tuple[int, int, _Fill, int]:
-    """What was found at ``offset``, as :class:`RunMap` takes it."""
-    count, fill, place = found
-    return offset, offset + count, fill, place - offset if fill is not _zeroes else 0
-
-
-_NO_RANGE = (0, 0)
-
-
-def _resolve(node: Node, offset: int, length: int, empty: dict[Node, tuple[int, int]]) -> _Found | None:
-    """What fills a prefix of a range of a node; None where a layer's mapping is not in memory.
-
-    ``empty``: ranges in which layers are known to hold nothing of their own; what is found out is added. So layers
-    above pieces that lie here and there are asked once, not for each piece.
-    """
-    while True:
-        room = node.length - offset
-        if length > room:
-            length = room
-        driver = node.driver
-        if driver.moves_bytes:
-            return length, driver.read_now, offset
-        start, end = empty.get(node, _NO_RANGE)
-        if start <= offset < end:
-            if length > end - offset:
-                length = end - offset
-        else:
-            extent = driver.lookup(offset, min(max(length, _ALIGNMENT), room))
-            if extent is None:
-                return None
-            status, count, child, place, _, _, _ = extent
-            length = min(length, count)
-            if status == DATA:
-                assert child is not None
-                if place >= child.node.length:
-                    return length, _zeroes, 0
-                node, offset = child.node, place
-                continue
-            if status == SPECIAL:
-                return length, driver.read_cached, offset
-            if status != UNALLOCATED:
-                return length, _zeroes, 0
-            empty[node] = offset, offset + count
-        backing = node.backing
-        if backing is None or offset >= backing.node.length:
-            return length, _zeroes, 0
-        node = backing.node
-
-
-def _zeroes(place: int, buffer: Buffer) -> bool:
-    zero_fill(buffer)
-    return True
-
-
-_NOWHERE: _Place = (_zeroes, 0, 0, None)
+_NOWHERE: _Place = (fill_with_zeroes, 0, 0, None)
 """The place of what has none that could be remembered."""
