@@ -13,7 +13,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from scripts.benchmark import images, jobs, servers
+from scripts.benchmark import images, jobs, machine, servers
 from scripts.benchmark.__main__ import compare, measure_once
 from scripts.benchmark.images import make_images
 from scripts.benchmark.jobs import Fio, OnLoop, Tar, filesystem, loop_device
@@ -288,6 +288,23 @@ def test_json_holds_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert written["results"][0]["runs"] == {OURS: [1.0, 3.0, 2.0]}
     assert written["results"][0]["median"] == {OURS: 2.0}
     assert written["results"][0]["errors"] == {THEIRS: "gone"}
+
+
+@pytest.mark.parametrize(
+    ("driver", "nanoseconds", "told"),
+    [("haltpoll\n", "200000\n", "haltpoll for 200 µs"), ("haltpoll\n", "0\n", "haltpoll for 0 µs"),
+     ("haltpoll\n", None, "haltpoll"), ("intel_idle\n", "200000\n", "intel_idle"), (None, None, "")],
+)  # fmt: skip
+def test_a_run_tells_how_processors_wait(
+    driver: str | None, nanoseconds: str | None, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, content in (("_IDLE_DRIVER", driver), ("_HALT_POLL", nanoseconds)):
+        path = tmp_path / name
+        if content is not None:
+            path.write_text(content)
+        monkeypatch.setattr(machine, name, path)
+    assert machine.describe()["idle"] == told
+    assert machine.summary().endswith(f"processors, idle by {told}" if told else " processors")
 
 
 def test_a_command_that_hangs_is_told() -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from scripts.benchmark.images import FORMATS, MIB, Image, make_images, settle
+from scripts.benchmark.machine import summary
 from scripts.benchmark.memory import LIMIT, Memory, measure_memory
 from scripts.benchmark.report import Result, as_json, print_memory, print_results
 from scripts.benchmark.servers import SERVERS, ServerError, versions
@@ -75,6 +76,7 @@ def main(
         if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
             signal.signal(ending, _interrupt)
     console.print(", ".join(f"{name} {version}" for name, version in versions().items()), style="dim")
+    console.print(summary(), style="dim")
     with tempfile.TemporaryDirectory(prefix="fusedisk-bench.", dir=folder) as temporary:
         place = Path(temporary).resolve()
         results: list[Result] = []

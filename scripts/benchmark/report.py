@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scripts.benchmark.machine import describe
 from scripts.benchmark.memory import LIMIT, Memory
 from scripts.benchmark.servers import versions
 from scripts.benchmark.workloads import OURS, THEIRS, Workload
@@ -109,12 +108,7 @@ def print_memory(console: Console, memory: dict[str, Memory]) -> None:
 def as_json(results: list[Result], memory: dict[str, Memory], settings: dict[str, Any]) -> dict[str, Any]:
     """All runs with what they were made on."""
     return {
-        "machine": {
-            "kernel": platform.release(),
-            "architecture": platform.machine(),
-            "cpus": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-        },
+        "machine": describe(),
         "versions": versions(),
         "settings": settings,
         "results": [
