@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,30 @@ async def test_write_zeroes_extends(disk: Path, flags: int) -> None:
         await io.write_zeroes(driver.node, 2 * MIB, 100, flags)
         assert backend.length == disk.stat().st_size == 2 * MIB + 100
         assert await backend.read(MIB - 10, MIB + 110) == bytes(MIB + 110)
+
+
+async def test_zeroing_at_the_end_cuts_off_nothing_that_is_written_behind(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(disk, discard="unmap") as (backend, driver):
+        sizes: list[int] = []
+
+        def looked_at(fd: int) -> os.stat_result:
+            found = real(fd)
+            if found.st_size < 3 * MIB and threading.get_ident() != here:
+                sizes.append(found.st_size)
+                with disk.open("r+b") as file:
+                    file.seek(3 * MIB)
+                    file.write(b"behind")
+            return found
+
+        real, here = os.fstat, threading.get_ident()
+        monkeypatch.setattr(os, "fstat", looked_at)
+        await driver.write_zeroes(MIB, 64 * KIB, MAY_UNMAP)
+        assert sizes == [MIB]
+        assert disk.stat().st_size == 3 * MIB + 6
+        assert disk.read_bytes()[MIB:] == bytes(2 * MIB) + b"behind"
+        assert blocks(disk) <= MIB + 8 * KIB
 
 
 async def test_missing_fallocate_is_remembered(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -412,11 +412,10 @@ class FileDriver(Driver):
     def _punch_hole(self, offset: int, length: int) -> None:
         """Zero a range and give its space back; the file grows to its end. Blocks; raises OSError."""
         fd, end = self.file.fd, offset + length
-        size = os.fstat(fd).st_size
-        if offset < size:
-            fallocate(fd, _PUNCH, offset, length)
-        if end > size:
-            os.ftruncate(fd, end)
+        if end > os.fstat(fd).st_size:
+            # Not by setting its size: somebody else may write behind this range meanwhile.
+            fallocate(fd, 0, end - 1, 1)
+        fallocate(fd, _PUNCH, offset, length)
 
     def _zero_range(self, offset: int, length: int) -> None:
         """Zero a range and keep its space; the file grows to its end. Blocks; raises OSError."""
