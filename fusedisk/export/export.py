@@ -138,9 +138,15 @@ class Export:
 
     # --- data -------------------------------------------------------------------------------------------
 
+    @property
+    def length(self) -> int:
+        """Of the disk in bytes, even where it has just become longer without our knowing."""
+        self._look_past()
+        return self.backend.length
+
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Up to ``length`` bytes from ``offset``: fewer only at the end of the disk."""
-        length = min(length, self.backend.length - offset)
+        length = min(length, self.length - offset)
         if length <= 0:
             return b""
         buffer = bytearray(length)
@@ -149,7 +155,7 @@ class Export:
 
     async def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` from ``offset``; returns how many bytes that were: fewer only at the end of the disk."""
-        length = min(len(buffer), self.backend.length - offset)
+        length = min(len(buffer), self.length - offset)
         if length <= 0:
             return 0
         await self.backend.read_into(offset, buffer[:length])
@@ -183,7 +189,7 @@ class Export:
         """
         self.check_writable()
         end = offset + len(data)
-        if end > self.backend.length:
+        if end > self.length:
             if self.growable or offset >= self.backend.length:
                 await self.extend(end)
             else:
@@ -192,6 +198,9 @@ class Export:
         await self.backend.write(offset, data)
         self.touch()
         return len(data)
+
+    def check_read(self, offset: int, length: int) -> None:
+        """Raise what reading a range would raise for where it lies."""
 
     async def flush(self) -> None:
         """Put every write answered before on stable storage."""
@@ -276,7 +285,7 @@ class Export:
         """Resize the disk; the size that it has already is no change, whatever the format can do."""
         self.check_writable()
         async with self._resize:
-            if length != self.backend.length:
+            if length != self.length:
                 await self._set_length(length)
 
     def check_writable(self) -> None:
@@ -292,7 +301,7 @@ class Export:
             )
         unit = self.backend.node.driver.length_unit
         async with self._resize:
-            if length > self.backend.length:
+            if length > self.length:
                 await self._set_length(-(-length // unit) * unit)
 
     async def _set_length(self, length: int) -> None:

@@ -7,12 +7,17 @@ steps done.
 from __future__ import annotations
 
 import errno
+import logging
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
 from fusedisk.core.errors import FusediskError, NotSupportedError, OutOfRangeError
 from fusedisk.export.export import Export
+
+log = logging.getLogger(__name__)
 
 ZERO_STEP = 256 << 20
 """Bytes zeroed by one request: what serialises against all others."""
@@ -31,13 +36,12 @@ async def seek(export: Export, offset: int, whence: int) -> int:
     """
     if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
         raise NotSupportedError(f"'{export.name}' cannot be searched for {whence}.", errno=errno.EINVAL)
-    backend = export.backend
-    end = backend.length
+    end = export.length
     if not 0 <= offset < end:
         raise OutOfRangeError(f"'{export.name}' ends at {end}, nothing is behind {offset}.", errno=errno.ENXIO)
     lookups = 0
     while offset < end:
-        status = await backend.block_status(offset, end - offset)
+        status = await export.backend.block_status(offset, end - offset)
         if status.zero == (whence == os.SEEK_HOLE):
             return offset
         offset += status.length
@@ -51,8 +55,7 @@ async def seek(export: Export, offset: int, whence: int) -> int:
 
 async def zero(export: Export, offset: int, length: int, *, punch: bool, keep_size: bool) -> None:
     """Make a range read as zeroes. ``punch`` gives its space back, as far as the disk's settings allow that."""
-    end = await _end(export, offset, length, keep_size=keep_size)
-    try:
+    async with _room(export, offset, length, keep_size=keep_size) as end:
         while offset < end:
             step = min(ZERO_STEP - offset % ZERO_STEP, end - offset)
             export.touch()
@@ -60,39 +63,57 @@ async def zero(export: Export, offset: int, length: int, *, punch: bool, keep_si
             export.touch()
             offset += step
             await trio.lowlevel.checkpoint()
+
+
+async def allocate(export: Export, offset: int, length: int, *, keep_size: bool) -> None:
+    """Let a range have its space, so that no write to it can fail for want of that. It reads as before."""
+    async with _room(export, offset, length, keep_size=keep_size) as end:
+        while offset < end:
+            step = min(ALLOCATE_STEP - offset % ALLOCATE_STEP, end - offset)
+            await export.backend.preallocate(offset, step)
+            offset += step
+            await trio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def _room(export: Export, offset: int, length: int, *, keep_size: bool) -> AsyncIterator[int]:
+    """Where a range ends after the disk was made longer for it, or was not. What fails inside leaves the disk as long
+    as it was."""
+    export.check_writable()
+    before, end = export.length, offset + length
+    if end > before:
+        if keep_size:
+            end = before
+        else:
+            await export.extend(end)
+    longer = export.length
+    try:
+        yield end
     except BaseException:
-        # The kernel forgets what it has cached of the range only where all of it was zeroed.
+        if longer > before:
+            with trio.CancelScope(shield=True):
+                await _shrink(export, longer, before)
+        # The kernel forgets what it has cached of the range and of the size only where nothing fails.
         if export.on_change is not None:
             export.on_change(True)
         raise
 
 
-async def allocate(export: Export, offset: int, length: int, *, keep_size: bool) -> None:
-    """Let a range have its space, so that no write to it can fail for want of that. It reads as before."""
-    end = await _end(export, offset, length, keep_size=keep_size)
-    while offset < end:
-        step = min(ALLOCATE_STEP - offset % ALLOCATE_STEP, end - offset)
-        await export.backend.preallocate(offset, step)
-        offset += step
-        await trio.lowlevel.checkpoint()
-
-
-async def _end(export: Export, offset: int, length: int, *, keep_size: bool) -> int:
-    """Where a range ends after the file's size was changed for it, or was not."""
-    export.check_writable()
-    end = offset + length
-    if end > export.backend.length:
-        if keep_size:
-            return export.backend.length
-        await export.extend(end)
-    return end
+async def _shrink(export: Export, length: int, before: int) -> None:
+    """Take back that the disk was made ``length`` bytes long, unless somebody has made it longer since."""
+    if export.length != length:
+        return
+    try:
+        await export.truncate(before)
+    except FusediskError as exc:
+        log.warning("%s: it stays %d bytes long after a request that failed: %s", export.name, length, exc)
 
 
 async def copy(source: Export, offset: int, target: Export, position: int, length: int) -> int:
     """Copy a range, holes as holes; returns how many bytes were copied: fewer where the source ends or a later part
     failed, at most MOST_COPIED. What was asked for must not overlap itself."""
     target.check_writable()
-    length = min(length, MOST_COPIED, source.backend.length - offset)
+    length = min(length, MOST_COPIED, source.length - offset)
     done = 0
     while done < length:
         step = min(COPY_STEP, length - done)
@@ -109,7 +130,8 @@ async def copy(source: Export, offset: int, target: Export, position: int, lengt
 
 async def _copy_step(source: Export, offset: int, target: Export, position: int, length: int) -> int:
     status = await source.backend.block_status(offset, length)
-    if status.zero and position + status.length <= target.backend.length:
+    source.check_read(offset, status.length)
+    if status.zero and position + status.length <= target.length:
         target.touch()
         await target.backend.write_zeroes(position, status.length, may_unmap=True)
         target.touch()

@@ -75,15 +75,16 @@ class PartitionExport(View):
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
-        self._check_read(offset, length)
+        self.check_read(offset, length)
         return await super().read(offset, length)
 
     async def read_into(self, offset: int, buffer: memoryview) -> int:
         """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
-        self._check_read(offset, len(buffer))
+        self.check_read(offset, len(buffer))
         return await super().read_into(offset, buffer)
 
-    def _check_read(self, offset: int, length: int) -> None:
+    def check_read(self, offset: int, length: int) -> None:
+        """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
         end = min(offset + length, self.backend.length)
         if end > max(self._there(), offset):
             raise OutOfRangeError(

@@ -65,7 +65,7 @@ class Handles:
             if export.growable:
                 await export.truncate(0)
             else:
-                await ranges.zero(export, 0, export.backend.length, punch=True, keep_size=True)
+                await ranges.zero(export, 0, export.length, punch=True, keep_size=True)
         self._last += 1
         self.by_number[self._last] = handle
         return self._last, handle

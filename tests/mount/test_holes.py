@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import qemu_img, qemu_io, require_tool, run_tool
+from tests.support.files import mounted_tmpfs
 from tests.support.fsx import (
     COLLAPSE_RANGE,
     INSERT_RANGE,
@@ -177,6 +178,24 @@ def _flat(image: Path) -> bytes:
     qemu_img("check", image)
     qemu_img("convert", "-O", "raw", image, flat)
     return flat.read_bytes()
+
+
+@pytest.mark.parametrize("mode", [0, ZERO_RANGE])
+def test_what_could_not_be_allocated_leaves_the_file_as_long_as_it_was(
+    mounts: Mounts, tmp_path: Path, mode: int
+) -> None:
+    with mounted_tmpfs(tmp_path / "small", "size=8M") as small:
+        image = small / "disk.img"
+        image.write_bytes(b"i" * MIB)
+        on = mounts.mount("-f", "raw", "--growable", "--passthrough", "off", image)
+        with (on / "disk").open("r+b") as file:
+            assert os.fstat(file.fileno()).st_size == MIB
+            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                fallocate(file.fileno(), mode, MIB // 2, 64 * MIB)
+            assert os.fstat(file.fileno()).st_size == image.stat().st_size == MIB
+            fallocate(file.fileno(), mode, MIB // 2, MIB)
+            assert os.fstat(file.fileno()).st_size == image.stat().st_size == MIB + MIB // 2
+        mounts.umount(on)
 
 
 @pytest.mark.parametrize("growable", thinned([False, True], 2))

@@ -266,6 +266,9 @@ def test_a_disk_that_becomes_shorter(mounts: Mounts, image: Path, tmp_path: Path
             with pytest.raises(OSError, match="No space left") as caught:
                 os.pwrite(handle, b"y" * 4096, offset)
             assert caught.value.errno == errno.ENOSPC
+            with pytest.raises(OSError, match="Input/output error") as caught:
+                os.copy_file_range(handle, handle, 4096, offset, 0)
+            assert caught.value.errno == errno.EIO
             for mode in (0, 1, 2, 3, 16, 17):
                 _fallocate(handle, mode, offset, 4096)
         assert os.lseek(handle, MIB + 8192, os.SEEK_HOLE) == MIB + 8192

@@ -96,6 +96,46 @@ def test_what_is_written_past_us_counts(mounts: Mounts, raw: Path) -> None:
     assert raw.stat().st_size == 2 * MIB
 
 
+@pytest.mark.parametrize("options", [["--growable"], ["--passthrough", "on"]], ids=" ".join)
+def test_requests_know_how_long_the_file_has_just_become(mounts: Mounts, tmp_path: Path, options: list[str]) -> None:
+    """The kernel makes the file longer and nobody asks for its size before the next request comes to us."""
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(b"b" * MIB)
+    path = mounts.mount("-f", "raw", *options, raw) / "disk"
+    tail = b"t" * 100
+    with path.open("r+b", buffering=0) as file, path.open("r+b", buffering=0) as other:
+        fd = file.fileno()
+
+        def grow(end: int) -> None:
+            os.pwrite(fd, tail, end - len(tail))
+
+        grow(3 * MIB)
+        run_tool("fallocate", "-o", str(MIB), "-l", str(MIB), path)
+        assert os.pread(fd, 200, 3 * MIB - 100) == tail
+        grow(4 * MIB)
+        run_tool("fallocate", "-z", "-o", str(2 * MIB), "-l", str(MIB), path)
+        assert os.pread(fd, 200, 4 * MIB - 100) == tail
+        grow(5 * MIB)
+        assert os.copy_file_range(fd, other.fileno(), 1000, 0, 2 * MIB) == 1000
+        assert os.pread(fd, 200, 5 * MIB - 100) == tail
+        grow(6 * MIB)
+        assert os.copy_file_range(fd, other.fileno(), 100, 6 * MIB - 100, 0) == 100
+        assert os.pread(fd, 100, 0) == tail
+        grow(7 * MIB)
+        assert os.lseek(fd, 7 * MIB - 50, os.SEEK_DATA) == 7 * MIB - 50
+        grow(8 * MIB)
+        run_tool("fallocate", "-p", "-o", str(8 * MIB - 100), "-l", "100", path)
+        assert os.pread(fd, 200, 8 * MIB - 100) == bytes(100)
+        grow(9 * MIB)
+        os.ftruncate(fd, 8 * MIB)
+        assert raw.stat().st_size == 8 * MIB
+        grow(9 * MIB)
+        with path.open("r+b") as emptied:
+            os.close(os.open(path, os.O_RDWR | os.O_TRUNC))
+            assert os.fstat(emptied.fileno()).st_size == raw.stat().st_size == (0 if "--growable" in options else 9 * MIB)
+    assert not raw.read_bytes().strip(b"\0")
+
+
 def test_the_disk_ends_where_it_ends_unless_asked_otherwise(mounts: Mounts, raw: Path) -> None:
     on = mounts.mount("-f", "raw", raw)
     with (on / "disk").open("r+b", buffering=0) as file, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
