@@ -99,7 +99,8 @@ class Answers:
         return b""
 
     async def _fallocate(self, number: int, offset: int, length: int, mode: int, padding: int) -> bytes:
-        export = self._handle(number).export
+        handle = self._handle(number)
+        export = handle.export
         keep_size = bool(mode & wire.KEEP_SIZE)
         what = mode & ~wire.KEEP_SIZE
         if what == 0:
@@ -108,6 +109,7 @@ class Answers:
             await ranges.zero(export, offset, length, punch=what == wire.PUNCH_HOLE, keep_size=keep_size)
         else:
             raise FUSEError(errno.EOPNOTSUPP)
+        await handle.settle()
         return b""
 
     async def _lseek(self, number: int, offset: int, whence: int, padding: int) -> bytes:
@@ -116,5 +118,7 @@ class Answers:
     async def _copy(
         self, source: int, offset: int, inode: int, target: int, position: int, length: int, flags: int
     ) -> bytes:
-        copied = await ranges.copy(self._handle(source).export, offset, self._handle(target).export, position, length)
+        onto = self._handle(target)
+        copied = await ranges.copy(self._handle(source).export, offset, onto.export, position, length)
+        await onto.settle()
         return wire.WRITE_OUT.pack(copied, 0)

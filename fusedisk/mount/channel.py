@@ -62,8 +62,11 @@ _REPLY = 4096
 """Where in a buffer the data of a reply begins: at a page, the header in front of it."""
 _REPLY_HEADER = _REPLY - wire.OUT_HEADER.size
 _OUT = wire.OUT_HEADER.size
-_HEAD = struct.Struct("=IIQ24xQQI")
-"""Of any message: len, opcode, unique; of a READ or WRITE also fh, offset, size."""
+_HEAD = struct.Struct("=IIQ24xQQI12xI")
+"""Of any message: len, opcode, unique; of a READ or WRITE also fh, offset, size, and how its file was opened."""
+_SYNCHRONOUS = os.O_DSYNC
+"""Of a WRITE: it is to be on stable storage when it is answered, since its file was opened for that or since this write
+asks for it (RWF_DSYNC). O_SYNC has the same bit."""
 _WRITTEN = struct.Struct("=IiQII")
 """A reply to WRITE."""
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
@@ -215,7 +218,7 @@ class Channel:
                 raise BrokenConnectionError(
                     f"Reading requests from '/dev/fuse' failed: {exc.strerror}.", errno=exc.errno
                 ) from exc
-            declared, opcode, unique, number, offset, size = unpack(head)
+            declared, opcode, unique, number, offset, size, flags = unpack(head)
             if length != declared or length < wire.IN_HEADER.size:
                 raise BrokenConnectionError(
                     f"The kernel sent {length} bytes as a request of {declared}: the mount ends."
@@ -240,7 +243,7 @@ class Channel:
                         )
                     if size != len(content):
                         content = data[:size]
-                    if handle is not None and handle.export.write_now(offset, content):
+                    if handle is not None and not flags & _SYNCHRONOUS and handle.export.write_now(offset, content):
                         answered = True
                         _WRITTEN.pack_into(written, 0, len(written), 0, unique, size, 0)
                         write(device, written)
@@ -294,7 +297,7 @@ class Channel:
     async def _dispatch(self, nursery: trio.Nursery, request: Request, length: int, opcode: int, unique: int) -> bool:
         """Let a request be answered. True: its buffer is taken."""
         if opcode == wire.READ:
-            _, _, _, fh, offset, size = _HEAD.unpack_from(request.head)
+            _, _, _, fh, offset, size, _ = _HEAD.unpack_from(request.head)
             handle = self._handles.get(fh)
             if handle is None or size > wire.MAX_WRITE:
                 self.answer(unique, -errno.EBADF if handle is None else -errno.EINVAL)
@@ -304,7 +307,7 @@ class Channel:
                 nursery.start_soon(self._read, unique, handle, offset, size, scope)
             return False
         if opcode == wire.WRITE:
-            _, _, _, fh, offset, size = _HEAD.unpack_from(request.head)
+            _, _, _, fh, offset, size, flags = _HEAD.unpack_from(request.head)
             handle = self._handles.get(fh)
             if handle is None:
                 self.answer(unique, -errno.EBADF)
@@ -312,7 +315,7 @@ class Channel:
             await self._take_place()
             await self._make_room()
             self._begin(size)
-            nursery.start_soon(self._write, unique, handle, offset, size, request)
+            nursery.start_soon(self._write, unique, handle, offset, size, flags, request)
             return True
         if opcode == wire.INTERRUPT:
             (number,) = wire.INTERRUPT_IN.unpack_from(request.head, wire.IN_HEADER.size)
@@ -407,9 +410,11 @@ class Channel:
                 self._replies.append(reply)
             self._end(size, begun=reply is not None)
 
-    async def _write(self, unique: int, handle: Handle, offset: int, size: int, request: Request) -> None:
+    async def _write(self, unique: int, handle: Handle, offset: int, size: int, flags: int, request: Request) -> None:
         try:
             written = await handle.write(offset, request.data[:size])
+            if flags & _SYNCHRONOUS:
+                await handle.export.flush()
         except Exception as exc:
             self.answer(unique, -failed("write", exc))
         else:

@@ -15,12 +15,15 @@ from fusedisk.export.export import Export
 class Handle:
     """An open file."""
 
-    __slots__ = ("backing", "direct", "export", "writable")
+    __slots__ = ("backing", "direct", "export", "synchronous", "writable")
 
     def __init__(self, export: Export, flags: int) -> None:
         self.export = export
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.direct = bool(flags & os.O_DIRECT)
+        self.synchronous = bool(flags & os.O_DSYNC)
+        """What changes the content is to be on stable storage when it is answered (O_SYNC has the bit of O_DSYNC). The
+        kernel sees to that only where it caches the file, and not for all requests then."""
         self.backing = 0
         """The kernel's number for the host file that it reads and writes past us; 0 where it does not."""
 
@@ -33,6 +36,11 @@ class Handle:
         if written < len(data) and self.direct:
             raise NoSpaceError(f"'{self.export.name}' ended {len(data) - written} bytes before a write did.")
         return written
+
+    async def settle(self) -> None:
+        """Something was changed through this handle and is about to be answered."""
+        if self.synchronous:
+            await self.export.flush()
 
     async def flush(self) -> None:
         """close(): the last chance to tell the writer of an error, so what was written goes to disk now."""

@@ -285,7 +285,10 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write; short only at the end of a disk that may not grow."""
-        return await self.handles.by_number[fh].write(off, buf)
+        handle = self.handles.by_number[fh]
+        written = await handle.write(off, buf)
+        await handle.settle()
+        return written
 
     @_guarded
     async def flush(self, fh: FileHandleT) -> None:

@@ -71,7 +71,7 @@ async def test_write_zeroes_extends(disk: Path, flags: int) -> None:
 async def test_zeroing_at_the_end_cuts_off_nothing_that_is_written_behind(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with opened(disk, discard="unmap") as (backend, driver):
+    async with opened(disk, discard="unmap") as (_, driver):
         sizes: list[int] = []
 
         def looked_at(fd: int) -> os.stat_result:
