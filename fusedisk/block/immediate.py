@@ -120,9 +120,10 @@ class Immediate:
         """Fill ``buffer`` from ``offset``. False: it may hold anything."""
         if self._changes != self._graph.changes:
             self._look()
-        if not self._reads:
+        length = len(buffer)
+        if not self._reads or not length:
             return False
-        backend, node, length = self._backend, self._node, len(buffer)
+        backend, node = self._backend, self._node
         if backend.quiesced or backend.root is None or offset + length > node.length:
             return False
         if node.generation != self._generation:
@@ -169,9 +170,10 @@ class Immediate:
         """Overwrite what has its place already. False: a part may be written, so the same is to be written again."""
         if self._changes != self._graph.changes:
             self._look()
-        if not self._writes:
+        length = len(data)
+        if not self._writes or not length:
             return False
-        backend, length, node = self._backend, len(data), self._node
+        backend, node = self._backend, self._node
         if (
             backend.quiesced
             or backend.root is None

@@ -463,3 +463,16 @@ async def test_nothing_is_lent_while_a_thread_reads(tmp_path: Path, monkeypatch:
                 finally:
                     go_on.set()
         assert lent(backend, 0, 128 * KIB) is not None
+
+
+@pytest.mark.parametrize("size", ["1G", "0"])
+async def test_nothing_at_the_end_is_nothing_to_do(tmp_path: Path, size: str) -> None:
+    """Where the disk ends with its last table, there is no table for what comes behind."""
+    image = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, size)
+    async with opened(image) as backend:
+        assert await backend.read(backend.length, 0) == b""
+        await backend.write(backend.length, b"")
+        await backend.read_into(backend.length, memoryview(bytearray()))
+        await backend.write_zeroes(backend.length, 0)
+    assert_clean(image)
