@@ -262,7 +262,10 @@ class Backend:
         """Status of a prefix of the range through the whole chain."""
         node = await self._begin(offset, length)
         try:
-            return await status.chain_status(node, offset, length)
+            async with status.tracked(node, offset, length):
+                if offset + length > node.length:  # it has become shorter meanwhile
+                    self.refuse(offset, length)
+                return await status.chain_status(node, offset, length)
         finally:
             self._end()
 

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fusedisk.block.extent import SPECIAL, UNALLOCATED, ZERO, BlockStatus, Extent
 from fusedisk.block.node import Node
+from fusedisk.block.tracked import Request
 from fusedisk.block.transfer import check_extent
+
+
+@asynccontextmanager
+async def tracked(node: Node, offset: int, length: int) -> AsyncIterator[None]:
+    """Be seen as a read of the range, so that who changes a whole image, as applying a snapshot and resizing do, comes
+    before or after. On the image and all filters above it: those who change it enter at the image."""
+    requests: dict[Request, Node] = {}
+    try:
+        while True:
+            request = Request(offset, offset + length, False)
+            request.enter(node)
+            requests[request] = node
+            await request.wait_for_earlier(node)
+            if not node.driver.is_filter:
+                break
+            node = node.children["file"].node
+        yield
+    finally:
+        for request, entered in requests.items():
+            request.leave(entered)
 
 
 async def chain_status(node: Node, offset: int, length: int, base: Node | None = None) -> BlockStatus:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from fusedisk.block.backend import Backend
 from fusedisk.block.extent import BlockStatus
 from fusedisk.block.graph import Graph
 from fusedisk.block.node import Node
 from fusedisk.block.status import chain_status, is_allocated_above
+from fusedisk.core.errors import OutOfRangeError
+from fusedisk.drivers.table import DRIVERS
+from tests.conftest import qemu_img
 from tests.support.memory import Store, stores
 from tests.support.opening import Chain, chain_backend
 from tests.support.toy import Table
@@ -132,3 +138,37 @@ async def test_a_short_layer_in_between_hides_what_lies_below(graph: Graph) -> N
         status = await chain_status(backend.node, CLUSTER, CLUSTER, bottom)
         assert status.zero
         assert not status.data
+
+
+@pytest.mark.parametrize("filters", [[], ["copy-on-read"], ["copy-on-read", "blkdebug"]], ids=len)
+async def test_status_comes_before_or_after_a_snapshot_of_a_shorter_disk(tmp_path: Path, filters: list[str]) -> None:
+    image = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "64M")
+    qemu_img("snapshot", "-c", "short", image)
+    qemu_img("resize", "-q", image, "4G")
+    graph = Graph(DRIVERS)
+    options: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}}
+    for name in filters:
+        options = {"driver": name, "image" if name == "blkdebug" else "file": options}
+    backend = await graph.open_backend(options, writable=True)
+    found: list[str] = []
+    applied = False
+
+    async def look() -> None:
+        while not applied:
+            try:
+                await backend.block_status(3 << 30, 65536)
+                found.append("there")
+            except OutOfRangeError:
+                found.append("gone")
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        nursery.start_soon(look)
+        await trio.lowlevel.checkpoint()
+        await backend.apply_snapshot("1")
+        applied = True
+    await graph.close()
+    assert found
+    assert found == sorted(found, reverse=True)
