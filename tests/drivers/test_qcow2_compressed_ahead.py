@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from fusedisk.block import background
 from fusedisk.block.backend import Backend
 from fusedisk.block.graph import Graph
+from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import CorruptImageError, HostError
 from fusedisk.drivers.format.qcow2 import compressed
+from tests.conftest import qemu_img
 from tests.support.compressed import CLUSTER, CONTENT, SIZE, entries, inflated, new_store, read_on, reading
 from tests.support.memory import Store, stores
-from tests.support.qcow2 import MEMORY_DRIVERS, driver_of
+from tests.support.qcow2 import MEMORY_DRIVERS, driver_of, opened
 from tests.support.tasks import Task, start
 
 
@@ -175,3 +179,28 @@ async def test_who_reads_what_is_cached_is_gone_ahead_of_too() -> None:
             assert driver_of(backend).read_cached(number * CLUSTER, buffer)
         await backend.wait_idle()
         assert {3, 4, 5, 6} <= inflated(backend)
+
+
+async def test_what_was_wanted_of_a_longer_disk_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing could go ahead of a reader while somebody changed something, and then the disk ends before it."""
+    image = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "64M")
+    async with opened(image) as backend:
+        for offset in range(0, SIZE, CLUSTER):
+            await backend.write_compressed(offset, CONTENT[offset : offset + CLUSTER])
+        await backend.create_snapshot(SnapshotInfo("", "short", 0))
+        await backend.truncate(4 << 30)
+        for number in range(8):
+            await backend.write_compressed((3 << 30) + number * CLUSTER, CONTENT[:CLUSTER])
+    async with opened(image) as backend:
+        with monkeypatch.context() as patch:
+            patch.setattr(background, "start", lambda node, work: False)
+            for number in range(8):
+                await backend.read((3 << 30) + number * CLUSTER, CLUSTER)
+        await backend.apply_snapshot("1")
+        await read_on(backend, 0, 8)
+        await backend.wait_idle()
+        assert len(inflated(backend)) > 8
+    assert not caplog.records

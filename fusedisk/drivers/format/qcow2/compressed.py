@@ -219,6 +219,7 @@ class CompressedReader:
         new: dict[int, None] = {}
         while not new and (stream := self._readahead.wanted()) is not None:
             room = AHEAD_BATCH
+            stream.until = min(stream.until, self.image.header.size)  # it may have become shorter
             while room > 0 and stream.ahead < stream.until:
                 length = min(stream.until - stream.ahead, max(room, self._size))
                 extent = self.clusters.lookup(stream.ahead, length)
