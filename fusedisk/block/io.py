@@ -162,6 +162,7 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
             await transfer.write(node, offset, buffers, flags)
         _wrote(node, end)
     except FusediskError as exc:
+        node.written += 1  # all of it may be there, and somebody may find that and go on with it
         exc.at(node.name, "write", offset, length)
         raise
     finally:

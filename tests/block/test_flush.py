@@ -74,6 +74,17 @@ async def test_a_write_during_a_flush_is_not_taken_for_flushed(graph: Graph) -> 
         assert store.durable[:2] == b"12"
 
 
+async def test_a_failed_write_is_flushed_as_it_may_be_there(graph: Graph) -> None:
+    store = Store(4096)
+    async with memory_backend(graph, store) as backend:
+        await backend.flush()
+        store.steps.fail("write", HostError("the disk said no"))
+        with pytest.raises(HostError):
+            await backend.write(0, b"x")
+        await backend.flush()
+        assert len(store.steps.of("flush")) == 1
+
+
 async def test_a_failed_flush_is_asked_again(graph: Graph) -> None:
     store = Store(4096)
     async with memory_backend(graph, store) as backend:
