@@ -7,6 +7,7 @@ import os
 import pwd
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -144,6 +145,39 @@ def test_busy_and_force(user: User, image: Path) -> None:
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_unmounting_what_is_gone_already_succeeds(user: User, image: Path) -> None:
+    """Somebody else was faster; fusermount3 takes that for an error."""
+    script = "import sys; from fusedisk.mount import unmounting; sys.exit(not unmounting.unmount(sys.argv[1]))"
+    user.run(sys.executable, "-c", script, user.home / "mnt")
+
+
+def test_a_signal_after_a_lazy_unmount_waits_for_the_last_file_in_silence(user: User, image: Path) -> None:
+    daemon = user.start(
+        *(sys.executable, "-m", "fusedisk", "mount", "--foreground", "--ready-fd", "1", "disk.img", "mnt"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    holder = None
+    try:
+        assert daemon.stdout is not None
+        assert daemon.stdout.readline() == "ready\n"
+        holder = user.start(
+            "sh", "-c", "exec 3<mnt/disk; echo open; exec cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        user.run("fusermount3", "-uz", "mnt")
+        daemon.send_signal(signal.SIGTERM)
+        holder.communicate(timeout=60)
+        _, said = daemon.communicate(timeout=60)
+        assert (daemon.returncode, said) == (0, "")
+    finally:
+        for process in (holder, daemon):
+            if process is not None:
+                process.kill()
+                process.communicate()
 
 
 @pytest.mark.slow
