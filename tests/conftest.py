@@ -145,11 +145,11 @@ def clean_leaks(base: Path, patience: float = 10.0) -> list[str]:
 def _mounts_below(base: Path) -> list[tuple[str, str]]:
     """(source, target) of every mount below *base*, innermost first."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).removesuffix("\n").split("\n"):
         left, _, right = line.partition(" - ")
-        target = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split()[4])
+        target = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split(" ")[4])
         if target.startswith(f"{base}/"):
-            found.append((right.split()[1], target))
+            found.append((right.split(" ")[1], target))
     return found[::-1]
 
 
@@ -158,7 +158,7 @@ def _loops_below(base: Path) -> list[tuple[str, str]]:
     found = []
     for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):  # detached while we looked
-            backing = entry.read_text().rstrip("\n")
+            backing = os.fsdecode(entry.read_bytes().removesuffix(b"\n"))
             if backing.startswith(f"{base}/"):
                 found.append((f"/dev/{entry.parent.parent.name}", backing))
     return found

@@ -1,7 +1,7 @@
 """Who keeps a mount busy: processes, loop devices, other mounts. Blocks, and never touches the mount itself.
 
 Paths are read as links of /proc, so a mount whose daemon hangs does not hang us. Files of processes in other mount
-namespaces are found only if the path is the same there.
+namespaces are found only if the path is the same there. What /proc tells holds names of others, which are bytes.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def elsewhere(device: str) -> list[str]:
                 continue
             seen.add(namespace)
             others = [mount.mountpoint for mount in mounts(pid) if mount.device == device]
-            with open(f"/proc/{pid}/comm") as comm:
-                name = comm.read().strip()
+            with open(f"/proc/{pid}/comm", "rb") as comm:
+                name = os.fsdecode(comm.read().removesuffix(b"\n"))
         except OSError:
             continue
         whose = "" if pid == os.getpid() else f" of {name} (pid {pid})"
@@ -105,18 +105,18 @@ def _is_inside(path: str, mountpoint: str) -> bool:
 
 def _on_mount(fdinfo: str, mount: Mount) -> bool:
     try:
-        with open(fdinfo) as lines:
-            return any(line.split() == ["mnt_id:", str(mount.mount_id)] for line in lines)
+        with open(fdinfo, "rb") as lines:
+            return any(line.split() == [b"mnt_id:", b"%d" % mount.mount_id] for line in lines)
     except OSError:
         return False
 
 
 def _maps(proc: str, mount: Mount) -> bool:
     major, _, minor = mount.device.partition(":")
-    device = f"{int(major):02x}:{int(minor):02x}"
+    device = b"%02x:%02x" % (int(major), int(minor))
     try:
-        with open(f"{proc}/maps", errors="surrogateescape") as lines:
-            return any(fields[3:4] == [device] for fields in map(str.split, lines))
+        with open(f"{proc}/maps", "rb") as lines:
+            return any(fields[3:4] == [device] for fields in map(bytes.split, lines))
     except OSError:
         return False
 

@@ -263,10 +263,11 @@ def _look_afresh(path: str) -> None:
 def backing_file(device: str) -> str | None:
     """The path of the file that a loop device is attached to, None where it is free or no loop device."""
     try:
-        text = (_SYSFS / os.path.basename(device) / "loop/backing_file").read_text(errors="surrogateescape")
+        # As bytes: in text a carriage return in the name would become a line end.
+        name = (_SYSFS / os.path.basename(device) / "loop/backing_file").read_bytes()
     except OSError:
         return None
-    return text.removesuffix("\n")
+    return os.fsdecode(name.removesuffix(b"\n"))
 
 
 def devices() -> Iterator[tuple[str, str]]:

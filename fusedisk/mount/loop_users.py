@@ -17,7 +17,8 @@ _SWAPS = Path("/proc/swaps")
 def users(device: str) -> list[str]:
     """What stands on a loop device, each in a few words that follow its name: ``mounted at '/mnt'``."""
     names = _names(device)
-    swaps = {line.split()[0] for line in _SWAPS.read_text().splitlines()[1:]}
+    # Names hold no blanks here, but may hold what else ends a line in text.
+    swaps = {os.fsdecode(line.partition(b" ")[0]) for line in _SWAPS.read_bytes().split(b"\n")[1:]}
     return [
         *(f"mounted at '{mount.mountpoint}'" for mount in filesystems(device)),
         *(f"used as swap ({name})" for name in sorted(names & swaps)),

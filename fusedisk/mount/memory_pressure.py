@@ -36,8 +36,8 @@ def _may_lock() -> bool:
 def _has_capability(number: int) -> bool:
     """Whether the process has one of capabilities(7)."""
     try:
-        with open("/proc/self/status") as status:
-            effective = next(line.split()[1] for line in status if line.startswith("CapEff:"))
+        with open("/proc/self/status", "rb") as status:  # the name of the program in it may be any bytes
+            effective = next(line.split()[1] for line in status if line.startswith(b"CapEff:"))
     except (OSError, StopIteration):
         return False
     return bool(int(effective, 16) >> number & 1)

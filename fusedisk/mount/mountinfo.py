@@ -38,8 +38,10 @@ class Mount(NamedTuple):
 
 def mounts(pid: int | None = None) -> list[Mount]:
     """Every mount of this mount namespace, or that of a process, in the order in which they were mounted."""
-    with open(_MOUNTINFO if pid is None else f"/proc/{pid}/mountinfo", errors="surrogateescape") as lines:
-        return [_parse(line) for line in lines]
+    # As bytes: names may hold whatever else ends a line in text, such as a carriage return.
+    with open(_MOUNTINFO if pid is None else f"/proc/{pid}/mountinfo", "rb") as file:
+        lines = os.fsdecode(file.read()).split("\n")
+    return [mount for mount in map(_parse, lines) if mount is not None]
 
 
 def mount_at(mountpoint: str) -> Mount | None:
@@ -76,11 +78,15 @@ def absolute(path: str) -> str:
     return plain if mount_at(plain) is not None else os.path.realpath(plain)
 
 
-def _parse(line: str) -> Mount:
-    left, _, right = line.rstrip("\n").partition(" - ")
-    fields = left.split(" ")
-    fstype, source, options = right.split(" ", 2)
-    return Mount(int(fields[0]), fields[2], _unescape(fields[4]), fstype, _unescape(source), options)
+def _parse(line: str) -> Mount | None:
+    """A line without its end; None for the empty one after the last, and for what proc(5) does not describe."""
+    left, _, right = line.partition(" - ")
+    try:
+        mount_id, _, device, _, place, *_ = left.split(" ")
+        fstype, source, options = right.split(" ", 2)
+        return Mount(int(mount_id), device, _unescape(place), fstype, _unescape(source), options)
+    except ValueError:
+        return None
 
 
 def _unescape(text: str) -> str:
