@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -78,7 +79,7 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
         from fusedisk.cli.daemon import run_daemon
 
         run_in_background(lambda report: run_daemon(request, report), runtime.log_path(place))
-        record = runtime.find(place)
+        record = runtime.find(place, os.geteuid())
         assert record is not None, "a daemon that is ready has a record"
         assert record.loop is not None
     except BaseException:

@@ -115,7 +115,7 @@ def _flush_files(record: MountRecord, failures: list[FusediskError]) -> None:
         # On a regular file the mount is the disk.
         path = f"{record.place}/{export.name}" if os.path.isdir(record.place) else record.place
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError:
             continue  # it is another user's, or gone
         try:
@@ -149,8 +149,9 @@ def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: b
     from fusedisk.core.errors import OptionError
     from fusedisk.mount import runtime
 
-    record = runtime.find(path)
+    record = runtime.find(path, os.geteuid())
     if record is None:
+        _refuse_to_wait(path)
         raise OptionError(f"nothing is mounted at '{path}'.")
     if record.alive:
         if record.mounted and not wait and not force:
@@ -163,6 +164,23 @@ def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: b
     _tell_error(record)
     record.remove()
     raise OptionError(f"nothing is mounted at '{path}' any more.")
+
+
+def _refuse_to_wait(path: str) -> None:
+    """Raise OptionError where a living process of another user claims to have served a mount: anybody can claim that
+    of any place, so root believes no more than what is still mounted."""
+    from fusedisk.core.errors import OptionError
+    from fusedisk.mount import runtime
+
+    record = runtime.find(path)
+    if record is None or not record.alive:
+        return
+    if record.mounted:
+        raise OptionError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
+    raise OptionError(
+        f"nothing is mounted at '{path}'; a process of user {record.owner} (pid {record.pid}) may still be flushing "
+        f"what was, and is not waited for."
+    )
 
 
 def _unmount_without_daemon(mount: Mount) -> None:

@@ -1,7 +1,8 @@
 """One JSON record for each mount, so that other commands find the daemon behind a mountpoint.
 
 Records lie in ``/run/fusedisk`` for root, else in ``$XDG_RUNTIME_DIR/fusedisk``, else in ``/tmp/fusedisk-UID``.
-Root sees everybody's. A directory that others could write to is not believed. Everything here blocks for a moment.
+Root sees everybody's. A directory that others could write to is not believed, and what lies in another user's is
+looked at with care: whatever it is, it must not stop or mislead a command of root. Everything here blocks for a moment.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import itertools
 import json
 import logging
 import os
-import stat
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fusedisk.core.errors import HostError, OptionError, host_error
-from fusedisk.mount import mountinfo
+from fusedisk.mount import mountinfo, owned_files
 
 log = logging.getLogger(__name__)
 
 _ROOT_DIRECTORY = "/run/fusedisk"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
+_NOT_STORED = ("path", "owner", "place", "mounted")
+"""Fields of a record that are no part of its file."""
+_LARGEST_PID = (1 << 31) - 1
+_LARGEST_SIZE = (1 << 63) - 1
 
 
 @dataclasses.dataclass(slots=True)
@@ -79,7 +82,7 @@ class MountRecord:
     def write(self) -> None:
         """Put the record in its place, all or nothing. Raises HostError."""
         content = dataclasses.asdict(self)
-        for name in ("path", "owner", "place", "mounted"):
+        for name in _NOT_STORED:
             del content[name]
         temporary = f"{self.path}.{os.getpid()}"
         try:
@@ -91,11 +94,25 @@ class MountRecord:
 
     def remove(self) -> None:
         """Take the record away, if it is there and not another daemon's by now."""
-        found = _load(Path(self.path))
-        if found is not None and (found.pid, found.started) == (self.pid, self.started):
-            _unlink(self.path)
-        if os.path.dirname(self.mountpoint) == os.path.dirname(self.path):
-            remove_place(self.mountpoint)
+        place, name = os.path.split(self.path)
+        parent, mountpoint = os.path.split(self.mountpoint)
+        try:
+            # By its descriptor: the directory may be another user's, who could put a link in its place.
+            with owned_files.trusted_directory(place, self.owner) as folder:
+                found = _load_from(folder, self.path, self.owner)
+                if found is not None and (found.pid, found.started) == (self.pid, self.started):
+                    os.unlink(name, dir_fd=folder)
+                if parent == place:
+                    os.rmdir(mountpoint, dir_fd=folder)
+        except OSError as exc:
+            log.debug("the record '%s' could not be removed: %s", self.path, exc)
+
+
+_TYPES: dict[type, dict[str, Any]] = {
+    kind: {name: wanted for name, wanted in get_type_hints(kind).items() if name not in _NOT_STORED}
+    for kind in (ExportRecord, MountRecord)
+}
+"""What each field of a record's file must be."""
 
 
 def process_started(pid: int) -> str | None:
@@ -155,10 +172,9 @@ def _is_private(place: str, uid: int) -> bool:
 def _is_trusted(place: str, uid: int) -> bool:
     """Whether ``place`` is a directory that nobody but ``uid`` can write to."""
     try:
-        found = os.lstat(place)
+        return owned_files.is_trusted(os.lstat(place), uid)
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o022
 
 
 def make_place() -> str:
@@ -205,12 +221,12 @@ def log_path(mountpoint: str) -> str:
 
 def new_record(mountpoint: str, exports: list[ExportRecord]) -> MountRecord:
     """A record for a mount that this process serves; not yet written."""
-    pid = os.getpid()
+    pid, uid = os.getpid(), os.geteuid()
     path = record_path(mountpoint)
-    other = _load(Path(path))
+    other = _load(path, uid)
     if other is not None and other.alive:  # its directory was renamed, or it has not flushed everything yet
         path = f"{path.removesuffix('.json')}.{pid}.json"
-    return MountRecord(mountpoint, pid, process_started(pid) or "", exports, path=path)
+    return MountRecord(mountpoint, pid, process_started(pid) or "", exports, path=path, owner=uid)
 
 
 def file_identity(path: str | None) -> str | None:
@@ -226,33 +242,36 @@ def file_identity(path: str | None) -> str | None:
 
 def records() -> list[MountRecord]:
     """All records that this user may see, by mountpoint."""
-    found = [
-        record
-        for place, uid in _directories()
-        if _is_trusted(place, uid)
-        for path in sorted(Path(place).glob("*.json"))
-        if (record := _load(path, uid)) is not None and _belongs(record)
-    ]
+    found = [record for place, uid in _directories() for record in _records_in(place, uid) if _belongs(record)]
     _locate(found)
     return sorted(found, key=lambda record: record.place)
 
 
+def _records_in(place: str, owner: int) -> list[MountRecord]:
+    """The proper records in a directory, none where it is not to be trusted."""
+    try:
+        with owned_files.trusted_directory(place, owner) as folder:
+            names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))
+            found = [_load_from(folder, f"{place}/{name}", owner) for name in names]
+    except OSError as exc:
+        log.debug("the directory '%s' is not looked into: %s", place, exc)
+        return []
+    return [record for record in found if record is not None]
+
+
 def _locate(found: list[MountRecord]) -> None:
-    """Fill in where the mounts are now."""
+    """Fill in where the mounts are now. A record may speak of mounts of its owner only."""
     ours = [mount for mount in mountinfo.mounts() if mount.fstype == mountinfo.FSTYPE]
-    claimed = {record.mountpoint for record in found}
+    claimed = {(record.owner, record.mountpoint) for record in found}
     for record in found:
-        here = [
-            mount.mountpoint
-            for mount in ours
-            if mount.device == record.device and mount.user_id in (None, record.owner)
-        ]
+        owned = [mount for mount in ours if mount.user_id in (None, record.owner)]
+        here = [mount.mountpoint for mount in owned if mount.device == record.device]
         if record.mountpoint in here or not record.device:
             record.place = record.mountpoint
-            record.mounted = any(mount.mountpoint == record.mountpoint for mount in ours)
+            record.mounted = any(mount.mountpoint == record.mountpoint for mount in owned)
             continue
         # A mount at the place of another record is that one's, and has the number of a mount that is gone.
-        moved = [place for place in here if place not in claimed]
+        moved = [place for place in here if (record.owner, place) not in claimed]
         record.place = moved[0] if moved else record.mountpoint
         record.mounted = bool(moved)
 
@@ -270,7 +289,7 @@ def find(mountpoint: str, owner: int | None = None) -> MountRecord | None:
 
 def reread(record: MountRecord) -> MountRecord | None:
     """The record as the same daemon has left it, None if it took it away."""
-    found = _load(Path(record.path), record.owner)
+    found = _load(record.path, record.owner)
     if found is None or (found.pid, found.started) != (record.pid, record.started):
         return None
     return found
@@ -285,12 +304,19 @@ def _directories() -> Iterator[tuple[str, int]]:
         places[f"{base}/fusedisk", uid] = None
     places[f"/tmp/fusedisk-{_outer_uid(uid)}", uid] = None
     if uid == 0:
-        for pattern, parent in (("*/fusedisk", Path("/run/user")), ("fusedisk-*", Path("/tmp"))):
-            for path in parent.glob(pattern):
-                number = path.parent.name if parent.name == "user" else path.name.rpartition("-")[2]
-                if number.isdecimal():
-                    places[str(path), int(number)] = None
+        for parent, prefix, suffix in (("/run/user", "", "/fusedisk"), ("/tmp", "fusedisk-", "")):
+            for name in _names_in(parent):
+                number = name.removeprefix(prefix)
+                if name.startswith(prefix) and number.isdecimal():
+                    places[f"{parent}/{name}{suffix}", int(number)] = None
     yield from places
+
+
+def _names_in(place: str) -> list[str]:
+    try:
+        return sorted(os.listdir(place))
+    except OSError:
+        return []
 
 
 def _belongs(record: MountRecord) -> bool:
@@ -301,21 +327,53 @@ def _belongs(record: MountRecord) -> bool:
         return True
 
 
-def _load(path: Path, owner: int = 0) -> MountRecord | None:
-    """The record in a file, None where there is none that can be read."""
+def _load(path: str, owner: int) -> MountRecord | None:
+    """The record of a user in a file, None where there is none that can be read."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(errors="surrogateescape"))
-        exports = [ExportRecord(**export) for export in content.pop("exports")]
-        return MountRecord(**content, exports=exports, path=str(path), owner=owner)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
+        with owned_files.trusted_directory(os.path.dirname(path), owner) as folder:
+            return _load_from(folder, path, owner)
+    except OSError as exc:
         log.debug("the record '%s' cannot be read: %s", path, exc)
         return None
 
 
-def _unlink(path: str) -> None:
+def _load_from(folder: int, path: str, owner: int) -> MountRecord | None:
+    """The same, with a descriptor of the directory that ``path`` lies in."""
     try:
-        os.unlink(path)
-    except OSError as exc:
-        log.debug("the record '%s' could not be removed: %s", path, exc)
+        content = json.loads(owned_files.read(folder, os.path.basename(path), owner))
+        return _parse(content, path, owner)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as exc:
+        log.debug("the record '%s' cannot be read: %s", path, exc)
+        return None
+
+
+def _parse(content: Any, path: str, owner: int) -> MountRecord:
+    """A record that may have been written by anybody. Raises ValueError or TypeError where no daemon has."""
+    if not isinstance(content, dict) or not isinstance(exports := content.pop("exports", None), list):
+        raise ValueError("it is no object with a list of exports")
+    files = [ExportRecord(**_checked(ExportRecord, export)) for export in exports]
+    record = MountRecord(**_checked(MountRecord, content), exports=files, path=path, owner=owner)
+    if not os.path.isabs(record.mountpoint) or not 0 < record.pid <= _LARGEST_PID:
+        raise ValueError("it names no absolute mountpoint, or no process")
+    if record.loop is not None and owner != 0:
+        raise ValueError("it names a loop device, which only root attaches")
+    for file in files:
+        if "/" in file.name or file.name in ("", ".", "..") or not 0 <= file.size <= _LARGEST_SIZE:
+            raise ValueError(f"it has a file '{file.name:.80}' whose name or size cannot be")
+    return record
+
+
+def _checked(kind: type, content: Any) -> dict[str, Any]:
+    """The fields of a ``kind`` of record, each of its type. Raises ValueError."""
+    if not isinstance(content, dict):
+        raise ValueError("it has no fields")
+    types = _TYPES[kind]
+    for name, value in content.items():
+        # To Python True is a number, too.
+        if name not in types or not isinstance(value, types[name]) or isinstance(value, bool) != (types[name] is bool):
+            raise ValueError(f"its field '{name:.80}' is not known, or of another type")
+        if isinstance(value, str) and b"\0" in value.encode(errors="surrogateescape"):
+            raise ValueError(f"its field '{name}' holds what no name can hold")
+    return content
