@@ -20,6 +20,7 @@ import trio
 from fusedisk.block.gate import Gate
 from fusedisk.block.graph import Graph
 from fusedisk.cli.background import Report, notify_service_manager
+from fusedisk.cli.pid_file import PidFile
 from fusedisk.cli.running import run_async
 from fusedisk.core.errors import FusediskError, host_error
 from fusedisk.core.inflate_pool import allow_processes
@@ -77,6 +78,7 @@ class Daemon:
         self.exports: list[Export] = []
         self.session: Session | None = None
         self.record: runtime.MountRecord | None = None
+        self._pid_file = PidFile(request.pid_file) if request.pid_file is not None else None
         self._failures: list[str] = []
         self._bug = False
         self._helpers: trio.Nursery
@@ -192,8 +194,8 @@ class Daemon:
         """Tell everybody who waits for it that the mount is ready."""
         request = self.request
         try:
-            if request.pid_file is not None:
-                _write_pid_file(request.pid_file)
+            if self._pid_file is not None:
+                self._pid_file.write()
             if request.ready_fd is not None:
                 _write_ready(request.ready_fd)
         except FusediskError as exc:
@@ -270,8 +272,8 @@ class Daemon:
                 await trio.to_thread.run_sync(self.session.close)
             except FusediskError as exc:
                 log.error("%s", exc)
-        if self.request.pid_file is not None:
-            _remove_pid_file(self.request.pid_file)
+        if self._pid_file is not None:
+            self._pid_file.remove()
         if self.record is not None:
             self._end_record(self.record)
 
@@ -300,30 +302,6 @@ class Daemon:
 def _describe_users(path: str) -> str:
     mount = mountinfo.mount_at(path)
     return holders.describe(mount) if mount is not None else "not in use"
-
-
-def _write_pid_file(path: str) -> None:
-    runtime.check_pid_file(path)
-    path = os.path.realpath(path)
-    try:
-        with open(f"{path}.{os.getpid()}", "w") as file:
-            file.write(f"{os.getpid()}\n")
-        os.replace(f"{path}.{os.getpid()}", path)
-    except OSError as exc:
-        raise host_error(exc, path, "write the pid file") from exc
-
-
-def _remove_pid_file(path: str) -> None:
-    path = os.path.realpath(path)
-    try:
-        if not os.path.isfile(path):
-            return
-        with open(path) as file:
-            ours = file.read().strip() == str(os.getpid())
-        if ours:
-            os.unlink(path)
-    except OSError as exc:
-        log.debug("the pid file '%s' could not be removed: %s", path, exc)
 
 
 def _write_ready(fd: int) -> None:

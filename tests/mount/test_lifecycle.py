@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from fusedisk.mount import runtime
-from tests.conftest import qemu_img, run_tool
+from tests.conftest import qemu_img, require_root, run_tool
 from tests.support.commands import fusedisk_process, process_command, process_environment
 from tests.support.images import make_qcow2
 from tests.support.mounts import PATIENCE, Mounts, daemon_of, has_ended, is_mounted, wait_until
@@ -74,6 +74,24 @@ def test_a_pid_file_replaces_files_alone(mounts: Mounts, raw: Path, tmp_path: Pa
     mounts.umount(on)
     assert (tmp_path / "link").is_symlink()
     assert not (tmp_path / "file").exists()
+
+
+def test_a_pid_file_is_not_written_through_the_link_of_another_user(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
+    require_root()
+    conf, sticky = tmp_path / "conf", tmp_path / "sticky"
+    conf.write_text("precious")
+    sticky.mkdir()
+    sticky.chmod(0o1777)
+    (sticky / "pid").symlink_to(conf)
+    os.lchown(sticky / "pid", 65534, 65534)
+    on, done = mounts.try_mount("--pid-file", sticky / "pid", raw)
+    assert (done.code, done.err) == (
+        1,
+        f"fusedisk: the pid file '{sticky}/pid' leads through '{sticky}/pid', a symbolic link of user 65534, but one "
+        "of user 0 was wanted.\n",
+    )
+    assert conf.read_text() == "precious"
+    assert not is_mounted(on)
 
 
 def test_a_pid_file_that_cannot_be_written_ends_the_mount(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
