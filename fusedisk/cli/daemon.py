@@ -28,7 +28,7 @@ from fusedisk.core.inflated_cache import inflated_capacity
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
-from fusedisk.mount import holders, memory_pressure, mountinfo, mountpoint, runtime, unmounting
+from fusedisk.mount import leaving, memory_pressure, mountpoint, runtime
 from fusedisk.mount.attachment import Attachment
 from fusedisk.mount.loop_device import LoopSettings
 from fusedisk.mount.loop_follower import LoopFollower
@@ -229,20 +229,21 @@ class Daemon:
                     nursery.start_soon(self._leave, self.session)
 
     async def _leave(self, session: Session) -> None:
-        """Unmount as soon as nobody uses the mount; say who does."""
+        """Unmount as soon as nobody uses or covers the mount; say who does."""
         await self._release_loop()
-        told = False
+        told = set()
         while True:
             released = session.operations.released
             place = session.place()
             try:
-                if await trio.to_thread.run_sync(unmounting.unmount, place):
+                obstacle = await trio.to_thread.run_sync(leaving.unmount_own, place, session.device)
+                if obstacle is None:
                     return
-                if not told:
-                    told = True
-                    users = await trio.to_thread.run_sync(_describe_users, place)
+                if obstacle not in told:
+                    told.add(obstacle)
+                    found = await trio.to_thread.run_sync(leaving.describe, place, obstacle)
                     log.warning(
-                        "'%s' is %s: it will be unmounted when they are done (SIGQUIT ends it now).", place, users
+                        "'%s' is %s: it will be unmounted when that is over (SIGQUIT ends it now).", place, found
                     )
             except FusediskError as exc:
                 log.error("%s", exc)
@@ -297,11 +298,6 @@ class Daemon:
         self._failures.append(sentence)
         if self._report is None:
             log.error("%s", sentence)
-
-
-def _describe_users(path: str) -> str:
-    mount = mountinfo.mount_at(path)
-    return holders.describe(mount) if mount is not None else "not in use"
 
 
 def _write_ready(fd: int) -> None:

@@ -198,18 +198,18 @@ def _unmount_without_daemon(mount: Mount) -> None:
 
 
 def _unmount(mount: Mount, deadline: float | None, record: MountRecord | None = None) -> None:
-    """Unmount, trying until the deadline; raises OperationBlockedError with the names of who uses it."""
+    """Unmount, trying until the deadline; raises OperationBlockedError with the names of who uses or covers it."""
     from fusedisk.core.errors import OperationBlockedError
-    from fusedisk.mount import holders, unmounting
+    from fusedisk.mount import leaving
 
     device = record.loop if record is not None else None
     end_that = "end that" if device is None else f"detach it (fusedisk detach {device})"
 
-    while not unmounting.unmount(mount.mountpoint):
+    while (obstacle := leaving.unmount_own(mount.mountpoint, mount.device)) is not None:
         if deadline is not None and time.monotonic() >= deadline:
             raise OperationBlockedError(
-                f"'{mount.mountpoint}' is {holders.describe(mount)}: {end_that} first, wait with --wait, or lose "
-                f"what they have not written with --force."
+                f"'{mount.mountpoint}' is {leaving.describe(mount.mountpoint, obstacle)}: {end_that} first, wait with "
+                f"--wait, or lose what they have not written with --force."
             )
         time.sleep(POLL)
 

@@ -1,7 +1,7 @@
 """One FUSE mount of this process (pyfuse3 has no more than one): mounting, serving, ending.
 
 pyfuse3's own unmounting is lazy and would pull disks from under open files, so it is never used: who wants to
-unmount uses :mod:`fusedisk.mount.unmounting`, the kernel then ends the connection, and :meth:`Session.serve`
+unmount uses :mod:`fusedisk.mount.leaving`, the kernel then ends the connection, and :meth:`Session.serve`
 returns.
 """
 
@@ -18,7 +18,7 @@ import trio
 
 from fusedisk.core.errors import HostError
 from fusedisk.export.export import Export
-from fusedisk.mount import mountinfo, unmounting
+from fusedisk.mount import leaving, mountinfo, unmounting
 from fusedisk.mount.channel import Channel
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.reply_pipe import ReplyPipe
@@ -134,11 +134,8 @@ class Session:
             self._channel.close()
         if self._wakefulness is not None:
             self._wakefulness.close()
-        if self._mount is not None and self._is_ours(mountinfo.mount_at(self.mountpoint)):
+        if self._mount is not None and leaving.is_on_top(self.mountpoint, self._mount.device):
             unmounting.detach(self.mountpoint)
-
-    def _is_ours(self, found: mountinfo.Mount | None) -> bool:
-        return found is not None and self._mount is not None and found.device == self._mount.device
 
     async def _wait_ready(self, ready: Callable[[], None]) -> None:
         await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)

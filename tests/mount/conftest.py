@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import Mounts, mounts_below
+from fusedisk.mount import mountinfo
+from tests.conftest import require_root, run_tool
+from tests.support.mounts import Covered, Mounts, mounts_below
 
 MIB = 1 << 20
 
@@ -30,6 +32,21 @@ def raw(tmp_path: Path) -> Path:
         file.seek(4 * MIB - 7)
         file.write(b"the end")
     return path
+
+
+@pytest.fixture
+def covered(tmp_path: Path) -> Iterator[Covered]:
+    """A place to mount on and to cover."""
+    require_root()
+    above = tmp_path / "above"
+    above.mkdir()
+    run_tool("mount", "-t", "tmpfs", "above", above)
+    try:
+        run_tool("mount", "--make-private", above)  # what lies on a shared one cannot be moved
+        yield Covered(above)
+    finally:
+        while mountinfo.mount_at(str(above)) is not None:
+            run_tool("umount", "-l", above)
 
 
 @pytest.fixture

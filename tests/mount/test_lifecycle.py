@@ -17,7 +17,7 @@ from fusedisk.mount import runtime
 from tests.conftest import qemu_img, require_root, run_tool
 from tests.support.commands import fusedisk_process, process_command, process_environment
 from tests.support.images import make_qcow2
-from tests.support.mounts import PATIENCE, Mounts, daemon_of, has_ended, is_mounted, wait_until
+from tests.support.mounts import PATIENCE, Covered, Mounts, daemon_of, has_ended, is_mounted, wait_until
 
 MIB = 1 << 20
 
@@ -186,6 +186,31 @@ def test_a_signal_waits_for_a_working_directory(mounts: Mounts, raw: Path) -> No
         line = process.stderr.readline().decode()
         assert f"cat (pid {holder.pid}, working directory)" in line
     assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("way", ["over it", "moved over it", "over a directory above"])
+def test_a_signal_leaves_alone_what_covers_the_mount(mounts: Mounts, raw: Path, covered: Covered, way: str) -> None:
+    process = mounts.start(raw, on=covered.place)
+    assert process.stderr is not None
+    cover = covered.cover(way)
+    (cover / "file").write_text("precious")
+    process.send_signal(signal.SIGTERM)
+    line = process.stderr.readline().decode()
+    assert f"'{covered.place}' is covered by {'another mount' if cover != covered.place else 'cover (tmpfs)'}: " in line
+    process.send_signal(signal.SIGTERM)
+    assert (cover / "file").read_text() == "precious"
+    run_tool("umount", cover)
+    assert process.wait(PATIENCE) == 0
+    assert not is_mounted(covered.place)
+
+
+def test_an_end_leaves_alone_what_covers_the_mount(mounts: Mounts, raw: Path, covered: Covered) -> None:
+    process = mounts.start(raw, on=covered.place)
+    cover = covered.cover("moved over it")
+    (cover / "file").write_text("precious")
+    process.send_signal(signal.SIGQUIT)
+    assert process.wait(PATIENCE) == 0
+    assert (cover / "file").read_text() == "precious"
 
 
 @pytest.mark.parametrize("command", [("umount",), ("fusermount3", "-u")])

@@ -22,7 +22,7 @@ from tests.conftest import qemu_img, qemu_io, require_root, run_tool
 from tests.support.commands import fusedisk_process
 from tests.support.files import mounted_tmpfs
 from tests.support.images import make_qcow2
-from tests.support.mounts import Mounts, daemon_of, has_ended, is_mounted, own_mounts, wait_until
+from tests.support.mounts import Covered, Mounts, daemon_of, has_ended, is_mounted, own_mounts, wait_until
 
 MIB = 1 << 20
 
@@ -246,6 +246,18 @@ def test_other_mounts_and_no_mounts_are_told_apart(mounts: Mounts, tmp_path: Pat
     assert (done.code, done.err) == (1, f"fusedisk: nothing is mounted at '{tmp_path}/none'.\n")
     done = fusedisk_process("umount", "/proc")
     assert (done.code, done.err) == (1, "fusedisk: '/proc' is a mount of proc (proc), not of fusedisk: use umount.\n")
+
+
+def test_what_was_moved_over_a_mount_is_left_alone(mounts: Mounts, raw: Path, covered: Covered) -> None:
+    mounts.mount(raw, on=covered.place)
+    cover = covered.cover("moved over it")
+    (cover / "file").write_text("precious")
+    done = fusedisk_process("umount", covered.place)
+    assert done.code == 1
+    assert f"'{covered.place}' is covered by cover (tmpfs): end that first, wait with --wait" in done.err
+    assert (cover / "file").read_text() == "precious"
+    run_tool("umount", cover)
+    mounts.umount(covered.place)
 
 
 def test_by_another_path(mounts: Mounts, raw: Path, tmp_path: Path) -> None:

@@ -130,6 +130,27 @@ class Mounts:
             process.communicate()
 
 
+class Covered:
+    """A place to mount on, and then to cover by another filesystem."""
+
+    def __init__(self, above: Path) -> None:
+        self._above = above
+        self._older = above / "older"
+        self.place = above / "mnt"
+        for folder in (self._older, self.place):
+            folder.mkdir()
+        run_tool("mount", "-t", "tmpfs", "cover", self._older)
+
+    def cover(self, way: str) -> Path:
+        """Cover it; returns where the other filesystem is."""
+        if way == "moved over it":
+            run_tool("mount", "--move", self._older, self.place)
+            return self.place
+        where = self._above if way == "over a directory above" else self.place
+        run_tool("mount", "-t", "tmpfs", "cover", where)
+        return where
+
+
 @contextlib.contextmanager
 def mounts_below(folder: Path) -> Iterator[Mounts]:
     """Mounts that are all gone when the block ends."""

@@ -1,0 +1,65 @@
+"""Taking one's own mount away, and never what somebody has mounted over it. Everything here blocks."""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+
+from fusedisk.mount import holders, mountinfo, unmounting
+from fusedisk.mount.mountinfo import Mount
+
+_ATTEMPTS = 5
+_PAUSE = 0.1
+"""Seconds between attempts: desktop indexers look into a new mount and leave again."""
+
+
+class Obstacle(enum.Enum):
+    """Why a mount stays."""
+
+    IN_USE = enum.auto()
+    COVERED = enum.auto()
+    """Something else is mounted over it, or over a directory above it."""
+
+
+def unmount_own(place: str, device: str) -> Obstacle | None:
+    """Take away the mount with the device number ``major:minor`` that is at an absolute path, unless somebody uses it
+    or has covered it; None if it is not there any more. Raises HostError where it is not allowed."""
+    for _ in range(_ATTEMPTS):
+        if all((mount.mountpoint, mount.device) != (place, device) for mount in mountinfo.mounts()):
+            return None
+        if not is_on_top(place, device):
+            return Obstacle.COVERED
+        if not unmounting.unmount(place, attempts=1):
+            time.sleep(_PAUSE)
+    return Obstacle.IN_USE
+
+
+def is_on_top(place: str, device: str) -> bool:
+    """Whether a path leads into the mount with that device number."""
+    mount = _led_to(place)
+    return mount is not None and mount.device == device
+
+
+def describe(place: str, obstacle: Obstacle) -> str:
+    """An obstacle, for the end of a sentence about ``place``: ``in use by dd (pid 12, open file)``."""
+    if obstacle is Obstacle.IN_USE:
+        mount = mountinfo.mount_at(place)
+        return holders.describe(mount) if mount is not None else "not in use"
+    cover = _led_to(place)
+    return f"covered by {'another mount' if cover is None else f'{cover.source} ({cover.fstype})'}"
+
+
+def _led_to(path: str) -> Mount | None:
+    """The mount that an absolute path leads into, which the order of mountinfo does not tell: mounts can be moved. None
+    where it leads nowhere."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as lines:
+            number = next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+    finally:
+        os.close(fd)
+    return next((mount for mount in mountinfo.mounts() if mount.mount_id == number), None)
