@@ -83,12 +83,7 @@ def _ending(status: int) -> str:
 def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep_fd: int | None) -> NoReturn:
     code = 70
     try:
-        os.setsid()
-        _close_others({sending, keep_fd if keep_fd is not None else sending})
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
+        let_go_of_caller({sending, keep_fd if keep_fd is not None else sending})
         handler = daemon_log.log_to(log_path)
         daemon_log.remove_old()
 
@@ -110,13 +105,19 @@ def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep
         os._exit(code)
 
 
-def _close_others(keep: set[int]) -> None:
-    """Close what came from the caller: its locks and pipes must not live as long as the mount."""
+def let_go_of_caller(keep: set[int]) -> None:
+    """Leave the caller's session, and close what came from it: its locks and pipes must not live as long as this
+    process. The descriptors of ``keep`` stay, none of them a standard stream; those become /dev/null."""
+    os.setsid()
     low = 3
     for fd in sorted(keep):
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
 
 
 def notify_service_manager(state: str) -> None:

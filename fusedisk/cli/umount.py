@@ -3,12 +3,10 @@ flushed."""
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import select
 import signal
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -26,6 +24,8 @@ POLL = 0.3
 """Seconds between attempts with --wait."""
 _LOOK_AFTER = 1.0
 """Seconds that a daemon has to end before anybody asks whether the filesystem is mounted elsewhere."""
+_PATIENCE = 10.0
+"""Seconds that --force gives to flushing from outside: the daemon may hang."""
 _LONGEST = 2_000_000.0
 """Seconds; poll(2) counts milliseconds in 31 bits, and nobody sees whether three weeks were waited for or a year."""
 
@@ -82,56 +82,67 @@ def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> No
         _unmount_without_daemon(mount)
         return
     if force:
-        daemon.end_now()
-    else:
-        _flush(daemon.record, deadline)
-        _unmount(mount, deadline if wait else time.monotonic(), daemon.record)
-    daemon.wait_ended(deadline, None if wait or force else mount.device)
+        _end(daemon, deadline)
+        return
+    _flush(daemon.record, deadline)
+    _unmount(mount, deadline if wait else time.monotonic(), daemon.record)
+    daemon.wait_ended(deadline, None if wait else mount.device)
 
 
 def _flush(record: MountRecord, deadline: float | None) -> None:
     """See to it that all is written while there is still somebody to try again, but no longer than until the deadline:
     the daemon may hang. Raises HostError, and OperationBlockedError where the time was too short."""
-    from fusedisk.core.errors import OperationBlockedError
+    from fusedisk.cli import flushing
+    from fusedisk.core.errors import HostError, OperationBlockedError
 
-    failures: list[FusediskError] = []
-    thread = threading.Thread(target=_flush_files, args=(record, failures), daemon=True)
-    thread.start()
-    thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-    if failures:
-        raise failures[0]
-    if thread.is_alive():
+    try:
+        failure = flushing.flush(record, _left(deadline))
+    except TimeoutError as exc:
         raise OperationBlockedError(
             f"'{record.place}' stays mounted: its daemon (pid {record.pid}) did not flush it in time."
+        ) from exc
+    if failure is not None:
+        raise HostError(
+            f"'{failure.path}' could not be flushed ({os.strerror(failure.errno)}) and stays mounted: put that right "
+            f"and try again, or lose what is not written with --force.",
+            errno=failure.errno,
         )
 
 
-def _flush_files(record: MountRecord, failures: list[FusediskError]) -> None:
+def _end(daemon: _Daemon, deadline: float | None) -> None:
+    """End a daemon although its mount is in use, with everything flushed that can be. Raises HostError."""
+    lost = _flush_what_can_be(daemon.record, deadline) if daemon.record.mounted else None
+    daemon.end_now()
+    daemon.wait_ended(deadline)
+    if lost is not None:
+        raise lost
+
+
+def _flush_what_can_be(record: MountRecord, deadline: float | None) -> FusediskError | None:
+    """Flush for a while, even where the daemon hangs; returns what to say of a failure once the daemon has ended."""
+    from fusedisk.cli import flushing
     from fusedisk.core.errors import HostError
 
-    for export in record.exports:
-        if export.read_only:
-            continue
-        # On a regular file the mount is the disk.
-        path = f"{record.place}/{export.name}" if os.path.isdir(record.place) else record.place
-        try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-        except OSError:
-            continue  # it is another user's, or gone
-        try:
-            os.fsync(file)
-        except OSError as exc:
-            if exc.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-                continue
-            failures.append(
-                HostError(
-                    f"'{path}' could not be flushed ({exc.strerror}) and stays mounted: put that right and try again, "
-                    f"or lose what is not written with --force.",
-                    errno=exc.errno,
-                )
-            )
-        finally:
-            os.close(file)
+    left = _left(deadline)
+    seconds = _PATIENCE if left is None else min(_PATIENCE, left / 2)
+    try:
+        failure = flushing.flush(record, seconds, loop_devices=True)
+    except TimeoutError:
+        return HostError(
+            f"'{record.place}' was ended before all of it was flushed, which took too long: what its users had not "
+            f"written yet may be lost."
+        )
+    if failure is None:
+        return None
+    return HostError(
+        f"'{failure.path}' could not be flushed ({os.strerror(failure.errno)}) before it was ended: what its users had "
+        f"not written yet is lost.",
+        errno=failure.errno,
+    )
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _check_ours(mount: Mount) -> None:
@@ -158,8 +169,9 @@ def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: b
             raise OptionError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
         daemon = _Daemon(record)
         if force:
-            daemon.end_now()
-        daemon.wait_ended(deadline)
+            _end(daemon, deadline)
+        else:
+            daemon.wait_ended(deadline)
         return
     _tell_error(record)
     record.remove()
@@ -274,8 +286,8 @@ class _Daemon:
                     f"'{self.record.place}' is unmounted, but its daemon (pid {self.record.pid}) goes on for "
                     f"{holders.listed(others)}: end that, or lose what they have not written with --force."
                 )
-            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            if not poll.poll(left):
+            left = _left(deadline)
+            if not poll.poll(None if left is None else left * 1000):
                 raise HostError(
                     f"'{self.record.place}' is unmounted, but its daemon (pid {self.record.pid}) has not finished "
                     f"flushing."

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -196,6 +197,18 @@ def test_umount_says_how_to_detach_and_force_ends_both(attached: Attachments, tm
     assert (done.code, done.err) == (0, "")
     assert loop_device.backing_file(device) is None
     assert not os.path.exists(place)
+
+
+def test_umount_by_force_flushes_partitions(attached: Attachments, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    entry = struct.pack("<B3xB3xII", 0, 0x83, 2048, 2048)
+    image.write_bytes((bytes(446) + entry).ljust(510, b"\0") + b"\x55\xaa" + bytes(4 * MIB))
+    device = attached.attach("-f", "raw", image)
+    with open(f"{device}p1", "r+b", buffering=0) as file:
+        file.write(b"kept" * 1024)
+        done = fusedisk_process("umount", "--force", attached.record(device).mountpoint)
+        assert (done.code, done.err) == (0, "")
+        assert image.read_bytes()[MIB : MIB + 4096] == b"kept" * 1024
 
 
 def test_sigterm_ends_it_when_the_last_user_is_done(attached: Attachments, mounts: Mounts, ext4: Path) -> None:

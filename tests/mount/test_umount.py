@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from tests.conftest import qemu_img, qemu_io, require_root, run_tool
 from tests.support.commands import fusedisk_process
 from tests.support.files import mounted_tmpfs
 from tests.support.images import make_qcow2
-from tests.support.mounts import Covered, Mounts, daemon_of, has_ended, is_mounted, own_mounts, wait_until
+from tests.support.mounts import PATIENCE, Covered, Mounts, daemon_of, has_ended, is_mounted, own_mounts, wait_until
 
 MIB = 1 << 20
 
@@ -44,16 +45,25 @@ def test_an_open_file_is_named_and_kept(mounts: Mounts, raw: Path) -> None:
 
 def test_a_mapping_keeps_a_disk_and_loses_nothing(mounts: Mounts, raw: Path) -> None:
     on = mounts.mount(raw)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    with (on / "disk").open("r+b") as file:  # Python's mmap would keep a descriptor
-        place = libc.mmap(None, MIB, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file.fileno(), 0)
-    ctypes.memmove(place, b"mapped", 6)
-    done = fusedisk_process("umount", on)
-    assert f"(pid {os.getpid()}, mapped file)" in done.err
-    assert libc.munmap(ctypes.c_void_p(place), MIB) == 0
+    with _mapped(on / "disk") as place:
+        ctypes.memmove(place, b"mapped", 6)
+        done = fusedisk_process("umount", on)
+        assert f"(pid {os.getpid()}, mapped file)" in done.err
     mounts.umount(on)
     assert raw.read_bytes().startswith(b"mapped")
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[int]:
+    """Where the beginning of a file is in memory, shared; without a descriptor, which Python's mmap would keep."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    with path.open("r+b") as file:
+        place = libc.mmap(None, MIB, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file.fileno(), 0)
+    try:
+        yield place
+    finally:
+        assert libc.munmap(ctypes.c_void_p(place), MIB) == 0
 
 
 def test_a_loop_device_and_what_is_mounted_from_it_are_named(mounts: Mounts, tmp_path: Path) -> None:
@@ -145,6 +155,62 @@ def test_force_ends_a_disk_under_a_loop_device(mounts: Mounts, tmp_path: Path) -
     )
     assert b"Input/output error" in done.stderr
     assert image.read_bytes()[:65536] == content
+
+
+def test_force_flushes_what_was_written_into_a_mapping(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount(raw)
+    with _mapped(on / "disk") as place:
+        ctypes.memmove(place, b"mapped", 6)
+        mounts.umount(on, "--force")
+        assert raw.read_bytes().startswith(b"mapped")
+
+
+def test_force_flushes_filesystems_on_loop_devices_of_a_mount(mounts: Mounts, tmp_path: Path) -> None:
+    require_root()
+    image, out = tmp_path / "fs.img", tmp_path / "out"
+    image.write_bytes(bytes(16 * MIB))
+    run_tool("mkfs.ext4", "-q", image)
+    on = mounts.mount("-f", "raw", image)
+    filesystem = mounts.mount_filesystem(mounts.loop(on / "fs"))
+    (filesystem / "file").write_bytes(b"kept" * 1000)
+    mounts.umount(on, "--force")
+    run_tool("e2fsck", "-fy", image, check=False)  # replays its journal
+    run_tool("debugfs", "-R", f"dump /file {out}", image)
+    assert out.read_bytes() == b"kept" * 1000
+
+
+def test_force_ends_a_mount_that_cannot_be_flushed_in_time(
+    mounts: Mounts, raw: Path, tmp_path: Path, program: list[str]
+) -> None:
+    on = mounts.directory()
+    process = mounts.start("-f", "raw", raw, on=on, program=program)
+    (tmp_path / "broken").write_text("hold pwritev 0")
+    with _mapped(on / "disk") as place:
+        ctypes.memmove(place, b"mapped", 6)
+        done = fusedisk_process("umount", "--force", "--timeout", "2", on)
+    assert (done.code, done.err) == (
+        1,
+        f"fusedisk: '{on}' was ended before all of it was flushed, which took too long: what its users had not written "
+        "yet may be lost.\n",
+    )
+    assert process.wait(PATIENCE) == 0
+    assert not is_mounted(on)
+
+
+def test_force_tells_what_could_not_be_flushed(mounts: Mounts, raw: Path, tmp_path: Path, program: list[str]) -> None:
+    """The daemon has nothing left to flush then, and ends well."""
+    on = mounts.directory()
+    process = mounts.start("-f", "raw", raw, on=on, program=program)
+    with _mapped(on / "disk") as place:
+        ctypes.memmove(place, b"mapped", 6)
+        (tmp_path / "broken").write_text("error pwritev")
+        done = fusedisk_process("umount", "--force", on)
+    assert (done.code, done.err) == (
+        1,
+        f"fusedisk: '{on}/disk' could not be flushed (Input/output error) before it was ended: what its users had not "
+        "written yet is lost.\n",
+    )
+    assert process.wait(PATIENCE) == 0
 
 
 def test_a_failed_flush_at_the_end_is_told(mounts: Mounts, tmp_path: Path, program: list[str]) -> None:

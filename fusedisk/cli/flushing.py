@@ -1,0 +1,85 @@
+"""Flushing a mount through its files, which the daemon cannot do itself: the kernel holds what programs wrote into
+mappings, and what was written to loop devices and to filesystems on them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple, NoReturn
+
+from fusedisk.cli.background import let_go_of_caller
+from fusedisk.mount import loop_device, loop_users
+from fusedisk.mount.runtime import MountRecord
+
+
+class Failure(NamedTuple):
+    """A file that could not be flushed."""
+
+    path: str
+    errno: int
+
+
+def flush(record: MountRecord, seconds: float | None, *, loop_devices: bool = False) -> Failure | None:
+    """Flush the writable files of a mount, and with ``loop_devices`` first those that stand on them; returns what went
+    wrong first. Raises TimeoutError where it did not come to an end in time, None being any."""
+    receiving, sending = os.pipe()
+    # A process that waits for a daemon that hangs cannot even be killed, and its threads neither. It is left behind.
+    child = os.fork()
+    if child == 0:
+        _run_child(record, sending, loop_devices)
+    os.close(sending)
+    with open(receiving, "rb") as pipe:
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        answer = pipe.read() if poll.poll(None if seconds is None else seconds * 1000) else b""
+    if not answer:
+        os.kill(child, signal.SIGKILL)
+        raise TimeoutError
+    os.waitpid(child, 0)
+    failures = json.loads(answer)
+    return Failure(*failures[0]) if failures else None
+
+
+def _run_child(record: MountRecord, sending: int, loop_devices: bool) -> NoReturn:
+    try:
+        let_go_of_caller({sending})
+        failures = [*_flush_loop_devices(record)] if loop_devices else []
+        failures += _flush_files(record)
+        os.write(sending, json.dumps(failures).encode())
+    finally:
+        os._exit(0)
+
+
+def _flush_files(record: MountRecord) -> Iterator[Failure]:
+    for export in record.exports:
+        if not export.read_only:
+            # On a regular file the mount is the disk.
+            path = f"{record.place}/{export.name}" if os.path.isdir(record.place) else record.place
+            yield from _flush_file(path)
+
+
+def _flush_loop_devices(record: MountRecord) -> Iterator[Failure]:
+    for device, path in loop_device.devices():
+        if path == record.place or path.startswith(f"{record.place}/"):
+            loop_users.flush_filesystems(device)
+            # What was written to a partition is held apart from what was written to the whole.
+            for name in (*loop_device.partitions(device), device):
+                yield from _flush_file(name)
+
+
+def _flush_file(path: str) -> Iterator[Failure]:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return  # it is another user's, or gone
+    try:
+        os.fsync(file)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            yield Failure(path, exc.errno or errno.EIO)
+    finally:
+        os.close(file)
