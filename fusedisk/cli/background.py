@@ -29,8 +29,8 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
     """Fork; the child runs ``serve`` detached from terminal and caller and exits with what that returns.
 
     Returns in the parent when the child has reported that it is ready; raises HostError with what it reported
-    otherwise. Must be called before any thread is started. ``keep_fd``, and no other descriptor, stays open in the
-    child.
+    otherwise. Must be called before any thread is started. ``keep_fd``, which is no standard
+    stream, and no other descriptor stays open in the child.
     """
     receiving, sending = os.pipe()
     sys.stdout.flush()

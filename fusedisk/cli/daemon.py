@@ -303,6 +303,7 @@ class Daemon:
 def _write_ready(fd: int) -> None:
     try:
         os.write(fd, b"ready\n")
-        os.close(fd)
+        if fd > 2:  # the next file to be opened would become the standard stream
+            os.close(fd)
     except OSError as exc:
         raise host_error(exc, f"/dev/fd/{fd}", "write to --ready-fd") from exc

@@ -153,6 +153,9 @@ def command(**given: Any) -> None:
     from fusedisk.mount import runtime
 
     log_path = runtime.log_path(request.mountpoint)
+    if request.ready_fd is not None and request.ready_fd <= 2:
+        # The daemon's own standard streams lead nowhere.
+        request.ready_fd = fcntl.fcntl(request.ready_fd, fcntl.F_DUPFD_CLOEXEC, 3)
     run_in_background(lambda report: run_daemon(request, report), log_path, request.ready_fd)
 
 

@@ -122,6 +122,41 @@ def test_ready_fd_of_a_daemon(mounts: Mounts, raw: Path) -> None:
     mounts.umount(on)
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_standard_stream_as_ready_fd_of_a_daemon(mounts: Mounts, raw: Path, number: int) -> None:
+    receiving, sending = os.pipe()
+    on = mounts.directory()
+    mounts.adopt(on)
+    streams = [subprocess.DEVNULL] * 3
+    streams[number] = sending
+    subprocess.run(
+        process_command("mount", "--ready-fd", str(number), raw, on),
+        **dict(zip(("stdin", "stdout", "stderr"), streams, strict=True)),
+        env=process_environment(),
+        timeout=PATIENCE,
+        check=True,
+    )
+    os.close(sending)
+    with open(receiving, "rb") as pipe:
+        assert pipe.read() == b"ready\n"
+    mounts.umount(on)
+
+
+def test_a_standard_stream_as_ready_fd_stays_open(mounts: Mounts, raw: Path) -> None:
+    """The next file that is opened would take its place, and get what is logged."""
+    on = mounts.directory()
+    mounts.adopt(on)
+    command = process_command("mount", "--foreground", "--ready-fd", "2", raw, on)
+    process = subprocess.Popen(command, env=process_environment(), stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"ready\n"
+    with (on / "disk").open("rb"):
+        process.send_signal(signal.SIGTERM)
+        assert b"is in use by" in process.stderr.readline()
+    assert process.wait(PATIENCE) == 0
+    process.stderr.close()
+
+
 def test_a_ready_fd_that_is_not_open_is_wrong_usage(mounts: Mounts, raw: Path) -> None:
     _, done = mounts.try_mount("--ready-fd", "987", raw)
     assert done.code == 2
