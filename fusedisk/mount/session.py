@@ -16,7 +16,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from fusedisk.core.errors import HostError
+from fusedisk.core.errors import HostError, host_error
 from fusedisk.export.export import Export
 from fusedisk.mount import leaving, mountinfo, unmounting
 from fusedisk.mount.channel import Channel
@@ -138,7 +138,10 @@ class Session:
             unmounting.detach(self.mountpoint)
 
     async def _wait_ready(self, ready: Callable[[], None]) -> None:
-        await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
+        try:
+            await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
+        except OSError as exc:  # the connection was aborted, or the mount is covered by one that fails
+            raise host_error(exc, self.mountpoint, "look at the mount") from exc
         self._raise_readahead()  # not before: the kernel sets it when it shakes hands with us
         ready()
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pyfuse3
+import pytest
 import trio
 import trio.testing
 
+from fusedisk.core.errors import HostError
 from fusedisk.mount.session import Session
 
 
@@ -37,3 +40,16 @@ async def test_every_file_whose_data_is_stale_is_told_of() -> None:
         while told[-1] != 1 or len(told) < 4:
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_mount_that_cannot_be_looked_at_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the connection is aborted before the first answer."""
+    operations: Any = SimpleNamespace(exports=[])
+    session = Session("/nowhere", operations, set())
+    monkeypatch.setattr(pyfuse3, "main", _serve_for_ever)
+    with pytest.raises(HostError, match=r"^Could not look at the mount '/nowhere': No such file or directory$"):
+        await session.serve(lambda: None)
+
+
+async def _serve_for_ever(**_: int) -> None:
+    await trio.sleep_forever()
