@@ -83,6 +83,8 @@ class Daemon:
         self._bug = False
         self._helpers: trio.Nursery
         self._attachment: Attachment | None = None
+        """Set once the mount serves, and unless it is to end by then."""
+        self._ending = False
 
     async def run(self) -> int:
         """All of it."""
@@ -139,8 +141,6 @@ class Daemon:
                 return session.place() if single else os.path.join(session.place(), name)
 
             self._helpers.start_soon(LoopFollower(export, path).run)
-            if request.loop is not None:
-                self._attachment = Attachment(export, path(), request.loop)
         await session.serve(self._ready)
 
     def _make_record(self) -> runtime.MountRecord:
@@ -164,10 +164,14 @@ class Daemon:
         """The mount serves."""
         gc.collect()
         gc.freeze()
-        if self._attachment is not None:
-            self._helpers.start_soon(self._attach, self._attachment)
-        else:
+        if self.request.loop is None:
             self._announce()
+        elif not self._ending:
+            assert self.session is not None
+            (export,) = self.exports
+            path = os.path.join(self.session.place(), export.name)
+            self._attachment = Attachment(export, path, self.request.loop)
+            self._helpers.start_soon(self._attach, self._attachment)
 
     async def _attach(self, attachment: Attachment) -> None:
         assert self.record is not None
@@ -186,6 +190,8 @@ class Daemon:
         self.session.stop()
 
     async def _release_loop(self) -> None:
+        """Take the loop device away, if there is one or is to be one in a moment, and let none come any more."""
+        self._ending = True
         if self._attachment is not None:
             await self._attachment.settled.wait()
             await self._attachment.release()

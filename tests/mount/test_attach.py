@@ -286,6 +286,25 @@ def test_an_end_midway_is_undone(attached: Attachments, tmp_path: Path, number: 
     wait_until(lambda: attached.records() == [], "nothing is served")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_an_end_does_not_wait_for_a_mount_that_never_gets_ready(
+    attached: Attachments, tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "early.img").write_bytes(bytes(MIB))
+    before = traces("early")
+    change = (
+        "import trio\nfrom fusedisk.mount.session import Session\n"
+        "async def wait_for_ever(self, ready):\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    await trio.sleep_forever()\n"
+        "Session._wait_ready = wait_for_ever"
+    )
+    done = _run_changed(tmp_path, change, "attach", tmp_path / "early.img")
+    assert (done.returncode, done.stderr) == (1, "fusedisk: the mount was stopped before it was ready.\n")
+    assert traces("early") <= before
+    assert attached.records() == []
+
+
 @pytest.mark.parametrize("target", ["full", "closed pipe"])
 def test_a_device_that_cannot_be_told_is_detached(attached: Attachments, tmp_path: Path, target: str) -> None:
     (tmp_path / "untold.img").write_bytes(bytes(MIB))
