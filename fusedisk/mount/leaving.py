@@ -26,13 +26,18 @@ def unmount_own(place: str, device: str) -> Obstacle | None:
     """Take away the mount with the device number ``major:minor`` that is at an absolute path, unless somebody uses it
     or has covered it; None if it is not there any more. Raises HostError where it is not allowed."""
     for _ in range(_ATTEMPTS):
-        if all((mount.mountpoint, mount.device) != (place, device) for mount in mountinfo.mounts()):
+        if not is_at(place, device):
             return None
         if not is_on_top(place, device):
             return Obstacle.COVERED
         if not unmounting.unmount(place, attempts=1):
             time.sleep(_PAUSE)
     return Obstacle.IN_USE
+
+
+def is_at(place: str, device: str) -> bool:
+    """Whether the mount with that device number is at an absolute path, covered or not. Never touches the path."""
+    return any((mount.mountpoint, mount.device) == (place, device) for mount in mountinfo.mounts())
 
 
 def is_on_top(place: str, device: str) -> bool:

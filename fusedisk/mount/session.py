@@ -51,6 +51,8 @@ class Session:
         self._wakefulness: Wakefulness | None = None
         self._mount: mountinfo.Mount | None = None
         self._serving = False
+        self._there = False
+        """Whether there is a mount to take away at the end."""
         self._stale: set[int] = set()
         """Inodes whose data the kernel is to forget."""
         self._some_stale = trio.Event()
@@ -68,7 +70,7 @@ class Session:
                 reason = said.text() or str(exc)
                 raise HostError(f"Could not mount on '{self.mountpoint}': {reason}") from exc
         self._mount = mountinfo.mount_at(self.mountpoint)
-        self._serving = True
+        self._serving = self._there = True
         if self._settings.channel:
             try:
                 spliced = splice(before)
@@ -119,6 +121,8 @@ class Session:
                 await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS if self._channel is None else MAX_NAME_TASKS)
             finally:
                 self._serving = False
+                # Later its number may be that of another mount in its place: closing the images can take a while.
+                self._there = leaving.is_at(self.mountpoint, self.device)
                 nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
@@ -134,7 +138,7 @@ class Session:
             self._channel.close()
         if self._wakefulness is not None:
             self._wakefulness.close()
-        if self._mount is not None and leaving.is_on_top(self.mountpoint, self._mount.device):
+        if self._there and leaving.is_on_top(self.mountpoint, self.device):
             unmounting.detach(self.mountpoint)
 
     async def _wait_ready(self, ready: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from fusedisk.core.errors import HostError
+from fusedisk.mount import leaving, mountinfo, unmounting
 from fusedisk.mount.session import Session
 
 
@@ -53,3 +54,24 @@ async def test_a_mount_that_cannot_be_looked_at_is_told(monkeypatch: pytest.Monk
 
 async def _serve_for_ever(**_: int) -> None:
     await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("left", [False, True])
+async def test_only_a_mount_that_was_left_is_taken_away_at_the_end(monkeypatch: pytest.MonkeyPatch, left: bool) -> None:
+    """One that ended by itself has given its number away, to another one in its place."""
+    operations: Any = SimpleNamespace(exports=[])
+    session = Session("/nowhere", operations, set())
+    session._mount = mountinfo.Mount(1, "0:99", "/nowhere", mountinfo.FSTYPE, "disk", "")
+    taken: list[str] = []
+    monkeypatch.setattr(leaving, "is_at", lambda place, device: left)
+    monkeypatch.setattr(leaving, "is_on_top", lambda place, device: True)
+    monkeypatch.setattr(unmounting, "detach", taken.append)
+    monkeypatch.setattr(pyfuse3, "main", _end_at_once)
+    monkeypatch.setattr(pyfuse3, "close", lambda unmount: None)
+    await session.serve(lambda: None)
+    session.close()
+    assert taken == (["/nowhere"] if left else [])
+
+
+async def _end_at_once(**_: int) -> None:
+    pass
