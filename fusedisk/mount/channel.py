@@ -296,8 +296,8 @@ class Channel:
 
     async def _dispatch(self, nursery: trio.Nursery, request: Request, length: int, opcode: int, unique: int) -> bool:
         """Let a request be answered. True: its buffer is taken."""
+        _, _, _, fh, offset, size, flags = _HEAD.unpack_from(request.head)
         if opcode == wire.READ:
-            _, _, _, fh, offset, size, _ = _HEAD.unpack_from(request.head)
             handle = self._handles.get(fh)
             if handle is None or size > wire.MAX_WRITE:
                 self.answer(unique, -errno.EBADF if handle is None else -errno.EINVAL)
@@ -307,7 +307,6 @@ class Channel:
                 nursery.start_soon(self._read, unique, handle, offset, size, scope)
             return False
         if opcode == wire.WRITE:
-            _, _, _, fh, offset, size, flags = _HEAD.unpack_from(request.head)
             handle = self._handles.get(fh)
             if handle is None:
                 self.answer(unique, -errno.EBADF)

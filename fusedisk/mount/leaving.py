@@ -30,7 +30,7 @@ def unmount_own(place: str, device: str) -> Obstacle | None:
             return None
         if not is_on_top(place, device):
             return Obstacle.COVERED
-        if not unmounting.unmount(place, attempts=1):
+        if not unmounting.unmount(place):
             time.sleep(_PAUSE)
     return Obstacle.IN_USE
 

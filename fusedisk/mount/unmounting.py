@@ -7,39 +7,30 @@ import errno
 import os
 import shutil
 import subprocess
-import time
 
 from fusedisk.core.errors import HostError, NotSupportedError
 from fusedisk.mount import mountinfo
 
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
-_ATTEMPTS = 5
-_PAUSE = 0.1
-"""Seconds between attempts: desktop indexers look into a new mount and leave again."""
 
 
-def unmount(mountpoint: str, *, attempts: int = _ATTEMPTS) -> bool:
+def unmount(mountpoint: str) -> bool:
     """Take away the mount at an absolute path unless somebody uses it.
 
-    Returns False if it is busy, after a few attempts; True if nothing is mounted there any more. Dirty mapped pages
-    are written to the daemon first, so the daemon must be able to serve meanwhile. Raises HostError where it is not
-    allowed.
+    Returns False if it is busy; True if nothing is mounted there any more. Dirty mapped pages are written to the
+    daemon first, so the daemon must be able to serve meanwhile. Raises HostError where it is not allowed.
     """
-    while True:
-        try:
-            _unmount(mountpoint, lazy=False)
+    try:
+        _unmount(mountpoint, lazy=False)
+    except OSError as exc:
+        # Somebody else was faster, or it was gone before; fusermount3 has no error number of its own for that.
+        if mountinfo.mount_at(mountpoint) is None:
             return True
-        except OSError as exc:
-            # Somebody else was faster, or it was gone before; fusermount3 has no error number of its own for that.
-            if mountinfo.mount_at(mountpoint) is None:
-                return True
-            if exc.errno != errno.EBUSY:
-                raise _error(mountpoint, exc) from exc
-        attempts -= 1
-        if attempts <= 0:
-            return False
-        time.sleep(_PAUSE)
+        if exc.errno != errno.EBUSY:
+            raise _error(mountpoint, exc) from exc
+        return False
+    return True
 
 
 def detach(mountpoint: str) -> None:

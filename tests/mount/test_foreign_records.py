@@ -34,7 +34,7 @@ class Machine:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._pid = process.pid
-        self.theirs = Path(f"/proc/{process.pid}/root/run/user/{NOBODY}/fusedisk")
+        self.theirs = Path("/proc", str(process.pid), "root", f"run/user/{NOBODY}/fusedisk")
         """Where nobody's records lie."""
         for folder, owner in ((self.theirs.parent.parent, 0), (self.theirs.parent, NOBODY), (self.theirs, NOBODY)):
             folder.mkdir(mode=0o755 if owner == 0 else 0o700)
