@@ -1,6 +1,7 @@
 """A child that goes on in the background, and how it tells the command that started it what became of it.
 
-The parent prints the child's one sentence and takes over its exit code; it returns when the child is ready.
+The parent prints what the child had to warn of until then, and its one sentence where it failed, and takes over its
+exit code; it returns when the child is ready.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from fusedisk.cli import daemon_log
+from fusedisk.cli.output import tell
 from fusedisk.core.errors import HostError
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,9 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
     if not answer:
         _, status = os.waitpid(pid, 0)
         raise HostError(f"the mount's daemon ended before it was ready ({_ending(status)}), its log is '{log_path}'.")
-    failure = json.loads(answer)
+    failure, warnings = json.loads(answer)
+    for sentence in warnings:
+        tell(sentence)
     if failure is not None:
         os.waitpid(pid, 0)
         raise HostError(failure)
@@ -89,7 +93,7 @@ def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep
 
         def report(failure: str | None) -> None:
             try:
-                os.write(sending, json.dumps(failure).encode())
+                os.write(sending, json.dumps([failure, handler.hand_over()]).encode())
             except BrokenPipeError:
                 log.warning("the command that wanted the mount has ended, so the mount ends, too")
                 os.kill(os.getpid(), signal.SIGTERM)

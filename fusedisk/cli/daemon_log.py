@@ -22,17 +22,31 @@ _FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
 
 
 class DaemonLog(logging.handlers.RotatingFileHandler):
-    """Logs to a file, with one more for what was before."""
+    """Logs to a file, with one more for what was before.
+
+    Until the daemon is ready its warnings are for the terminal as well: :meth:`hand_over`.
+    """
 
     def __init__(self, path: str) -> None:
         self._worth_keeping = _holds_something(path)
+        self._warnings: list[str] | None = []
         super().__init__(path, maxBytes=_SIZE, backupCount=1, delay=True)
         self.setFormatter(LineFormatter(_FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
-        self._worth_keeping |= record.levelno >= logging.WARNING
+        if record.levelno >= logging.WARNING:
+            if self._warnings is None:
+                self._worth_keeping = True
+            else:
+                self._warnings.append(record.getMessage())
         super().emit(record)
+
+    def hand_over(self) -> list[str]:
+        """Return the warnings so far, each a sentence, for the terminal of the command that started the daemon. They
+        do not make the log worth keeping; those that follow do."""
+        warnings, self._warnings = self._warnings or [], None
+        return warnings
 
     def end(self) -> None:
         """The daemon has ended well: remove the log unless it holds a warning, or what another daemon has said."""

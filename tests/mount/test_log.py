@@ -35,17 +35,16 @@ def _line(level: int) -> logging.LogRecord:
     return logging.LogRecord("x", level, "x.py", 1, "something", (), None)
 
 
-def test_list_names_the_log_and_a_warning_stays_in_it(mounts: Mounts, raw: Path) -> None:
-    on = mounts.mount("--partitions", raw)  # which has no table
+def test_what_a_daemon_warns_of_before_it_is_ready_is_on_the_terminal(mounts: Mounts, raw: Path) -> None:
+    on, done = mounts.try_mount("--partitions", "-f", "raw", raw)  # which has no table
+    warning = "'disk' gets no files of partitions: there is no partition table."
+    assert (done.code, done.out, done.err) == (0, "", f"fusedisk: {warning}\n")
     log = Path(str(_listed(on)["log"]))
-    try:
-        assert log.parent == Path(runtime.directory())
-        assert log == Path(runtime.log_path(str(on)))
-        assert "'disk' gets no files of partitions: there is no partition table." in log.read_text()
-        mounts.umount(on)
-        assert log.exists()
-    finally:
-        log.unlink()
+    assert log.parent == Path(runtime.directory())
+    assert log == Path(runtime.log_path(str(on)))
+    assert warning in log.read_text()
+    mounts.umount(on)
+    assert not log.exists()
 
 
 def test_a_daemon_with_nothing_to_say_has_no_log(mounts: Mounts, raw: Path) -> None:
@@ -72,7 +71,10 @@ def test_what_is_kept(tmp_path: Path, level: int, before: str | None) -> None:
     if before is not None:
         path.write_text(before)
     log = DaemonLog(str(path))
+    log.emit(_line(logging.WARNING))
+    assert log.hand_over() == ["something"]
     log.emit(_line(level))
+    assert log.hand_over() == []
     log.end()
     assert path.exists() == (level == logging.WARNING or bool(before))
 
