@@ -1,10 +1,10 @@
-"""Running a coroutine to its end in one go, where nothing in it has to wait.
+"""Runs a coroutine without a task, as long as nothing in it has to wait.
 
-A task of its own costs a request more than most requests cost. So a request may be tried without one: whatever would
-suspend it, and knows of this, asks :func:`refuse_to_wait` before it changes anything, and raises :class:`WouldWait`.
-Everybody on the way cleans up as after any other error, and the request is made again in a task.
+Starting a task costs more than most requests do. So a request may first be tried without one. Every place that would
+wait calls :func:`refuse_to_wait` before it changes anything, which raises :class:`WouldWait`. The callers clean up as
+after any other error, and the request is made again in a task.
 
-Meant for code of which every wait is known to ask. A wait that does not is a bug, and told as one.
+Use it only for code in which every wait makes that call. A wait that does not is a bug and raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 
 
 class WouldWait(BaseException):
-    """What was to be done at once takes waiting. No ``Exception``: it is nobody's failure."""
+    """The request would have to wait. Not an ``Exception``, because nothing has failed."""
 
 
 class _State(threading.local):
@@ -29,18 +29,18 @@ _state = _State()
 
 
 def refuse_to_wait() -> None:
-    """Called by who is about to wait; raises WouldWait within :func:`run_at_once`."""
+    """Call this before waiting. Raises WouldWait within :func:`run_at_once`."""
     if _state.active:
         raise WouldWait
 
 
 def is_at_once() -> bool:
-    """Whether nothing suspends, and so nothing is cancelled: shields, which cost time, can be left out."""
+    """Whether this runs without a task. Nothing is cancelled then, so costly shields can be left out."""
     return _state.active
 
 
 def run_at_once(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
-    """The coroutine's result. Raises what it raises, and WouldWait where it has to wait."""
+    """Return the coroutine's result. Raises what it raises, and WouldWait if it has to wait."""
     _state.active = True
     try:
         coroutine.send(None)

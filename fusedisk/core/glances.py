@@ -1,33 +1,33 @@
-"""Which pieces were looked at lately, each for a small part of it. Decisions only.
+"""Decides whether to inflate a whole piece or only its first part. No I/O.
 
-To inflate the first part of a piece takes that part of the time, but whoever looks again must begin anew. So the first
-look at a piece is given a part, and the second, if it comes soon, all of it: that is kept, and costs the looks after it
-nothing. Where most pieces are looked at once, as random reads of a large image do, half of the work is saved; at worst
-there is half as much to do again.
+Inflating half of a piece takes half of the time, but the next request must start again. So the first request for a
+piece inflates only what it needs. The second, if it comes soon, inflates all of it; the piece is cached and further
+requests cost nothing. Random reads of a large image touch most pieces once, which saves half of the work; at worst half
+of it is done twice.
 
-Soon, since keeping a piece pays only if it is looked at again before others have pushed it out. Who comes back as late
-as that will come as late the next time.
+"Soon" matters: caching a piece pays only if it is requested again before it is evicted. A piece that was requested
+again too late will be too late the next time, too.
 """
 
 from __future__ import annotations
 
 MOST_GLANCES = 1 << 12
-"""Pieces that one look is remembered of at most, oldest first forgotten."""
+"""How many first requests are remembered at most; the oldest is forgotten first."""
 _SOON = 8
-"""And at most one in so many of those that there is room for."""
+"""Also at most 1/N of the pieces that the cache can hold."""
 
 
 class Glances:
-    """The pieces of one image that had one look, by key."""
+    """The pieces of one image that were requested once, by key."""
 
     def __init__(self, size: int, room: int) -> None:
-        """``size``: bytes of a piece. ``room``: bytes of all that can be kept."""
+        """``size``: bytes of a piece. ``room``: bytes that the cache can hold."""
         self._worth = size - size // 4
         self._most = max(min(room // size // _SOON, MOST_GLANCES), 1)
         self._seen: dict[int, None] = {}
 
     def first(self, key: int, end: int) -> bool:
-        """Somebody looks at the first ``end`` bytes of a piece; tells whether no more than that is to be inflated."""
+        """Note a request for the first ``end`` bytes of a piece; True if only those are to be inflated."""
         seen = self._seen
         if end > self._worth or key in seen:
             return False
@@ -37,5 +37,5 @@ class Glances:
         return True
 
     def whole(self, key: int) -> None:
-        """All of a piece was inflated."""
+        """Note that all of a piece was inflated."""
         self._seen.pop(key, None)

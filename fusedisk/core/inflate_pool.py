@@ -1,12 +1,11 @@
 """Processes that inflate, for programs that need more of it than threads can do.
 
-A thread gives the GIL back while it inflates, but asks for it again after each piece, and waits while others have it:
-of two processors, one and a half are used. Processes have no lock in common. They start when there was a lot to
-inflate, and end when there was nothing for a while. Whatever happens to them, nobody is the worse for it: who wanted
-something inflated is told to do it by themselves.
+A thread releases the GIL while it inflates, but must take it again after each piece: two threads use one and a half
+processors. Processes share no lock. They start once there was a lot to inflate and end after a while without work. If
+anything happens to them, the caller is told to inflate by itself, so nothing is lost.
 
-Compressed data and content are in memory that is shared with the processes, and content stays there for as long as
-somebody holds on to it. So neither is copied.
+Compressed data and results lie in memory shared with the processes. A result stays there while it is in use. So neither
+is copied.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ log = logging.getLogger(__name__)
 
 MOST_PROCESSES = 4
 BATCHES = 3
-"""Batches for each process that keep all of them busy: what one has, what is on its way, and what is being read."""
+"""Batches for each process that keep it busy: one being inflated, one queued, one being read."""
 BREAK_EVEN = 64 << 20
-"""Bytes to be inflated by threads before processes are worth their start: a tenth of a second's work."""
+"""How many bytes threads inflate before starting processes pays off: a tenth of a second's work."""
 CONTENT_SIZE = (2 << 20) + (64 << 10)
-"""Bytes that a batch inflates to, at most: so 2 MiB from anywhere in clusters of 64 KiB are a batch."""
+"""Bytes that a batch inflates to, at most: 2 MiB at any offset, in clusters of 64 KiB, are one batch."""
 SOURCE_SIZE = CONTENT_SIZE + (64 << 10)
-"""Bytes of a batch's compressed data, at most, with what lies between the pieces."""
+"""Bytes of a batch's compressed data, at most, gaps between the pieces included."""
 _WORTH_HOLDING = CONTENT_SIZE // 2
-"""Bytes of content below which a batch is copied from the memory where it takes up CONTENT_SIZE."""
+"""Results smaller than this are copied, so that they do not occupy a whole slab of CONTENT_SIZE bytes."""
 _PATIENCE = 10.0
 """Seconds after which a process that does not get ready is ended."""
 _UNANSWERED = 10.0
@@ -62,15 +61,15 @@ _pool: trio.lowlevel.RunVar[InflatePool | None] = trio.lowlevel.RunVar("inflate_
 
 
 def allow_processes(capacity: int) -> None:
-    """Have this trio run use processes, if there is more than one processor. For programs of our own: a library cannot
-    know whether ``sys.executable`` is Python. ``capacity``: bytes of content that will be held on to."""
+    """Let this trio run use processes if there is more than one processor. For our own programs only: a library cannot
+    know whether ``sys.executable`` is Python. ``capacity``: bytes of results that will be in use at a time."""
     processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     if processes > 1 and sys.executable:
         _pool.set(InflatePool(processes, capacity))
 
 
 def inflate_pool() -> InflatePool | None:
-    """The processes of this trio run, where they are allowed."""
+    """Return the pool of this trio run; None unless processes are allowed."""
     return _pool.get()
 
 
@@ -79,7 +78,7 @@ class InflatePool:
 
     def __init__(self, processes: int, capacity: int) -> None:
         self.batches = BATCHES * processes
-        """Batches at a time that keep the processes busy. There is room for no more."""
+        """How many batches at a time keep the processes busy; also the most that fit."""
         self._processes = processes
         self._slabs = capacity // CONTENT_SIZE + 3 * self.batches
         self._crew: _Crew | None = None
@@ -87,12 +86,12 @@ class InflatePool:
         self._inflated_without = 0
 
     def parallel(self, size: int) -> int:
-        """Batches at a time that are welcome, of content that has ``size`` bytes at least; 0: by other means."""
+        """Return how many batches of at least ``size`` bytes to submit at once; 0: inflate in threads."""
         return self.batches if self._crew is not None and size <= CONTENT_SIZE else 0
 
     def begin(self, source_size: int, content_size: int) -> Batch | None:
-        """Room for so many bytes of compressed data that inflate to so many; None where that is to be done by other
-        means. The caller leaves the batch whatever happens."""
+        """Return a batch for ``source_size`` bytes of compressed data that inflate to ``content_size``; None: inflate
+        in threads. The caller must call :meth:`Batch.leave` in all cases."""
         if source_size > SOURCE_SIZE or content_size > CONTENT_SIZE:
             return None
         crew = self._crew
@@ -109,7 +108,7 @@ class InflatePool:
         return Batch(crew, copied=room <= self.batches or content_size < _WORTH_HOLDING)
 
     async def _run(self) -> None:
-        """Start the processes, and end them. They end together: who is left of them would hardly be worth it."""
+        """Start the processes, and end them after a while without work. If one fails, all end."""
         crew = None
         try:
             crew = _Crew(self._slabs, self.batches)
@@ -123,7 +122,7 @@ class InflatePool:
                 self._crew = None
                 nursery.cancel_scope.cancel()
         except* Exception as group:
-            # Whatever it is, others inflate.
+            # Whatever the reason, threads inflate instead.
             log.warning("there are no processes to inflate in: %s", group.exceptions[0])
             self._failed = True
         finally:
@@ -134,7 +133,7 @@ class InflatePool:
 
 
 class Batch:
-    """Pieces on their way through a process: fill :attr:`source`, then :meth:`inflate`, then :meth:`leave`."""
+    """Pieces to be inflated by a process: fill :attr:`source`, then :meth:`inflate`, then :meth:`leave`."""
 
     __slots__ = ("_copied", "_crew", "_place", "_slab", "_source_place", "source")
 
@@ -149,9 +148,10 @@ class Batch:
     async def inflate(
         self, codec: str, pieces: Sequence[Piece], size: int, processes: int = 1
     ) -> tuple[memoryview, list[int]]:
-        """The ``size`` bytes that each piece of :attr:`source` inflates to, one behind the other, and the numbers of
-        those pieces that the caller is to inflate, or to find out about, by themselves. ``codec``: a key of CODECS.
-        ``processes``: how many share the work, not more than there are pieces."""
+        """Inflate ``pieces`` of :attr:`source`, each to ``size`` bytes.
+
+        Returns all of them in order, and the indices of the pieces that failed, which the caller inflates itself to
+        find out why. ``codec``: a key of CODECS. ``processes``: how many share the work, at most ``len(pieces)``."""
         count = len(pieces)
         assert processes <= count, (processes, count)
         messages = []
@@ -168,7 +168,7 @@ class Batch:
         return content, [number for number, there in enumerate(done) if not there] if 0 in done else []
 
     def leave(self) -> None:
-        """The compressed data is needed no more."""
+        """Give the space of the compressed data back."""
         self._crew.give_source(self._source_place)
 
 

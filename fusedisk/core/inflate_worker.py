@@ -1,10 +1,10 @@
 """A process that inflates for :mod:`fusedisk.core.inflate_pool`, and ends with it.
 
-It has two descriptors: a socket, and memory that it shares with the pool. It sends READY, and then answers messages. A
-message is an array of unsigned 32-bit numbers: the codec, by its place in CODECS; how many bytes each piece inflates
-to; where in that memory the compressed data begins, and where the content of the pieces is to be, one behind the other;
-then for each piece the offset, from that beginning, and the length of its compressed data. The answer has a byte for
-each piece, 1 where it is there; what is wrong with the others is for the pool's user to find out.
+It gets two descriptors: a socket, and memory that it shares with the pool. It sends READY and then answers messages. A
+message is an array of unsigned 32-bit numbers: the codec (its index in CODECS); the inflated size of each piece; where
+in the shared memory the compressed data begins; where to put the inflated pieces, one after the other; then for each
+piece the offset, relative to that beginning, and the length of its compressed data. The answer has one byte for each
+piece: 1 if it was inflated. The user of the pool finds out what is wrong with the others.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def main() -> None:
     """Work with the descriptors that the arguments name."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     with suppress(OSError):
-        # Whoever waits for what this makes is to be woken up for it.
+        # The process that waits for the result must be able to preempt this one.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     memory = memoryview(mmap.mmap(int(sys.argv[2]), 0))
     with suppress(ConnectionError):
         connection.send(READY)
         work(connection, memory)
-    # There is nothing to tidy up, and somebody may be waiting.
+    # There is nothing to clean up, and the pool may be waiting.
     os._exit(0)
 
 

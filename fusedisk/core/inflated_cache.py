@@ -1,17 +1,16 @@
-"""Inflated pieces of an image, bounded in bytes, and those that are being inflated right now.
+"""A bounded cache of inflated pieces of an image, with the loads that are under way.
 
-Pieces that are inflated together stay together, in one memory, until one of them proves that it is worth keeping: then
-it gets a copy of its own.
+It is a 2Q cache. A new piece is on probation; a piece that is requested again after a while is *proven* and protected.
+So one sequential scan does not evict the pieces that others keep using. "After a while" matters: a reader that goes on
+in small steps requests each piece many times in a row, which proves nothing.
 
-A piece has a key that says where its compressed data lies, so two pieces may have the same key one after the other:
-its host space is freed and holds something else later. So whoever frees it calls :meth:`InflatedCache.drop` before
-the space can be used again. That holds for loads under way too: what they read is theirs to use no more.
+Pieces that were inflated together form a run and share one buffer. A piece that proves itself gets a copy of its own.
 
-What is asked for long after it came, or after its neighbours were asked for, is kept in preference to what is not, so
-that reading an image from one end to the other does not cost those their pieces who read some of them all the time.
-Long, since who reads on in small steps asks for each piece many times in a row.
+The key of a piece says where its compressed data lies. The same key can stand for two pieces, one after the other,
+when host space is freed and used again. So the code that frees space calls :meth:`InflatedCache.drop` before the space
+can be reused. This covers loads under way, too: their result is not cached.
 
-All of it is synchronous, but for waiting.
+Everything is synchronous except waiting for a load.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ from fusedisk.core.inflate import Content
 _LEAST_CAPACITY, _MOST_CAPACITY = 16 << 20, 128 << 20
 _SHARE_OF_MEMORY = 64
 _SHARE_OF_NEW = 4
-"""The share of the room, one in so many, that is for pieces that are not proven."""
+"""1/N of the capacity is for new pieces."""
 _SHARE_OF_PROOF = 6
-"""The share of the room, one in so many, that must come in between before a piece that is asked for is proven. More
-than goes ahead of a reader, less than there is room for."""
+"""A request proves a piece if 1/N of the capacity has arrived since the piece did: more than readahead fetches ahead of
+a reader, less than the cache holds."""
 
 
 def inflated_capacity() -> int:
-    """Bytes that one image's pieces may take up on this machine: a sixty-fourth of its memory, within reason."""
+    """Return how many bytes the pieces of one image may take up: 1/64 of this machine's memory, within bounds."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(max(memory // _SHARE_OF_MEMORY, _LEAST_CAPACITY), _MOST_CAPACITY)
 
 
 class Run:
-    """Pieces that come together."""
+    """Pieces that were inflated together."""
 
     __slots__ = ("_done", "asked", "content", "errors", "finished", "keys", "memory", "places", "size")
 
@@ -50,20 +49,20 @@ class Run:
         self.size = size
         """Bytes of each piece."""
         self.places = dict(zip(self.keys, range(0, len(self.keys) * size, size), strict=True))
-        """Where in the content the piece of a key is; those that are not here are to be had no more."""
+        """Offset in ``content`` of each piece by its key. A piece without an entry is gone."""
         self.content: Content = b""
-        """The pieces one behind the other, once they are there."""
+        """All pieces in order, once loaded."""
         self.memory = 0
-        """Bytes that the content takes up."""
+        """Bytes of memory that ``content`` occupies."""
         self.asked: int | None = None
-        """Bytes that had come when one of the pieces was last asked for."""
+        """The cache's logical time (bytes arrived so far) of the last request for one of the pieces."""
         self.finished = False
         self.errors: dict[int, str] = {}
-        """Why pieces could not be inflated. An exception would hold all that was in its reach in memory."""
+        """Why pieces could not be inflated, by key. Text, since an exception would keep its frames in memory."""
         self._done: trio.Event | None = None
 
     def get(self, key: int) -> Content | None:
-        """A piece, once the run is finished."""
+        """Return a piece of a finished run; None if it is gone."""
         place = self.places.get(key)
         if place is None:
             return None
@@ -72,33 +71,33 @@ class Run:
         return memoryview(self.content)[place : place + self.size]
 
     async def wait(self) -> None:
-        """Wait until it is finished."""
+        """Wait until the run is finished."""
         if not self.finished:
             if self._done is None:
                 self._done = trio.Event()
             await self._done.wait()
 
     def finish(self) -> None:
-        """Wake who waits."""
+        """Wake the tasks that wait."""
         self.finished = True
         if self._done is not None:
             self._done.set()
 
 
 class InflatedCache:
-    """Pieces by key: new ones, and proven ones that were asked for long after they came, least recently used first."""
+    """New and proven pieces by key, each kind with the least recently used first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        """Bytes. What came last stays, however large it is."""
+        """Bytes. The newest entry stays even if it is larger."""
         self.size = 0
-        """Bytes of memory that the pieces take up."""
+        """Bytes of memory that all pieces occupy."""
         self._new: OrderedDict[int | Run, tuple[Content, int]] = OrderedDict()
-        """Runs, and pieces that came alone by their key: the content, and how many bytes had come by then."""
+        """Runs, and single pieces by key: the content, and the logical time at which it arrived."""
         self._runs: dict[int, Run] = {}
-        """Runs, also those under way, by the keys that they have a place for."""
+        """The run of each key, finished or under way."""
         self._came = 0
-        """Bytes."""
+        """Logical time: bytes that have arrived so far."""
         self._proof = capacity // _SHARE_OF_PROOF
         self._proven: OrderedDict[int, Content] = OrderedDict()
         self._proven_size = 0
@@ -108,32 +107,32 @@ class InflatedCache:
         return sum(len(each.places) if isinstance(each, Run) else 1 for each in self._new) + len(self._proven)
 
     def has_room(self, size: int) -> bool:
-        """Whether a piece of so many bytes costs no other its place."""
+        """Whether a piece of ``size`` bytes fits without evicting another."""
         return self.size + size <= self.capacity
 
     def get(self, key: int) -> Content | None:
-        """The piece, if it is there."""
+        """Return the piece; None if it is not cached. May move it to the proven pieces."""
         content = self._proven.get(key)
-        if content is not None:
+        if content is not None:  # proven already
             self._proven.move_to_end(key)
             return content
         new = self._new.get(key)
         if new is not None:
             content, came = new
-            if self._came - came < self._proof:
+            if self._came - came < self._proof:  # a single piece, requested too soon to prove anything
                 self._new.move_to_end(key)
                 return content
             del self._new[key]
             self.size -= len(content)
         else:
             run = self._runs.get(key)
-            if run is None or not run.finished:
+            if run is None or not run.finished:  # unknown, or under way: see loading()
                 return None
             content = run.get(key)
-            if content is None or self._is_in_use(run):
+            if content is None or self._is_in_use(run):  # part of a run, requested too soon to prove anything
                 self._use(run)
                 return content
-            # It would keep its neighbours in memory.
+            # A view would keep the whole run in memory.
             content = bytes(content)
             self._new.move_to_end(run)
             self._take_out(run, key)
@@ -146,13 +145,13 @@ class InflatedCache:
         self._proven_size += len(content)
         self.size += len(content)
         while self._proven_size > self._proven_capacity and len(self._proven) > 1:
-            # It gets another chance.
+            # A demoted piece gets another chance as a new one.
             oldest, demoted = self._proven.popitem(last=False)
             self._proven_size -= len(demoted)
             self._new[oldest] = demoted, self._came
 
     def get_all(self, keys: array[int]) -> list[Content] | None:
-        """The pieces, if all of them are there, in as few parts as they are in memory."""
+        """Return the pieces in order, neighbours in one buffer; None unless all are cached."""
         found: list[Content] = []
         done = 0
         while done < len(keys):
@@ -171,7 +170,8 @@ class InflatedCache:
         return found
 
     def _neighbours(self, keys: array[int]) -> tuple[Run, int, int] | None:
-        """Pieces that lie together, are all still there, and prove nothing: the first of them, and how many."""
+        """The run that starts with ``keys[0]``, the offset of that piece and how many of ``keys`` follow in it. None
+        unless the run is complete and a request proves nothing."""
         run = self._runs.get(keys[0])
         if run is None or not run.finished or not self._is_in_use(run) or len(run.places) < len(run.keys):
             return None
@@ -181,8 +181,8 @@ class InflatedCache:
         return (run, place, len(there)) if there == keys[: len(there)] else None
 
     def _is_in_use(self, run: Run) -> bool:
-        """Whether who asks for a piece proves nothing. What goes ahead of several readers may have come long before
-        they get there: so what counts is when a piece was asked for."""
+        """Whether a request for one of its pieces proves nothing. The time of the last request counts, not of arrival:
+        what several readers share may have been fetched long before they reach it."""
         return run.asked is None or self._came - run.asked < self._proof
 
     def _use(self, run: Run) -> None:
@@ -190,7 +190,7 @@ class InflatedCache:
         self._new.move_to_end(run)
 
     def loading(self, key: int) -> Run | None:
-        """The run under way that a piece which is asked for comes with."""
+        """Return the run under way that will bring the piece, and note the request; None if there is none."""
         run = self._runs.get(key)
         if run is None or run.finished:
             return None
@@ -198,12 +198,12 @@ class InflatedCache:
         return run
 
     def knows(self, key: int) -> bool:
-        """Whether the piece is there or on its way."""
+        """Whether the piece is cached or under way."""
         return key in self._runs or key in self._new or key in self._proven
 
     def begin(self, keys: Iterable[int], size: int, *, asked: bool = True) -> Run:
-        """Start to load pieces of ``size`` bytes that are neither there nor on their way; :meth:`finish` is called for
-        it whatever happens. ``asked``: somebody waits for them, rather than that they come ahead of who may."""
+        """Note that pieces of ``size`` bytes are being loaded; none may be cached or under way. The caller must call
+        :meth:`finish` in all cases. ``asked``: a reader waits for them; False for readahead."""
         run = Run(keys, size)
         if asked:
             run.asked = self._came
@@ -211,8 +211,8 @@ class InflatedCache:
         return run
 
     def finish(self, run: Run, content: Content | None, errors: Mapping[int, str]) -> None:
-        """The pieces are there, one behind the other, but for those with an error, by their key. Without content it is
-        not known what they are."""
+        """Store the result of a load and wake the tasks that wait. ``content`` holds all pieces in order, ``errors``
+        maps the keys of failed pieces to a reason. ``content=None``: the whole load failed."""
         for key in run.keys if content is None else errors:
             if key in run.places:
                 self._take_out(run, key)
@@ -233,7 +233,7 @@ class InflatedCache:
         run.finish()
 
     def keep(self, key: int, content: Content) -> None:
-        """Keep the piece of a key that has none and no load under way."""
+        """Insert a single piece, whose key must be neither cached nor under way."""
         self._came += len(content)
         self._add(key, content, len(content))
 
@@ -258,7 +258,7 @@ class InflatedCache:
                 self.size -= len(content)
 
     def drop(self, key: int) -> None:
-        """What the key stands for is freed."""
+        """Forget a piece, because its host space is about to be reused."""
         run = self._runs.get(key)
         if run is not None:
             self._take_out(run, key)
@@ -272,7 +272,7 @@ class InflatedCache:
             self.size -= len(content)
 
     def _take_out(self, run: Run, key: int) -> None:
-        """Give a piece's place up, and the run with its last one."""
+        """Remove a piece from its run, and the run with its last piece."""
         del run.places[key], self._runs[key]
         if not run.places and run in self._new:
             del self._new[run]

@@ -1,13 +1,13 @@
-"""Finding out who reads sequentially, and how far ahead of them to go. Bytes and decisions only, no I/O.
+"""Detects sequential streams and sizes their readahead windows. Bytes and decisions only, no I/O.
 
-A stream is taken for sequential with its third request in a row. From then on there is always something wanted ahead
-of it: little at first, and each time that it has used a quarter of that, twice as much.
+A stream counts as sequential from its third request in a row. From then on a window ahead of it is to be fetched: small
+at first, and twice as large each time the stream has used a quarter of it.
 """
 
 from __future__ import annotations
 
 SEQUENTIAL = 2
-"""Requests that continued the one before them, after which a stream is sequential."""
+"""How many requests must continue the one before them until a stream counts as sequential."""
 FIRST_WINDOW = 256 << 10
 LONGEST_WINDOW = 16 << 20
 MAX_STREAMS = 8
@@ -20,17 +20,17 @@ class Stream:
 
     def __init__(self) -> None:
         self.offset = self.next = 0
-        """Of its last request, and the offset behind that."""
+        """Start and end of its last request."""
         self.window = 0
-        """Bytes to be ahead of it."""
+        """Bytes to stay ahead of it."""
         self.ahead = 0
-        """What was fetched, or is on its way, ends here."""
+        """End of what was fetched or is being fetched."""
         self.until = 0
-        """What is wanted ends here."""
+        """End of what is to be fetched."""
 
     @property
     def wanted(self) -> int:
-        """Bytes that are to be fetched."""
+        """Bytes still to be fetched."""
         return max(self.until - self.ahead, 0)
 
 
@@ -38,32 +38,30 @@ class Readahead:
     """The streams of one image."""
 
     def __init__(self, unit: int, capacity: int, batch: int) -> None:
-        """``unit``: bytes that are fetched as one. ``capacity``: bytes that all streams may be ahead together, of
-        which one takes at most an eighth of them. ``batch``: bytes of many units that are best fetched at a time."""
+        """``unit``: bytes that are fetched as one. ``capacity``: bytes that all streams together may be ahead; one
+        stream gets at most an eighth. ``batch``: bytes, many units, that are best fetched at a time."""
         self._unit = unit
         self._batch = batch
         self._longest = max(min(LONGEST_WINDOW, capacity // MAX_STREAMS), 2 * unit)
         self._gap = max(1 << 20, unit)
         self._streams: dict[int, Stream] = {}
-        """Those that are sequential, by the offset behind their last request; who was neither read nor fetched for
-        longest comes first."""
+        """Sequential streams by the end of their last request, the least recently read or fetched one first."""
         self._others: dict[int, tuple[int, int]] = {}
-        """Requests that belong to none of them, by the offset behind them, oldest first: their offset, and how many
-        requests before them each continued the one before it."""
+        """Other requests by their end, oldest first: their offset, and how many requests in a row led to them."""
 
     def notice(self, offset: int, end: int, limit: int) -> int:
-        """Somebody reads ``[offset, end)`` of ``limit`` bytes; returns how many bytes are wanted ahead of them."""
+        """Note a read of ``[offset, end)`` on a disk of ``limit`` bytes; return how many bytes to fetch ahead of it."""
         streams, others = self._streams, self._others
         same = others.get(end)
-        if same is not None and same[0] == offset:
+        if same is not None and same[0] == offset:  # the same request again
             return 0
         following = 0
-        if streams or offset in others or not offset % self._unit:  # random readers mostly come past here
+        if streams or offset in others or not offset % self._unit:  # False for most random reads
             stream = streams.pop(offset, None)
             if stream is None:
                 twice = streams.get(end)
                 if twice is not None and twice.offset == offset:
-                    # The same request once more, since not all of it could be answered at once.
+                    # The same request again, because not all of it could be answered at once.
                     return twice.wanted
                 stream = self._before_hole(offset)
             if stream is None:
@@ -85,8 +83,8 @@ class Readahead:
         return 0
 
     def _before_hole(self, offset: int) -> Stream | None:
-        """Take out the stream that may go on at ``offset``, since only units that need not be fetched, holes in what is
-        read, may lie between."""
+        """Remove and return the stream that may continue at ``offset``: what lies between may be holes, which need no
+        fetching."""
         if not offset % self._unit:
             for position in self._streams:
                 if self._reaches(position, offset):
@@ -94,7 +92,7 @@ class Readahead:
         return None
 
     def _following(self, offset: int) -> int:
-        """How many requests continued the one before them, with the one at ``offset``: take out what it continues."""
+        """Remove the request that the one at ``offset`` continues; return how many in a row that makes."""
         others = self._others
         before = others.pop(offset, None)
         if before is None and not offset % self._unit:
@@ -108,7 +106,7 @@ class Readahead:
         return 0 < offset - position <= self._gap and not position % self._unit
 
     def _passed(self, offset: int, end: int) -> Stream | None:
-        """The stream that has just gone past there: parts of a long request may come in any order."""
+        """The stream that has just passed this range: parts of a long request may arrive in any order."""
         for position, stream in self._streams.items():
             if position - self._gap <= offset and end <= position:
                 return stream
@@ -125,21 +123,21 @@ class Readahead:
         return stream.wanted
 
     def _step(self, window: int) -> int:
-        """How much of its window a stream uses before more is wanted: a quarter, in whole batches where that is not
-        most of it."""
+        """How much of its window a stream uses before the window moves on: a quarter, rounded up to whole batches if
+        the window is large enough."""
         quarter = window // 4
         return quarter if window < 2 * self._batch else -(-quarter // self._batch) * self._batch
 
     def wanted(self) -> Stream | None:
-        """A stream with something wanted, each in turn; the caller moves its ``ahead`` on."""
+        """Return a stream with something to fetch, each in turn; the caller then advances its ``ahead``."""
         for position, stream in self._streams.items():
             if stream.ahead < stream.until:
-                # Behind the others; the order tells also who has read last, for which this is as good.
+                # Move it to the end, so that each stream gets its turn; a fetch counts like a read in this order.
                 self._streams[position] = self._streams.pop(position)
                 return stream
         return None
 
     def forget(self) -> None:
-        """Nothing is wanted until somebody reads on."""
+        """Fetch nothing more until a stream continues."""
         for stream in self._streams.values():
             stream.until = stream.ahead = stream.next

@@ -1,8 +1,8 @@
-"""Sleeping for a moment until a descriptor can be read, for less of a processor than a wait with a time limit takes.
+"""A short sleep until a descriptor is readable, cheaper than poll(2) with a time limit.
 
-poll(2) with a time limit sets a timer of the kernel each time, which in a virtual machine takes its hypervisor: of 29
-microseconds of a processor for a sleep and an answer, 8. Sleeps that follow each other share one timer here, a
-timerfd(2), which is set anew when it has run out. Where there cannot be one, each sleep has its own.
+Each poll(2) with a time limit programs a kernel timer, which traps into the hypervisor in a virtual machine: 8 of the
+29 microseconds that a sleep and an answer cost. Here consecutive sleeps share one timerfd(2), which is armed again
+after it has fired. If there is no timerfd, each sleep has a time limit of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import select
 
 TICK = 1e-3
-"""Seconds for which the timer is set. A nap in which nothing comes lasts as long at least, and at most twice."""
+"""Seconds for which the timer is armed. A nap without a request lasts one to two of these."""
 
 _CLOCK_MONOTONIC = 1
 _libc = ctypes.CDLL(None)
@@ -22,7 +22,7 @@ _DURATION = (ctypes.c_long * 4)(0, 0, 0, round(TICK * 1e9))
 
 
 class Nap:
-    """Sleeps until one descriptor can be read."""
+    """Sleeps until one descriptor is readable."""
 
     def __init__(self, descriptor: int) -> None:
         self._timer: int = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
@@ -34,15 +34,15 @@ class Nap:
         self._poll = poller.poll
 
     def close(self) -> None:
-        """There are no naps any more."""
+        """Close the timer."""
         if self._timer >= 0:
             os.close(self._timer)
 
     def take(self) -> bool:
-        """Sleep. False: nothing has come."""
+        """Sleep; return whether the descriptor became readable."""
         if self._timer < 0:
             return bool(self._poll(TICK * 1e3))
-        for _ in range(2):  # it may have been set long before
+        for _ in range(2):  # the shared timer may have been armed earlier and fire at once
             if not self._runs:
                 if _libc.timerfd_settime(self._timer, 0, _DURATION, None):
                     return False

@@ -1,54 +1,53 @@
 """How to wait for the next request: decisions only, no I/O and no clock.
 
-There are three ways. *Asking* again and again notices a request at once and takes a processor all that time. *Napping*
-(:mod:`.nap`) takes what falling asleep and waking up costs. *Waiting* along with everything else in the event loop
-costs the most, and is the only one that lets others go on.
+There are three ways. *Spinning* (polling the descriptor in a loop; "asking" in the names below) notices a request at
+once and uses a processor all that time. *Napping* (:mod:`.nap`) costs one sleep and one wake-up. *Waiting* in the event
+loop costs the most, and is the only way that lets other tasks run.
 
-Asking is worth what the request would cost otherwise: the time of waking up, and half of what answering takes, since
-who answers for long may as well ask for longer. That is an account: a request that was asked for in less puts the rest
-on it, one that took longer takes from it, and while nothing is on it there are naps, of which each puts a little on it.
-So short gaps are always bridged by asking, and long ones now and then, which shows when they have become shorter. Not
-more often: where most requests are slept for, the few that are not gain nothing. Behind a gap of a millisecond there
-is neither.
+Spinning for one request may cost as much as it saves: one wake-up, plus half of the time spent answering. A credit
+account keeps the balance. A request that arrives sooner adds the rest to the account, a later one draws on it. While
+the account is empty the channel naps, and each nap adds a little credit. So short gaps are always bridged by spinning.
+Long gaps are tried now and then, which shows when they have become shorter. After a gap of a millisecond the channel
+waits in the event loop.
 """
 
 from __future__ import annotations
 
 ASK = 80e-6
-"""Seconds to ask for one request, at most."""
+"""Seconds to spin for one request, at most."""
 _SOON = 1e-3
-"""Seconds between an answer and the next request below which the one after it will probably come soon, too."""
+"""A gap of fewer seconds between an answer and the next request predicts another short gap."""
 _WAKING = 22e-6
-"""Seconds of a processor that falling asleep and waking up take."""
+"""Processor seconds that one sleep and one wake-up cost."""
 _SHARE = 0.5
-"""What asking may take, as a share of the time in which requests are answered."""
+"""What spinning may cost, as a share of the time spent answering."""
 _NAPPED = 1e-6
-"""Seconds that a nap puts on the account."""
+"""Credit in seconds that a nap adds."""
 _MOST = 400e-6
-"""Seconds that are on the account at most, so that it notices soon when gaps become longer."""
+"""The largest credit in seconds. A small limit, so that longer gaps end the spinning soon."""
 
 
 class Polling:
-    """What is known of the gaps between an answer and the next request, of one connection. Times are in seconds, of
-    one clock."""
+    """What is known of the gaps between an answer and the next request on one connection. All times are seconds of one
+    monotonic clock."""
 
     __slots__ = ("_account", "_answered", "_may_ask", "deadline", "naps", "soon")
 
     def __init__(self, *, may_ask: bool) -> None:
-        """``may_ask``: there is a processor for who asks and another for who is waited for."""
+        """``may_ask``: there are at least two processors, so that spinning does not starve the client."""
         self._may_ask = may_ask
         self._account = 0.0
         self._answered = 0.0
         self.soon = False
-        """Whether the request came close upon the one before it."""
+        """Whether the last request followed the one before it closely."""
         self.deadline = 0.0
-        """Until when to ask; nothing is asked for a second time where that is past."""
+        """Spin until then; 0: do not spin."""
         self.naps = False
-        """Whether to nap rather than ask."""
+        """Whether to nap instead of spinning."""
 
     def woke(self, now: float, asked: float) -> None:
-        """A request came while waiting. ``asked``: when it was last asked for in vain before that; 0 if it was not
-        asked for more than once."""
+        """Note a request that arrived while waiting in the event loop. ``asked``: time of the last empty poll before
+        that; 0 if there was at most one."""
         if asked:
             self._account -= asked - self._answered
         self.soon = now - self._answered < _SOON
@@ -56,12 +55,12 @@ class Polling:
         self.naps = False
 
     def overslept(self) -> None:
-        """Nothing came during a nap."""
+        """Note a nap in which nothing arrived."""
         self.soon = self.naps = False
 
     def answered(self, now: float, asked: float) -> None:
-        """A request was answered, or is on its way to who answers it. ``asked``: when it was last asked for in vain; 0
-        if it was there already, came during a nap, or was waited for."""
+        """Note that a request was answered or handed on. ``asked``: time of the last empty poll before it; 0 if it was
+        there already, arrived during a nap, or was waited for."""
         if asked:
             worth = _WAKING + _SHARE * (now - asked)
             self._account = min(self._account + worth - (asked - self._answered), _MOST)

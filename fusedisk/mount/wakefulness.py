@@ -1,10 +1,10 @@
-"""Keeping the machine's processors from sleeping while a mount is busy, for who asked for that.
+"""``--low-latency``: keeps the machine's processors awake while a mount is busy.
 
-Who reads one block after the other makes the processors take turns: whoever waits sleeps until the other is done, and a
-processor with nothing to do sleeps, too. Waking one up takes microseconds, and in a virtual machine the hypervisor:
-more than a request takes. The kernel lets root say how long that may take (power management quality of service,
-``/dev/cpu_dma_latency``, Documentation/power/pm_qos_interface.rst), for as long as the file is open. It holds for the
-whole machine and costs its power, so it is said only while requests come close upon each other.
+A client that reads one block after the other and the daemon take turns: while one works the other sleeps, and so does
+its processor. Waking a processor up takes microseconds, in a virtual machine a trip through the hypervisor: more than
+a request takes. The kernel lets root limit that latency (power management quality of service,
+``/dev/cpu_dma_latency``, Documentation/power/pm_qos_interface.rst) for as long as a file is open. The limit applies to
+the whole machine and costs power, so it is set only while requests follow each other closely.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ DEVICE = "/dev/cpu_dma_latency"
 _IDLE_DRIVER = "/sys/devices/system/cpu/cpuidle/current_driver"
 _LATENCY = struct.Struct("=i")
 """Microseconds."""
-_ANY = 2_000_000_000
-"""What the kernel takes where nobody wants anything."""
-_LIGHTEST = 2
-"""What the lightest sleep of a processor takes, which costs next to no power."""
-_NONE = 0
-"""No sleep at all: idle processors spin. In a virtual machine the lightest one takes the hypervisor already."""
+_NO_LIMIT = 2_000_000_000
+"""No limit: the kernel's default."""
+_LIGHT_SLEEP = 2
+"""Allows only the lightest sleep of a processor, which saves little power."""
+_NEVER_SLEEP = 0
+"""No sleep at all: idle processors spin. In a virtual machine even the lightest sleep traps into the hypervisor."""
 _LINGER = 0.05
-"""Seconds after the last request for which processors stay awake, at least; twice that at most."""
+"""Processors stay awake for one to two times this many seconds after the last request."""
 
 
 class Wakefulness:
-    """What one mount wants of the processors."""
+    """The latency limit of one mount."""
 
     def __init__(self) -> None:
-        """Wants nothing yet. Raises HostError where we may not want anything."""
+        """Open the device, without a limit yet. Raises HostError if that is not permitted."""
         try:
             self._file = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as exc:
@@ -46,17 +46,17 @@ class Wakefulness:
                 "Mount as root, or without it.",
                 errno=exc.errno,
             ) from exc
-        self._wanted = _NONE if _is_virtual() else _LIGHTEST
+        self._wanted = _NEVER_SLEEP if _is_virtual() else _LIGHT_SLEEP
         self._awake = False
         self._used = False
         self._begun = trio.Event()
 
     def close(self) -> None:
-        """Want nothing any more."""
+        """Close the device, which ends the limit."""
         os.close(self._file)
 
     def busy(self) -> None:
-        """Requests come close upon each other."""
+        """Note that requests follow each other closely."""
         self._used = True
         if not self._awake:
             self._awake = True
@@ -64,7 +64,7 @@ class Wakefulness:
             self._begun.set()
 
     async def run(self) -> None:
-        """Let processors sleep again, whenever nothing has come for a while."""
+        """Lift the limit whenever no request has come for a while. Never returns."""
         while True:
             await self._begun.wait()
             while self._used:
@@ -72,7 +72,7 @@ class Wakefulness:
                 await trio.sleep(_LINGER)
             self._begun = trio.Event()
             self._awake = False
-            self._want(_ANY)
+            self._want(_NO_LIMIT)
 
     def _want(self, latency: int) -> None:
         try:
