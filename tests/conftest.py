@@ -18,6 +18,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("fusedisk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fusedisk")  # how long an example takes says something of the machine, not of the code
 
 QEMU_TIMEOUT = 300.0
 """Seconds after which a call of a qemu tool counts as hung."""

@@ -138,7 +138,7 @@ async def test_any_file_name(tmp_path: Path, name: str) -> None:
         assert probed[3] == absolute[3] == forced[3] == 4 * KIB
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12))
 def test_file_names_at_random(tmp_path: Path, name: str) -> None:
     if name in (".", "..") or len(os.fsencode(name)) > 255:
@@ -291,7 +291,7 @@ VALUES = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     spec=st.sampled_from([spec for spec in SPECS if isinstance(spec, dict)]),
     changes=st.dictionaries(KEYS, VALUES, max_size=3),

@@ -307,7 +307,7 @@ def consistent(cache: InflatedCache) -> None:
 
 
 @given(seed=st.integers(0, 1 << 32), capacity=st.sampled_from([30, 100, 240, 1000]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_happens_nobody_gets_what_is_not_there(seed: int, capacity: int) -> None:
     rng = random.Random(seed)
     cache = InflatedCache(capacity)

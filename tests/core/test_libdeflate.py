@@ -157,7 +157,7 @@ blocks = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(blocks, st.sampled_from((zlib.Z_NO_FLUSH, zlib.Z_FULL_FLUSH))), min_size=1, max_size=8),
     st.integers(0, 9),

@@ -413,13 +413,13 @@ def _anything() -> st.SearchStrategy[Disk]:
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(disk=_anything())
 def test_anything_is_read_in_bounds(disk: Disk) -> None:
     _check(disk, disk.table())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     fields=st.tuples(*[st.integers(0, 200) | st.integers(0, (1 << 32) - 1)] * 4),
     entries=st.lists(
