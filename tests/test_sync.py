@@ -217,6 +217,7 @@ def test_after_a_fork_the_disk_is_the_parents(image: Path) -> None:
         "import fusedisk, gc, os, sys\n"
         "disk = fusedisk.open_sync(sys.argv[1], writable=True)\n"
         "disk.write(0, b'parent')\n"
+        "disk.flush()\n"
         "entries = disk.extents()\n"
         "parent, child = os.getpid(), os.fork()\n"
         "if not child:\n"

@@ -11,6 +11,7 @@ Source: include/uapi/linux/aio_abi.h, fs/aio.c.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -64,6 +65,12 @@ class _Event(ctypes.Structure):
     )
 
 
+def _destroy(number: int, context: ctypes.c_ulong) -> None:
+    """Give a context back. After a fork the child has none to give back."""
+    with contextlib.suppress(OSError):
+        system_call(number, context)
+
+
 class _Flushes:
     """The flushes of one trio run. Raises OSError where there is no AIO."""
 
@@ -76,7 +83,7 @@ class _Flushes:
         self._results: dict[int, int] = {}
         """What has ended, by number, for who began it."""
         self._events = (_Event * _MOST)()
-        weakref.finalize(self, system_call, destroy, context)
+        weakref.finalize(self, _destroy, destroy, context)
 
     def begin(self, fd: int) -> tuple[int, int]:
         """Begin to flush; returns the number of the flush, and what is readable when it has ended. Raises OSError."""
