@@ -208,7 +208,7 @@ async def test_options(image: Path, tmp_path: Path) -> None:
         ({"discard": "yes"}, "discard is 'yes', but one of unmap, ignore was wanted."),
         ({"detect_zeroes": "yes"}, "detect_zeroes is 'yes', but one of off, on, unmap was wanted."),
         ({"copy_on_read": True}, "copy_on_read keeps what is read in the image, so it needs writable=True."),
-        ({"format": "vhdy"}, "there is no driver 'vhdy'"),
+        ({"format": "vhdy"}, "there is no image format 'vhdy'"),
         ({"force_share": True, "writable": True}, "force-share is for read-only images"),
     ],
 )

@@ -132,6 +132,8 @@ async def open_for_check(
 def _format_options(spec: str | Mapping[str, Any], format: str | None, drivers: Registry) -> dict[str, Any]:
     """The options of the image's format node."""
     options: dict[str, Any]
+    if format is not None:
+        drivers.load_format(format)
     if isinstance(spec, str):
         parsed = parse_filename(spec, drivers)
         options = parsed if spec.startswith("json:") else {"file": parsed}

@@ -53,7 +53,7 @@ async def create_image(
     Raises OptionError for wrong options, ImageError and others for the backing file, HostError and LockConflictError
     for the file itself.
     """
-    driver = drivers.load(format)
+    driver = drivers.load_format(format)
     target = _target(drivers, driver, filename)
     given = {key: value for key, value in options.items() if value is not None}
     backing = _backing_options(drivers, driver, given, target.filename)
@@ -76,8 +76,7 @@ async def create_image(
 
 def _target(drivers: Registry, driver: type[Driver], filename: str) -> _Target:
     if driver.create_options_type is None:
-        kind = "protocol" if driver.is_protocol else "filter" if driver.is_filter else "format"
-        raise NotSupportedError(f"{driver.name} is a {kind} whose images cannot be created.")
+        raise NotSupportedError(f"{driver.name} images cannot be created.")
     parsed = parse_filename(filename, drivers)
     name = parsed.get("driver")
     place = parsed.get("filename")
@@ -101,7 +100,7 @@ def _backing_options(
         raise OptionError(
             f"the backing file '{reference}' is given without its format, and a guess could be wrong: add it with -F."
         )
-    drivers.load(format)
+    drivers.load_format(format)
     resolved = resolve_reference(reference, filename)
     options = parse_filename(resolved, drivers)
     named = options.get("filename")

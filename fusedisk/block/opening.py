@@ -31,6 +31,8 @@ class Opener:
     async def open(self, spec: str | Mapping[str, Any], config: NodeConfig, format: str | None) -> Node:
         """See :meth:`Graph.open_node`."""
         options: dict[str, Any]
+        if format is not None:
+            self.drivers.load_format(format)
         if isinstance(spec, str):
             self._allow_named(parsed := parse_filename(spec, self.drivers))
             if spec.startswith("json:"):

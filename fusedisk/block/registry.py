@@ -13,7 +13,7 @@ class Registry:
     """Drivers by name, loaded when first needed.
 
     ``table`` maps a driver's name to ``package.module:Class`` in probe order; ``prefixes`` maps protocol prefixes to
-    names; ``probed`` are the names to ask when probing.
+    names; ``probed`` are the names to ask when probing, which are the image formats.
     """
 
     def __init__(self, table: Mapping[str, str], prefixes: Mapping[str, str], probed: tuple[str, ...]) -> None:
@@ -27,15 +27,26 @@ class Registry:
         """All drivers, in the table's order."""
         return list(self._table)
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Those that are image formats."""
+        return self._probed
+
     def load(self, name: str) -> type[Driver]:
         """The driver class. Raises OptionError for an unknown name."""
         driver = self._loaded.get(name)
         if driver is None:
             place = self._table.get(name)
             if place is None:
-                raise OptionError(f"there is no driver '{name}', known are {', '.join(self._table)}.")
+                raise OptionError(f"there is no driver '{name}', known image formats are {', '.join(self.formats)}.")
             module, _, attribute = place.partition(":")
             driver = self._loaded[name] = getattr(importlib.import_module(module), attribute)
+        return driver
+
+    def load_format(self, name: str) -> type[Driver]:
+        """The driver class of an image format that the user names. Raises OptionError for anything else."""
+        if name not in self._table or (driver := self.load(name)).is_protocol or driver.is_filter:
+            raise OptionError(f"there is no image format '{name}', known are {', '.join(self.formats)}.")
         return driver
 
     def by_prefix(self, prefix: str) -> type[Driver] | None:

@@ -115,7 +115,7 @@ def _print_options(format: str | None) -> None:
 
     if format is None:
         raise click.UsageError("'-o help' needs -f, as formats have options of their own.")
-    kind = DRIVERS.load(format).amend_options_type
+    kind = DRIVERS.load_format(format).amend_options_type
     if kind is None:
         raise NotSupportedError(f"{format} images have nothing that can be changed.")
     print_facts(describe_options(kind))

@@ -146,7 +146,7 @@ def _print_options(format: str) -> None:
     from fusedisk.core.errors import NotSupportedError
     from fusedisk.drivers.table import DRIVERS
 
-    kind = DRIVERS.load(format).create_options_type
+    kind = DRIVERS.load_format(format).create_options_type
     if kind is None:
         raise NotSupportedError(f"{format} images cannot be created.")
     print_facts(describe_options(kind))

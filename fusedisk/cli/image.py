@@ -53,10 +53,10 @@ def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 
 def complete_format(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of drivers that open images."""
+    """Let the shell complete names of image formats."""
     from fusedisk.drivers.table import DRIVERS
 
-    return [CompletionItem(name) for name in DRIVERS.names if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in DRIVERS.formats if name.startswith(incomplete)]
 
 
 def gate_options(command: _Command) -> _Command:

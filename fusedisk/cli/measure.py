@@ -85,7 +85,7 @@ def _options(target: str, texts: tuple[str, ...]) -> MeasureOptions | None:
     from fusedisk.drivers.format.qcow2.measure import MeasureOptions
     from fusedisk.drivers.table import DRIVERS
 
-    kind = DRIVERS.load(target)
+    kind = DRIVERS.load_format(target)
     if target not in TARGETS:
         raise NotSupportedError(f"{target} images cannot be measured, known are {', '.join(TARGETS)}.")
     given: dict[str, str] = {}
@@ -105,5 +105,5 @@ def _print_options(target: str) -> None:
     from fusedisk.drivers.format.qcow2.measure import MeasureOptions
     from fusedisk.drivers.table import DRIVERS
 
-    kind = MeasureOptions if target == "qcow2" else DRIVERS.load(target).create_options_type
+    kind = MeasureOptions if target == "qcow2" else DRIVERS.load_format(target).create_options_type
     print_facts(describe_options(kind) if kind is not None else [])

@@ -48,7 +48,7 @@ NESTED = {"driver": "memory", "filename": "disk"}
         ({"driver": 5}, "option 'driver' is a int, but a string was wanted."),
         (
             {"driver": "nonsense"},
-            "there is no driver 'nonsense', known are toy, qcow2, raw, memory, file, copy-on-read.",
+            "there is no driver 'nonsense', known image formats are toy, raw.",
         ),
         (
             {"driver": "memory", "node-name": 7, "filename": "disk"},

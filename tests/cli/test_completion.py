@@ -48,6 +48,9 @@ def test_commands() -> None:
 def test_options_and_their_choices() -> None:
     assert ("plain", "--backing-chain") in _complete("fusedisk info --b")
     assert _complete("fusedisk info --output ") == [("plain", "human"), ("plain", "json")]
+    formats = [("plain", "qcow2"), ("plain", "raw")]
+    assert _complete("fusedisk info -f ") == _complete("fusedisk create -F ") == formats
+    assert _complete("fusedisk measure -O ") == formats
     assert _complete("fusedisk info -f q") == [("plain", "qcow2")]
 
 

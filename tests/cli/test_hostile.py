@@ -57,7 +57,7 @@ def test_a_wrong_format_given(tmp_path: Path) -> None:
     sentence = _refused("info", "-f", "qcow2", image)
     assert str(image) in sentence
     assert "qcow2" in sentence
-    assert "there is no driver 'qcow3', known are qcow2, raw" in _refused("info", "-f", "qcow3", image)
+    assert "there is no image format 'qcow3', known are qcow2, raw." in _refused("info", "-f", "qcow3", image)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ async def test_the_wrong_format_given(tmp_path: Path) -> None:
     assert isinstance(error, ImageError)
     assert "but qcow2's 514649fb were wanted." in str(error)
     graph = Graph(DRIVERS)
-    with pytest.raises(OptionError, match="there is no driver 'nonsense'"):
+    with pytest.raises(OptionError, match="there is no image format 'nonsense'"):
         await graph.open_backend(str(raw), format="nonsense")
     backend = await graph.open_backend(str(qcow2), format="raw")
     assert await backend.read(0, 4) == b"QFI\xfb"
