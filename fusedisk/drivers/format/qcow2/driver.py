@@ -46,6 +46,7 @@ from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.incomplete import warn_if_incomplete
 from fusedisk.drivers.format.qcow2.information import specific_information
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.opening import check_version, check_writable, read_header
@@ -82,6 +83,7 @@ class Qcow2Driver(ResizeDriver):
     _compressed: CompressedReader | None = None
     _compressing: CompressedWriter | None = None
     _ready_to_write = False
+    _end_was_checked = False
     _sparse_threshold: int | None = None
     """Clusters in use that would make data extents possible holes of the file; None once that is known."""
 
@@ -120,6 +122,9 @@ class Qcow2Driver(ResizeDriver):
         await self.load_snapshots()
         image.place_fixed()
         image.data_file = await self._open_data_file(header)
+        if not self._end_was_checked and self.options.internal_snapshot is None:
+            await warn_if_incomplete(image)
+            self._end_was_checked = True
         self.clusters = cluster_map(image, image.data_file)
         self._sparse_threshold = await sparse_threshold(edge.node, header)
         self.clusters.recurse = self._sparse_threshold is not None
