@@ -203,7 +203,8 @@ class Disk:
 
     async def info_chain(self) -> list[dict[str, Any]]:
         """:meth:`info` of the image and of each of its backing files, from the top down."""
-        return await chain_information(self._backend.node)
+        chain, _ = await chain_information(self._backend.node)
+        return chain
 
     def _range(self, offset: int, length: int) -> tuple[int, int]:
         """Both as numbers; none of them is negative."""

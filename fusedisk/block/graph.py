@@ -38,11 +38,16 @@ class Graph:
     permissions do not.
     """
 
-    def __init__(self, drivers: Registry, gate: Gate | None = None, *, follow_backing: bool = True) -> None:
+    def __init__(
+        self, drivers: Registry, gate: Gate | None = None, *, follow_backing: bool = True, look_only: bool = False
+    ) -> None:
         self.drivers = drivers
         self.gate = gate or Gate()
         self.follow_backing = follow_backing
         """Open the backing files that images name; without, each image is looked at alone."""
+        self.look_only = look_only
+        """Open images for what their headers say, not for their disks, as far as they can be: no data file, no chain
+        behind a backing file that cannot be opened, and no word of a guessed format."""
         self.changes = 0
         """Counts changes of edges, permissions and settings; what was worked out before one may no longer hold."""
         self.nodes: dict[str, Node] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from fusedisk.block.filenames import resolve_reference
 from fusedisk.block.node import Node
-from fusedisk.core.errors import OptionError
+from fusedisk.core.errors import FusediskError, OptionError
 
 
 async def image_information(node: Node) -> dict[str, Any]:
@@ -32,21 +32,19 @@ async def image_information(node: Node) -> dict[str, Any]:
     return information
 
 
-async def chain_information(node: Node) -> list[dict[str, Any]]:
-    """The image and each of its backing files, from the top down."""
-    chain = []
-    layer: Node | None = node
-    while layer is not None:
-        chain.append(await image_information(layer))
-        layer = _next_layer(layer)
-    return chain
+async def chain_information(node: Node) -> tuple[list[dict[str, Any]], FusediskError | None]:
+    """The image and each of its backing files, from the top down, and why the next one is not open, if there is one."""
+    chain = [await image_information(node)]
+    while (below := _below_filters(node)).backing is not None:
+        node = below.backing.node
+        chain.append(await image_information(node))
+    return chain, below.missing_backing
 
 
-def _next_layer(node: Node) -> Node | None:
-    """The backing file, seen through filters."""
+def _below_filters(node: Node) -> Node:
     while node.driver.is_filter:
         node = node.children["file"].node
-    return node.backing.node if node.backing else None
+    return node
 
 
 def _backing_information(node: Node) -> dict[str, Any]:

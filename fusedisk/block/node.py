@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusedisk.block.child import Child
 from fusedisk.block.driver import Driver, Role
 from fusedisk.block.limits import Limits
-from fusedisk.core.errors import OperationBlockedError
+from fusedisk.core.errors import FusediskError, OperationBlockedError
 from fusedisk.core.locks import Mutex
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ class Node:
         """A guessed raw image: a write that would make it look like another format is refused."""
         self.backing_overridden = False
         """The backing child differs from what the header says."""
+        self.missing_backing: FusediskError | None = None
+        """Why the backing file is not open, in a graph that only looks at images."""
         self.length = 0
         self.limits = Limits()
         self.fenced: str | None = None

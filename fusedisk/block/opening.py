@@ -62,8 +62,8 @@ class Opener:
     async def _open_chain(self, options: dict[str, Any], config: NodeConfig, inherits: Node | None) -> Node:
         """Open a node, then its backing files one after the other: chains may be long, so no recursion."""
         top, backing = await self.open_one(options, config, inherits)
+        node, seen = top, dict[tuple[int, int] | None, Node]()
         try:
-            node, seen = top, dict[tuple[int, int] | None, Node]()
             while (backing := self._backing_options(node, backing)) is not None:
                 seen = seen or _images_above(top)
                 name = _named_file(backing)
@@ -76,6 +76,9 @@ class Opener:
                 node, backing = await self._open_backing(node, backing)
                 seen[identity] = node
         except BaseException as exc:
+            if self.graph.look_only and isinstance(exc, FusediskError):
+                node.missing_backing = exc
+                return top
             await self.graph.abandon(top, exc)
             raise
         return top

@@ -25,8 +25,10 @@ class ImageChoice(NamedTuple):
     allow_any_reference: bool
 
     @contextlib.asynccontextmanager
-    async def open(self, *, follow_backing: bool = True, writable: bool = False) -> AsyncIterator[Backend]:
-        """The image, open read-only unless ``writable``; raises a FusediskError."""
+    async def open(
+        self, *, follow_backing: bool = True, writable: bool = False, look_only: bool = False
+    ) -> AsyncIterator[Backend]:
+        """The image, open read-only unless ``writable``; ``look_only`` as for Graph. Raises a FusediskError."""
         from fusedisk.block.filenames import parse_argument
         from fusedisk.block.gate import Gate
         from fusedisk.block.graph import Graph
@@ -34,7 +36,7 @@ class ImageChoice(NamedTuple):
         from fusedisk.drivers.table import DRIVERS
 
         gate = Gate(self.allow_path, allow_any=self.allow_any_reference)
-        graph = Graph(DRIVERS, gate, follow_backing=follow_backing)
+        graph = Graph(DRIVERS, gate, follow_backing=follow_backing, look_only=look_only)
         config = NodeConfig(force_share=self.force_share)
         spec = parse_argument(self.image)
         backend = await graph.open_backend(spec, name=self.image, format=self.format, config=config, writable=writable)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fusedisk.cli.image import ImageChoice, image_options
 from fusedisk.cli.output import escape, exact_size_text, output_option, print_facts, print_json, say, size_text
 from fusedisk.cli.running import run_async
+
+if TYPE_CHECKING:
+    from fusedisk.core.errors import FusediskError
 
 _TOLD = frozenset(
     (
@@ -46,22 +50,25 @@ Examples:
 def command(backing_chain: bool, output: str, **choice: Any) -> None:
     """Tell the format, size and backing file of IMAGE.
 
-    The backing file is named, not opened, unless --backing-chain asks for it.
+    The backing file is named, not opened, unless --backing-chain asks for it; a data file is only named.
     """
-    chain = run_async(_gather, ImageChoice(**choice), backing_chain)
+    chain, missing = run_async(_gather, ImageChoice(**choice), backing_chain)
     if output == "json":
         print_json(chain if backing_chain else chain[0])
-        return
-    for index, image in enumerate(chain):
-        if index:
-            say()
-        _print_image(image)
+    else:
+        for index, image in enumerate(chain):
+            if index:
+                say()
+            _print_image(image)
+    if missing is not None:
+        raise missing
 
 
-async def _gather(choice: ImageChoice, backing_chain: bool) -> list[dict[str, Any]]:
+async def _gather(choice: ImageChoice, backing_chain: bool) -> tuple[list[dict[str, Any]], FusediskError | None]:
+    """What is known of each image, and why the next one could not be opened."""
     from fusedisk.block.information import chain_information
 
-    async with choice.open(follow_backing=backing_chain) as backend:
+    async with choice.open(follow_backing=backing_chain, look_only=True) as backend:
         return await chain_information(backend.node)
 
 
@@ -70,7 +77,7 @@ def _print_image(image: dict[str, Any]) -> None:
     specific = image.get("format-specific")
     if specific is not None:
         say(f"{specific['type']}:")
-        print_facts(_specific_facts(specific["data"]), "  ")
+        print_facts(_specific_facts(specific["data"], image["filename"]), "  ")
     if image.get("snapshots"):
         say("snapshots:")
         print_snapshots(image["snapshots"], "  ")
@@ -89,10 +96,12 @@ def _facts(image: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if image.get("dirty-flag"):
         yield "dirty", "yes, it was not closed properly"
     if "backing-filename" in image:
-        yield "backing file", image["backing-filename"]
-        full = image.get("full-backing-filename")
-        if full not in (None, image["backing-filename"]):
-            yield "found at", full
+        name, full = image["backing-filename"], image.get("full-backing-filename")
+        if full in (None, name):
+            yield "backing file", _with_presence(name, full)
+        else:
+            yield "backing file", name
+            yield "found at", _with_presence(full, full)
         if "backing-filename-format" in image:
             yield "backing format", image["backing-filename-format"]
     for key, value in image.items():
@@ -100,9 +109,23 @@ def _facts(image: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key.replace("-", " "), _value_text(value)
 
 
-def _specific_facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _specific_facts(data: dict[str, Any], image: str) -> Iterator[tuple[str, str]]:
+    from fusedisk.block.filenames import resolve_reference
+
     for key, value in data.items():
-        yield key.replace("-", " "), _value_text(value)
+        text = _value_text(value)
+        if key == "data-file" and not image.startswith("json:"):
+            text = _with_presence(text, resolve_reference(value, image))
+        yield key.replace("-", " "), text
+
+
+def _with_presence(text: str, path: str | None) -> str:
+    """A file that an image names, with a word where there is no such file."""
+    from fusedisk.block.filenames import has_protocol
+
+    if path is None or has_protocol(path) or os.path.exists(path):
+        return text
+    return f"{text} (missing)"
 
 
 def _value_text(value: Any) -> str:

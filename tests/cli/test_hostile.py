@@ -25,9 +25,19 @@ def _refused(*args: str | Path) -> str:
     """The sentence with which a command is refused."""
     done = fusedisk(*args)
     assert done.code == 1, done
-    assert done.out == "" or args[0] == "map"
+    assert done.out == "" or args[0] == "map" or "--backing-chain" in args
     (line,) = done.err.splitlines()
     assert line.startswith("fusedisk: ")
+    return line
+
+
+def _told(image: Path) -> str:
+    """The sentence that ``info`` has for a broken image, whether or not there is something else to tell."""
+    done = fusedisk("info", "-f", "qcow2", image)
+    assert done.code == (0 if done.out else 1), done
+    (line,) = done.err.splitlines()
+    if done.out:
+        assert _refused("map", "-f", "qcow2", image) == line
     return line
 
 
@@ -54,7 +64,7 @@ def test_things_that_are_no_files(tmp_path: Path, command: list[str]) -> None:
 
 def test_a_wrong_format_given(tmp_path: Path) -> None:
     image = make_sparse_raw(tmp_path / "x.raw", MIB)
-    sentence = _refused("info", "-f", "qcow2", image)
+    sentence = _told(image)
     assert str(image) in sentence
     assert "qcow2" in sentence
     assert "there is no image format 'qcow3', known are qcow2, raw." in _refused("info", "-f", "qcow3", image)
@@ -201,7 +211,7 @@ def image(tmp_path: Path) -> Path:
 def test_truncated_headers(image: Path, length: int) -> None:
     content = image.read_bytes()
     image.write_bytes(content[:length])
-    sentence = _refused("info", "-f", "qcow2", image)
+    sentence = _told(image)
     assert str(image) in sentence
 
 
@@ -212,7 +222,7 @@ def test_truncated_tables_are_refused_or_read_as_far_as_they_go(image: Path, len
     for command in COMMANDS:
         done = fusedisk(*command, image)
         assert done.code in (0, 1), done
-        assert len(done.err.splitlines()) == done.code
+        assert len(done.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -242,7 +252,7 @@ def test_absurd_header_fields_are_named(image: Path, offset: int, layout: str, v
     _patched(image, offset, layout, value)
     if offset == 8:
         _patched(image, 16, ">I", 100)
-    sentence = _refused("info", "-f", "qcow2", image)
+    sentence = _told(image)
     assert str(image) in sentence
     assert word.lower() in sentence.lower()
 
@@ -397,5 +407,5 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
     for environment in ({}, {"PYTHONIOENCODING": "ascii"}):
         for command in (["info", name], ["info", "--backing-chain", image]):
             done = fusedisk_process(*command, env=environment)
-            assert (done.code, done.out) == (1, "")
+            assert (done.code, done.out == "") == (1, len(command) == 2)
             assert done.err.splitlines() == [sentence]

@@ -98,6 +98,74 @@ def test_a_backing_file_of_unknown_format(tmp_path: Path) -> None:
     assert ours == _theirs(image)
 
 
+def test_a_data_file_is_named_and_not_opened(tmp_path: Path) -> None:
+    data = tmp_path / "x.data"
+    image = make_qcow2(tmp_path / "x.qcow2", MIB, "write 0 256k", data_file=data)
+    assert _ours(image) == _theirs(image)
+    assert f"data file:        {data}\n" in fusedisk("info", image).out
+    data.unlink()
+    assert _ours(image) == _theirs(image)
+    assert f"data file:        {data} (missing)\n" in fusedisk("info", image).out
+
+
+def test_a_chain_is_told_as_far_as_it_goes(tmp_path: Path) -> None:
+    base = make_qcow2(tmp_path / "base.qcow2", MIB)
+    middle = make_qcow2(tmp_path / "middle.qcow2", None, backing=base)
+    top = make_qcow2(tmp_path / "top.qcow2", None, backing=middle)
+    base.unlink()
+    done = fusedisk("info", "--backing-chain", "--output", "json", top)
+    assert [image["filename"] for image in json.loads(done.out)] == [str(top), str(middle)]
+    assert (done.code, done.err) == (
+        1,
+        f"fusedisk: the backing file of '{middle}' cannot be opened: Could not open '{base}': No such file or "
+        "directory\n",
+    )
+    assert "backing file:   base.qcow2\nfound at:       " in fusedisk("info", middle).out
+    assert f"{base} (missing)" in fusedisk("info", middle).out
+
+
+def test_a_chain_that_comes_back_to_itself(tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "x.qcow2", MIB)
+    qemu_img("rebase", "-u", "-b", image, "-F", "qcow2", image)
+    done = fusedisk("info", "--backing-chain", "--output", "json", image)
+    assert [image["filename"] for image in json.loads(done.out)] == [str(image)]
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "comes back to" in done.err
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "what"),
+    [
+        (40, 1 << 24, "its L1 table at 16777216 with 8 bytes, past the end of the file"),
+        (48, 1 << 24, "its refcount table at 16777216 with 65536 bytes, past the end of the file"),
+        (60, 1 << 32, "its snapshot table at 0, but expected a multiple of 65536 behind the header"),
+    ],
+)
+def test_tables_in_impossible_places(tmp_path: Path, offset: int, value: int, what: str) -> None:
+    """The header is told nevertheless; anything else is refused."""
+    image = make_qcow2(tmp_path / "x.qcow2", 10 * MIB, "write 0 64k")
+    with image.open("r+b") as file:
+        file.seek(offset)
+        file.write(value.to_bytes(8, "big"))
+    done = fusedisk("info", "--output", "json", image)
+    assert (done.code, done.err.count("\n")) == (0, 1)
+    assert f"'{image}' has {what}" in done.err
+    theirs = _theirs(image)
+    theirs.pop("snapshots", None)  # what QEMU makes of the header's bytes
+    assert done.json == theirs
+    done = fusedisk("map", image)
+    assert (done.code, done.out) == (1, "")
+    assert what in done.err
+
+
+def test_an_incomplete_image_is_told(tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "x.qcow2", 10 * MIB, "write 0 1M")
+    with image.open("r+b") as file:
+        file.truncate(image.stat().st_size - MIB // 2)
+    assert _ours(image) == _theirs(image)
+    assert "is incomplete" in fusedisk("info", image).err
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_chains(tmp_path: Path, seed: int) -> None:
     image = random_chain(tmp_path, seed)

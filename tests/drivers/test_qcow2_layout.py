@@ -116,7 +116,7 @@ HOSTILE = [
     (32, be32(3), "encryption method 3"),
     (36, be32(1), "L1 table of 1 entries"),
     (36, be32(0xFFFFFFFF), "L1 table of 4294967295 entries"),
-    (36, be32(100000), "L1 table at .* inside the file"),
+    (36, be32(100000), "L1 table at .* past the end of the file"),
     (40, be64(0), "L1 table at 0"),
     (40, be64(3 * CLUSTER + 8), "L1 table at 196616"),
     (40, be64(1 << 40), "L1 table at 1099511627776"),
@@ -153,7 +153,7 @@ async def test_hostile_headers_are_refused_with_a_sentence(position: int, data: 
     message = caught.value.message
     assert "'memory:image'" in message
     assert message.endswith(".")
-    assert "wanted" in message or "needs" in message or "agree" in message
+    assert any(word in message for word in ("wanted", "expected", "past the end", "needs", "agree"))
 
 
 @pytest.mark.parametrize("length", [0, 3, 71, 72, 103, 104])

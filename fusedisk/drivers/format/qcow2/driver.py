@@ -102,7 +102,7 @@ class Qcow2Driver(ResizeDriver):
     async def open(self) -> None:
         node = self.node
         edge = node.children["file"]
-        header = await read_header(edge.node, node.filename)
+        header = await read_header(edge.node, node.filename, look_only=node.graph.look_only)
         l2_size, refcount_size = cache_sizes(self.options, header)
         check_version(self.options, header, node.filename)
         if not node.config.read_only:
@@ -157,6 +157,8 @@ class Qcow2Driver(ResizeDriver):
             return None
         if given is not None:
             return given
+        if node.graph.look_only:
+            return None
         name = header.data_file_name
         if name is None:
             raise ImageError(

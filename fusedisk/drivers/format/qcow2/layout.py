@@ -221,7 +221,8 @@ def check_untrusted(header: Header, filename: str) -> None:
     """Bound what the fixed fields say about the header itself: cluster size, lengths and positions in the
     first cluster.
 
-    Tables follow in :func:`check_tables`. Raises ImageError naming what was found and wanted.
+    Tables follow in :func:`check_table_sizes` and :func:`check_table_places`. Raises ImageError naming what was found
+    and wanted.
     """
     bits = header.cluster_bits
     if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
@@ -269,11 +270,8 @@ def _check_backing_position(header: Header, filename: str) -> None:
         )
 
 
-def check_tables(header: Header, file_length: int, filename: str) -> None:
-    """Bound sizes and places of the tables that the header leads to, before anything is sized by them.
-
-    ``file_length`` is the length of the storage. Raises ImageError naming what was found and wanted.
-    """
+def check_table_sizes(header: Header, filename: str) -> None:
+    """Bound the tables that the header leads to, before anything is sized by them. Raises ImageError."""
     l1_bytes = header.l1_size * 8
     span = header.cluster_size * (header.cluster_size // (16 if header.incompatible_features & EXTENDED_L2 else 8))
     needed = -(-header.size // span)
@@ -294,8 +292,13 @@ def check_tables(header: Header, file_length: int, filename: str) -> None:
         )
     if header.nb_snapshots > MAX_SNAPSHOTS:
         raise ImageError(f"'{filename}' has {header.nb_snapshots} snapshots, but at most {MAX_SNAPSHOTS} were wanted.")
+
+
+def check_table_places(header: Header, file_length: int, filename: str) -> None:
+    """The tables that the header leads to must lie in the storage, ``file_length`` bytes long, and apart from each
+    other. Raises ImageError."""
     tables = [
-        ("L1 table", header.l1_table_offset, l1_bytes),
+        ("L1 table", header.l1_table_offset, header.l1_size * 8),
         ("refcount table", header.refcount_table_offset, header.refcount_table_size()),
         ("snapshot table", header.snapshots_offset, header.nb_snapshots and 1),
         ("LUKS header", *(header.crypto_header or (0, 0))),
@@ -314,12 +317,14 @@ def check_table(filename: str, what: str, start: int, length: int, cluster_size:
 
     Raises ImageError.
     """
-    end = -(-file_length // cluster_size) * cluster_size
-    if start % cluster_size or not cluster_size <= start or start + length > end:
+    if start % cluster_size or start < cluster_size:
         raise ImageError(
-            f"'{filename}' has its {what} at {start} with {length} bytes, but a multiple of {cluster_size} "
-            "behind the header "
-            f"and inside the file of {file_length} bytes was wanted."
+            f"'{filename}' has its {what} at {start}, but expected a multiple of {cluster_size} behind the header."
+        )
+    if start + length > -(-file_length // cluster_size) * cluster_size:
+        raise ImageError(
+            f"'{filename}' has its {what} at {start} with {length} bytes, past the end of the file at {file_length}: "
+            "the file may have been cut short."
         )
 
 

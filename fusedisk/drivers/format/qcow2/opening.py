@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from fusedisk.block import io
 from fusedisk.block.node import Node
 from fusedisk.core.errors import ImageError, OptionError
@@ -9,15 +11,27 @@ from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.options import Qcow2Options
 
+log = logging.getLogger(__name__)
 
-async def read_header(file: Node, filename: str) -> Header:
-    """The validated header of the image in ``file``. Raises ImageError or UnsupportedFeatureError."""
+
+async def read_header(file: Node, filename: str, *, look_only: bool = False) -> Header:
+    """The validated header of the image in ``file``. Raises ImageError or UnsupportedFeatureError.
+
+    ``look_only``: where its tables lie in impossible places, warn of that and leave them out.
+    """
     head = await _read(file, layout.V3_HEADER_LENGTH)
     header = layout.parse_header(head, filename)
     layout.check_untrusted(header, filename)
     layout.parse_header_area(header, await _read(file, header.cluster_size), filename)
     layout.check_features(header, filename)
-    layout.check_tables(header, file.length, filename)
+    layout.check_table_sizes(header, filename)
+    try:
+        layout.check_table_places(header, file.length, filename)
+    except ImageError as exc:
+        if not look_only:
+            raise
+        log.warning("%s", exc)
+        header.l1_size = header.nb_snapshots = 0
     return header
 
 
