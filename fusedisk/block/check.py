@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import trio
 
-from fusedisk.block import io, permissions
+from fusedisk.block import permissions
 from fusedisk.block.driver import Driver
 from fusedisk.block.filenames import parse_filename
 from fusedisk.block.gate import Gate
 from fusedisk.block.graph import Graph
 from fusedisk.block.node import Node, NodeConfig
 from fusedisk.block.opening import common_options
+from fusedisk.block.probing import probe
 from fusedisk.block.registry import Registry
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import nest
@@ -109,7 +110,7 @@ async def open_for_check(
     """Open the storage of an image. ``spec`` and ``format`` are those of :meth:`Graph.open_backend`; the format is
     found out by the first bytes where neither tells. ``force_share``: although another process writes to it.
 
-    Raises HostError, LockConflictError or OptionError.
+    Raises HostError, LockConflictError, OptionError or, for a format that is only recognised, UnsupportedFeatureError.
     """
     options = _format_options(spec, format, drivers)
     config, _ = common_options(options, NodeConfig(read_only=not writable, force_share=force_share))
@@ -119,11 +120,7 @@ async def open_for_check(
         storage = await graph.open_node(storage_options, config)
         share = permissions.ALL if force_share else permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
         graph.attach(storage, "check", writable=writable, shared=share)
-        if driver_name is None:
-            head = memoryview(bytearray(min(io.PROBE_SIZE, storage.length)))
-            await io.read(storage, 0, head)
-            driver_name = drivers.probe(bytes(head), storage.filename)
-        yield Checkable(drivers.load(driver_name), storage)
+        yield Checkable(await probe(drivers, storage) if driver_name is None else drivers.load(driver_name), storage)
     finally:
         with trio.CancelScope(shield=True):
             await graph.close()

@@ -7,11 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fusedisk.block import io
 from fusedisk.block.child import Child
 from fusedisk.block.driver import Role
 from fusedisk.block.filenames import check_filename, parse_filename, resolve_reference
 from fusedisk.block.node import Node, NodeConfig
+from fusedisk.block.probing import RAW, probe, tell_guess
 from fusedisk.core.errors import FusediskError, ImageError, OptionError
 from fusedisk.core.options import nest, parse_bool
 
@@ -217,7 +217,7 @@ class Opener:
         name: str | None,
         backing: Any,
     ) -> tuple[Node, Any]:
-        """Open the storage, look at its first bytes, and open the format that they show over it."""
+        """Open the storage, look at its bytes, and open the format that they show over it."""
         given = _child(options, "file")
         if given is None:
             raise OptionError("an image needs the option 'driver', 'file' or 'filename'.")
@@ -229,12 +229,10 @@ class Opener:
                 given = self._protocol_options(given)
             storage = await self._open_chain(given, config.inherited(Role.FILE), None)
         try:
-            head = memoryview(bytearray(min(io.PROBE_SIZE, storage.length)))
-            await io.read(storage, 0, head)
-            driver_type = self.drivers.load(self.drivers.probe(bytes(head), storage.filename))
+            driver_type = await probe(self.drivers, storage, inherits)
             node = self.graph.new_node(name, config, explicit, inherits)
             node.probed = True
-            node.guards_probe = driver_type.name == "raw"
+            node.guards_probe = driver_type.name == RAW
             if not isinstance(given, str):
                 storage.inherits_from = node
         except BaseException as exc:
@@ -246,6 +244,8 @@ class Opener:
                 raise OptionError(f"'{storage.filename}' is {driver_type.name}, which has no backing file.")
             self.graph.attach_child(node, storage, "file", Role.FILE)
             await self.graph.start(node)
+            if node.guards_probe and not self.graph.look_only:
+                tell_guess(storage, inherits)
         except BaseException as exc:
             await self.graph.abandon(node, exc, opened=False)
             if storage.name in self.graph.nodes:

@@ -238,7 +238,7 @@ def test_as_a_module(tmp_path: Path) -> None:
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     image = make_sparse_raw(tmp_path / "x.raw", 64 * MIB, *((at * 8192, 1) for at in range(8000)))
     process = subprocess.Popen(
-        process_command("map", "--output", "json", image),
+        process_command("map", "-f", "raw", "--output", "json", image),
         env=process_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -335,7 +335,7 @@ def test_an_error_that_cannot_be_told_is_one_all_the_same(verbose: list[str], tm
 def test_a_signal_ends_it_quietly(tmp_path: Path) -> None:
     image = make_sparse_raw(tmp_path / "x.raw", 256 * MIB, *((at * 8192, 1) for at in range(32000)))
     process = subprocess.Popen(
-        process_command("map", "--output", "json", image),
+        process_command("map", "-f", "raw", "--output", "json", image),
         env=process_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

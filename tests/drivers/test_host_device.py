@@ -66,6 +66,14 @@ async def opened(
         await graph.close()
 
 
+async def test_the_guess_that_a_device_is_raw_is_not_told(device: Path, caplog: pytest.LogCaptureFixture) -> None:
+    graph = Graph(DRIVERS)
+    backend = await graph.open_backend(str(device))
+    assert backend.node.guards_probe
+    await graph.close()
+    assert caplog.messages == []
+
+
 async def test_a_plain_name_of_a_device_opens_it(device: Path) -> None:
     graph = Graph(DRIVERS)
     backend = await graph.open_backend(str(device), format="raw")

@@ -222,18 +222,26 @@ def _run_changed(tmp_path: Path, change: str, *args: str | Path) -> subprocess.C
     [
         ("", ["-f", "raw", "missing.img"], "Could not open '{folder}/missing.img': No such file or directory"),
         ("", ["--format", "qcow2", "midway.img"], "but qcow2's 514649fb were wanted."),
-        ("loop_device._configure = refuse", ["midway.img"], "Could not attach /dev/loop"),
-        ("loop_device._set_direct_io = refuse", ["--direct-io=on", "midway.img"], "Could not switch direct I/O on for"),
-        ("loop_device._CONTROL = '/dev/null'", ["midway.img"], "Could not get a free loop device from '/dev/null'"),
+        ("loop_device._configure = refuse", ["-f", "raw", "midway.img"], "Could not attach /dev/loop"),
+        (
+            "loop_device._set_direct_io = refuse",
+            ["-f", "raw", "--direct-io=on", "midway.img"],
+            "Could not switch direct I/O on for",
+        ),
+        (
+            "loop_device._CONTROL = '/dev/null'",
+            ["-f", "raw", "midway.img"],
+            "Could not get a free loop device from '/dev/null'",
+        ),
         (
             "loop_device._CONTROL = '/dev/none'",
-            ["midway.img"],
+            ["-f", "raw", "midway.img"],
             "this kernel has no loop devices: load the module loop.",
         ),
         (
             "write = runtime.MountRecord.write\n"
             "runtime.MountRecord.write = lambda self: refuse() if self.loop else write(self)",
-            ["midway.img"],
+            ["-f", "raw", "midway.img"],
             "internal error: OSError:",
         ),
     ],
@@ -271,7 +279,7 @@ def test_an_end_midway_is_undone(attached: Attachments, tmp_path: Path, number: 
         "Daemon._tell = slowly\n"
         "from fusedisk.cli.main import main\nmain()\n"
     )
-    command = [sys.executable, str(script), "attach", str(tmp_path / "cut.img")]
+    command = [sys.executable, str(script), "attach", "-f", "raw", str(tmp_path / "cut.img")]
     process = subprocess.Popen(command, env=process_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_until((tmp_path / "there").exists, "the device is there")
     assert traces("cut") > before
@@ -299,7 +307,7 @@ def test_an_end_does_not_wait_for_a_mount_that_never_gets_ready(
         "    await trio.sleep_forever()\n"
         "Session._wait_ready = wait_for_ever"
     )
-    done = _run_changed(tmp_path, change, "attach", tmp_path / "early.img")
+    done = _run_changed(tmp_path, change, "attach", "-f", "raw", tmp_path / "early.img")
     assert (done.returncode, done.stderr) == (1, "fusedisk: the mount was stopped before it was ready.\n")
     assert traces("early") <= before
     assert attached.records() == []

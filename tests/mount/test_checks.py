@@ -12,7 +12,7 @@ from fusedisk.core.errors import FusediskError
 from fusedisk.mount import mountpoint
 from tests.conftest import require_root, run_tool
 from tests.support.commands import fusedisk_process
-from tests.support.images import make_qcow2
+from tests.support.images import make_qcow2, make_sparse_raw, with_format
 from tests.support.mounts import Mounts, is_mounted
 
 MIB = 1 << 20
@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 def refusal(*args: str | Path) -> str:
     """The one sentence with which a mount fails."""
-    done = fusedisk_process("mount", *args)
+    done = fusedisk_process("mount", *with_format(*args))
     assert done.code == 1, done
     assert done.err.startswith("fusedisk: ")
     assert done.err.count("\n") == 1
@@ -105,7 +105,7 @@ def test_an_image_reached_through_a_link_below_the_mountpoint(raw: Path, tmp_pat
 
 def test_names_that_collide(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
-    other = make_qcow2(tmp_path / "b" / "disk.qcow2", MIB)
+    other = make_sparse_raw(tmp_path / "b" / "disk.raw", MIB)
     on = tmp_path / "mnt"
     on.mkdir()
     assert refusal(raw, other, on) == (

@@ -28,6 +28,15 @@ def test_a_raw_image_is_a_file_with_its_bytes(mounts: Mounts, raw: Path) -> None
     assert (on / "disk").read_bytes() == raw.read_bytes()
 
 
+def test_a_guessed_format_is_told(mounts: Mounts, raw: Path) -> None:
+    on, done = mounts.try_mount(raw, guess=True)
+    assert (on / "disk").read_bytes() == raw.read_bytes()
+    assert (done.code, done.err) == (
+        0,
+        f"fusedisk: '{raw}' is taken for raw, which is a guess: say --format raw if that is right.\n",
+    )
+
+
 def test_writes_reach_the_image(mounts: Mounts, raw: Path) -> None:
     on = mounts.mount("--format", "raw", raw)
     expected = bytearray(raw.read_bytes())

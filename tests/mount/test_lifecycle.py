@@ -130,7 +130,7 @@ def test_a_standard_stream_as_ready_fd_of_a_daemon(mounts: Mounts, raw: Path, nu
     streams = [subprocess.DEVNULL] * 3
     streams[number] = sending
     subprocess.run(
-        process_command("mount", "--ready-fd", str(number), raw, on),
+        process_command("mount", "--ready-fd", str(number), "-f", "raw", raw, on),
         **dict(zip(("stdin", "stdout", "stderr"), streams, strict=True)),
         env=process_environment(),
         timeout=PATIENCE,
@@ -146,7 +146,7 @@ def test_a_standard_stream_as_ready_fd_stays_open(mounts: Mounts, raw: Path) -> 
     """The next file that is opened would take its place, and get what is logged."""
     on = mounts.directory()
     mounts.adopt(on)
-    command = process_command("mount", "--foreground", "--ready-fd", "2", raw, on)
+    command = process_command("mount", "--foreground", "--ready-fd", "2", "-f", "raw", raw, on)
     process = subprocess.Popen(command, env=process_environment(), stderr=subprocess.PIPE)
     assert process.stderr is not None
     assert process.stderr.readline() == b"ready\n"

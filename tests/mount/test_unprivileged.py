@@ -155,7 +155,7 @@ def test_unmounting_what_is_gone_already_succeeds(user: User, image: Path) -> No
 
 def test_a_signal_after_a_lazy_unmount_waits_for_the_last_file_in_silence(user: User, image: Path) -> None:
     daemon = user.start(
-        *(sys.executable, "-m", "fusedisk", "mount", "--foreground", "--ready-fd", "1", "disk.img", "mnt"),
+        *(sys.executable, "-m", "fusedisk", "mount", "--foreground", "--ready-fd", "1", "-f", "raw", "disk.img", "mnt"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from fusedisk.mount import loop_device, runtime
 from tests.conftest import require_fuse, require_root
 from tests.support.commands import fusedisk_process
+from tests.support.images import with_format
 
 
 class Attachments:
@@ -22,7 +23,7 @@ class Attachments:
 
     def attach(self, *args: str | os.PathLike[str]) -> str:
         """``fusedisk attach``, which must succeed and say nothing but the name of the device."""
-        done = fusedisk_process("attach", *args)
+        done = fusedisk_process("attach", *with_format(*args))
         assert (done.code, done.err) == (0, "")
         assert done.out.startswith("/dev/loop")
         return done.out.strip()

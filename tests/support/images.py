@@ -12,6 +12,18 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 
+def with_format(*args: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
+    """Arguments of a command that opens images, with their format where that is raw and not given: a guess is told."""
+    images = [arg for arg in args if isinstance(arg, Path) and arg.is_file()]
+    guessed = images and not any(_begins_as_qcow2(image) for image in images)
+    return ["--format", "raw", *args] if guessed and not {"-f", "--format"}.intersection(args) else list(args)
+
+
+def _begins_as_qcow2(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"QFI\xfb"
+
+
 def make_sparse_raw(path: Path, size: int, *data: tuple[int, int]) -> Path:
     """A raw file with bytes at ``(offset, length)`` places and holes elsewhere."""
     with path.open("wb") as file:

@@ -17,6 +17,7 @@ import psutil
 from fusedisk.mount import mountinfo, runtime
 from tests.conftest import require_fuse, run_tool
 from tests.support.commands import Outcome, fusedisk_process, process_command, process_environment
+from tests.support.images import with_format
 
 PATIENCE = 60.0
 
@@ -44,11 +45,14 @@ class Mounts:
         """Unmount what somebody else will have mounted there."""
         self._mountpoints.append(mountpoint)
 
-    def try_mount(self, *args: str | os.PathLike[str], on: Path | None = None, **keywords: Any) -> tuple[Path, Outcome]:
-        """Run ``fusedisk mount`` with options and images; returns the mountpoint and what the command did."""
+    def try_mount(
+        self, *args: str | os.PathLike[str], on: Path | None = None, guess: bool = False, **keywords: Any
+    ) -> tuple[Path, Outcome]:
+        """Run ``fusedisk mount`` with options and images; returns the mountpoint and what the command did. The format
+        of raw images is named for it, unless it is to ``guess``."""
         on = self.directory() if on is None else on
         self._mountpoints.append(on)
-        return on, fusedisk_process("mount", *args, on, **keywords)
+        return on, fusedisk_process("mount", *(args if guess else with_format(*args)), on, **keywords)
 
     def mount(self, *args: str | os.PathLike[str], on: Path | None = None, **keywords: Any) -> Path:
         """Mount; the command must succeed and say nothing."""
@@ -64,7 +68,7 @@ class Mounts:
         receiving, sending = os.pipe()
         command = program or process_command()
         process = subprocess.Popen(
-            [*command, "mount", "--foreground", "--ready-fd", str(sending), *map(os.fspath, args), os.fspath(on)],
+            [*command, "mount", "--foreground", "--ready-fd", str(sending), *map(os.fspath, [*with_format(*args), on])],
             env=process_environment(),
             stderr=subprocess.PIPE,
             pass_fds=(sending,),
