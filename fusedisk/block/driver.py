@@ -142,6 +142,9 @@ class Driver:
 
     # --- life -------------------------------------------------------------------------------------------
 
+    async def backing_opened(self) -> None:
+        """Look at the backing file, which was attached as the image was opened. Formats with ``supports_backing``."""
+
     async def open(self) -> None:
         """Open with ``self.options`` and ``self.node.config``; children of ``child_specs`` are attached.
 

@@ -73,8 +73,10 @@ class Opener:
                         f"the backing chain of '{seen[identity].filename}' comes back to '{name}', "
                         "a chain must end somewhere."
                     )
+                overlay = node
                 node, backing = await self._open_backing(node, backing)
                 seen[identity] = node
+                await overlay.driver.backing_opened()
         except BaseException as exc:
             if self.graph.look_only and isinstance(exc, FusediskError):
                 node.missing_backing = exc

@@ -139,7 +139,7 @@ async def _check_reference(graph: Graph, layer: Layer, path: str, image: Node) -
 
 async def _read_reference(graph: Graph, path: str) -> BackingReference | None:
     """What the header of an overlay names, without opening that."""
-    alone = Graph(graph.drivers)
+    alone = Graph(graph.drivers, look_only=True)
     try:
         # Looked at before it is opened for good, which is when its locks are taken.
         options = {"driver": _FORMAT, "file": _file_options(path), "backing": None}

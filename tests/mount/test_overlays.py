@@ -106,6 +106,21 @@ def test_a_named_layer_beside_its_image_names_it_alone(mounts: Mounts, image: Pa
     assert "stands on 'vm.qcow2', not on" in done.err
 
 
+def test_an_image_that_was_changed_under_its_layer_is_told(mounts: Mounts, image: Path, tmp_path: Path) -> None:
+    layer = tmp_path / "over.qcow2"
+    on = mounts.mount("--overlay-file", layer, image)
+    (on / "vm").write_bytes(b"x" * MIB)
+    mounts.umount(on)
+    mounts.umount(mounts.mount("--overlay-file", layer, image))
+    qemu_img("resize", image, "8M")
+    _, done = mounts.try_mount("--overlay-file", layer, image)
+    assert (done.code, done.err) == (
+        0,
+        f"fusedisk: '{image}' has changed since '{layer}' was made over it (a disk of {4 * MIB} bytes then, {8 * MIB} "
+        "now): if its disk reads otherwise now, the two no longer fit together.\n",
+    )
+
+
 def test_a_layer_of_another_image_is_refused(mounts: Mounts, image: Path, raw: Path, tmp_path: Path) -> None:
     layer = make_qcow2(tmp_path / "layer.qcow2", None, backing=raw)
     alone = make_qcow2(tmp_path / "alone.qcow2", MIB)

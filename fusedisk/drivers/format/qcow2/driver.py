@@ -39,6 +39,7 @@ from fusedisk.core.zeroes import zero_fill
 from fusedisk.drivers.format.qcow2 import create, discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocation
 from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
+from fusedisk.drivers.format.qcow2.base_record import check_base
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.compress import CompressedWriter
@@ -146,6 +147,9 @@ class Qcow2Driver(ResizeDriver):
         self.refcounts.blocks.set_size(refcount_size)
         if not node.config.read_only:
             await self.prepare_writing()
+
+    async def backing_opened(self) -> None:
+        await check_base(self)
 
     async def _open_data_file(self, header: Header) -> Child | None:
         """The child that guest data lies in, if that is not ``file``."""

@@ -1,0 +1,143 @@
+"""What an overlay knows of its backing file: whether that was changed since the overlay holds something.
+
+A base that is changed under its overlay makes a broken disk of both, and nothing in the format shows it. So an overlay
+that is opened for writing while it is still empty takes note of its base, in a header extension that other programs
+keep and ignore; whatever is added to it later stands on that. ``commit`` empties an overlay, so after one it takes note
+anew.
+
+Told is only what is certain. A copy of the files has another time, but also another inode, so the time counts for the
+same inode only; sizes always count. Overlays without a note say nothing, as times alone would give false alarms after
+each copy or restored backup. Bases on block devices have neither size nor time of their own, and are not noted.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import zlib
+from datetime import datetime
+from logging import getLogger
+from typing import TYPE_CHECKING, NamedTuple
+
+from fusedisk.block.driver import Role
+from fusedisk.block.filenames import resolve_reference
+from fusedisk.block.node import Node
+from fusedisk.core.errors import FusediskError, ImageError
+from fusedisk.drivers.format.qcow2.layout import Extension, Header
+
+if TYPE_CHECKING:
+    from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
+
+log = getLogger(__name__)
+
+EXTENSION_BASE = 0x46446273
+"""Ours: ``FDbs``. Its data is the checksum of the backing file's name as the header has it, then :class:`_Base`."""
+
+_RECORD = struct.Struct(">IxxxxQQQq")
+
+
+class _Base(NamedTuple):
+    """The state of a backing file."""
+
+    disk_size: int
+    """Bytes."""
+    file_size: int
+    """Bytes of its file, and of its data file if it has one."""
+    inode: int
+    """0 for several files."""
+    mtime_ns: int
+    """When any of them was written last."""
+
+
+async def check_base(driver: Qcow2Driver) -> None:
+    """Warn if the backing file, which is attached, is known to have changed; an empty overlay takes note of it."""
+    node, image = driver.node, driver.image
+    found = _state_of_base(driver)
+    if found is None:
+        return
+    known = _noted(image.header)
+    if any(image.l1) or driver.snapshots:
+        if known is not None and (change := _change(known, found)):
+            assert node.backing is not None
+            log.warning(
+                "'%s' has changed since '%s' was made over it (%s): if its disk reads otherwise now, the two no longer "
+                "fit together.",
+                node.backing.node.filename,
+                node.filename,
+                change,
+            )
+    elif known != found and not node.config.read_only:
+        await _note(driver, found)
+
+
+def _change(known: _Base, found: _Base) -> str | None:
+    """What shows that the base is not what it was."""
+    if known.disk_size != found.disk_size:
+        return f"a disk of {known.disk_size} bytes then, {found.disk_size} now"
+    if known.file_size != found.file_size:
+        return f"a file of {known.file_size} bytes then, {found.file_size} now"
+    if known.inode and known.inode == found.inode and known.mtime_ns != found.mtime_ns:
+        return f"last written {datetime.fromtimestamp(found.mtime_ns // 10**9):%Y-%m-%d %H:%M:%S}"
+    return None
+
+
+def _state_of_base(driver: Qcow2Driver) -> _Base | None:
+    """The state of the file that the header names, None where the base is something else or no regular file."""
+    backing = driver.node.backing
+    name = driver.image.header.backing_file
+    if backing is None or not name:
+        return None
+    try:
+        named = resolve_reference(name, driver.node.exact_filename())
+        if not os.path.samefile(named, backing.node.filename):
+            return None
+        files = [os.stat(path) for path in _files(backing.node)]
+    except (OSError, ValueError, FusediskError):
+        return None
+    if not files or not all(stat.S_ISREG(file.st_mode) for file in files):
+        return None
+    return _Base(
+        backing.node.length,
+        sum(file.st_size for file in files),
+        files[0].st_ino if len(files) == 1 else 0,
+        max(file.st_mtime_ns for file in files),
+    )
+
+
+def _files(node: Node) -> list[str]:
+    """The files that an image without its own backing files consists of."""
+    if node.driver.is_protocol:
+        return [node.filename]
+    below = [child.node for child in node.children.values() if child.role is not Role.BACKING]
+    return [path for each in below for path in _files(each)]
+
+
+def _noted(header: Header) -> _Base | None:
+    """What the header says of the base that it names."""
+    for kind, data in header.extensions:
+        if kind == EXTENSION_BASE and len(data) == _RECORD.size:
+            name, *state = _RECORD.unpack(data)
+            return _Base(*state) if name == _checksum(header.backing_file) else None
+    return None
+
+
+def _checksum(name: str) -> int:
+    return zlib.crc32(os.fsencode(name))
+
+
+async def _note(driver: Qcow2Driver, base: _Base) -> None:
+    """Let the header say what the base is. Where the first cluster has no room for that, it stays as it is."""
+    from dataclasses import replace
+
+    from fusedisk.drivers.format.qcow2.amend_header import put_header
+    from fusedisk.drivers.format.qcow2.amend_switch import changing
+
+    header = driver.image.header
+    kept = [extension for extension in header.extensions if extension.type != EXTENSION_BASE]
+    new = Extension(EXTENSION_BASE, _RECORD.pack(_checksum(header.backing_file), *base))
+    try:
+        async with changing(driver):
+            await put_header(driver.image, replace(header, extensions=[*kept, new]))
+    except ImageError as exc:
+        log.debug("%s", exc)
