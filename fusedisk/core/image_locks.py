@@ -24,6 +24,7 @@ from fusedisk.core.errors import HostError, LockConflictError
 _USED_BASE = 100
 _UNSHARED_BASE = 200
 _NAMES = ("consistent read", "write", "write unchanged", "resize")
+_WRITE = _NAMES.index("write")
 _ALL = (1 << len(_NAMES)) - 1
 
 _FLOCK = struct.Struct("@hhqqi0q")
@@ -41,6 +42,11 @@ def supported(fd: int) -> bool:
             return False
         raise
     return True
+
+
+def is_written(fd: int) -> bool:
+    """Whether another opening of the file may write to it now. Raises OSError."""
+    return supported(fd) and _conflicts(fd, _USED_BASE + _WRITE)
 
 
 class ImageLocks:

@@ -217,4 +217,10 @@ def test_while_a_writer_holds_the_image(tmp_path: Path) -> None:
         assert refused.err.startswith('fusedisk: Failed to get shared "write" lock')
         assert str(image) in refused.err
         assert _ours(image, "-U") == _theirs(image, "-U")
+        assert fusedisk("info", "-U", image).err == ""
+        assert fusedisk("map", "-U", image).err == (
+            f"fusedisk: '{image}' is being written to by another program: what you read may be out of date or "
+            "inconsistent.\n"
+        )
+    assert fusedisk("map", "-U", image).err == ""
     assert fusedisk("info", image).code == 0

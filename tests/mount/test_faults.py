@@ -265,6 +265,8 @@ def test_an_image_is_locked_as_long_as_it_is_mounted(mounts: Mounts, tmp_path: P
     assert (done.code, "another process using the image" in done.err) == (1, True)
     refused = subprocess.run(["qemu-io", "-c", "write 0 512", str(image)], capture_output=True, text=True)
     assert 'Failed to get "write" lock' in refused.stderr
-    mounts.umount(mounts.mount("-r", "-U", image))
+    shared, done = mounts.try_mount("-r", "-U", image)
+    assert (done.code, "is being written to by another program" in done.err) == (0, True)
+    mounts.umount(shared)
     mounts.umount(on)
     qemu_io(image, "write 0 512")

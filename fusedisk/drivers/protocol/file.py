@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,8 @@ from fusedisk.drivers.protocol.hostcalls import (
     fallocate,
 )
 from fusedisk.drivers.protocol.resize import create_regular_file, resize_file
+
+log = logging.getLogger(__name__)
 
 _READ_ONLY_ERRORS = (errno.EACCES, errno.EROFS, errno.EPERM)
 _UNSUPPORTED_ERRORS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EINVAL)
@@ -193,7 +196,10 @@ class FileDriver(Driver):
 
     def _make_locks(self, fd: int, config: NodeConfig) -> ImageLocks | None:
         locking = self.options.locking
-        if locking == "off" or config.force_share:
+        if locking == "off":
+            return None
+        if config.force_share:
+            self._tell_writer(fd)
             return None
         with self._errors("lock"):
             if image_locks.supported(fd):
@@ -203,6 +209,15 @@ class FileDriver(Driver):
                 f"The host cannot lock '{self.filename}' for us, which locking=on asks for: use locking=auto."
             )
         return None
+
+    def _tell_writer(self, fd: int) -> None:
+        """Say once that what is read may change meanwhile, unless the image is only looked at."""
+        with self._errors("lock"):
+            if not self.node.graph.look_only and image_locks.is_written(fd):
+                log.warning(
+                    "'%s' is being written to by another program: what you read may be out of date or inconsistent.",
+                    self.filename,
+                )
 
     # --- reopening --------------------------------------------------------------------------------------
 
