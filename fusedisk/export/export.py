@@ -17,7 +17,8 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -28,10 +29,13 @@ from fusedisk.block.node import Node
 from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.offload import run_host_io
+from fusedisk.export.family import Family
 
 log = logging.getLogger(__name__)
 
 DEFAULT_BLOCK_SIZE = 4096
+EVERYTHING = (0, 1 << 63)
+"""Offset and length of whatever a file holds."""
 _MAX_BLOCK_SIZE = 2 << 20
 WRITE_BEHIND_SECONDS = 5
 """As most file systems do."""
@@ -68,18 +72,6 @@ class FileSettings:
     """Writes past the end make the disk longer."""
 
 
-class Family:
-    """The exports that show the same bytes: a disk and its partitions. Each alone has one of its own."""
-
-    __slots__ = ("up_to_date", "written_ns")
-
-    def __init__(self) -> None:
-        self.up_to_date: set[Export] = set()
-        """Those whose times hold all that has happened."""
-        self.written_ns = 0
-        """When something was written last, by our clock; 0 where nothing was."""
-
-
 class Export:
     """A backend as a regular file. Made by :meth:`open`."""
 
@@ -102,6 +94,10 @@ class Export:
         """What takes the writes in place of the image: ``throw-away`` or the name of a layer."""
         self.on_change: Callable[[bool], None] | None = None
         """Called when what a kernel may have cached is stale for a reason that it cannot know; True: the data too."""
+        self.drop_pages: Callable[[], Awaitable[None]] | None = None
+        """Lets the kernel drop all data that it has cached of this file; returns once it has."""
+        self.origin = 0
+        """Where the file begins on its family's disk, in bytes."""
         self._mtime_ns = 0
         self._ctime_ns = 0
         self._own_clock = False
@@ -176,7 +172,11 @@ class Export:
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write ``data`` if that takes no waiting; False: a part may be written."""
-        if not self.writable or not self.backend.write_now(offset, data):
+        if not self.writable:
+            return False
+        if self._family.keeps_some and self._family.keeps(self.origin + offset, self.origin + offset + len(data)):
+            return False
+        if not self.backend.write_now(offset, data):
             return False
         self.touch()
         return True
@@ -201,6 +201,26 @@ class Export:
 
     def check_read(self, offset: int, length: int) -> None:
         """Raise what reading a range would raise for where it lies."""
+
+    def keep(self, offset: int, length: int) -> None:
+        """Note that the kernel puts what it reads there into its page cache, although the file is not cached."""
+        if self.shared_views:
+            self._family.keep(self, self.origin + offset, self.origin + offset + length)
+
+    async def drop_kept(self, offset: int, length: int) -> None:
+        """Let the kernel drop what it has kept of a range that was changed, in all files that show it. To be called
+        before the change is answered, also after one that failed: a part may be changed. See :meth:`.Family.drop`."""
+        await self._family.drop(self.origin + offset, self.origin + offset + length)
+
+    @asynccontextmanager
+    async def changing(self, offset: int, length: int) -> AsyncIterator[None]:
+        """Change a range inside; :meth:`drop_kept` is called at the end."""
+        try:
+            yield
+        except Exception:
+            await self.drop_kept(offset, length)
+            raise
+        await self.drop_kept(offset, length)
 
     async def flush(self) -> None:
         """Put every write answered before on stable storage."""

@@ -181,6 +181,7 @@ async def open_partitions(graph: Graph, disk: Export, settings: FileSettings) ->
         view = PartitionExport(backend, name, 0, dataclasses.replace(settings, growable=False))
         view.disk, view.table, view.partition, view.source = disk, table, partition, source
         view.overlay, view.immutable = disk.overlay, disk.immutable
+        view.origin = partition.start
         view.join(disk)
         found.append(view)
     return found

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import struct
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import NamedTuple
 
-from pyfuse3 import FUSEError, InodeT
+from pyfuse3 import FUSEError
 
 from fusedisk.core.errors import FusediskError
 from fusedisk.export import ranges
+from fusedisk.export.export import EVERYTHING, Export
 from fusedisk.mount import wire
 from fusedisk.mount.handles import Handle
 from fusedisk.mount.negotiation import Negotiation
@@ -20,8 +23,15 @@ from fusedisk.mount.passthrough import PassedThrough
 
 log = logging.getLogger(__name__)
 
-Work = Callable[[], Awaitable[bytes]]
-"""Does what a request asks for and returns the body of the reply. Raises whatever :func:`failed` makes sense of."""
+
+class Work(NamedTuple):
+    """How to answer one request."""
+
+    run: Callable[[], Awaitable[bytes]]
+    """Does what is asked for and returns the body of the reply. Raises whatever :func:`failed` makes sense of."""
+    changes: tuple[Export, int, int] | None
+    """The file whose bytes it may change, even if it fails, and where: offset and length."""
+
 
 _BODY = wire.IN_HEADER.size
 
@@ -63,8 +73,21 @@ class Answers:
         layout, answer = found
         arguments = layout.unpack_from(head, _BODY)
         if opcode == wire.OPEN:
-            return partial(answer, wire.IN_HEADER.unpack_from(head)[3], *arguments)
-        return partial(answer, *arguments)
+            arguments = (wire.IN_HEADER.unpack_from(head)[3], *arguments)
+        return Work(partial(answer, *arguments), self._changes(opcode, *arguments))
+
+    def _changes(self, opcode: int, *arguments: int) -> tuple[Export, int, int] | None:
+        if opcode == wire.OPEN:
+            inode, flags, _ = arguments
+            return (self._operations.export_of(inode), *EVERYTHING) if flags & os.O_TRUNC else None
+        if opcode == wire.FALLOCATE:
+            target, offset, length, _, _ = arguments
+        elif opcode == wire.COPY_FILE_RANGE:
+            _, _, _, target, offset, length, _ = arguments
+        else:
+            return None
+        handle = self._handles.by_number.get(target)
+        return (handle.export, offset, length) if handle is not None else None
 
     def _handle(self, number: int) -> Handle:
         handle = self._handles.by_number.get(number)
@@ -73,7 +96,7 @@ class Answers:
         return handle
 
     async def _open(self, inode: int, flags: int, open_flags: int) -> bytes:
-        export = self._operations.export_of(InodeT(inode))
+        export = self._operations.export_of(inode)
         number, handle = await self._handles.open(export, flags)
         if self._negotiation.passthrough:
             handle.backing = self._passed.opened(export)

@@ -62,8 +62,9 @@ _REPLY = 4096
 """Where in a buffer the data of a reply begins: at a page, the header in front of it."""
 _REPLY_HEADER = _REPLY - wire.OUT_HEADER.size
 _OUT = wire.OUT_HEADER.size
-_HEAD = struct.Struct("=IIQ24xQQI12xI")
-"""Of any message: len, opcode, unique; of a READ or WRITE also fh, offset, size, and how its file was opened."""
+_HEAD = struct.Struct("=IIQ24xQQII8xI")
+"""Of any message: len, opcode, unique; of a READ or WRITE also fh, offset, size, its own flags, and how its file was
+opened."""
 _SYNCHRONOUS = os.O_DSYNC
 """Of a WRITE: it is to be on stable storage when it is answered, since its file was opened for that or since this write
 asks for it (RWF_DSYNC). O_SYNC has the same bit."""
@@ -129,8 +130,10 @@ class Channel:
         self._handles = operations.handles.by_number
         self._device, self._library = spliced
         longest = wire.MAX_WRITE if pipe is None else pipe.longest
-        shared = any(export.shared_views for export in operations.exports)
-        self._negotiation = Negotiation(passthrough=passthrough is not Passthrough.OFF, longest=longest, shared=shared)
+        self._shared = any(export.shared_views for export in operations.exports)
+        self._negotiation = Negotiation(
+            passthrough=passthrough is not Passthrough.OFF, longest=longest, shared=self._shared
+        )
         self._answers = Answers(operations, self._negotiation, PassedThrough(self._device, passthrough))
         self._spare = [Request() for _ in range(_LEAST_SPARE)]
         self._replies = [_pages(_REPLY + wire.MAX_WRITE) for _ in range(_LEAST_SPARE)]
@@ -189,6 +192,7 @@ class Channel:
         vector, head, data = request.vector, request.head, request.data
         content = data[:0]
         polling, nap, busy = self._polling, self._nap.take, self._busy
+        shared = self._shared
         turns, now = 0, clock()
         turn = now + _LONGEST_TURN
         asked = 0.0
@@ -218,7 +222,7 @@ class Channel:
                 raise BrokenConnectionError(
                     f"Reading requests from '/dev/fuse' failed: {exc.strerror}.", errno=exc.errno
                 ) from exc
-            declared, opcode, unique, number, offset, size, flags = unpack(head)
+            declared, opcode, unique, number, offset, size, own_flags, flags = unpack(head)
             if length != declared or length < wire.IN_HEADER.size:
                 raise BrokenConnectionError(
                     f"The kernel sent {length} bytes as a request of {declared}: the mount ends."
@@ -227,6 +231,8 @@ class Channel:
             handle = handles.get(number)
             try:
                 if opcode == wire.READ:
+                    if shared and handle is not None and not own_flags & wire.READ_LOCKOWNER:
+                        handle.export.keep(offset, size)
                     if size >= LEAST and self._lend(unique, handle, offset, size):
                         answered = True
                     elif handle is not None and size <= wire.MAX_WRITE:
@@ -296,7 +302,7 @@ class Channel:
 
     async def _dispatch(self, nursery: trio.Nursery, request: Request, length: int, opcode: int, unique: int) -> bool:
         """Let a request be answered. True: its buffer is taken."""
-        _, _, _, fh, offset, size, flags = _HEAD.unpack_from(request.head)
+        _, _, _, fh, offset, size, _, flags = _HEAD.unpack_from(request.head)
         if opcode == wire.READ:
             handle = self._handles.get(fh)
             if handle is None or size > wire.MAX_WRITE:
@@ -410,37 +416,41 @@ class Channel:
             self._end(size, begun=reply is not None)
 
     async def _write(self, unique: int, handle: Handle, offset: int, size: int, flags: int, request: Request) -> None:
+        error, body = 0, b""
         try:
             written = await handle.write(offset, request.data[:size])
             if flags & _SYNCHRONOUS:
                 await handle.export.flush()
+            body = wire.WRITE_OUT.pack(written, 0)
         except Exception as exc:
-            self.answer(unique, -failed("write", exc))
-        else:
-            self.answer(unique, 0, wire.WRITE_OUT.pack(written, 0))
+            error = -failed("write", exc)
         finally:
             if len(self._spare) < _MOST_SPARE:
                 self._spare.append(request)
             self._end(size)
+        await handle.export.drop_kept(offset, size)
+        self.answer(unique, error, body)
 
     async def _work(self, unique: int, work: Work, opcode: int, scope: trio.CancelScope) -> None:
         begun = False
+        error, body = -errno.EINTR, b""
         try:
             with scope:
                 await self._make_room()
                 self._begin(0)
                 begun = True
                 try:
-                    body = await work()
+                    body = await work.run()
+                    error = 0
                 except Exception as exc:
-                    self.answer(unique, -failed(f"request {opcode}", exc))
-                    return
-                self.answer(unique, 0, body)
-            if scope.cancelled_caught:
-                self.answer(unique, -errno.EINTR)
+                    error = -failed(f"request {opcode}", exc)
         finally:
             self._interruptible.pop(unique, None)
             self._end(0, begun=begun)
+        if work.changes is not None:
+            export, offset, length = work.changes
+            await export.drop_kept(offset, length)
+        self.answer(unique, error, body)
 
     # --- answering --------------------------------------------------------------------------------------
 

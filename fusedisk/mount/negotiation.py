@@ -18,6 +18,9 @@ _WANTED = (
     | wire.MAX_PAGES
     | wire.HANDLE_KILLPRIV_V2  # our files never have such bits
 )
+_REFUSED = wire.AUTO_INVAL_DATA
+"""libfuse takes it: before each cached read that follows a write the kernel asks for the attributes, to drop what it
+has cached if the file's time of change is not its own. Files change through the kernel only, or we tell it."""
 _WANTED_EXTENDED = wire.DIRECT_IO_ALLOW_MMAP
 _OFFERED = wire.IN_HEADER.size
 _REPLY = wire.OUT_HEADER.size
@@ -28,11 +31,11 @@ class Negotiation:
 
     def __init__(self, *, passthrough: bool, longest: int, shared: bool = False) -> None:
         """``longest``: bytes of data in one request at most. ``shared``: what is written to one file changes others."""
-        self._wants_passthrough = passthrough
-        # libfuse takes it: before each cached read that follows a write the kernel asks for the attributes, to drop
-        # what it has cached if the file's time of change is not its own. Files that are not shared change through
-        # the kernel only, or we tell it.
-        self._refused = 0 if shared else wire.AUTO_INVAL_DATA
+        self._wanted = _WANTED_EXTENDED | (wire.PASSTHROUGH if passthrough else 0)
+        if shared:
+            # A page that is written through memory comes back whole, over what others have written meanwhile. Without
+            # this feature the kernel refuses shared mappings (ENODEV) of files that it does not cache.
+            self._wanted &= ~wire.DIRECT_IO_ALLOW_MMAP
         self._longest = longest
         self._unique = 0
         self._features = 0
@@ -58,8 +61,8 @@ class Negotiation:
         fields = list(wire.INIT_OUT.unpack_from(reply, _REPLY))
         wanted = _WANTED
         if self._features & wire.INIT_EXT:
-            wanted |= wire.INIT_EXT | _WANTED_EXTENDED | (wire.PASSTHROUGH if self._wants_passthrough else 0)
-        self.taken = (fields[3] | fields[10] << 32) & ~self._refused | wanted & self._features
+            wanted |= wire.INIT_EXT | self._wanted
+        self.taken = (fields[3] | fields[10] << 32) & ~_REFUSED | wanted & self._features
         fields[3], fields[10] = self.taken & 0xFFFFFFFF, self.taken >> 32
         fields[4:8] = [MAX_BACKGROUND, _CONGESTION, self._longest, 1]
         fields[8] = self._longest // PAGESIZE if self.taken & wire.MAX_PAGES else 0

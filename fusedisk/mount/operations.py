@@ -36,7 +36,7 @@ from pyfuse3 import (
 )
 
 from fusedisk.core.errors import FusediskError
-from fusedisk.export.export import Attributes, Export
+from fusedisk.export.export import EVERYTHING, Attributes, Export
 from fusedisk.export.names import NAME_MAX, ROOT_INODE
 from fusedisk.export.views import View
 from fusedisk.mount.handles import Handles
@@ -154,7 +154,8 @@ class Operations(pyfuse3.Operations):
             return await self._attributes(inode)
         export = self.export_of(inode)
         if fields.update_size:
-            await export.truncate(attr.st_size)
+            async with export.changing(*EVERYTHING):
+                await export.truncate(attr.st_size)
         if fields.update_mode:
             export.set_mode(attr.st_mode)
         if fields.update_uid or fields.update_gid:
@@ -268,7 +269,8 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         """Open a file."""
         export = self.export_of(inode)
-        number, _ = await self.handles.open(export, flags)
+        async with export.changing(*(EVERYTHING if flags & os.O_TRUNC else (0, 0))):
+            number, _ = await self.handles.open(export, flags)
         cached = self.cached(export)
         return FileInfo(fh=FileHandleT(number), direct_io=not cached, keep_cache=cached)
 
@@ -278,16 +280,18 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        """Read; short only at the end."""
+        """Read; short only at the end. Only without the data channel, as all below that reads or writes."""
         export = self.handles.by_number[fh].export
+        export.keep(off, size)  # nothing here says that the kernel does not
         return await export.read(off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
 
     @_guarded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write; short only at the end of a disk that may not grow."""
         handle = self.handles.by_number[fh]
-        written = await handle.write(off, buf)
-        await handle.settle()
+        async with handle.export.changing(off, len(buf)):
+            written = await handle.write(off, buf)
+            await handle.settle()
         return written
 
     @_guarded

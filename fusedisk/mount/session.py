@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyfuse3
@@ -118,12 +119,19 @@ class Session:
             if self._wakefulness is not None:
                 nursery.start_soon(self._wakefulness.run)
             try:
-                await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS if self._channel is None else MAX_NAME_TASKS)
+                await pyfuse3.main(min_tasks=1, max_tasks=self._max_tasks())
             finally:
                 self._serving = False
                 # Later its number may be that of another mount in its place: closing the images can take a while.
                 self._there = leaving.is_at(self.mountpoint, self.device)
                 nursery.cancel_scope.cancel()
+
+    def _max_tasks(self) -> int:
+        if self._channel is not None:
+            return MAX_NAME_TASKS
+        # A write may wait until the kernel has dropped a page, and that until a read is served. The kernel lets one
+        # write at a time into each file, so one task is left for reads.
+        return MAX_TASKS + len(self.operations.exports)
 
     def stop(self) -> None:
         """Let ``serve`` return although the mount is there still."""
@@ -150,14 +158,19 @@ class Session:
         ready()
 
     async def _invalidate(self) -> None:
-        """Tell the kernel what data is stale, from a thread: it may wait for requests that we must serve meanwhile."""
+        """Tell the kernel what data is stale."""
         for export in self.operations.exports:
             export.on_change = self._watcher(export)
+            export.drop_pages = partial(self._drop_pages, self.operations.inode_of(export))
         while True:
             await self._some_stale.wait()
             self._some_stale = trio.Event()
             while self._stale:
-                await trio.to_thread.run_sync(self._invalidate_inode, self._stale.pop(), False, abandon_on_cancel=True)
+                await self._drop_pages(self._stale.pop())
+
+    async def _drop_pages(self, inode: int) -> None:
+        """Let the kernel drop its pages of a file, in a thread: it may wait for requests that we must serve."""
+        await trio.to_thread.run_sync(self._invalidate_inode, inode, False, abandon_on_cancel=True)
 
     def _watcher(self, export: Export) -> Callable[[bool], None]:
         inode = self.operations.inode_of(export)

@@ -15,6 +15,8 @@ IN_HEADER = struct.Struct("=IIQQIIIHH")
 OUT_HEADER = struct.Struct("=IiQ")
 """len, error (0 or a negative errno), unique."""
 
+READ_LOCKOWNER = 1 << 1
+"""Read flag: the data goes to a process. Reads that fill the kernel's page cache do not have it."""
 READ_IN = struct.Struct("=QQIIQII")
 """fh, offset, size, read flags, lock owner, open flags, padding."""
 WRITE_IN = struct.Struct("=QQIIQII")

@@ -54,7 +54,7 @@ def program(tmp_path: Path) -> list[str]:
     """A command line for fusedisk whose file driver misbehaves as the file ``broken`` says, one rule in a line:
 
     ``error METHOD`` fails as an expected error does, ``bug METHOD`` as a bug does, ``hold METHOD OFFSET`` waits, in
-    requests at that offset, until the file is gone.
+    requests at that offset, until the file is gone; the file ``held`` appears then.
     """
     script = tmp_path / "breakable.py"
     script.write_text(_BREAKABLE.format(rules=str(tmp_path / "broken")))
@@ -91,6 +91,7 @@ def breakable(name):
                 raise RuntimeError("a bug for the test")
             while kind == "hold" and args[0] == int(more[0]) and RULES.exists():
                 refuse_to_wait()
+                RULES.with_name("held").touch()
                 await trio.sleep(0.01)
         return await method(self, *args)
 

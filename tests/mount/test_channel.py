@@ -165,7 +165,7 @@ def test_a_message_that_makes_no_sense(mounts: Mounts, raw: Path, tmp_path: Path
         "import struct\n"
         "from fusedisk.cli.main import main\n"
         "from fusedisk.mount import channel\n"
-        "channel._HEAD = struct.Struct('=4xIIQ20xQQI12xI')\n"
+        "channel._HEAD = struct.Struct('=4xIIQ20xQQII8xI')\n"
         "main()\n"
     )
     command = [sys.executable, str(script), "mount", "--foreground", "-f", "raw", str(raw), str(mounts.directory())]

@@ -82,6 +82,9 @@ class Disk:
         self.content[offset : offset + len(data)] = data
         return True
 
+    async def drop_kept(self, offset: int, length: int) -> None:
+        pass
+
     async def _wait(self) -> None:
         if self.cached:
             return

@@ -145,21 +145,6 @@ def test_a_write_is_seen_at_once_through_the_other_file(
         os.close(input)
 
 
-def test_what_is_mapped_is_as_the_other_file_was_written_once_somebody_looks(
-    mounts: Mounts, image: Path, tmp_path: Path
-) -> None:
-    start, _ = places(tmp_path / "vm.raw")[2]
-    on = mounts.mount("--partitions", image)
-    with (on / "vm").open("rb") as disk, mmap.mmap(disk.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        before = mapped[start : start + 4096]
-        with (on / "vm.p2").open("r+b", buffering=0) as partition:
-            partition.write(b"B" * 4096)
-            os.fsync(partition.fileno())
-        assert before != b"B" * 4096
-        (on / "vm").stat()
-        assert mapped[start : start + 4096] == b"B" * 4096
-
-
 def test_times_and_sizes_are_those_of_the_disk(mounts: Mounts, image: Path, tmp_path: Path) -> None:
     """A write through one file changes the times that the kernel remembers of the others."""
     os.utime(image, ns=(10**18, 10**18))

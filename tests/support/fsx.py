@@ -13,8 +13,10 @@ import errno
 import mmap
 import os
 import random
+import stat
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -34,6 +36,39 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
     if _LIBC.fallocate(descriptor, mode, offset, length):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def splice_range(source: int, offset: int, target: int, position: int, length: int) -> int:
+    """splice(2) through a pipe until all is copied; returns how many bytes were."""
+    receiving, sending = os.pipe()
+    done = 0
+    try:
+        while done < length:
+            count = os.splice(source, sending, length - done, offset_src=offset + done)
+            if not count:
+                break
+            while count:
+                moved = os.splice(receiving, target, count, offset_dst=position + done)
+                done, count = done + moved, count - moved
+    finally:
+        os.close(receiving)
+        os.close(sending)
+    return done
+
+
+def send_range(source: int, offset: int, length: int) -> bytes:
+    """What sendfile(2) hands on."""
+    target = os.memfd_create("sent")
+    try:
+        done = 0
+        while done < length:
+            count = os.sendfile(target, source, offset + done, length - done)
+            if not count:
+                break
+            done += count
+        return os.pread(target, length, 0)
+    finally:
+        os.close(target)
 
 
 def copy_range(source: int, offset: int, target: int, position: int, length: int) -> int:
@@ -67,6 +102,15 @@ class Target(Protocol):
 
     def mapped_write(self, offset: int, data: bytes) -> None:
         """Through memory; within the file."""
+
+    def held_read(self, offset: int, length: int) -> bytes:
+        """Through memory that was mapped long ago; within the file."""
+
+    def sent_read(self, offset: int, length: int) -> bytes:
+        """By sendfile(2); fewer bytes at the end."""
+
+    def splice(self, offset: int, position: int, length: int) -> int:
+        """Copy within the file by splice(2); returns how many bytes were copied."""
 
     def allocate(self, mode: int, offset: int, length: int) -> None:
         """As fallocate(2)."""
@@ -107,14 +151,20 @@ class FileTarget:
     def _open(self) -> None:
         self._files = [os.open(path, os.O_RDWR) for path, _, _ in self._views]
         self._direct = [os.open(path, os.O_RDWR | os.O_DIRECT) for path, _, _ in self._views]
+        # A device has a page cache of its own, as everywhere, so it is used directly only.
+        self._devices = [stat.S_ISBLK(os.fstat(file).st_mode) for file in self._files]
+        self._held = [
+            None if device else mmap.mmap(file, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            for file, device in zip(self._files, self._devices, strict=True)
+        ]
 
-    def _view(self, offset: int, length: int) -> tuple[int, int]:
+    def _view(self, offset: int, length: int, *, direct: bool = False) -> tuple[int, int]:
         """Which view a range is reached by this time, and where that begins."""
         self._turn += 1
         fitting = [
             (index, start)
             for index, (_, start, stop) in enumerate(self._views)
-            if start <= offset and offset + length <= stop
+            if start <= offset and offset + length <= stop and (direct or not self._devices[index])
         ]
         return fitting[self._turn % len(fitting)]
 
@@ -128,37 +178,56 @@ class FileTarget:
         assert written == len(data), f"only {written} of {len(data)} bytes written at {offset}"
 
     def direct_read(self, offset: int, length: int) -> bytes:
-        index, start = self._view(offset, length)
+        index, start = self._view(offset, length, direct=True)
         with mmap.mmap(-1, length) as buffer:
             count = os.preadv(self._direct[index], [buffer], offset - start)
             return buffer[:count]
 
     def direct_write(self, offset: int, data: bytes) -> None:
-        index, start = self._view(offset, len(data))
+        index, start = self._view(offset, len(data), direct=True)
         with mmap.mmap(-1, len(data)) as buffer:
             buffer[:] = data
             written = os.pwritev(self._direct[index], [buffer], offset - start)
         assert written == len(data), f"only {written} of {len(data)} bytes written at {offset} directly"
 
-    def _mapped(self, offset: int, length: int) -> tuple[mmap.mmap, int]:
+    def _mapped(self, offset: int, length: int, flags: int) -> tuple[mmap.mmap, int]:
         index, start = self._view(offset, length)
         first = (offset - start) // PAGE * PAGE
-        return mmap.mmap(self._files[index], offset - start + length - first, offset=first), offset - start - first
+        memory = mmap.mmap(self._files[index], offset - start + length - first, flags=flags, offset=first)
+        return memory, offset - start - first
 
     def mapped_read(self, offset: int, length: int) -> bytes:
-        memory, start = self._mapped(offset, length)
+        # What has several names cannot be mapped shared.
+        memory, start = self._mapped(offset, length, mmap.MAP_PRIVATE if len(self._views) > 1 else mmap.MAP_SHARED)
         with memory:
             return memory[start : start + length]
 
     def mapped_write(self, offset: int, data: bytes) -> None:
-        memory, start = self._mapped(offset, len(data))
+        memory, start = self._mapped(offset, len(data), mmap.MAP_SHARED)
         with memory:
             memory[start : start + len(data)] = data
-            if len(self._views) > 1:
-                memory.flush()
+
+    def held_read(self, offset: int, length: int) -> bytes:
+        index, start = self._view(offset, length)
+        memory = self._held[index]
+        assert memory is not None
+        first = offset - start
+        # Of what was not there yet when it was mapped there is another way to read.
+        return memory[first : first + length] if first + length <= len(memory) else self.read(offset, length)
+
+    def sent_read(self, offset: int, length: int) -> bytes:
+        index, start = self._view(offset, length)
+        return send_range(self._files[index], offset - start, length)
+
+    def splice(self, offset: int, position: int, length: int) -> int:
+        source, start = self._view(offset, length)
+        target, target_start = self._view(position, length)
+        return splice_range(self._files[source], offset - start, self._files[target], position - target_start, length)
 
     def allocate(self, mode: int, offset: int, length: int) -> None:
-        index, start = self._view(offset, length)
+        # A device punches and zeroes whole sectors.
+        whole = bool(mode & (PUNCH_HOLE | ZERO_RANGE)) and not (offset | length) % 512
+        index, start = self._view(offset, length, direct=whole)
         fallocate(self._files[index], mode, offset - start, length)
 
     def copy(self, offset: int, position: int, length: int) -> int:
@@ -188,6 +257,9 @@ class FileTarget:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
+        for memory in self._held:
+            if memory is not None:
+                memory.close()
         for descriptor in (*self._files, *self._direct):
             os.close(descriptor)
 
@@ -234,6 +306,9 @@ _OFTEN = {
     "direct_write": 6,
     "mapped_read": 5,
     "mapped_write": 5,
+    "held_read": 4,
+    "sent_read": 4,
+    "splice": 3,
     "punch": 5,
     "zero": 4,
     "reserve": 4,
@@ -299,7 +374,7 @@ class Exerciser:
             # Direct I/O to a page that is mapped elsewhere is aligned to pages, as databases do it.
             offset, length = offset // self._unit * self._unit, -(-max(length, 1) // self._unit) * self._unit
             length = min(length, (len(self.content) - offset) // self._unit * self._unit)
-        if kind == "copy":
+        if kind in ("copy", "splice"):
             length = min(length, len(self.content) // 3)
             more = self._elsewhere(offset, length)
         elif kind == "resize":
@@ -360,6 +435,12 @@ class Exerciser:
     def _do_mapped_read(self, offset: int, length: int, more: int) -> None:
         self._compare(self.target.mapped_read(self._start + offset, length), offset, length)
 
+    def _do_held_read(self, offset: int, length: int, more: int) -> None:
+        self._compare(self.target.held_read(self._start + offset, length), offset, length)
+
+    def _do_sent_read(self, offset: int, length: int, more: int) -> None:
+        self._compare(self.target.sent_read(self._start + offset, length), offset, length)
+
     def _do_write(self, offset: int, length: int, more: int) -> None:
         data = self._data(length)
         self.target.write(self._start + offset, data)
@@ -386,10 +467,13 @@ class Exerciser:
     def _do_reserve(self, offset: int, length: int, more: int) -> None:
         self.target.allocate(more, self._start + offset, length)
 
-    def _do_copy(self, offset: int, length: int, more: int) -> None:
+    def _do_splice(self, offset: int, length: int, more: int) -> None:
+        self._do_copy(offset, length, more, self.target.splice)
+
+    def _do_copy(self, offset: int, length: int, more: int, copy: Callable[[int, int, int], int] | None = None) -> None:
         if more < 0:
             return
-        copied = self.target.copy(self._start + offset, self._start + more, length)
+        copied = (copy or self.target.copy)(self._start + offset, self._start + more, length)
         assert copied == length, f"{copied} of {length} bytes copied"
         self.content[more : more + length] = self.content[offset : offset + length]
 

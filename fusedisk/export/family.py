@@ -1,0 +1,64 @@
+"""The exports that show the same bytes, a disk and its partitions, and what the kernel keeps of them.
+
+Their files are opened with FOPEN_DIRECT_IO, so reads and writes pass by the kernel's page cache. Some system calls
+fill it all the same (sendfile, splice, a private mapping, readahead), and what they left there is then given to the
+next such call without asking. So each range that the kernel is about to keep is noted, and a request that changes some
+of it is answered only after the kernel has dropped the pages. Shared mappings are refused (:mod:`..mount.negotiation`),
+so no such page is ever dirty.
+
+Positions are bytes of the disk, whichever file they belong to.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fusedisk.core.locks import Mutex
+
+if TYPE_CHECKING:
+    from fusedisk.export.export import Export
+
+
+class Family:
+    """The exports of one disk. An export without relatives has a family of its own."""
+
+    __slots__ = ("_dropping", "_kept", "keeps_some", "up_to_date", "written_ns")
+
+    def __init__(self) -> None:
+        self.up_to_date: set[Export] = set()
+        """Those whose times hold all that has happened."""
+        self.written_ns = 0
+        """When something was written last, by our clock; 0 where nothing was."""
+        self.keeps_some = False
+        """Whether the kernel may have anything at all in its page cache."""
+        self._kept: dict[Export, tuple[int, int]] = {}
+        """What the kernel may have in the page cache of each file: one range around all of it."""
+        self._dropping = Mutex()
+
+    def keep(self, export: Export, start: int, stop: int) -> None:
+        """Note that the kernel keeps what it is about to read through ``export``. Call it before the bytes are read."""
+        low, high = self._kept.get(export, (start, stop))
+        self._kept[export] = min(low, start), max(high, stop)
+        self.keeps_some = True
+
+    def keeps(self, start: int, stop: int) -> bool:
+        """Return whether the kernel may have some of a range in the page cache of any file."""
+        return self._dropping.locked or any(low < stop and start < high for low, high in self._kept.values())
+
+    async def drop(self, start: int, stop: int) -> None:
+        """Let the kernel drop what it has kept of a range that was changed. The change may be answered afterwards.
+
+        The kernel may wait for reads of the same pages that are not answered yet, so the caller must not hold anything
+        that a read needs.
+        """
+        if not self.keeps(start, stop):
+            return
+        # A change that comes while pages are being dropped waits: they may be its own.
+        async with self._dropping:
+            for export, (low, high) in list(self._kept.items()):
+                if low < stop and start < high:
+                    # First, as what is read from now on is new and is noted anew.
+                    del self._kept[export]
+                    if export.drop_pages is not None:
+                        await export.drop_pages()
+            self.keeps_some = bool(self._kept)
