@@ -190,8 +190,12 @@ class Export:
         self.check_writable()
         end = offset + len(data)
         if end > self.length:
-            if self.growable or offset >= self.backend.length:
+            if self.growable:
                 await self.extend(end)
+            elif offset >= self.backend.length:
+                raise NoSpaceError(
+                    f"'{self.name}' is {self.backend.length} bytes long and does not grow, a request went up to {end}."
+                )
             else:
                 data = memoryview(data)[: self.backend.length - offset]
         self.touch()
@@ -314,11 +318,7 @@ class Export:
             raise ReadOnlyError(f"'{self.name}' is read-only.")
 
     async def extend(self, length: int) -> None:
-        """Make the disk longer, for a request that goes past its end. Raises NoSpaceError (ENOSPC) unless growable."""
-        if not self.growable:
-            raise NoSpaceError(
-                f"'{self.name}' is {self.backend.length} bytes long and does not grow, a request went up to {length}."
-            )
+        """Make the disk at least ``length`` bytes long, whether writes may do that or not."""
         unit = self.backend.node.driver.length_unit
         async with self._resize:
             if length > self.length:

@@ -77,8 +77,8 @@ async def allocate(export: Export, offset: int, length: int, *, keep_size: bool)
 
 @asynccontextmanager
 async def _room(export: Export, offset: int, length: int, *, keep_size: bool) -> AsyncIterator[int]:
-    """Where a range ends after the disk was made longer for it, or was not. What fails inside leaves the disk as long
-    as it was."""
+    """Where a range ends after the disk was made longer for it, or was not. That is asked for, as by truncate, so the
+    disk need not be growable. What fails inside leaves the disk as long as it was."""
     export.check_writable()
     before, end = export.length, offset + length
     if end > before:
