@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import trio
 
@@ -21,7 +22,7 @@ from fusedisk.block.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCH
 from fusedisk.block.extent import UNALLOCATED, ZERO
 from fusedisk.block.node import Node
 from fusedisk.block.tracked import Request
-from fusedisk.core.at_once import refuse_to_wait
+from fusedisk.core.at_once import is_at_once, refuse_to_wait
 from fusedisk.core.errors import (
     CorruptImageError,
     FusediskError,
@@ -452,7 +453,7 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
         await request.wait_for_earlier(node)
         if node.backing is not None and min(node.backing.node.length, length) > node.length:
             flags |= ZERO_NEW
-        with trio.CancelScope(shield=True):
+        with nullcontext() if is_at_once() else trio.CancelScope(shield=True):
             await node.driver.truncate(length, preallocation, flags)
             node.length = await node.driver.length()
         node.written += 1

@@ -26,6 +26,7 @@ from fusedisk.block.backend import Backend
 from fusedisk.block.driver import Role
 from fusedisk.block.immediate import Lent, Pieces
 from fusedisk.block.node import Node
+from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.offload import run_host_io
@@ -177,9 +178,20 @@ class Export:
         if self._family.keeps_some and self._family.keeps(self.origin + offset, self.origin + offset + len(data)):
             return False
         if not self.backend.write_now(offset, data):
-            return False
+            return self.growable and offset + len(data) > self.backend.length and self._append_now(offset, data)
         self.touch()
         return True
+
+    def _append_now(self, offset: int, data: memoryview) -> bool:
+        """:meth:`write` what makes the disk longer, if that takes no waiting. False: the disk may be longer already."""
+        backend = self.backend
+        # A file grows by its writes; what else must change its tables first waits for the disk.
+        if backend.quiesced or not backend.immediate.takes_writes() or backend.node.driver.host_descriptor() is None:
+            return False
+        try:
+            return run_at_once(self.write(offset, data)) == len(data)
+        except WouldWait:
+            return False
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:
         """Write ``data``; returns how many bytes were written.

@@ -15,7 +15,7 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fusedisk.core.errors import HostError, NotSupportedError, host_error
@@ -218,13 +218,17 @@ def _keep(device: str) -> None:
 # --- following the size of the file -------------------------------------------------------------------------
 
 
-def follow_size(path: str, length: int) -> bool:
-    """Give every loop device on the file at ``path`` the size that the file has; whether all have it now.
+def follow_size(where: Callable[[], str], length: int) -> bool:
+    """Give every loop device on a file the size that the file has; whether all have it now.
 
-    ``length`` is what the file shall have, in bytes. The kernel may be in the middle of a resize itself, so what fails
-    now may succeed later. Raises OSError where it never will.
+    ``where`` tells the file's path. ``length`` is what the file shall have, in bytes. The kernel may be in the middle
+    of a resize itself, so what fails now may succeed later. Raises OSError where it never will.
     """
-    found = attached_to(path)
+    attached = list(devices())
+    if not attached:
+        return True
+    path = where()
+    found = [device for device, file in attached if file == path]
     if found:
         _look_afresh(path)
     right = [_update_capacity(device, length) for device in found]

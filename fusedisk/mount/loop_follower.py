@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 200
 _PAUSE = 0.05
 """Seconds between attempts: while the kernel resizes the file itself (ftruncate), it believes the old size."""
+_REST = 0.25
+"""Seconds after which the devices are looked at again: a file that grows with each write is not followed each time."""
 
 
 class LoopFollower:
@@ -38,12 +40,13 @@ class LoopFollower:
                 await self._follow()
             except OSError as exc:
                 log.warning("'%s' was resized, but the loop devices on it could not be: %s", self._path(), exc)
+            await trio.sleep(_REST)
 
     async def _follow(self) -> None:
         """In a thread, since the kernel asks us for the size meanwhile; left alone there when the mount ends."""
         for _ in range(_ATTEMPTS):
             length = self._export.backend.length
-            if await trio.to_thread.run_sync(loop_device.follow_size, self._path(), length, abandon_on_cancel=True):
+            if await trio.to_thread.run_sync(loop_device.follow_size, self._path, length, abandon_on_cancel=True):
                 return
             await trio.sleep(_PAUSE)
         log.warning("'%s' was resized, but the loop devices on it still have their old size", self._path())

@@ -12,6 +12,7 @@ import pytest
 
 from fusedisk.block.graph import Graph
 from fusedisk.core.errors import HostError, NoSpaceError, NotSupportedError, ReadOnlyError
+from fusedisk.drivers.protocol.host_file import Pace
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export, FileSettings
 from tests.support.memory import Store
@@ -68,6 +69,22 @@ async def test_a_growable_export_grows(graph: Graph, image: Path) -> None:
     assert await export.write(10_010, b"far") == 3
     assert (await export.attributes()).size == 10_013
     assert await export.read(9_999, 100) == b"j" + bytes(10) + b"far"
+
+
+async def test_an_append_to_a_file_takes_no_task(graph: Graph, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a thread, unless the host is slow."""
+    export = await open_export(graph, image, FileSettings(growable=True))
+    assert export.write_now(9_998, memoryview(b"0123456789"))
+    assert export.write_now(20_000, memoryview(b"end"))
+    assert export.length == image.stat().st_size == 20_003
+    assert await export.read(9_996, 14) == b"gh0123456789\0\0"
+    monkeypatch.setattr(Pace, "is_quick", lambda *_: False)
+    assert not export.write_now(20_003, memoryview(b"more"))
+    assert await export.write(20_003, b"more") == 4
+    assert export.length == image.stat().st_size == 20_007
+    image.with_name("fixed").write_bytes(b"short")
+    fixed = await open_export(graph, image.with_name("fixed"), FileSettings())
+    assert not fixed.write_now(5, memoryview(b"past"))
 
 
 async def test_a_read_only_export_takes_nothing(graph: Graph, image: Path) -> None:

@@ -19,6 +19,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -476,7 +477,21 @@ class FileDriver(Driver):
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
         self._cut_padding()
-        await resize_file(self.file.fd, length, preallocation, self.filename)
+        if preallocation != "off" or length < self.node.length or not self._grow_now(length):
+            await resize_file(self.file.fd, length, preallocation, self.filename)
+
+    def _grow_now(self, length: int) -> bool:
+        """Make the file longer by a hole, if that should take no waiting."""
+        start = time.perf_counter()
+        if not self.file.pace.is_quick(start):
+            return False
+        try:
+            os.ftruncate(self.file.fd, length)
+        except OSError:
+            return False  # resize_file says what it is
+        now = time.perf_counter()
+        self.file.pace.measured(now, now - start)
+        return True
 
     # --- information ------------------------------------------------------------------------------------
 
