@@ -65,7 +65,8 @@ class PartitionExport(View):
     @property
     def block_size(self) -> int:
         """The disk's, unless that does not fit the partition's start."""
-        return min(self.disk.block_size, max(512, self.partition.start & -self.partition.start) or 1 << 62)
+        start = self.partition.start
+        return min(self.disk.block_size, max(512, start & -start)) if start else self.disk.block_size
 
     # The disk may have become shorter: a request for what is gone must not get as far as the drivers.
 

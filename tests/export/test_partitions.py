@@ -246,11 +246,31 @@ def test_no_table(parts: dict[int, bytes], length: int, why: str) -> None:
 def test_entries_that_are_none() -> None:
     end = MIB // 512
     disk = Disk(MIB, {0: sector((0x83, 1, end - 1), (0x83, 2, end - 1), (0x83, 0, 9), (0x83, 0xFFFFFFFF, 0xFFFFFFFF))})
-    assert disk.places() == [(1, 512, MIB - 512)]
+    assert disk.places() == [(1, 512, MIB - 512), (2, 1024, MIB - 1024), (3, 0, 9 * 512)]
     assert disk.found().remarks == [
-        "partition 3 is left out, beginning in sector 0, which is the table's",
-        "partitions 2, 4 are left out, reaching past the disk's end at 1048576",
+        "partition 4 is left out, beginning past the disk's end at 1048576",
+        "partition 2 is cut at the disk's end at 1048576",
+        "partitions 1, 2 are overlapping others",
     ]
+
+
+def test_the_end_of_a_disk_cuts_as_linux_cuts() -> None:
+    """Logical partitions too, and by whole sectors."""
+    end = MIB // 512
+    disk = Disk(MIB + 100, {0: sector((0x83, end, 5), (0x83, end - 1, 5))})
+    assert disk.places() == [(2, MIB - 512, 512)]
+    link = sector((0x83, 1, 9), (0x05, 50, 100))
+    disk = Disk(MIB, {0: sector((0x05, 100, 5000)), 51200: link, 150 * 512: sector((0x83, 1, 90_000))})
+    assert disk.places() == [(5, 101 * 512, 9 * 512), (6, 151 * 512, MIB - 151 * 512)]
+    assert disk.found().remarks == ["partition 6 is cut at the disk's end at 1048576"]
+
+
+@pytest.mark.parametrize("kind", [0x00, 0x17])
+def test_a_bootable_iso_image(kind: int) -> None:
+    """Its first entry spans the whole image, the table included; types count for nothing."""
+    disk = Disk(MIB, {0: sector((kind, 0, MIB // 512, 0x80), (0xEF, 40, 100))})
+    assert disk.places() == [(1, 0, MIB), (2, 40 * 512, 100 * 512)]
+    assert disk.found().remarks == ["partition 2 is overlapping others"]
 
 
 def test_partitions_that_overlap_are_shown_and_remarked_on() -> None:
@@ -342,12 +362,11 @@ def test_entries_of_a_gpt_that_are_none() -> None:
         gpt_entry(41, 41),
     ]
     gpt(disk, b"".join(entries))
-    assert disk.places() == [(1, 40 * 512, 5120), (5, 2040 * 512, 4096), (10, 41 * 512, 512)]
+    assert disk.places() == [(1, 40 * 512, 5120), (5, 2040 * 512, 4096), (8, 0, 51200), (10, 41 * 512, 512)]
     assert disk.found().remarks == [
         "partitions 2, 3 are left out, of no length",
-        "partitions 4, 8 are left out, beginning in sector 0, which is the table's",
-        "partitions 6, 7 are left out, reaching past the disk's end at 1048576",
-        "partition 10 is overlapping others",
+        "partitions 4, 6, 7 are left out, reaching past the disk's end at 1048576",
+        "partitions 1, 10 are overlapping others",
     ]
 
 
@@ -451,4 +470,4 @@ def _check(disk: Disk, table: Table | str) -> None:
     assert numbers == sorted(set(numbers))
     assert all(1 <= number <= 255 for number in numbers)
     for part in table.partitions:
-        assert 512 <= part.start < part.end <= disk.length
+        assert 0 <= part.start < part.end <= disk.length

@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import random
+import struct
 import subprocess
 from pathlib import Path
 
@@ -229,6 +230,25 @@ def test_a_gpt_of_a_disk_with_large_sectors(mounts: Mounts, tmp_path: Path) -> N
         part = on / f"vm.p{number}"
         assert part.stat().st_size == length
         assert os.getxattr(part, "user.fusedisk.partition-start") == str(start).encode()
+
+
+def test_a_bootable_iso_image_that_was_cut(mounts: Mounts, tmp_path: Path) -> None:
+    """Its first partition begins with the table, its second does not end on the image any more."""
+    image = tmp_path / "live.iso"
+    content = bytearray(random.Random(3).randbytes(2 * MIB))
+    entries = struct.pack("<B3xB3xIIB3xB3xII", 0x80, 0x17, 0, 9000, 0, 0xEF, 1000, 5000)
+    content[446:512] = entries.ljust(64, b"\0") + b"\x55\xaa"
+    image.write_bytes(content)
+    on, done = mounts.try_mount("-r", "-f", "raw", "--name=live", "--partitions", image)
+    assert done.code == 0
+    assert done.err == (
+        f"fusedisk: 'live': partitions 1, 2 are cut at the disk's end at {2 * MIB}.\n"
+        "fusedisk: 'live': partition 2 is overlapping others.\n"
+    )
+    assert sorted(os.listdir(on)) == ["live", "live.p1", "live.p2"]
+    assert (on / "live.p1").read_bytes() == content
+    assert (on / "live.p2").read_bytes() == content[1000 * 512 :]
+    assert (on / "live.p1").stat().st_blksize == (on / "live").stat().st_blksize
 
 
 @pytest.mark.parametrize("more", [0, 4096], ids=["between-clusters", "inside-a-cluster"])

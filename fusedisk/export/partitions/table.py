@@ -47,10 +47,18 @@ class Table:
     """What is wrong and was coped with: parts of sentences that go on after the name of the disk and a colon."""
 
     def check(self, length: int) -> None:
-        """Leave out what is no partition of a disk of ``length`` bytes, and remark on it and on what overlaps."""
+        """Leave out what is no partition of a disk of ``length`` bytes, and remark on it and on what overlaps.
+
+        As Linux does: one that begins in sector 0, over the table, is a partition (bootable ISO images have such), and
+        one of an MBR that reaches past the end is cut there, whereas one of a GPT is none.
+        """
         self._leave_out("of no length", lambda found: found.length <= 0)
-        self._leave_out("beginning in sector 0, which is the table's", lambda found: found.start < SECTOR)
-        self._leave_out(f"reaching past the disk's end at {length}", lambda found: found.end > length)
+        end = length // SECTOR * SECTOR
+        if self.kind == "dos":
+            self._leave_out(f"beginning past the disk's end at {length}", lambda found: found.start >= end)
+            self._cut(end)
+        else:
+            self._leave_out(f"reaching past the disk's end at {length}", lambda found: found.end > length)
         self._leave_out(f"numbered above {LAST_NUMBER}", lambda found: found.number > LAST_NUMBER)
         overlapping = _overlapping(self.partitions)
         if overlapping:
@@ -61,6 +69,14 @@ class Table:
         if bad:
             self.remarks.append(f"{_listed(bad)} left out, {why}")
             self.partitions = [found for found in self.partitions if not wrong(found)]
+
+    def _cut(self, end: int) -> None:
+        cut = [found.number for found in self.partitions if found.end > end]
+        if cut:
+            self.remarks.append(f"{_listed(cut)} cut at the disk's end at {end}")
+            self.partitions = [
+                dataclasses.replace(found, length=min(found.length, end - found.start)) for found in self.partitions
+            ]
 
 
 def _overlapping(partitions: Sequence[Partition]) -> list[int]:
