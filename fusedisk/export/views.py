@@ -17,6 +17,8 @@ import errno
 import logging
 from collections.abc import Iterable, Sequence
 
+import trio
+
 from fusedisk.block.driver import Role
 from fusedisk.block.graph import Graph
 from fusedisk.block.immediate import Lent, Pieces
@@ -37,6 +39,10 @@ MOST_PARTITIONS = 1024
 _CACHES = 32 << 20
 """Bytes that the caches of all snapshots of an image share."""
 _SMALLEST_CACHE = 1 << 20
+_MOST_LOOKUPS, _LOOKUPS_AT_ONCE = 256, 32
+"""Pieces of a partition that are looked at to count its data, and after how many others get their turn."""
+_COUNTING_PAUSE = 20
+"""Between two counts, in times of what the last one took."""
 _DEFAULT_CLUSTER_SIZE = 64 << 10
 _MAX_TABLES = 256 << 20
 """Bytes for what each snapshot keeps of its mapping all the time."""
@@ -57,6 +63,42 @@ class PartitionExport(View):
 
     table: Table
     partition: Partition
+
+    _counted = 0
+    """What :meth:`allocated` told last."""
+    _counted_at = -1
+    """How much had been written to the disk by then; -1: never."""
+    _count_again = 0.0
+    """Not before that time, so that counting takes a small part of the time only."""
+
+    async def allocated(self) -> int:
+        """Bytes of the partition that the top layer of the image holds. Of one in very many pieces the rest is taken
+        to be as full as the first of them."""
+        written, now = self.disk.backend.node.written, trio.current_time()
+        if self._counted_at < 0 or (self._counted_at != written and now >= self._count_again):
+            try:
+                self._counted = await self._count()
+            except FusediskError as exc:
+                log.debug("the data of '%s' could not be counted: %s", self.name, exc)
+                return await super().allocated()
+            self._counted_at = written
+            self._count_again = trio.current_time() + _COUNTING_PAUSE * (trio.current_time() - now)
+        return self._counted
+
+    async def _count(self) -> int:
+        end = max(0, min(self.backend.length, self._there()))
+        offset = found = lookups = 0
+        while offset < end and lookups < _MOST_LOOKUPS:
+            status = await self.backend.block_status(offset, end - offset)
+            if status.data and not status.depth:
+                found += status.length
+            offset += status.length
+            lookups += 1
+            if lookups % _LOOKUPS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        if offset < end:
+            found = min(found * end // offset, await super().allocated())
+        return found
 
     @property
     def image(self) -> Node:

@@ -15,8 +15,9 @@ import pytest
 
 from tests.conftest import qemu_img, require_root, require_tool, run_tool
 from tests.support.commands import fusedisk_process
+from tests.support.fsx import KEEP_SIZE, PUNCH_HOLE, fallocate
 from tests.support.images import make_qcow2
-from tests.support.mounts import Mounts
+from tests.support.mounts import Mounts, wait_until
 
 MIB = 1 << 20
 LOGICAL = "label: dos\n,8M\n,4M\n,16M,E\n,,S\n,5M\n,6M\n"
@@ -144,6 +145,46 @@ def test_a_write_is_seen_at_once_through_the_other_file(
     finally:
         os.close(output)
         os.close(input)
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_a_partition_takes_the_space_of_its_own_data(mounts: Mounts, tmp_path: Path, format: str) -> None:
+    """Not that of the disk, which tells tools nothing about holes in a small partition."""
+    raw = partitioned(tmp_path / "vm.raw", "label: gpt\nsize=8M\nsize=8M\nsize=8M\n", 32 * MIB)
+    with raw.open("r+b") as file:
+        file.seek(MIB)
+        file.write(b"x" * 8 * MIB)
+        file.seek(10 * MIB)
+        file.write(b"y" * MIB)
+    image = raw
+    if format == "qcow2":
+        image = tmp_path / "vm.qcow2"
+        qemu_img("convert", "-O", "qcow2", raw, image)
+    on = mounts.mount("--partitions", "--name=vm", "-f", format, image)
+
+    def space(number: int) -> int:
+        return (on / f"vm.p{number}").stat().st_blocks * 512
+
+    assert [space(number) for number in (1, 2, 3)] == [8 * MIB, MIB, 0]
+    with (on / "vm.p3").open("r+b", buffering=0) as part, (on / "vm").open("r+b", buffering=0) as disk:
+        part.write(b"z" * MIB)
+        wait_until(lambda: [space(number) for number in (1, 2, 3)] == [8 * MIB, MIB, MIB], "p3 has grown")
+        fallocate(disk.fileno(), PUNCH_HOLE | KEEP_SIZE, MIB, 4 * MIB)
+        wait_until(lambda: [space(number) for number in (1, 2, 3)] == [4 * MIB, MIB, MIB], "p1 has shrunk")
+        os.truncate(on / "vm", 18 * MIB)
+        wait_until(lambda: space(3) == MIB, "p3 holds what is left of it")
+        os.truncate(on / "vm", 17 * MIB)
+        wait_until(lambda: space(3) == 0, "p3 is gone")
+
+
+def test_a_partition_in_many_pieces_is_looked_at_in_part(mounts: Mounts, tmp_path: Path) -> None:
+    raw = partitioned(tmp_path / "vm.raw", "label: dos\n2048,65536\n", 64 * MIB)
+    with raw.open("r+b") as file:
+        for index in range(2048):  # every other 8 KiB
+            file.seek(MIB + index * 16384)
+            file.write(b"d" * 8192)
+    on = mounts.mount("--partitions", "--name=vm", "-f", "raw", raw)
+    assert (on / "vm.p1").stat().st_blocks * 512 == 16 * MIB
 
 
 def test_times_and_sizes_are_those_of_the_disk(mounts: Mounts, image: Path, tmp_path: Path) -> None:
