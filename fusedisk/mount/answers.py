@@ -77,17 +77,18 @@ class Answers:
         return Work(partial(answer, *arguments), self._changes(opcode, *arguments))
 
     def _changes(self, opcode: int, *arguments: int) -> tuple[Export, int, int] | None:
-        if opcode == wire.OPEN:
-            inode, flags, _ = arguments
-            return (self._operations.export_of(inode), *EVERYTHING) if flags & os.O_TRUNC else None
-        if opcode == wire.FALLOCATE:
-            target, offset, length, _, _ = arguments
-        elif opcode == wire.COPY_FILE_RANGE:
-            _, _, _, target, offset, length, _ = arguments
-        else:
-            return None
-        handle = self._handles.by_number.get(target)
-        return (handle.export, offset, length) if handle is not None else None
+        try:
+            if opcode == wire.OPEN and arguments[1] & os.O_TRUNC:
+                return self._operations.export_of(arguments[0]), *EVERYTHING
+            if opcode == wire.FALLOCATE:
+                target, offset, length, _, _ = arguments
+                return self._handle(target).export, offset, length
+            if opcode == wire.COPY_FILE_RANGE:
+                _, _, _, target, offset, length, _ = arguments
+                return self._handle(target).export, offset, length
+        except FUSEError:
+            pass  # the answer says what it is
+        return None
 
     def _handle(self, number: int) -> Handle:
         handle = self._handles.by_number.get(number)

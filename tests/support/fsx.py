@@ -154,7 +154,7 @@ class FileTarget:
         # A device has a page cache of its own, as everywhere, so it is used directly only.
         self._devices = [stat.S_ISBLK(os.fstat(file).st_mode) for file in self._files]
         self._held = [
-            None if device else mmap.mmap(file, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            None if device else mmap.mmap(file, 0, flags=self._sharing(), prot=mmap.PROT_READ)
             for file, device in zip(self._files, self._devices, strict=True)
         ]
 
@@ -190,6 +190,10 @@ class FileTarget:
             written = os.pwritev(self._direct[index], [buffer], offset - start)
         assert written == len(data), f"only {written} of {len(data)} bytes written at {offset} directly"
 
+    def _sharing(self) -> int:
+        """How to map for reading: what several files show cannot be mapped shared."""
+        return mmap.MAP_PRIVATE if len(self._views) > 1 else mmap.MAP_SHARED
+
     def _mapped(self, offset: int, length: int, flags: int) -> tuple[mmap.mmap, int]:
         index, start = self._view(offset, length)
         first = (offset - start) // PAGE * PAGE
@@ -197,8 +201,7 @@ class FileTarget:
         return memory, offset - start - first
 
     def mapped_read(self, offset: int, length: int) -> bytes:
-        # What has several names cannot be mapped shared.
-        memory, start = self._mapped(offset, length, mmap.MAP_PRIVATE if len(self._views) > 1 else mmap.MAP_SHARED)
+        memory, start = self._mapped(offset, length, self._sharing())
         with memory:
             return memory[start : start + length]
 
