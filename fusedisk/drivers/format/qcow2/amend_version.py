@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 _SMALL_CLUSTER = 4096
 """In clusters up to this size the room is left for the backing file's name, as in new images."""
-_BITMAPS = 0x23852875
-"""The header extension of persistent bitmaps."""
 
 
 async def upgrade(driver: Qcow2Driver, progress: Progress) -> None:
@@ -73,7 +71,10 @@ def check_downgrade(driver: Qcow2Driver, options: Qcow2AmendOptions) -> None:
         (header.has_data_file, "has an external data file"),
         (driver.image.geometry.extended_l2, "has extended L2 entries"),
         (bool(header.compression_type), f"compresses with {layout.COMPRESSION_NAMES[header.compression_type]}"),
-        (any(kind == _BITMAPS for kind, _ in header.extensions), "has persistent bitmaps: remove them first"),
+        (
+            any(kind == layout.EXTENSION_BITMAPS for kind, _ in header.extensions),
+            "has persistent bitmaps: remove them first",
+        ),
         (bool(options.lazy_refcounts or driver.options.lazy_refcounts), "was asked to have lazy refcounts"),
         (driver.options.discard_no_unref, "was opened with discard-no-unref"),
         (bool(otherwise), f"has {len(otherwise)} snapshots of another disk size, or with more than 4 GiB of VM state"),

@@ -24,21 +24,17 @@ MAX_READ_END = (1 << 63) - (1 << 30)
 MAX_CLUSTERS = (1 << 31) - 1
 MAX_L1_ENTRIES = layout.MAX_L1_SIZE // 8
 
-BITMAPS = 1 << 0
-RAW_EXTERNAL_DATA = 1 << 1
-KNOWN_AUTOCLEAR = BITMAPS | RAW_EXTERNAL_DATA
+KNOWN_AUTOCLEAR = layout.BITMAPS | layout.RAW_EXTERNAL_DATA
 _KNOWN_INCOMPATIBLE = (
     layout.DIRTY | layout.CORRUPT | layout.EXTERNAL_DATA | layout.COMPRESSION_TYPE | layout.EXTENDED_L2
 )
 
 EXTENSION_CRYPTO = 0x0537BE77
-EXTENSION_BITMAPS = 0x23852875
 EXTENSION_DATA_FILE = 0x44415441
 _LUKS = 2
 _MAX_BACKING_FORMAT = 15
 
 _CRYPTO = struct.Struct(">QQ")
-_BITMAPS = struct.Struct(">IIQQ")
 
 
 class Region(NamedTuple):
@@ -46,13 +42,6 @@ class Region(NamedTuple):
 
     offset: int
     length: int
-
-
-class BitmapDirectory(NamedTuple):
-    """Where the bitmaps extension says that the directory of bitmaps is."""
-
-    bitmaps: int
-    region: Region
 
 
 class CheckedImage:
@@ -78,7 +67,8 @@ class CheckedImage:
         """Guest clusters lie in another file, which has no refcounts."""
         self._compressed_size_shift = 62 - (bits - 8)
         self.crypto = self._crypto_header()
-        self.bitmaps = self._bitmap_directory()
+        self.bitmaps = header.bitmap_directory
+        """None also where the bitmaps have become invalid."""
 
     # --- sizes ------------------------------------------------------------------------------------------
 
@@ -162,16 +152,6 @@ class CheckedImage:
                 return Region(*_CRYPTO.unpack(extension.data))
         return None
 
-    def _bitmap_directory(self) -> BitmapDirectory | None:
-        """None also where the bitmaps have become invalid."""
-        if not self.header.autoclear_features & BITMAPS:
-            return None
-        for extension in self.header.extensions:
-            if extension.type == EXTENSION_BITMAPS:
-                count, _, size, offset = _BITMAPS.unpack(extension.data)
-                return BitmapDirectory(count, Region(offset, size))
-        return None
-
 
 def decode_table(data: bytes | bytearray) -> array[int]:
     """A table of big-endian 64-bit numbers."""
@@ -245,7 +225,7 @@ def _check_features(header: Header, filename: str) -> None:
     if header.incompatible_features & layout.EXTERNAL_DATA:
         if EXTENSION_DATA_FILE not in types:
             raise _refuse(filename, "external data file", "not named", "its name")
-    elif header.autoclear_features & RAW_EXTERNAL_DATA:
+    elif header.autoclear_features & layout.RAW_EXTERNAL_DATA:
         raise _refuse(filename, "feature 'raw external data'", "set", "an external data file for it")
     if header.crypt_method == _LUKS and EXTENSION_CRYPTO not in types:
         raise _refuse(filename, "LUKS header", "not there", "the place of one")
@@ -266,19 +246,17 @@ def _check_extensions(header: Header, filename: str) -> None:
                 raise _refuse(filename, "extension for a LUKS header", f"{length} bytes long", "LUKS and 16 bytes")
             if _CRYPTO.unpack(extension.data)[0] % header.cluster_size:
                 raise _refuse(filename, "LUKS header", "not at the start of a cluster", "that")
-        if extension.type == EXTENSION_BITMAPS:
+        if extension.type == layout.EXTENSION_BITMAPS:
             _check_bitmaps(header, extension.data, filename)
 
 
 def _check_bitmaps(header: Header, data: bytes, filename: str) -> None:
-    if len(data) != _BITMAPS.size:
-        raise _refuse(filename, "bitmaps extension", f"{len(data)} bytes long", f"{_BITMAPS.size}")
-    if not header.autoclear_features & BITMAPS:
-        return
-    count, reserved, size, offset = _BITMAPS.unpack(data)
-    if reserved or not 0 < count <= 65535 or offset % header.cluster_size or size > 1024 * 65535:
-        found = f"{count} bitmaps in {size} bytes at {offset}"
-        raise _refuse(filename, "bitmaps extension", found, "a directory of bitmaps")
+    if len(data) != layout.BITMAP_EXTENSION_LENGTH:
+        raise _refuse(filename, "bitmaps extension", f"{len(data)} bytes long", f"{layout.BITMAP_EXTENSION_LENGTH}")
+    found = header.bitmap_directory
+    if found is not None and not found.is_possible(header):
+        what = f"{found.bitmaps} bitmaps in {found.size} bytes at {found.offset}"
+        raise _refuse(filename, "bitmaps extension", what, "a directory of bitmaps")
 
 
 def _check_tables(image: CheckedImage) -> None:

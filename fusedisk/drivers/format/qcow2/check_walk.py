@@ -187,8 +187,9 @@ class Walk:
         image = self.image
         if image.bitmaps is None:
             return
-        self._count("directory of bitmaps", image.bitmaps.region)
-        self.bitmap_tables = [bitmap.table for bitmap in await bitmap_directory(image, image.bitmaps)]
+        self._count("directory of bitmaps", Region(image.bitmaps.offset, image.bitmaps.size))
+        found = await bitmap_directory(image, image.bitmaps)
+        self.bitmap_tables = [Region(bitmap.table_offset, 8 * bitmap.table_entries) for bitmap in found]
         for region in self.bitmap_tables:
             self._count("table of a bitmap", region)
             entries = await image.read_table(region)

@@ -50,6 +50,8 @@ LAZY_REFCOUNTS = 1 << 0
 """A compatible feature."""
 
 SUPPORTED_INCOMPATIBLE = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2
+BITMAPS = 1 << 0
+"""An autoclear feature: the bitmaps extension is consistent."""
 RAW_EXTERNAL_DATA = 1 << 1
 """An autoclear feature: the data file is a raw image of the disk."""
 
@@ -59,6 +61,8 @@ EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_FEATURE_NAMES = 0x6803F857
 EXTENSION_DATA_FILE = 0x44415441
 """Name of the external data file."""
+EXTENSION_BITMAPS = 0x23852875
+"""Where the directory of persistent dirty bitmaps is."""
 EXTENSION_CRYPTO = 0x0537BE77
 """Full disk encryption header pointer."""
 
@@ -90,6 +94,9 @@ _FEATURE = struct.Struct(">BB46s")
 _MOST_NAMED = 8
 """Features that a message names."""
 _CRYPTO = struct.Struct(">QQ")
+_BITMAPS = struct.Struct(">IIQQ")
+_MAX_BITMAPS = 65535
+BITMAP_EXTENSION_LENGTH = _BITMAPS.size
 
 
 class Extension(NamedTuple):
@@ -97,6 +104,25 @@ class Extension(NamedTuple):
 
     type: int
     data: bytes
+
+
+class BitmapDirectory(NamedTuple):
+    """Where the bitmaps extension says that the directory of bitmaps is."""
+
+    bitmaps: int
+    reserved: int
+    size: int
+    """Bytes."""
+    offset: int
+
+    def is_possible(self, header: Header) -> bool:
+        """Whether there may be such a directory; the bounds are QEMU's."""
+        return (
+            not self.reserved
+            and 0 < self.bitmaps <= _MAX_BITMAPS
+            and not self.offset % header.cluster_size
+            and self.size <= 1024 * _MAX_BITMAPS
+        )
 
 
 @dataclasses.dataclass(slots=True)
@@ -174,6 +200,16 @@ class Header:
             if extension.type == EXTENSION_CRYPTO and len(extension.data) >= _CRYPTO.size:
                 offset, length = _CRYPTO.unpack_from(extension.data)
                 return offset, length
+        return None
+
+    @property
+    def bitmap_directory(self) -> BitmapDirectory | None:
+        """Where the persistent bitmaps are; None also where they have become invalid."""
+        if not self.autoclear_features & BITMAPS:
+            return None
+        for extension in self.extensions:
+            if extension.type == EXTENSION_BITMAPS and len(extension.data) == BITMAP_EXTENSION_LENGTH:
+                return BitmapDirectory(*_BITMAPS.unpack(extension.data))
         return None
 
     def refcount_table_size(self) -> int:

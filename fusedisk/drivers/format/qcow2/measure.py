@@ -14,7 +14,8 @@ from fusedisk.core.errors import OptionError
 from fusedisk.core.options import CreateOptions, option
 from fusedisk.crypto.luks_layout import area_size
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.check_bitmaps import Bitmap, bitmap_directory
+from fusedisk.drivers.format.qcow2.bitmap_directory import Bitmap
+from fusedisk.drivers.format.qcow2.check_bitmaps import bitmap_directory
 from fusedisk.drivers.format.qcow2.check_open import open_image
 
 _REFCOUNT_BITS = (1, 2, 4, 8, 16, 32, 64)

@@ -7,7 +7,7 @@ from array import array
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.check_analysis import Analysis
 from fusedisk.drivers.format.qcow2.check_bitmaps import TABLE_ENTRY_OFFSET, TABLE_ENTRY_ONES
-from fusedisk.drivers.format.qcow2.check_open import BITMAPS, CheckedImage
+from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region
 
 
 async def mend_bitmaps(analysis: Analysis) -> bool:
@@ -16,8 +16,8 @@ async def mend_bitmaps(analysis: Analysis) -> bool:
     if image.bitmaps is None:
         return False
     tables = analysis.walk.bitmap_tables
-    if not all(image.has_region(*region) for region in (image.bitmaps.region, *tables)):
-        image.header.autoclear_features &= ~BITMAPS
+    if not all(image.has_region(*region) for region in (Region(image.bitmaps.offset, image.bitmaps.size), *tables)):
+        image.header.autoclear_features &= ~layout.BITMAPS
         image.bitmaps = None
         await image.write(layout.AUTOCLEAR_FIELD, image.header.autoclear_features.to_bytes(8, "big"))
         return True
