@@ -303,6 +303,7 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
         except BaseException:
             await backend.close()
             raise
+        backend.warn_of_writing("open it read-only to avoid that")
         self._disk = Disk(backend, forgotten)
         return self._disk
 

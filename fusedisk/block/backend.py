@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from fusedisk.block.check import Progress
     from fusedisk.block.graph import Graph
     from fusedisk.block.node import Node
+
+log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -83,6 +86,12 @@ class Backend:
     def writable(self) -> bool:
         """Whether writes are possible."""
         return self.root is not None and bool(self.root.perm & permissions.WRITE)
+
+    def warn_of_writing(self, way: str) -> None:
+        """Log what the first write to the disk will cost, where it costs something, and the ``way`` to avoid that."""
+        cost = snapshot.snapshot_node(self.node).driver.cost_of_writing() if self.writable else None
+        if cost is not None:
+            log.warning("%s; %s.", cost, way)
 
     # --- requests ---------------------------------------------------------------------------------------
 

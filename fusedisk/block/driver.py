@@ -425,6 +425,11 @@ class Driver:
         """The ``format-specific`` object's ``data``, as QMP spells its keys."""
         return None
 
+    def cost_of_writing(self) -> str | None:
+        """What the first write to the disk will cost apart from its bytes, a sentence without full stop that names the
+        image; None where nothing."""
+        return None
+
     def has_zero_init(self) -> bool:
         """Whether space never written reads as zeroes."""
         return False

@@ -113,10 +113,14 @@ def _specific_facts(data: dict[str, Any], image: str) -> Iterator[tuple[str, str
     from fusedisk.block.filenames import resolve_reference
 
     for key, value in data.items():
-        text = _value_text(value)
+        text = ", ".join(map(_bitmap_text, value)) if key == "bitmaps" else _value_text(value)
         if key == "data-file" and not image.startswith("json:"):
             text = _with_presence(text, resolve_reference(value, image))
         yield key.replace("-", " "), text
+
+
+def _bitmap_text(bitmap: dict[str, Any]) -> str:
+    return f"{bitmap['name']} ({', '.join([size_text(bitmap['granularity']), *bitmap['flags']])})"
 
 
 def _with_presence(text: str, path: str | None) -> str:

@@ -84,6 +84,7 @@ async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: O
     backends = [await _open(graph, image, settings) for image in images]
     for backend in backends:
         await backend.require_keys()
+        backend.warn_of_writing("mount with --read-only or --overlay to avoid that")
     layer = "throw-away" if settings.overlay else settings.overlay_file
     names = [
         check_name(default_name(_image_name(backend, layer)) if image.name is None else image.name)

@@ -52,6 +52,28 @@ def test_images_that_are_marked(tmp_path: Path, bit: int, fact: str) -> None:
     assert "yes" in line
 
 
+def test_bitmaps(tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "x.qcow2", 10 * MIB)
+    qemu_img("bitmap", "--add", image, "lost")
+    with image.open("r+b") as file:
+        content = file.read()
+        file.seek(content.rindex(b"lost") - 12 + 3)  # its flags, the lowest byte
+        file.write(b"\3")
+    assert "bitmaps:          lost (64 KiB, in-use, auto)\n" in fusedisk("info", image).out
+    qemu_img("bitmap", "--add", image, "chain")
+    qemu_img("bitmap", "--add", "--disable", "-g", "2M", image, "old")
+    assert _ours(image) == _theirs(image)
+    assert (
+        "bitmaps:          lost (64 KiB, in-use, auto), chain (64 KiB, auto), old (2 MiB)\n"
+        in fusedisk("info", image).out
+    )
+    with image.open("r+b") as file:
+        file.seek(95)  # the lowest autoclear features
+        file.write(b"\0")
+    assert _ours(image) == _theirs(image)
+    assert "bitmaps:" not in fusedisk("info", image).out
+
+
 def test_raw(tmp_path: Path) -> None:
     image = make_sparse_raw(tmp_path / "x.raw", 3 * MIB, (100_000, 5000))
     assert _ours(image) == _theirs(image)

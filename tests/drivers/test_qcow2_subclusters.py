@@ -198,6 +198,7 @@ async def test_entries_that_cannot_be_fence_the_image(
     entry = at if place is None else place
     store.data[l2 : l2 + 16] = entry.to_bytes(8, "big") + bitmap.to_bytes(8, "big")
     async with in_memory(store, discard="unmap") as backend:
+        await backend.write(CLUSTER, b"x")
         with pytest.raises(CorruptImageError, match=message):
             await REQUESTS[request_](backend)
         assert backend.node.fenced is not None

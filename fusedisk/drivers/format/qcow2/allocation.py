@@ -292,6 +292,7 @@ class Allocator:
         Under the mutex. To be used before the next await.
         """
         image, geometry = self.image, self.geometry
+        await image.before_change(l1_index << geometry.span_bits < image.header.size)
         table = await self.clusters.table_at(l1_index)
         entry = image.l1[l1_index]
         if table is not None:

@@ -203,11 +203,12 @@ async def _change_references(driver: Qcow2Driver, wanted: _References, progress:
     extensions[:0] = [
         Extension(kind, os.fsencode(name)) for kind, name in named.items() if name is not None and kind not in present
     ]
-    autoclear = header.autoclear_features
-    if not wanted.raw:
-        autoclear &= ~layout.RAW_EXTERNAL_DATA
-    new = dataclasses.replace(
-        header, backing_file=wanted.backing_file, extensions=extensions, autoclear_features=autoclear
-    )
     async with changing(driver):
+        # Some autoclear bits go with the first change.
+        autoclear = header.autoclear_features
+        if not wanted.raw:
+            autoclear &= ~layout.RAW_EXTERNAL_DATA
+        new = dataclasses.replace(
+            header, backing_file=wanted.backing_file, extensions=extensions, autoclear_features=autoclear
+        )
         await put_header(driver.image, new)

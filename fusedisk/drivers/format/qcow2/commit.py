@@ -92,6 +92,7 @@ class Committer:
         themselves. What they free is counted down by the commit that ends this."""
         with trio.CancelScope(shield=True):
             async with self._committing, self.image.mutex:
+                await self.image.before_change(False)
                 await self._commit(held=True)
                 yield
                 await self._commit(held=True)

@@ -7,7 +7,7 @@ each with an L1 table of its own. All numbers are big-endian. What has no entry 
 Concurrent requests: lookups take no lock, changes of metadata take the image's (:mod:`.cluster`,
 :mod:`.allocation`). Death of the process at any instant leaks clusters at worst (:mod:`.image`).
 
-Not supported: persistent dirty bitmaps (the first write takes back the promise that they are up to date).
+Not supported: recording writes in persistent dirty bitmaps (:mod:`.bitmaps`).
 
 Specification: docs/interop/qcow2.txt of QEMU.
 """
@@ -40,11 +40,13 @@ from fusedisk.drivers.format.qcow2 import create, discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocation
 from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
 from fusedisk.drivers.format.qcow2.base_record import check_base
+from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.compress import CompressedWriter
 from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
+from fusedisk.drivers.format.qcow2.first_write import FirstWrite
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.incomplete import warn_if_incomplete
@@ -83,7 +85,6 @@ class Qcow2Driver(ResizeDriver):
 
     _compressed: CompressedReader | None = None
     _compressing: CompressedWriter | None = None
-    _ready_to_write = False
     _end_was_checked = False
     _sparse_threshold: int | None = None
     """Clusters in use that would make data extents possible holes of the file; None once that is known."""
@@ -120,6 +121,8 @@ class Qcow2Driver(ResizeDriver):
         )
         await image.load_l1()
         self.image = image
+        self.bitmaps = Bitmaps(image)
+        await self.bitmaps.load()
         await self.load_snapshots()
         image.place_fixed()
         image.data_file = await self._open_data_file(header)
@@ -143,10 +146,12 @@ class Qcow2Driver(ResizeDriver):
         self._take_options(self.options)
         self._lookup = self.clusters.lookup
         self._lookup_in_place = _nothing
+        self.first_write = FirstWrite(image, self.bitmaps, self._disk_changes)
+        image.before_change = self.first_write.prepare
         image.l2.set_size(l2_size)
         self.refcounts.blocks.set_size(refcount_size)
         if not node.config.read_only:
-            await self.prepare_writing()
+            await self._load_refcounts()
 
     async def backing_opened(self) -> None:
         await check_base(self)
@@ -205,33 +210,31 @@ class Qcow2Driver(ResizeDriver):
         await io.flush(file)
         return await read_header(file, self.node.filename)
 
-    async def prepare_writing(self) -> None:
-        """What the first write needs: the refcount table, and no autoclear bits whose promise we would break."""
-        if self._ready_to_write:
-            return
-        refuse_to_wait()
-        image, header = self.image, self.image.header
-        async with image.mutex:
-            if self._ready_to_write:
-                return
+    async def _load_refcounts(self) -> None:
+        """What allocating needs. Nothing of the image changes before the first write that needs it, see
+        :mod:`.first_write`."""
+        async with self.image.mutex:
             await self.refcounts.load()
-            image.place_l2()
-            kept = header.kept_autoclear
-            if kept != header.autoclear_features:
-                await image.put_header_fields(layout.AUTOCLEAR_FIELD, kept.to_bytes(8, "big"))
-                header.autoclear_features = kept
-                # Nothing may change before the promise is gone.
-                await image.barrier()
-            self._ready_to_write = image.writable = True
-            self._lookup_in_place = self.clusters.lookup_in_place
+            self.image.place_l2()
+
+    async def prepare_writing(self) -> None:
+        """Let the guest's data be changed, before any of it is, see :mod:`.first_write`."""
+        if not self.first_write.disk:
+            refuse_to_wait()
+            async with self.image.mutex:
+                await self.first_write.prepare(True)
+
+    def _disk_changes(self) -> None:
+        self._lookup_in_place = self.clusters.lookup_in_place
 
     def _end_writing(self) -> None:
-        self._ready_to_write = self.image.writable = False
+        self.image.writable = False
+        self.first_write.end()
         self._lookup_in_place = _nothing
 
     async def close(self) -> None:
         try:
-            if self._ready_to_write and self.node.fenced is None:
+            if self.first_write.begun and self.node.fenced is None:
                 await self.committer.finish()
         finally:
             self._end_writing()
@@ -252,7 +255,8 @@ class Qcow2Driver(ResizeDriver):
                     f"'{self.image.filename}' was not closed properly: its refcounts must be repaired before it is "
                     "written to, by opening it writable at once or by 'fusedisk check -r all'."
                 )
-        if config.read_only and self._ready_to_write:
+            await self._load_refcounts()
+        if config.read_only and self.first_write.begun:
             await self.committer.finish()
         return *sizes, options
 
@@ -308,7 +312,6 @@ class Qcow2Driver(ResizeDriver):
         extent = self._lookup_in_place(offset, length)
         if extent is not None:
             return extent
-        await self.prepare_writing()
         return await self.allocator.map_write(offset, length)
 
     async def publish(self, allocation: object) -> None:
@@ -320,7 +323,6 @@ class Qcow2Driver(ResizeDriver):
         self.allocator.abandon(allocation)
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
-        await self.prepare_writing()
         if self._compressing is None:
             self._compressing = CompressedWriter(self.node, self.allocator, self._drop)
         await self._compressing.write(offset, data)
@@ -397,14 +399,12 @@ class Qcow2Driver(ResizeDriver):
     # --- other requests ---------------------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        await self.prepare_writing()
         await self._zero_raw_data(offset, length, flags & MAY_UNMAP)
         await discard.write_zeroes(
             self.allocator, offset, length, may_unmap=bool(flags & MAY_UNMAP), has_backing=self._has_backing
         )
 
     async def discard(self, offset: int, length: int) -> None:
-        await self.prepare_writing()
         await self._zero_raw_data(offset, length, MAY_UNMAP)
         await discard.discard(self.allocator, offset, length, has_backing=self._has_backing)
 
@@ -412,6 +412,7 @@ class Qcow2Driver(ResizeDriver):
         """Keep a raw data file the image of the disk that it is."""
         if self.image.header.has_raw_data_file:
             assert self.image.data_file is not None
+            await self.prepare_writing()
             await io.write_zeroes(self.image.data_file.node, offset, length, flags)
 
     @property
@@ -461,7 +462,10 @@ class Qcow2Driver(ResizeDriver):
 
     def specific_information(self) -> dict[str, Any] | None:
         encryption = self.encryption.information() if self.encryption is not None else None
-        return specific_information(self.image, encryption)
+        return specific_information(self.image, self.bitmaps.information(), encryption)
+
+    def cost_of_writing(self) -> str | None:
+        return self.bitmaps.cost_of_writing()
 
     def has_zero_init(self) -> bool:
         # A preallocated image's clusters are as the file's are.

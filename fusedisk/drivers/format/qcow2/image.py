@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from fusedisk.block import io
 from fusedisk.block.child import Child
@@ -44,6 +44,13 @@ INFLATED_BYTES = inflated_capacity()
 """Inflated clusters kept of each image."""
 SNAPSHOT_L2 = "snapshot's L2 table"
 """What the overlap checks call it."""
+
+
+BeforeChange = Callable[[bool], Awaitable[None]]
+
+
+async def _no_preparation(disk: bool) -> None:
+    """For an image that is being made."""
 
 
 class DirtyTables:
@@ -109,6 +116,11 @@ class Image:
         self.mapping_changed = mapping_changed
         self.overlap_check = overlap_check
         self.writable = False
+        """It was prepared for changes (see :mod:`.first_write`), and nothing has ended them since."""
+        self.corrupt = False
+        """Corruption was found."""
+        self.before_change: BeforeChange = _no_preparation
+        """Awaited under the mutex before anything in the file changes; True where that may be the guest's data."""
         self.geometry = Geometry(header)
         self.mutex = Mutex()
         self.data_file: Child | None = None
@@ -127,6 +139,8 @@ class Image:
         self.fixed_end = 0
         """Nothing of ``fixed`` lies at or behind this."""
         self.snapshot_table_size = 0
+        """Bytes."""
+        self.bitmap_directory_size = 0
         """Bytes."""
         self.snapshot_tables: dict[int, str] = {}
         """Host offsets of clusters that hold tables of snapshots, with what to call them."""
@@ -182,6 +196,11 @@ class Image:
             (header.refcount_table_offset, header.refcount_table_size(), "refcount table"),
             (header.snapshots_offset, self.snapshot_table_size, "snapshot table"),
             (*(header.crypto_header or (0, 0)), "LUKS header"),
+            (
+                header.bitmap_directory.offset if header.bitmap_directory else 0,
+                self.bitmap_directory_size,
+                "bitmap directory",
+            ),
         ]
         if self.overlap_check == "none":
             places = []
@@ -242,6 +261,7 @@ class Image:
         """
         refuse_to_wait()
         message = f"'{self.filename}' is corrupt: {reason}; 'fusedisk check -r all' may repair it."
+        self.corrupt = True
         if self.writable:
             self.writable = False
             await self._mark_corrupt()

@@ -9,7 +9,9 @@ from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Header
 
 
-def specific_information(image: Image, encryption: dict[str, Any] | None) -> dict[str, Any]:
+def specific_information(
+    image: Image, bitmaps: list[dict[str, Any]], encryption: dict[str, Any] | None
+) -> dict[str, Any]:
     """QMP's ``ImageInfoSpecificQCow2``; ``encryption`` is its member ``encrypt``, None without any."""
     header = image.header
     information: dict[str, Any] = {
@@ -20,6 +22,7 @@ def specific_information(image: Image, encryption: dict[str, Any] | None) -> dic
     if header.version >= 3:
         information |= {
             "lazy-refcounts": bool(header.compatible_features & layout.LAZY_REFCOUNTS),
+            **({"bitmaps": bitmaps} if bitmaps else {}),
             "corrupt": bool(header.incompatible_features & layout.CORRUPT),
             "extended-l2": image.geometry.extended_l2,
             **_data_file(header),

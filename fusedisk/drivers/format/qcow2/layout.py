@@ -186,7 +186,8 @@ class Header:
     @property
     def kept_autoclear(self) -> int:
         """The autoclear bits whose promises a writer of ours keeps."""
-        return self.autoclear_features & RAW_EXTERNAL_DATA if self.has_data_file else 0
+        kept = (RAW_EXTERNAL_DATA if self.has_data_file else 0) | (BITMAPS if self.bitmap_directory else 0)
+        return self.autoclear_features & kept
 
     @property
     def has_raw_data_file(self) -> bool:

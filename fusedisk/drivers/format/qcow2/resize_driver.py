@@ -20,7 +20,6 @@ class ResizeDriver(SnapshotDriver):
         raise NotImplementedError
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
-        await self.prepare_writing()
         allocator, zero_new = self.allocator, bool(flags & ZERO_NEW)
         old = self.image.header.size
         resize.check_size(allocator, length, preallocation, zero_new=zero_new)

@@ -11,6 +11,7 @@ from fusedisk.block.snapshot import SnapshotInfo, find_snapshot
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError, SnapshotNotFoundError
 from fusedisk.drivers.format.qcow2 import layout, snapshot, vmstate
 from fusedisk.drivers.format.qcow2.allocation import Allocator
+from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps, label
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.image import SNAPSHOT_L2, Image
@@ -30,6 +31,7 @@ class SnapshotDriver(Driver):
     committer: Committer
     allocator: Allocator
     snapshots: list[Snapshot]
+    bitmaps: Bitmaps
     encryption: Encryption | None = None
 
     # --- opening ----------------------------------------------------------------------------------------
@@ -86,26 +88,24 @@ class SnapshotDriver(Driver):
 
     # --- snapshots --------------------------------------------------------------------------------------
 
-    async def prepare_writing(self) -> None:
-        """What the first write needs."""
-        raise NotImplementedError
-
     def list_snapshots(self) -> list[SnapshotInfo]:
         return [found.public() for found in self.snapshots]
 
     async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
-        await self.prepare_writing()
         made = await snapshot.create(self, wanted, progress)
         if made.vm_state_size:
             await vmstate.drop(self, made.vm_state_size)
         return made
 
     async def apply_snapshot(self, id: str, progress: Progress) -> None:
-        await self.prepare_writing()
+        if self.bitmaps.valid:
+            raise NotSupportedError(
+                f"'{self.image.filename}' has {label(self.bitmaps.valid)}, which would not record what applying a "
+                "snapshot changes: remove the bitmaps first, for example with 'qemu-img bitmap --remove'."
+            )
         await snapshot.apply(self, self._snapshot(id), progress)
 
     async def delete_snapshot(self, id: str, progress: Progress) -> None:
-        await self.prepare_writing()
         await snapshot.delete(self, self._snapshot(id), progress)
 
     def _snapshot(self, id: str) -> Snapshot:
@@ -117,7 +117,6 @@ class SnapshotDriver(Driver):
     # --- VM state ---------------------------------------------------------------------------------------
 
     async def save_vmstate(self, offset: int, data: memoryview) -> None:
-        await self.prepare_writing()
         await vmstate.save(self, offset, data)
 
     async def load_vmstate(self, offset: int, buffer: memoryview) -> None:

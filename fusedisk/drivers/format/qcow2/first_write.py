@@ -1,0 +1,61 @@
+"""What must be in the file before anything else in it changes: promises of the image that we would break are taken
+back first, and durably. An image that is open for writing and only read is not touched.
+
+There are two steps, since most of what changes an image leaves the guest's data as they are (snapshots, settings, VM
+state): *anything* clears the autoclear bits of features that we do not know, the *disk* marks the bitmaps that track
+writes as in use.
+
+Source: docs/interop/qcow2.txt, "Header" (autoclear features) and "Bitmaps".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fusedisk.core.at_once import refuse_to_wait
+from fusedisk.core.errors import CorruptImageError
+from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps
+from fusedisk.drivers.format.qcow2.image import Image
+
+
+class FirstWrite:
+    """The first writes to one image; everything here runs under its mutex."""
+
+    def __init__(self, image: Image, bitmaps: Bitmaps, disk_changes: Callable[[], None]) -> None:
+        """``disk_changes`` is called once the guest's data may change."""
+        self._image = image
+        self._bitmaps = bitmaps
+        self._disk_changes = disk_changes
+        self.begun = False
+        """Whether anything may change."""
+        self.disk = False
+        """Whether the guest's data may change."""
+
+    async def prepare(self, disk: bool) -> None:
+        """Let the file be changed, with ``disk`` also the guest's data. Raises CorruptImageError where corruption was
+        found before."""
+        if not self.begun:
+            refuse_to_wait()
+            await self._clear_autoclear()
+            self.begun = self._image.writable = True
+        if disk and not self.disk:
+            refuse_to_wait()
+            await self._bitmaps.mark(self._bitmaps.tracking, in_use=True)
+            self.disk = True
+            self._disk_changes()
+
+    async def _clear_autoclear(self) -> None:
+        image, header = self._image, self._image.header
+        if image.corrupt:
+            raise CorruptImageError(f"'{image.filename}' was found to be corrupt before it was written to.")
+        kept = header.kept_autoclear & ~(layout.BITMAPS if self._bitmaps.broken else 0)
+        if kept != header.autoclear_features:
+            await image.put_header_fields(layout.AUTOCLEAR_FIELD, kept.to_bytes(8, "big"))
+            # Nothing may change before the promise is gone.
+            await image.barrier()
+            header.autoclear_features = kept
+
+    def end(self) -> None:
+        """Start over with the next change. Synchronous."""
+        self.begun = self.disk = False
