@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import pytest
 
 from fusedisk.block.backend import Backend
 from fusedisk.block.graph import Graph
-from fusedisk.core.errors import CorruptImageError, FusediskError, GateError, ImageError, OptionError
+from fusedisk.core.errors import CorruptImageError, FusediskError, GateError, HostError, ImageError, OptionError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io
 from tests.support.commands import fusedisk_process
@@ -206,6 +207,35 @@ async def test_discards_reach_the_data_file_once_nothing_refers_to_it(tmp_path: 
         await backend.flush()
         assert data.stat().st_blocks * 512 <= 2 * CLUSTER
         assert await backend.read(0, SIZE) == b"x" * CLUSTER + bytes(SIZE - 2 * CLUSTER) + b"x" * CLUSTER
+
+
+async def test_what_waits_to_be_given_back_is_counted_after_a_failed_commit_too(tmp_path: Path) -> None:
+    """It decides when a commit is due."""
+    image = make(tmp_path, "plain")
+    metadata, data = Store(image.read_bytes()), Store((tmp_path / "disk.data").read_bytes())
+    with stores(image=metadata, data=data):
+        graph = Graph(MEMORY_DRIVERS)
+        spec = {
+            "driver": "qcow2",
+            "file": {"driver": "memory", "filename": "image"},
+            "data-file": {"driver": "memory", "filename": "data"},
+            "discard": "unmap",
+        }
+        backend = await graph.open_backend(spec, writable=True)
+        refcounts = driver_of(backend).refcounts
+        await backend.write(0, b"x" * SIZE)
+        await backend.flush()
+        await backend.discard(CLUSTER, 3 * CLUSTER)
+        assert refcounts.freed_clusters == 3
+        metadata.steps.fail("write", HostError("broken", errno=errno.EIO))
+        with pytest.raises(HostError):
+            await backend.flush()
+        assert refcounts.freed_clusters == 3
+        assert not data.steps.of("discard")
+        await backend.flush()
+        assert refcounts.freed_clusters == 0
+        assert [(call.offset, call.length) for call in data.steps.of("discard")] == [(CLUSTER, 3 * CLUSTER)]
+        await graph.close()
 
 
 # --- what is refused ------------------------------------------------------------------------------------

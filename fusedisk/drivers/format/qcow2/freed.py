@@ -29,6 +29,11 @@ class Freed(NamedTuple):
     discard: bool
     """Whether the host space may go with the last reference."""
 
+    @property
+    def clusters(self) -> int:
+        """How many clusters it is about."""
+        return len(self.deltas)
+
 
 class ExternalRange:
     """A range of an external data file that nothing refers to any more."""
@@ -37,6 +42,11 @@ class ExternalRange:
         self.edge = edge
         self.parts = [(first, first + clusters)]
         """Clusters by number, each as the first and the one behind the last."""
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters it is about."""
+        return sum(end - first for first, end in self.parts)
 
     def take_back(self, first: int, end: int) -> None:
         """These clusters are used again."""

@@ -133,7 +133,8 @@ class Refcounts:
 
     async def allocate(self, count: int, *, exact: bool = False) -> HostRun:
         """Give out at least one and at most ``count`` neighbouring clusters, exactly ``count`` where
-        ``exact``. Their refcounts are one afterwards, in the file too.
+        ``exact``. Their refcounts are one afterwards, in memory; a commit brings that to the file before anything that
+        refers to them.
 
         Raises NoSpaceError or HostError, with nothing but possibly leaked clusters changed, and
         CorruptImageError where the refcounts would have it overwrite metadata.
@@ -251,7 +252,7 @@ class Refcounts:
             else:
                 freed.append(Freed(cluster, [-count], discard))
         self._freed += freed
-        self.freed_clusters += sum(len(item.deltas) for item in freed if isinstance(item, Freed))
+        self.freed_clusters += sum(item.clusters for item in freed)
 
     def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
         """:meth:`free` for what L2 entries refer to."""
@@ -264,7 +265,7 @@ class Refcounts:
     def free_external(self, item: ExternalRange) -> None:
         """Give a range of an external data file back to the host once the file has lost the references to it."""
         self._freed.append(item)
-        self.freed_clusters += sum(end - first for first, end in item.parts)
+        self.freed_clusters += item.clusters
 
     def take_freed(self) -> list[Freed | ExternalRange]:
         """What was freed so far, to be given to :meth:`drop` when the file has lost these references, or back to
@@ -275,7 +276,7 @@ class Refcounts:
     def put_back(self, freed: list[Freed | ExternalRange]) -> None:
         """Undo :meth:`take_freed`."""
         self._freed = freed + self._freed
-        self.freed_clusters += sum(len(item.deltas) for item in freed if isinstance(item, Freed))
+        self.freed_clusters += sum(item.clusters for item in freed)
 
     async def drop(self, freed: list[Freed | ExternalRange]) -> None:
         """Lower refcounts, which lets the clusters be used again.
