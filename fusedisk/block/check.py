@@ -39,6 +39,8 @@ class Repair(enum.Enum):
     NOTHING = "nothing"
     LEAKS = "leaks"
     """Give leaked space back; nothing else."""
+    REFCOUNTS = "refcounts"
+    """Make writing safe: refcounts and what tells of them become right. Refused where anything else is wrong."""
     ALL = "all"
     """Everything that is wrong."""
 

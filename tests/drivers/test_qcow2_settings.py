@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fusedisk.block.check import Repair, open_for_check
+from fusedisk.block.reopen import reopen
+from fusedisk.block.snapshot import no_progress
 from fusedisk.core.errors import CorruptImageError, ImageError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
+from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io, require_tool
 from tests.support.memory import Store
 from tests.support.qcow2 import assert_clean, created_in_memory, driver_of, in_memory, opened, saved
@@ -78,19 +84,55 @@ def left_open_by_qemu(folder: Path) -> Path:
     return image
 
 
-async def test_an_image_that_was_not_closed_is_repaired_when_it_is_opened_for_writing(tmp_path: Path) -> None:
+async def test_an_image_that_was_not_closed_is_repaired_when_it_is_opened_for_writing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     image = left_open_by_qemu(tmp_path)
     assert is_dirty(image)
     async with opened(image, writable=False) as backend:
         assert await backend.read(MIB, 2 * MIB) == b"\7" * 2 * MIB
+        with pytest.raises(ImageError, match="must be repaired before it is written to"):
+            await reopen(backend.graph, {backend.node: {"read-only": False}})
     assert is_dirty(image), "nobody wrote to it"
+    assert not caplog.records
     async with opened(image) as backend:
+        assert [record.getMessage() for record in caplog.records] == [
+            f"'{image}' was not closed properly: its refcounts are checked before it is written to.",
+            f"'{image}' can be written to: 32 wrong refcounts or COPIED flags were corrected, 0 leaked clusters given "
+            "back.",
+        ]
         assert not driver_of(backend).image.header.incompatible_features & layout.DIRTY
         assert await backend.read(MIB, 2 * MIB) == b"\7" * 2 * MIB
         await backend.write(4 * MIB, b"new")
     assert not is_dirty(image)
     assert_clean(image)
     qemu_io(image, "read -P 7 1M 2M", fmt="qcow2", options="-r")
+
+
+@pytest.mark.parametrize("what", ["an L2 entry", "the snapshot table"])
+async def test_a_plain_opening_mends_no_tables(tmp_path: Path, what: str) -> None:
+    """What an entry leads to, however wrong, is given up only where somebody asks for a repair."""
+    image = left_open_by_qemu(tmp_path)
+    content = bytearray(image.read_bytes())
+    if what == "an L2 entry":
+        l1 = int.from_bytes(content[40:48], "big")
+        l2 = int.from_bytes(content[l1 : l1 + 8], "big") & OFFSET_MASK
+        content[l2 : l2 + 8] = (1 << 50).to_bytes(8, "big")  # behind the end of the file
+    else:
+        content[60:64] = (1).to_bytes(4, "big")
+        content[64:72] = len(content).to_bytes(8, "big")
+        entry = struct.pack(">QIHHIIQII", 1 << 50, 1, 1, 1, 0, 0, 0, 0, 24) + bytes(24) + b"1s"
+        content += entry.ljust(CLUSTER, b"\0")
+    image.write_bytes(content)
+    with pytest.raises(ImageError, match=r"wrong, and not only its refcounts; 'fusedisk check -r all'"):
+        async with opened(image):
+            pass
+    assert image.read_bytes() == content
+    async with open_for_check(DRIVERS, str(image), writable=True) as found:
+        assert (await found.driver.check(found.storage, Repair.ALL, no_progress)).clean
+    async with opened(image) as backend:
+        await backend.write(0, b"x")
+    assert_clean(image)
 
 
 async def test_an_image_that_cannot_be_repaired_is_left_alone(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class Qcow2Driver(ResizeDriver):
         if not node.config.read_only:
             check_writable(header, node.filename)
             if header.incompatible_features & layout.DIRTY:
-                header = await self._recount(edge.node)
+                header = await self._repair_refcounts(edge.node)
         image = Image(
             edge,
             header,
@@ -194,21 +194,29 @@ class Qcow2Driver(ResizeDriver):
         }
         self.refcounts.pass_discard = frozenset(reason for reason, passes in wanted.items() if passes)
 
-    async def _recount(self, file: Node) -> Header:
-        """Whoever used the image before did not close it: its refcounts must be counted again before it is written
-        to."""
+    async def _repair_refcounts(self, file: Node) -> Header:
+        """Make writing safe after a writer that did not close the image; see docs/adr/0021. Raises ImageError where
+        that takes more than refcounts."""
         from fusedisk.block.check import Repair
+        from fusedisk.block.snapshot import no_progress
         from fusedisk.drivers.format.qcow2.check import check
 
-        log.warning("%s was not closed properly, its refcounts are repaired.", self.node.filename)
-        result = await check(file, Repair.ALL, lambda done, total: None)
+        filename = self.node.filename
+        log.warning("'%s' was not closed properly: its refcounts are checked before it is written to.", filename)
+        result = await check(file, Repair.REFCOUNTS, no_progress)
         if result.corruptions or result.check_errors:
             raise ImageError(
-                f"'{self.node.filename}' was not closed properly, and its refcounts could not be repaired; "
-                "'fusedisk check' tells more."
+                f"'{filename}' was not closed properly, and its refcounts could not be repaired; 'fusedisk check' "
+                "tells more."
             )
         await io.flush(file)
-        return await read_header(file, self.node.filename)
+        log.warning(
+            "'%s' can be written to: %d wrong refcounts or COPIED flags were corrected, %d leaked clusters given back.",
+            filename,
+            result.corruptions_fixed,
+            result.leaks_fixed,
+        )
+        return await read_header(file, filename)
 
     async def _load_refcounts(self) -> None:
         """What allocating needs. Nothing of the image changes before the first write that needs it, see
@@ -253,7 +261,7 @@ class Qcow2Driver(ResizeDriver):
             if self.image.header.incompatible_features & layout.DIRTY:
                 raise ImageError(
                     f"'{self.image.filename}' was not closed properly: its refcounts must be repaired before it is "
-                    "written to, by opening it writable at once or by 'fusedisk check -r all'."
+                    "written to, which opening it for writing does, or 'fusedisk check -r all'."
                 )
             await self._load_refcounts()
         if config.read_only and self.first_write.begun:

@@ -64,13 +64,14 @@ _BAD_BITS = layout.DIRTY | layout.CORRUPT
 def plan(analysis: Analysis, repair: Repair) -> list[str]:
     """What :func:`repair` would do, a sentence each; empty where there is nothing to do."""
     done = []
+    recounts = repair is not Repair.LEAKS
     if repair is Repair.ALL:
-        wrong = analysis.broken + analysis.overflows
-        snapshots = analysis.snapshots.dropped + analysis.snapshots.shortened + analysis.incomplete_snapshots
+        wrong, snapshots = _wrong_entries(analysis)
         if wrong:
             done.append(f"mend or drop {wrong} entries that cannot be")
         if snapshots:
             done.append(f"rewrite the snapshot table, of which {snapshots} entries cannot be")
+    if recounts:
         if analysis.rebuild or analysis.walk.block_corruptions:
             done.append("rebuild the refcounts")
         elif analysis.too_low:
@@ -78,11 +79,17 @@ def plan(analysis: Analysis, repair: Repair) -> list[str]:
     if analysis.leaks:
         done.append(f"give {analysis.leaks} leaked clusters back")
     others = analysis.result.corruptions - analysis.miscopied
-    if analysis.miscopied and (repair is Repair.ALL or not others):
+    if analysis.miscopied and (recounts or not others):
         done.append(f"correct {analysis.miscopied} COPIED flags")
-    if analysis.image.header.incompatible_features & _BAD_BITS and (repair is Repair.ALL or not others):
+    if analysis.image.header.incompatible_features & _BAD_BITS and (recounts or not others):
         done.append("clear the marks for dirty and corrupt images")
     return done
+
+
+def _wrong_entries(analysis: Analysis) -> tuple[int, int]:
+    """How many entries of tables are wrong, and how many of the snapshot table: what is not about refcounts."""
+    snapshots = analysis.snapshots.dropped + analysis.snapshots.shortened + analysis.incomplete_snapshots
+    return analysis.broken + analysis.overflows, snapshots
 
 
 async def repair(analysis: Analysis, repair: Repair, progress: Progress) -> CheckResult:
@@ -97,7 +104,7 @@ async def repair(analysis: Analysis, repair: Repair, progress: Progress) -> Chec
     await _clear_unknown_autoclear(analysis.image)
     if repair is Repair.LEAKS:
         return await _repair_leaks(analysis, progress)
-    return await _repair_all(analysis, progress)
+    return await _repair_all(analysis, progress, mends=repair is Repair.ALL)
 
 
 def _check_repairable(analysis: Analysis, repair: Repair) -> None:
@@ -117,6 +124,12 @@ def _check_repairable(analysis: Analysis, repair: Repair) -> None:
                 "not do; repair all (-r all)."
             )
         return
+    wrong = sum(_wrong_entries(analysis))
+    if wrong and repair is Repair.REFCOUNTS:
+        raise ImageError(
+            f"'{image.filename}' is not repaired: {wrong} entries of its tables are wrong, and not only its refcounts; "
+            "'fusedisk check -r all' mends or drops them."
+        )
     reason = _hopeless(analysis)
     if reason is not None:
         raise ImageError(f"'{image.filename}' is not repaired: {reason}.")
@@ -161,10 +174,11 @@ async def _repair_leaks(analysis: Analysis, progress: Progress) -> CheckResult:
     return result
 
 
-async def _repair_all(analysis: Analysis, progress: Progress) -> CheckResult:
+async def _repair_all(analysis: Analysis, progress: Progress, *, mends: bool) -> CheckResult:
+    """``mends``: entries too, not only refcounts."""
     image, snapshots = analysis.image, analysis.snapshots
     leaks, corruptions = analysis.leaks, analysis.result.corruptions - analysis.miscopied
-    for _ in range(_MAX_ROUNDS):
+    for _ in range(_MAX_ROUNDS if mends else 0):
         if not await _repair_once(analysis, progress):
             break
         image = await open_image(image.file)
