@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,20 @@ from fusedisk.block.amend import amend_node
 from fusedisk.block.backend import Backend
 from fusedisk.block.reopen import reopen
 from fusedisk.block.snapshot import SnapshotInfo
-from fusedisk.core.errors import CorruptImageError, HostError, NotSupportedError
+from fusedisk.core.errors import CorruptImageError, HostError, NoSpaceError, NotSupportedError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK
-from tests.conftest import qemu_img
+from tests.conftest import qemu_img, qemu_io, run_tool
 from tests.support.memory import Store
-from tests.support.qcow2 import assert_clean, driver_of, in_memory, opened, saved
+from tests.support.qcow2 import (
+    Snapshots,
+    assert_clean,
+    assert_not_corrupt,
+    driver_of,
+    in_memory,
+    opened,
+    saved,
+)
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -198,6 +208,120 @@ async def test_a_reopened_image_marks_its_bitmaps_too(image: Path) -> None:
         await writer.close()
     assert bitmaps_of(image) == {"chain": [IN_USE, AUTO], "off": []}
     assert_clean(image)
+
+
+# --- another size of the disk ---------------------------------------------------------------------------
+
+
+def dirty_ranges(image: Path, bitmap: str) -> list[tuple[int, int]]:
+    """What a bitmap says has changed, as QEMU reads it: offsets and lengths."""
+    with tempfile.TemporaryDirectory() as folder:
+        socket = f"{folder}/s"
+        run_tool("qemu-nbd", "--fork", "-r", "-f", "qcow2", "-B", bitmap, "-k", socket, image)
+        options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"
+        found = json.loads(qemu_img("map", "--output=json", "--image-opts", options))
+    return [(part["start"], part["length"]) for part in found if not part["data"]]
+
+
+def image_with_small_clusters(folder: Path) -> Path:
+    """Of 16 MiB, where a cluster of a bitmap is for 2 MiB, and one of a table for 128 MiB."""
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "16M")
+    for name, options in (("chain", ()), ("off", ("--disable",)), ("coarse", ("-g", "1M"))):
+        qemu_img("bitmap", "--add", "-g", "512", *options, path, name)
+    qemu_io(path, "write 1M 1536", "write 4095k 6k", "write 5M 512", "write 9M 100k", "write 15M 1M", fmt="qcow2")
+    return path
+
+
+SIZES = [
+    (16 * MIB + 1536,),
+    (300 * MIB,),
+    (5 * MIB + 512,),
+    (4 * MIB, 17 * MIB),
+    (130 * MIB, 120 * MIB),
+    (1024, 16 * MIB),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+async def test_bitmaps_follow_the_size_of_the_disk_as_in_qemu(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    image = image_with_small_clusters(tmp_path)
+    theirs = tmp_path / "theirs.qcow2"
+    shutil.copy(image, theirs)
+    async with opened(image) as backend:
+        for size in sizes:
+            await backend.truncate(size)
+            qemu_img("resize", "-q", "--shrink", "-f", "qcow2", theirs, str(size))
+    assert bitmaps_of(image) == {"chain": [AUTO], "off": [], "coarse": [AUTO]}
+    assert_clean(image)
+    for name in ("chain", "off", "coarse"):
+        assert dirty_ranges(image, name) == dirty_ranges(theirs, name)
+    async with opened(image) as backend:
+        await backend.truncate(20 * MIB)
+        await backend.write(0, b"x")
+        await backend.truncate(300 * MIB)
+    assert bitmaps_of(image) == {"chain": [IN_USE, AUTO], "off": [], "coarse": [IN_USE, AUTO]}
+    assert_clean(image)
+
+
+async def test_the_first_write_behind_a_resize_marks_them_again(tmp_path: Path) -> None:
+    image = image_with_small_clusters(tmp_path)
+    async with opened(image) as backend:
+        await backend.truncate(9 * MIB + 10240)  # which changes an L2 table that stays
+        await backend.write(0, b"x")
+    assert bitmaps_of(image) == {"chain": [IN_USE, AUTO], "off": [], "coarse": [IN_USE, AUTO]}
+
+
+@pytest.mark.parametrize(("old", "new"), [(16 * MIB, 300 * MIB), (16 * MIB, 5 * MIB), (140 * MIB, 120 * MIB)])
+async def test_a_crash_while_the_disk_changes_its_size_leaves_bitmaps_right_or_invalid(
+    tmp_path: Path, old: int, new: int
+) -> None:
+    image = image_with_small_clusters(tmp_path)
+    qemu_img("resize", "-q", "-f", "qcow2", image, str(old))
+    before = dirty_ranges(image, "chain")
+    store = Store(image.read_bytes())
+    taken = Snapshots()
+    async with in_memory(store) as backend:
+        taken.watch(store)
+        await backend.truncate(new)
+        taken.store = None
+    valid = 0
+    for content in dict.fromkeys(taken.taken):
+        crashed = saved(content, tmp_path)
+        assert_not_corrupt(crashed)
+        if bitmaps_of(crashed)["chain"] == [AUTO]:
+            valid += 1
+            assert all(part in before or part[0] + part[1] == new for part in dirty_ranges(crashed, "chain"))
+    assert valid >= 2, "before and after"
+
+
+async def test_bitmaps_stay_valid_where_the_disk_cannot_grow(tmp_path: Path) -> None:
+    image = image_with_small_clusters(tmp_path)
+    store = Store(image.read_bytes())
+    async with in_memory(store) as backend:
+        store.capacity = len(store.data) + 4 * 512
+        with pytest.raises(NoSpaceError):
+            await backend.truncate(3 << 30)
+        store.capacity = 1 << 40
+        await backend.read(0, MIB)
+    after = saved(store, tmp_path)
+    assert bitmaps_of(after) == {"chain": [AUTO], "off": [], "coarse": [AUTO]}
+    assert_clean(after)
+
+
+async def test_a_bitmap_that_makes_no_sense_does_not_follow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = image_with_small_clusters(tmp_path)
+    store = Store(image.read_bytes())
+    async with in_memory(store) as backend:
+        driver = driver_of(backend)
+        table = driver.bitmaps.found[0].table_offset
+        # Its last cluster is said to be where the L1 table is.
+        store.data[table + 56 : table + 64] = driver.image.header.l1_table_offset.to_bytes(8, "big")
+        await backend.truncate(15 * MIB)
+        assert (await backend.read(MIB, 10)) == bytes([0xCD]) * 10
+    assert [record.getMessage() for record in caplog.records] == [
+        "'memory:image' has the dirty bitmap 'chain', which could not follow its change of size and is invalid."
+    ]
 
 
 # --- directories that make no sense ---------------------------------------------------------------------

@@ -92,7 +92,7 @@ def parse_directory(data: bytes | bytearray, count: int, header: Header) -> list
             or entries << header.cluster_bits > MAX_BITMAP_SIZE
             or (not flags & IN_USE and entries != table_entries(header, granularity))
         ):
-            raise InvalidDirectoryError(f"has an entry {len(bitmaps)} that cannot be")
+            raise InvalidDirectoryError(f"has an invalid entry {len(bitmaps)}")
         bitmaps.append(Bitmap(position, name, granularity, flags, offset, entries))
         names.add(name)
         position += (_ENTRY.size + name_size + extra_size + 7) & -8

@@ -66,14 +66,21 @@ class Bitmaps:
         return [bitmap for bitmap in self.found if not bitmap.in_use]
 
     async def mark(self, bitmaps: Iterable[Bitmap], *, in_use: bool) -> None:
-        """Mark some as in use, or as stored; durable on return. Under the mutex."""
+        """Mark some as in use, or as stored; durable on return. Under the mutex. What may be valid in the file is so in
+        memory, whatever fails: the next write to the disk marks it then."""
         changed = [bitmap for bitmap in bitmaps if bitmap.in_use != in_use]
+        if changed and not in_use:
+            # What makes them valid is durable first.
+            await self._image.barrier()
         for bitmap in changed:
-            await self.put_field(bitmap, bitmap_directory.FLAGS_FIELD, (bitmap.flags ^ IN_USE).to_bytes(4, "big"))
+            flags = bitmap.flags ^ IN_USE
+            if not in_use:
+                bitmap.flags = flags
+            await self.put_field(bitmap, bitmap_directory.FLAGS_FIELD, flags.to_bytes(4, "big"))
         if changed:
             await self._image.barrier()
         for bitmap in changed:
-            bitmap.flags ^= IN_USE
+            bitmap.flags = bitmap.flags & ~IN_USE | (IN_USE if in_use else 0)
 
     async def put_field(self, bitmap: Bitmap, field: int, data: bytes) -> None:
         """Write a field of an entry of the directory; the order is the caller's business."""

@@ -146,7 +146,7 @@ class Qcow2Driver(ResizeDriver):
         self._take_options(self.options)
         self._lookup = self.clusters.lookup
         self._lookup_in_place = _nothing
-        self.first_write = FirstWrite(image, self.bitmaps, self._disk_changes)
+        self.first_write = FirstWrite(image, self.bitmaps, self._allow_overwriting)
         image.before_change = self.first_write.prepare
         image.l2.set_size(l2_size)
         self.refcounts.blocks.set_size(refcount_size)
@@ -232,20 +232,15 @@ class Qcow2Driver(ResizeDriver):
             async with self.image.mutex:
                 await self.first_write.prepare(True)
 
-    def _disk_changes(self) -> None:
-        self._lookup_in_place = self.clusters.lookup_in_place
-
-    def _end_writing(self) -> None:
-        self.image.writable = False
-        self.first_write.end()
-        self._lookup_in_place = _nothing
+    def _allow_overwriting(self, allowed: bool) -> None:
+        self._lookup_in_place = self.clusters.lookup_in_place if allowed else _nothing
 
     async def close(self) -> None:
         try:
             if self.first_write.begun and self.node.fenced is None:
                 await self.committer.finish()
         finally:
-            self._end_writing()
+            self.first_write.end()
 
     async def flush_to_os(self) -> None:
         await self.committer.commit()
@@ -275,7 +270,7 @@ class Qcow2Driver(ResizeDriver):
         self.refcounts.blocks.set_size(refcount_size)
         self._take_options(options)
         if self.node.config.read_only:
-            self._end_writing()
+            self.first_write.end()
 
     # --- size and limits --------------------------------------------------------------------------------
 
@@ -443,12 +438,12 @@ class Qcow2Driver(ResizeDriver):
     async def reload(self) -> None:
         """Take everything from the file anew, and forget what memory had. No request is in flight. An image that
         cannot be read again is fenced."""
-        self._end_writing()
+        self.first_write.end()
         self._compressed, before = None, self.encryption
         try:
             await self.open()
         except BaseException as exc:
-            self._end_writing()
+            self.first_write.end()
             self.node.fence(f"It could not be read again after a change of its settings: {exc}")
             raise
         if self.encryption is not None and before is not None:

@@ -22,11 +22,11 @@ from fusedisk.drivers.format.qcow2.image import Image
 class FirstWrite:
     """The first writes to one image; everything here runs under its mutex."""
 
-    def __init__(self, image: Image, bitmaps: Bitmaps, disk_changes: Callable[[], None]) -> None:
-        """``disk_changes`` is called once the guest's data may change."""
+    def __init__(self, image: Image, bitmaps: Bitmaps, tell: Callable[[bool], None]) -> None:
+        """``tell`` is called with whether the guest's data may change without asking here."""
         self._image = image
         self._bitmaps = bitmaps
-        self._disk_changes = disk_changes
+        self._tell = tell
         self.begun = False
         """Whether anything may change."""
         self.disk = False
@@ -43,7 +43,7 @@ class FirstWrite:
             refuse_to_wait()
             await self._bitmaps.mark(self._bitmaps.tracking, in_use=True)
             self.disk = True
-            self._disk_changes()
+            self._tell(True)
 
     async def _clear_autoclear(self) -> None:
         image, header = self._image, self._image.header
@@ -56,6 +56,12 @@ class FirstWrite:
             await image.barrier()
             header.autoclear_features = kept
 
+    def renew(self) -> None:
+        """There may be valid bitmaps again. Synchronous."""
+        self.disk = False
+        self._tell(False)
+
     def end(self) -> None:
-        """Start over with the next change. Synchronous."""
-        self.begun = self.disk = False
+        """The next change is a first one again. Synchronous."""
+        self.begun = self._image.writable = False
+        self.renew()

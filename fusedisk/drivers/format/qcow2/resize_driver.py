@@ -9,6 +9,7 @@ from fusedisk.block.driver import ZERO_NEW, Buffer
 from fusedisk.block.extent import UNALLOCATED, Extent
 from fusedisk.core.zeroes import is_zero
 from fusedisk.drivers.format.qcow2 import resize
+from fusedisk.drivers.format.qcow2.bitmap_resize import resizing
 from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
 
 
@@ -23,10 +24,13 @@ class ResizeDriver(SnapshotDriver):
         allocator, zero_new = self.allocator, bool(flags & ZERO_NEW)
         old = self.image.header.size
         resize.check_size(allocator, length, preallocation, zero_new=zero_new)
-        if length < old:
-            await self._shrink(length)
-        elif length > old:
-            await self._grow(length, preallocation, zero_new=zero_new)
+        if length == old:
+            return
+        async with resizing(self):
+            if length < old:
+                await self._shrink(length)
+            else:
+                await self._grow(length, preallocation, zero_new=zero_new)
 
     async def _grow(self, length: int, preallocation: str, *, zero_new: bool) -> None:
         allocator, old, size = self.allocator, self.image.header.size, self.image.geometry.cluster_size

@@ -14,6 +14,7 @@ from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps, label
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
+from fusedisk.drivers.format.qcow2.first_write import FirstWrite
 from fusedisk.drivers.format.qcow2.image import SNAPSHOT_L2, Image
 from fusedisk.drivers.format.qcow2.options import Qcow2Options
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
@@ -32,6 +33,7 @@ class SnapshotDriver(Driver):
     allocator: Allocator
     snapshots: list[Snapshot]
     bitmaps: Bitmaps
+    first_write: FirstWrite
     encryption: Encryption | None = None
 
     # --- opening ----------------------------------------------------------------------------------------
