@@ -1,9 +1,8 @@
 """What an overlay knows of its backing file: whether that was changed since the overlay holds something.
 
-A base that is changed under its overlay makes a broken disk of both, and nothing in the format shows it. So an overlay
-that is opened for writing while it is still empty takes note of its base, in a header extension that other programs
-keep and ignore; whatever is added to it later stands on that. ``commit`` empties an overlay, so after one it takes note
-anew.
+A base that is changed under its overlay makes a broken disk of both, and nothing in the format shows it. So the first
+write to an empty overlay takes note of its base, in a header extension that other programs keep and ignore; whatever is
+added later stands on that. ``commit`` empties an overlay, so the first write after one takes note anew.
 
 Told is only what is certain. A copy of the files has another time, but also another inode, so the time counts for the
 same inode only; sizes always count. Overlays without a note say nothing, as times alone would give false alarms after
@@ -16,7 +15,10 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from logging import getLogger
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +26,10 @@ from fusedisk.block.driver import Role
 from fusedisk.block.filenames import resolve_reference
 from fusedisk.block.node import Node
 from fusedisk.core.errors import FusediskError, ImageError
+from fusedisk.drivers.format.qcow2.amend_header import put_header
+from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Extension, Header
+from fusedisk.drivers.format.qcow2.opening import read_header
 
 if TYPE_CHECKING:
     from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
@@ -50,12 +55,16 @@ class _Base(NamedTuple):
     """When any of them was written last."""
 
 
-async def check_base(driver: Qcow2Driver) -> None:
-    """Warn if the backing file, which is attached, is known to have changed; an empty overlay takes note of it."""
+def check_base(driver: Qcow2Driver) -> Callable[[], Awaitable[None]] | None:
+    """Warn if the backing file, which is attached, is known to have changed.
+
+    Returns what the first write to an empty overlay does, under the image's mutex, to note the base as it is now; None
+    if there is nothing to note.
+    """
     node, image = driver.node, driver.image
     found = _state_of_base(driver)
     if found is None:
-        return
+        return None
     known = _noted(image.header)
     if any(image.l1) or driver.snapshots:
         if known is not None and (change := _change(known, found)):
@@ -67,8 +76,8 @@ async def check_base(driver: Qcow2Driver) -> None:
                 node.filename,
                 change,
             )
-    elif known != found and not node.config.read_only:
-        await _note(driver, found)
+        return None
+    return partial(_note, image, found) if known != found else None
 
 
 def _change(known: _Base, found: _Base) -> str | None:
@@ -126,18 +135,15 @@ def _checksum(name: str) -> int:
     return zlib.crc32(os.fsencode(name))
 
 
-async def _note(driver: Qcow2Driver, base: _Base) -> None:
+async def _note(image: Image, base: _Base) -> None:
     """Let the header say what the base is. Where the first cluster has no room for that, it stays as it is."""
-    from dataclasses import replace
-
-    from fusedisk.drivers.format.qcow2.amend_header import put_header
-    from fusedisk.drivers.format.qcow2.amend_switch import changing
-
-    header = driver.image.header
+    header = image.header
     kept = [extension for extension in header.extensions if extension.type != EXTENSION_BASE]
     new = Extension(EXTENSION_BASE, _RECORD.pack(_checksum(header.backing_file), *base))
     try:
-        async with changing(driver):
-            await put_header(driver.image, replace(header, extensions=[*kept, new]))
+        await put_header(image, replace(header, extensions=[*kept, new]))
     except ImageError as exc:
         log.debug("%s", exc)
+        return
+    written = await read_header(image.storage.node, image.filename)
+    header.extensions, header.backing_file_offset = written.extensions, written.backing_file_offset

@@ -154,7 +154,7 @@ class Qcow2Driver(ResizeDriver):
             await self._load_refcounts()
 
     async def backing_opened(self) -> None:
-        await check_base(self)
+        self.first_write.note_base = check_base(self)
 
     async def _open_data_file(self, header: Header) -> Child | None:
         """The child that guest data lies in, if that is not ``file``."""

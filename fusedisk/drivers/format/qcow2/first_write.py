@@ -3,14 +3,14 @@ back first, and durably. An image that is open for writing and only read is not 
 
 There are two steps, since most of what changes an image leaves the guest's data as they are (snapshots, settings, VM
 state): *anything* clears the autoclear bits of features that we do not know, the *disk* marks the bitmaps that track
-writes as in use.
+writes as in use. An empty overlay also takes note of its base before it gets data (:mod:`.base_record`).
 
 Source: docs/interop/qcow2.txt, "Header" (autoclear features) and "Bitmaps".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import CorruptImageError
@@ -31,6 +31,8 @@ class FirstWrite:
         """Whether anything may change."""
         self.disk = False
         """Whether the guest's data may change."""
+        self.note_base: Callable[[], Awaitable[None]] | None = None
+        """What the first write to the disk does once before it."""
 
     async def prepare(self, disk: bool) -> None:
         """Let the file be changed, with ``disk`` also the guest's data. Raises CorruptImageError where corruption was
@@ -41,6 +43,9 @@ class FirstWrite:
             self.begun = self._image.writable = True
         if disk and not self.disk:
             refuse_to_wait()
+            if self.note_base is not None:
+                await self.note_base()
+                self.note_base = None
             await self._bitmaps.mark(self._bitmaps.tracking, in_use=True)
             self.disk = True
             self._tell(True)
