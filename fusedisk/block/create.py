@@ -20,6 +20,7 @@ from fusedisk.block.filenames import parse_filename, resolve_reference
 from fusedisk.block.gate import Gate
 from fusedisk.block.graph import Graph
 from fusedisk.block.registry import Registry
+from fusedisk.core import paths
 from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, parse_size
 
@@ -104,7 +105,7 @@ def _backing_options(
     resolved = resolve_reference(reference, filename)
     options = parse_filename(resolved, drivers)
     named = options.get("filename")
-    if isinstance(named, str) and os.path.realpath(named) == os.path.realpath(filename):
+    if isinstance(named, str) and paths.real(named) == paths.real(filename):
         raise OptionError(f"the new image '{filename}' cannot be its own backing file.")
     if not resolved.startswith("json:"):
         options = {"file": options}
@@ -172,7 +173,7 @@ def _data_target(drivers: Registry, data_file: str, image: _Target) -> _Target:
     name, place = parsed.get("driver"), parsed.get("filename")
     if not isinstance(name, str) or not isinstance(place, str) or parsed.keys() - {"driver", "filename"}:
         raise OptionError(f"the data file '{data_file}' cannot be created, the name of a file or device was wanted.")
-    if os.path.realpath(place) == os.path.realpath(image.filename):
+    if paths.real(place) == paths.real(image.filename):
         raise OptionError(f"the new image '{image.filename}' cannot be its own data file.")
     return _Target(drivers.load(name), place)
 

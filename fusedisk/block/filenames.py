@@ -7,6 +7,7 @@ import re
 import stat
 from typing import TYPE_CHECKING, Any
 
+from fusedisk.core import paths
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import parse_json, parse_options
 
@@ -91,7 +92,7 @@ def resolve_reference(reference: str, image: str | None) -> str:
         raise OptionError(f"the image refers to '{reference}', but has no directory of its own to look in.")
     found = os.path.join(os.path.dirname(image), reference)
     if os.path.islink(image) and not os.path.lexists(found):
-        behind = os.path.join(os.path.dirname(os.path.realpath(image)), reference)
+        behind = os.path.join(os.path.dirname(paths.real(image)), reference)
         if os.path.exists(behind):
             return behind
     return found

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fusedisk.block.filenames import check_filename
+from fusedisk.core import paths
 from fusedisk.core.errors import GateError
 
 
@@ -23,11 +24,11 @@ class Gate:
 
     def __init__(self, allowed: Iterable[str] = (), *, allow_any: bool = False) -> None:
         self.allow_any = allow_any
-        self._allowed = [os.path.realpath(path) for path in allowed]
+        self._allowed = [paths.real(path) for path in allowed]
 
     def allow(self, path: str) -> None:
         """The user named this file or directory."""
-        self._allowed.append(os.path.realpath(path))
+        self._allowed.append(paths.real(path))
 
     def check(self, options: Mapping[str, Any], image: str, reference: str) -> None:
         """Raise GateError unless everything that ``options`` would open may be opened for ``image``.
@@ -51,7 +52,7 @@ class Gate:
                         "files only (allow it with --allow-any-reference if you trust the image)."
                     )
             elif not self._is_allowed(filename, image):
-                place = os.path.dirname(os.path.realpath(filename))
+                place = os.path.dirname(paths.real(filename))
                 raise GateError(
                     f"'{image}' refers to '{reference}', which lies outside the image's own directory "
                     f"(allow it with --allow-path {place} if you trust the image)."
@@ -59,8 +60,8 @@ class Gate:
 
     def _is_allowed(self, filename: str, image: str) -> bool:
         check_filename(filename)
-        path = os.path.realpath(filename)
-        home = os.path.dirname(os.path.realpath(image))
+        path = paths.real(filename)
+        home = os.path.dirname(paths.real(image))
         return any(path == root or path.startswith(root.rstrip("/") + "/") for root in (home, *self._allowed))
 
 

@@ -77,12 +77,13 @@ def _list(users: list[str]) -> str:
 
 def _find(target: str) -> MountRecord:
     """The mount that was attached as or from ``target``. Raises OptionError."""
+    from fusedisk.core import paths
     from fusedisk.core.errors import OptionError
     from fusedisk.mount import loop_device, runtime
 
     records = runtime.records()
     attached = [record for record in records if record.loop is not None]
-    path = os.path.realpath(target)
+    path = paths.real(target)
     found = [record for record in attached if record.loop == path]
     # After a daemon's death and a hasty losetup -d its device may have become another's.
     found = [record for record in found if _stands(record)] or found
@@ -124,5 +125,7 @@ def _of_image(records: list[MountRecord], image: str) -> list[MountRecord]:
 
 
 def _is_named(record: MountRecord, image: str) -> bool:
+    from fusedisk.core import paths
+
     names = {export.image for export in record.exports}
-    return image in names or os.path.realpath(image) in map(os.path.realpath, names)
+    return image in names or paths.real(image) in {os.path.realpath(name) for name in names if os.path.isabs(name)}

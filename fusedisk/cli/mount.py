@@ -163,6 +163,7 @@ def make_request(given: dict[str, Any]) -> MountRequest:
     """The request that the options make. Raises OptionError, or UsageError for options that contradict each other."""
     from fusedisk.block.filenames import parse_argument
     from fusedisk.cli.daemon import MountRequest
+    from fusedisk.core import paths
     from fusedisk.export.export import FileSettings
     from fusedisk.export.names import check_name
     from fusedisk.export.opening import ImageRequest, OpenSettings, take_name
@@ -202,7 +203,7 @@ def make_request(given: dict[str, Any]) -> MountRequest:
             low_latency=given["low_latency"],
         ),
         allow_other=mountpoint.allow_other(given["allow_other"]),
-        allow_paths=tuple(map(os.path.abspath, given["allow_path"])),
+        allow_paths=tuple(map(paths.absolute, given["allow_path"])),
         allow_any_reference=given["allow_any_reference"],
         pid_file=_absolute(given["pid_file"]),
         ready_fd=given["ready_fd"],
@@ -252,7 +253,9 @@ def parse_octal(text: str) -> int | None:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(path)
+    from fusedisk.core import paths
+
+    return None if path is None else paths.absolute(path)
 
 
 def _key_file(path: str | None) -> str | None:

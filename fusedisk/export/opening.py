@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from fusedisk.block.filenames import has_protocol, parse_filename
 from fusedisk.block.graph import Graph
 from fusedisk.block.node import Node, NodeConfig
 from fusedisk.block.registry import Registry
+from fusedisk.core import paths
 from fusedisk.core.errors import HostError, OptionError
 from fusedisk.core.options import parse_bool, parse_json
 from fusedisk.export import overlay, views
@@ -167,7 +167,7 @@ def _absolute(options: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             value = [_absolute(item) if isinstance(item, Mapping) else item for item in value]
         elif _is_path(key, value, options.get("driver")):
-            value = os.path.abspath(value)
+            value = paths.absolute(value)
         changed[key] = value
     return changed
 

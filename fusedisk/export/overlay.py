@@ -21,6 +21,7 @@ from fusedisk.block.driver import BackingReference
 from fusedisk.block.filenames import resolve_reference
 from fusedisk.block.graph import Graph
 from fusedisk.block.node import Node, NodeConfig
+from fusedisk.core import paths
 from fusedisk.core.errors import ImageError, host_error
 
 _FORMAT = "qcow2"
@@ -65,7 +66,7 @@ def _temporary_file() -> str:
     """An empty file of our own, for contents that may grow large. Raises HostError."""
     place = os.environ.get("TMPDIR") or "/var/tmp"
     try:
-        fd, path = tempfile.mkstemp(".qcow2", "fusedisk-overlay-", os.path.abspath(place))
+        fd, path = tempfile.mkstemp(".qcow2", "fusedisk-overlay-", paths.absolute(place))
     except OSError as exc:
         raise host_error(exc, place, "make an overlay in") from exc
     os.close(fd)

@@ -6,6 +6,7 @@ import os
 import re
 from typing import NamedTuple
 
+from fusedisk.core import paths
 from fusedisk.core.errors import OptionError
 
 FSTYPE = "fuse.fusedisk"
@@ -73,7 +74,7 @@ def absolute(path: str) -> str:
     """
     if not path:
         raise OptionError("the mountpoint is empty.")
-    parent, base = os.path.split(os.path.abspath(path))
+    parent, base = os.path.split(paths.absolute(path))
     plain = os.path.join(os.path.realpath(parent), base) if base else os.path.realpath(parent)
     return plain if mount_at(plain) is not None else os.path.realpath(plain)
 

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 
+from fusedisk.core import paths
 from fusedisk.core.errors import HostError, NotSupportedError, OptionError, host_error
 from fusedisk.mount import mountinfo, runtime, unmounting
 
@@ -92,7 +93,7 @@ def check_not_hidden(mountpoint: str, files: Iterable[str]) -> None:
     itself."""
     target = os.stat(mountpoint)
     for filename in files:
-        for path in _with_parents(os.path.realpath(filename)):
+        for path in _with_parents(paths.real(filename)):
             try:
                 found = os.stat(path)
             except OSError:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from fusedisk.block.check import Progress
 from fusedisk.block.driver import ZERO_NEW
 from fusedisk.block.filenames import resolve_reference
+from fusedisk.core import paths
 from fusedisk.core.errors import NotSupportedError, OptionError
 from fusedisk.crypto.luks import Piece
 from fusedisk.drivers.format.qcow2 import amend_keys, layout
@@ -181,7 +182,7 @@ def _check_backing(driver: Qcow2Driver, wanted: _References, *, force: bool) -> 
         raise OptionError(
             f"qcow2 backing_file is longer than the {layout.MAX_BACKING_NAME} bytes that the header has room for."
         )
-    if name and os.path.realpath(resolve_reference(name, filename)) == os.path.realpath(filename):
+    if name and paths.real(resolve_reference(name, filename)) == paths.real(filename):
         raise OptionError(f"'{filename}' cannot be its own backing file.")
     if name and wanted.raw:
         raise OptionError(f"'{filename}' has a raw external data file, so it cannot have a backing file.")
