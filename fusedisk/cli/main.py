@@ -174,8 +174,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def run(args: Sequence[str]) -> int:
     """Run one command line; returns the exit code. Everything that escapes the command is told on stderr here."""
-    code = _reported(lambda: _invoke(args))
-    return _reported(flush) or code
+    code = report_errors(lambda: _invoke(args))
+    return report_errors(flush) or code
 
 
 def _invoke(args: Sequence[str]) -> None:
@@ -196,8 +196,8 @@ def _complete(instruction: str) -> None:
     write(asked.source() if wanted == "source" else f"{asked.complete()}\n")
 
 
-def _reported(work: Callable[[], None]) -> int:
-    """Do it; returns the exit code."""
+def report_errors(work: Callable[[], None]) -> int:
+    """Do it, and tell what escapes it on stderr; returns the exit code."""
     try:
         work()
     except SystemExit as exc:

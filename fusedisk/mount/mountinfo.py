@@ -27,6 +27,8 @@ class Mount(NamedTuple):
     source: str
     options: str
     """Of the superblock, separated by commas."""
+    flags: str = ""
+    """Options of the mount itself, such as ``rw,nosuid,nodev``."""
 
     @property
     def user_id(self) -> int | None:
@@ -83,9 +85,9 @@ def _parse(line: str) -> Mount | None:
     """A line without its end; None for the empty one after the last, and for what proc(5) does not describe."""
     left, _, right = line.partition(" - ")
     try:
-        mount_id, _, device, _, place, *_ = left.split(" ")
+        mount_id, _, device, _, place, flags, *_ = left.split(" ")
         fstype, source, options = right.split(" ", 2)
-        return Mount(int(mount_id), device, _unescape(place), fstype, _unescape(source), options)
+        return Mount(int(mount_id), device, _unescape(place), fstype, _unescape(source), options, flags)
     except ValueError:
         return None
 

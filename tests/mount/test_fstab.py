@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.cli.mount_helper import HelperUsageError, split_options, translate
+from fusedisk.cli.mount_helper import HelperUsageError, remounting, split_options, translate
+from fusedisk.mount import mountinfo
 from tests.conftest import qemu_io, require_root, require_tool
 from tests.support.images import make_qcow2
 from tests.support.mounts import Mounts, daemon_of, has_ended, is_mounted, wait_until
@@ -134,6 +136,49 @@ def test_fake(mounts: Mounts, image: Path) -> None:
     assert _mount("-f", "-t", "fuse.fusedisk", "-o", "nonsense", image, on)[0] == 1
 
 
+@pytest.mark.usefixtures("helper")
+def test_remounting(mounts: Mounts, image: Path) -> None:
+    """Read-only and writable again, by the mountpoint alone; not while a file is open for writing."""
+    on = _place(mounts)
+    assert _mount("-t", "fuse.fusedisk", image, on) == (0, "")
+    with (on / "vm").open("r+b", buffering=0) as file:
+        file.write(b"kept")
+        code, said = _mount("-o", "remount,ro", on)
+        assert code == 32
+        assert re.fullmatch(
+            rf"fusedisk: '{on}' stays writable, as a file on it is open for writing: it is in use by \S+ \(pid "
+            rf"{os.getpid()}, open file\)\.\n",
+            said,
+        )
+    for _ in range(2):
+        assert _mount("-o", "remount,ro", on) == (0, "")
+    found = mountinfo.mount_at(str(on))
+    assert found is not None
+    assert found.flags.startswith("ro,nosuid,nodev")
+    with pytest.raises(OSError, match="Read-only file system"):
+        (on / "vm").open("r+b")
+    assert qemu_io(image, "read -v 0 4", options="-U -r").startswith("00000000:  6b 65 70 74")
+    assert _mount("-o", "remount,rw", on) == (0, "")
+    with (on / "vm").open("r+b") as file:
+        file.write(b"more")
+    _umount(on)
+
+
+@pytest.mark.usefixtures("helper")
+def test_a_mount_that_is_read_only_does_not_become_writable(mounts: Mounts, image: Path) -> None:
+    on = _place(mounts)
+    assert _mount("-t", "fuse.fusedisk", "-o", "ro", image, on) == (0, "")
+    code, said = _mount("-o", "remount,rw", on)
+    assert (code, said) == (
+        32,
+        f"fusedisk: '{on}' was mounted read-only: unmount it and mount it again without 'ro'.\n",
+    )
+    daemon = daemon_of(on)
+    daemon.kill()
+    wait_until(lambda: has_ended(daemon), "the daemon is dead")
+    assert "the daemon of" in _mount("-o", "remount,ro", on)[1]
+
+
 # --- the translation ------------------------------------------------------------------------------------
 
 
@@ -153,6 +198,8 @@ def test_fake(mounts: Mounts, image: Path) -> None:
         ("uid=1000,gid=5,mode=0640", ["--uid", "1000", "--gid", "5", "--mode", "0640"]),
         ("umask=077", ["--mode", "600"]),
         ("sync", ["--cache", "writethrough"]),
+        ("discard,nosymfollow", ["--discard", "unmap"]),
+        ("nodiscard", ["--discard", "ignore"]),
         ("sync,cache=none", ["--cache", "none"]),
         ("cache=none,cache=unsafe", ["--cache", "unsafe"]),
         ("allow_path=/a,allow-path=/b", ["--allow-path", "/a", "--allow-path", "/b"]),
@@ -168,8 +215,8 @@ def test_options(options: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["vm"], "an image and a directory were wanted, but 1 were given"),
-        (["vm", "/mnt", "more"], "but 3 were given"),
+        (["vm"], "expected an image and a directory, found 1 names"),
+        (["vm", "/mnt", "more"], "found 3 names"),
         (["vm", "/mnt", "-x"], "option -x not recognized"),
         (["vm", "/mnt", "-o", "ro=yes"], "the option 'ro' takes no value, but 'yes' was given."),
         (["vm", "/mnt", "-o", "overlay=yes"], "the option 'overlay' takes no value, but 'yes' was given."),
@@ -192,6 +239,21 @@ def test_flags() -> None:
     assert translate(["-f", "vm", "/mnt"]) is None
     assert translate(["-r", "vm", "/mnt", "-t", "fuse.fusedisk"]) == ["mount", "--read-only", "--", "vm", "/mnt"]
     assert translate(["-o", "ro", "--", "-vm", "/mnt"]) == ["mount", "--read-only", "--", "-vm", "/mnt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["-o", "remount,ro"], ("/mnt", True)),
+        (["-o", "rw,uid=5,remount,ro,overlay"], ("/mnt", True)),
+        (["-o", "ro,remount,rw"], ("/mnt", False)),
+        (["-r", "-o", "remount"], ("/mnt", True)),
+        (["-o", "ro,x-remount"], None),
+        ([], None),
+    ],
+)
+def test_what_is_to_be_remounted(args: list[str], expected: tuple[str, bool] | None) -> None:
+    assert remounting(["vm", "/mnt", *args]) == expected
 
 
 def test_commas_inside_values() -> None:

@@ -34,7 +34,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("table")
 def test_mountinfo_is_read() -> None:
     assert mountinfo.mounts()[1] == Mount(
-        36, "0:32", "/mnt/a b", "fuse.fusedisk", "/srv/x\\y.img", "rw,user_id=1000,group_id=1000"
+        36, "0:32", "/mnt/a b", "fuse.fusedisk", "/srv/x\\y.img", "rw,user_id=1000,group_id=1000", "rw,nosuid,nodev"
     )
     assert mountinfo.mounts()[1].user_id == 1000
     assert mountinfo.mounts()[0].user_id is None
