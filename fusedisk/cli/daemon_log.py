@@ -38,7 +38,7 @@ class DaemonLog(logging.handlers.RotatingFileHandler):
         if record.levelno >= logging.WARNING:
             if self._warnings is None:
                 self._worth_keeping = True
-            else:
+            elif record.exc_info is None:  # a bug is what the daemon fails with, which it reports
                 self._warnings.append(record.getMessage())
         super().emit(record)
 
