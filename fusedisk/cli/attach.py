@@ -64,6 +64,7 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
 
     A daemon serves it until it is detached (fusedisk detach). Needs root.
     """
+    from fusedisk.cli import waiting
     from fusedisk.cli.background import run_in_background
     from fusedisk.cli.detach import detach_record
     from fusedisk.cli.list import describe
@@ -78,7 +79,8 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
         mounting.check_request(request)
         from fusedisk.cli.daemon import run_daemon
 
-        run_in_background(lambda report: run_daemon(request, report), runtime.log_path(place))
+        with waiting.tell_when_interrupted(lambda: f"'{image}' is not attached."):
+            run_in_background(lambda report: run_daemon(request, report), runtime.log_path(place))
         record = runtime.find(place, os.geteuid())
         assert record is not None, "a daemon that is ready has a record"
         assert record.loop is not None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from fusedisk.cli import daemon_log
+from fusedisk.cli import daemon_log, waiting
 from fusedisk.cli.output import tell
 from fusedisk.core.errors import HostError
 
@@ -44,6 +44,11 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
     os.close(sending)
     try:
         with _interruptible(), open(receiving, "rb") as pipe:
+            waiting.is_readable(
+                receiving,
+                None,
+                lambda: f"the images are still being opened by the daemon (pid {pid}): waiting for that.",
+            )
             answer = pipe.read()
     except BaseException:
         # It takes away what it has made already.

@@ -28,7 +28,8 @@ from fusedisk.core.inflated_cache import inflated_capacity
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
-from fusedisk.mount import leaving, memory_pressure, mountpoint, runtime
+from fusedisk.export.views import View
+from fusedisk.mount import holders, leaving, memory_pressure, mountpoint, namespaces, runtime
 from fusedisk.mount.attachment import Attachment
 from fusedisk.mount.loop_device import LoopSettings
 from fusedisk.mount.loop_follower import LoopFollower
@@ -85,6 +86,8 @@ class Daemon:
         self._attachment: Attachment | None = None
         """Set once the mount serves, and unless it is to end by then."""
         self._ending = False
+        self._is_leaving = False
+        """It tries to unmount."""
 
     async def run(self) -> int:
         """All of it."""
@@ -144,19 +147,7 @@ class Daemon:
         await session.serve(self._ready)
 
     def _make_record(self) -> runtime.MountRecord:
-        exports = [
-            runtime.ExportRecord(
-                name=export.name,
-                image=export.image.exact_filename() or export.source,
-                format=export.image.driver.name,
-                size=export.backend.length,
-                read_only=not export.writable,
-                overlay=export.overlay,
-                file=runtime.file_identity(export.image.exact_filename()),
-            )
-            for export in self.exports
-        ]
-        return runtime.new_record(self.request.mountpoint, exports)
+        return runtime.new_record(self.request.mountpoint, list(map(_export_record, self.exports)))
 
     # --- ready ------------------------------------------------------------------------------------------
 
@@ -221,7 +212,6 @@ class Daemon:
 
     async def _obey(self, signals: AsyncIterator[int], opening: trio.CancelScope) -> None:
         """Do what signals ask for."""
-        leaving = False
         async with trio.open_nursery() as nursery:
             async for number in signals:
                 if self.session is None:
@@ -230,8 +220,8 @@ class Daemon:
                     await self._release_loop()
                     await self._flush()
                     self.session.stop()
-                elif not leaving:
-                    leaving = True
+                elif not self._is_leaving:
+                    self._is_leaving = True
                     nursery.start_soon(self._leave, self.session)
 
     async def _leave(self, session: Session) -> None:
@@ -244,6 +234,8 @@ class Daemon:
             try:
                 obstacle = await trio.to_thread.run_sync(leaving.unmount_own, place, session.device)
                 if obstacle is None:
+                    await self._tell_why_not_ended(session)
+                    self._is_leaving = False  # another signal is answered again
                     return
                 if obstacle not in told:
                     told.add(obstacle)
@@ -256,8 +248,25 @@ class Daemon:
             with trio.move_on_after(_RETRY):
                 await released.wait()
 
+    async def _tell_why_not_ended(self, session: Session) -> None:
+        """The mount is gone here, but may have users elsewhere: say so, unless it ends before we know."""
+        found = await trio.to_thread.run_sync(namespaces.copies, session.device, abandon_on_cancel=True)
+        if found:
+            copies = holders.listed([str(copy) for copy in found])
+            why = f"{copies}, until that ends ({found[0].way_to_unmount()})"
+        elif opened := session.operations.open_files:
+            why = f"{opened} open file{'s' if opened > 1 else ''}, until closed"
+        else:
+            return
+        log.warning(
+            "'%s' is unmounted, but its daemon (pid %d) goes on for %s: SIGQUIT ends it now.",
+            session.mountpoint,
+            os.getpid(),
+            why,
+        )
+
     async def _flush(self) -> None:
-        for export in self.exports:
+        for export in [] if self.request.settings.overlay else self.exports:  # a throw-away layer is to be lost
             try:
                 await export.flush()
             except FusediskError as exc:
@@ -266,10 +275,16 @@ class Daemon:
     async def _close(self) -> None:
         """Flush and close the images, then let go of the mount and of what tells about it."""
         notify_service_manager("STOPPING=1")
+        if self.record is not None and self.session is not None:
+            self.record.closing = True
+            self._write_record(self.record)
         try:
             await self.graph.close()
         except FusediskError as exc:
-            self._fail(f"closing the images of '{self.request.mountpoint}' failed: {exc}")
+            if self.request.settings.overlay and self.session is not None:
+                log.info("closing the throw-away layer failed, which loses nothing: %s", exc)
+            else:
+                self._fail(f"closing the images of '{self.request.mountpoint}' failed: {exc}")
         except Exception as exc:
             log.exception("a bug in fusedisk: closing the images failed")
             self._bug = True
@@ -288,12 +303,18 @@ class Daemon:
         """Leave the record behind only where it tells of an error that nobody has heard yet."""
         if self._failures and self._report is None:
             record.error = "; ".join(self._failures)
-            try:
-                record.write()
-            except FusediskError as exc:
-                log.error("%s", exc)
+            self._write_record(record)
         else:
             record.remove()
+
+    def _write_record(self, record: runtime.MountRecord) -> None:
+        try:
+            record.write()
+        except FusediskError as exc:
+            log.error("%s", exc)
+        except Exception:
+            log.exception("a bug in fusedisk: writing the record failed")
+            self._bug = True
 
     def _fail_by_bug(self, what: str, exc: Exception) -> None:
         log.exception("a bug in fusedisk: %s", what)
@@ -304,6 +325,27 @@ class Daemon:
         self._failures.append(sentence)
         if self._report is None:
             log.error("%s", sentence)
+
+
+def _export_record(export: Export) -> runtime.ExportRecord:
+    record = runtime.ExportRecord(
+        name=export.name,
+        image=export.image.exact_filename() or export.source,
+        format=export.image.driver.name,
+        size=export.backend.length,
+        read_only=not export.writable,
+        overlay=export.overlay,
+        file=runtime.file_identity(export.image.exact_filename()),
+        part_of=export.disk.name if isinstance(export, View) else None,
+    )
+    if record.part_of is None:
+        identities = {name: runtime.file_identity(name) for name in export.chain_files()}
+        # The file of a throw-away layer has no name.
+        record.files = {name: identity for name, identity in identities.items() if identity is not None}
+        record.written = [
+            name for name in export.chain_files(backing=False) if export.writable and name in record.files
+        ]
+    return record
 
 
 def _write_ready(fd: int) -> None:

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fusedisk.cli.image import complete_file
-from fusedisk.cli.umount import POLL, timeout_option, unmount
+from fusedisk.cli.output import tell
+from fusedisk.cli.umount import POLL, unmount, wait_options
 
 if TYPE_CHECKING:
     from fusedisk.mount.runtime import MountRecord
+
+_REASON_SECONDS = 5.0
+"""What it may take to find out why a device could not be flushed."""
 
 
 @click.command(
@@ -24,11 +28,10 @@ Examples:
   fusedisk detach --force /dev/loop0                # flushes, then ends it; who uses it gets errors"""
 )
 @click.argument("target", metavar="DEVICE|IMAGE", shell_complete=complete_file)
-@click.option("--wait", is_flag=True, help="Wait until nobody uses it any more.")
-@timeout_option
+@wait_options
 @click.option("--force", is_flag=True, help="Flush and end it even if it is in use.")
 def command(target: str, wait: bool, timeout: float | None, force: bool) -> None:
-    """Detach the loop device DEVICE, or the one of IMAGE, from its image.
+    """Detach the loop device DEVICE, or the one that it is a partition of, or the one of IMAGE, from its image.
 
     When this returns, everything is flushed and the image is closed.
     """
@@ -38,15 +41,27 @@ def command(target: str, wait: bool, timeout: float | None, force: bool) -> None
 
 def detach_record(record: MountRecord, *, wait: bool, deadline: float | None, force: bool) -> None:
     """Detach what was attached, trying until the deadline if ``wait``; raises OperationBlockedError and HostError."""
-    _detach(record, deadline if wait else time.monotonic(), force)
+    from fusedisk.cli import serving, waiting
+
+    if not force:
+        serving.refuse_foreign(record)
+    with waiting.tell_when_interrupted(lambda: _state(record)):
+        _detach(record, deadline if wait else time.monotonic(), force)
     unmount(record.place, wait, deadline, force=force)
+
+
+def _state(record: MountRecord) -> str:
+    """What an interrupted command leaves behind."""
+    if _stands(record):
+        return f"'{record.loop}' is still attached."
+    return f"'{record.loop}' is detached, but the mount below it is still there: run the command again."
 
 
 def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
     """Take the device off the mount's file, trying until the deadline; raises OperationBlockedError with the names of
     who uses it."""
     from fusedisk.core.errors import OperationBlockedError
-    from fusedisk.mount import loop_device, loop_users
+    from fusedisk.mount import holders, loop_device, loop_users
 
     assert record.loop is not None
     device = record.loop
@@ -56,47 +71,71 @@ def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
         loop_users.flush_filesystems(device)
         loop_device.detach(device, path, force=True)
         return
+    told = False
     while loop_device.backing_file(device) == path:
         users = loop_users.users(device) + loop_users.openers(device)
         if not users:
             # Where the daemon has died, there is nobody left who could take what is not written.
-            if loop_device.detach(device, path, force=not record.alive):
+            if _take_off(record, device, path):
                 return
             users = ["in use by something that cannot be seen from here"]
-        if deadline is not None and time.monotonic() >= deadline:
-            raise OperationBlockedError(
-                f"'{device}' is {_list(users)}: end that first, wait with --wait, or lose what they have not written "
-                f"with --force."
-            )
+        over = deadline is not None and time.monotonic() >= deadline
+        if over or not told:
+            said = f"'{device}' is {holders.listed(users)}"
+            if over:
+                raise OperationBlockedError(
+                    f"{said}: end that first, wait with --wait, or lose what they have not written with --force."
+                )
+            tell(f"{said}: waiting until that is over.")
+            told = True
         time.sleep(POLL)
 
 
-def _list(users: list[str]) -> str:
-    return f"{', '.join(users[:-1])} and {users[-1]}" if users[1:] else users[0]
+def _take_off(record: MountRecord, device: str, path: str) -> bool:
+    """Detach a device that nobody seems to use; False where somebody does. Raises HostError where it cannot be
+    flushed, and then it stays attached."""
+    from fusedisk.cli import flushing
+    from fusedisk.core.errors import HostError
+    from fusedisk.mount import loop_device
+
+    try:
+        return loop_device.detach(device, path, force=not record.alive, must_flush=not record.thrown_away)
+    except loop_device.FlushError as exc:
+        try:
+            failure = flushing.flush(record, _REASON_SECONDS)
+        except TimeoutError:
+            failure = None
+        code = failure.errno if failure is not None else exc.errno
+        raise HostError(
+            f"'{device}' could not be flushed ({os.strerror(code)}) and stays attached: put that right and try again, "
+            f"or lose what is not written with --force.",
+            errno=code,
+        ) from exc
 
 
 def _find(target: str) -> MountRecord:
     """The mount that was attached as or from ``target``. Raises OptionError."""
+    from fusedisk.cli import finding
     from fusedisk.core import paths
     from fusedisk.core.errors import OptionError
-    from fusedisk.mount import loop_device, runtime
+    from fusedisk.mount import holders, loop_device, runtime
 
     records = runtime.records()
     attached = [record for record in records if record.loop is not None]
-    path = paths.real(target)
+    path = loop_device.whole(paths.real(target))
     found = [record for record in attached if record.loop == path]
     # After a daemon's death and a hasty losetup -d its device may have become another's.
     found = [record for record in found if _stands(record)] or found
-    found = found or _of_image(attached, target)
+    found = found or finding.mounts_of_image(attached, target)
     if len(found) == 1:
         return found[0]
     if found:
-        names = _list([record.loop or "" for record in found])
+        names = holders.listed([record.loop or "" for record in found])
         raise OptionError(f"'{target}' is attached more than once, as {names}: say which one.")
     file = loop_device.backing_file(path)
     if file is not None:
         raise OptionError(f"'{target}' is on '{file}', and not by 'fusedisk attach': use 'losetup -d {target}'.")
-    mounted = [record.place for record in _of_image(records, target)]
+    mounted = [record.place for record in finding.mounts_of_image(records, target)]
     if mounted:
         raise OptionError(f"'{target}' is not attached but mounted: use 'fusedisk umount {mounted[0]}'.")
     raise OptionError(f"'{target}' is not attached.")
@@ -107,25 +146,3 @@ def _stands(record: MountRecord) -> bool:
 
     file = loop_device.backing_file(record.loop or "")
     return file is not None and os.path.dirname(file) == record.place
-
-
-def _of_image(records: list[MountRecord], image: str) -> list[MountRecord]:
-    """The mounts of an image: of the file that it is now, whatever it was called then, or else of its name."""
-    from fusedisk.mount import runtime
-
-    identity = runtime.file_identity(image)
-    if identity is not None:
-        # A daemon has its file open, so that no other file can have become it.
-        found = [
-            record for record in records if record.alive and any(export.file == identity for export in record.exports)
-        ]
-        if found:
-            return found
-    return [record for record in records if _is_named(record, image)]
-
-
-def _is_named(record: MountRecord, image: str) -> bool:
-    from fusedisk.core import paths
-
-    names = {export.image for export in record.exports}
-    return image in names or paths.real(image) in {os.path.realpath(name) for name in names if os.path.isabs(name)}

@@ -6,11 +6,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import select
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
+from fusedisk.cli import waiting
 from fusedisk.cli.background import let_go_of_caller
 from fusedisk.mount import loop_device, loop_users
 from fusedisk.mount.runtime import MountRecord
@@ -33,9 +33,12 @@ def flush(record: MountRecord, seconds: float | None, *, loop_devices: bool = Fa
         _run_child(record, sending, loop_devices)
     os.close(sending)
     with open(receiving, "rb") as pipe:
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        answer = pipe.read() if poll.poll(None if seconds is None else seconds * 1000) else b""
+        ended = waiting.is_readable(
+            pipe.fileno(),
+            seconds,
+            lambda: f"flushing '{record.place}', which its daemon (pid {record.pid}) is slow to do.",
+        )
+        answer = pipe.read() if ended else b""
     if not answer:
         os.kill(child, signal.SIGKILL)
         raise TimeoutError
@@ -47,8 +50,10 @@ def flush(record: MountRecord, seconds: float | None, *, loop_devices: bool = Fa
 def _run_child(record: MountRecord, sending: int, loop_devices: bool) -> NoReturn:
     try:
         let_go_of_caller({sending})
-        failures = [*_flush_loop_devices(record)] if loop_devices else []
-        failures += _flush_files(record)
+        failures: list[Failure] = []
+        if not record.thrown_away:
+            failures += _flush_loop_devices(record) if loop_devices else []
+            failures += _flush_files(record)
         os.write(sending, json.dumps(failures).encode())
     finally:
         os._exit(0)
@@ -58,7 +63,8 @@ def _flush_files(record: MountRecord) -> Iterator[Failure]:
     for export in record.exports:
         if not export.read_only:
             # On a regular file the mount is the disk.
-            path = f"{record.place}/{export.name}" if os.path.isdir(record.place) else record.place
+            place = record.reached(record.place)
+            path = f"{place}/{export.name}" if os.path.isdir(place) else place
             yield from _flush_file(path)
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import os
+import shutil
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusedisk.cli.output import escape, output_option, print_json, say, size_text, tell, write
+from fusedisk.cli.output import escape, output_option, print_json, say, size_text, tell
 
 if TYPE_CHECKING:
-    from fusedisk.mount.runtime import MountRecord
+    from fusedisk.mount.runtime import ExportRecord, MountRecord
 
 _SERVING, _STALE, _ENDING, _FAILED = "serving", "stale", "ending", "failed"
-_WIDE = 10_000
+_WIDTH = 80
+"""Columns where the output is no terminal."""
+_MAX_NAME_WIDTH = 24
+"""Columns that names of files are aligned in; longer ones stand out."""
 
 
 @click.command(
@@ -28,13 +31,14 @@ Examples:
 def command(output: str) -> None:
     """Show what is mounted. Root sees everybody's mounts, others their own.
 
-    A stale mount is one whose daemon has died; 'fusedisk umount' cleans it up.
+    A stale mount is one whose daemon has died; 'fusedisk umount' cleans it up. An ending one is unmounted, but its
+    daemon still flushes, or goes on for other users, which are named.
     """
     found = _gather()
     if output == "json":
         print_json(found)
     elif found:
-        _print_table(found)
+        _print(found)
     else:
         say("Nothing is mounted.")
 
@@ -56,7 +60,7 @@ def _gather() -> list[dict[str, Any]]:
 def _state(record: MountRecord) -> str | None:
     """What became of a mount; None: it is gone, and there is nothing to say about it."""
     if record.alive:
-        return _SERVING if record.mounted else _ENDING
+        return _SERVING if record.mounted or record.foreign else _ENDING
     if record.error is not None:
         return _FAILED
     return _STALE if record.mounted else None
@@ -64,27 +68,40 @@ def _state(record: MountRecord) -> str | None:
 
 def describe(record: MountRecord, state: str = _SERVING) -> dict[str, Any]:
     """A mount as programs shall see it."""
+    from fusedisk.mount import namespaces
+
     alive = state in (_SERVING, _ENDING)
+    held = state == _ENDING and not record.closing and record.device
     return {
         "mountpoint": record.place,
         "state": state,
         "pid": record.pid,
+        "mount-namespace": namespaces.of(record.pid) if record.foreign else None,
+        "held-by": [str(copy) for copy in namespaces.copies(record.device)] if held else [],
         "memory": _memory(record.pid) if alive else None,
         "error": record.error,
-        "log": record.log if os.path.exists(record.log) else None,
+        "log": record.log if record.has_log() else None,
         "loop-device": record.loop,
-        "exports": [
-            {
-                "name": export.name,
-                "image": export.image,
-                "format": export.format,
-                "virtual-size": export.size,
-                "read-only": export.read_only,
-                "overlay": export.overlay,
-                "loop-devices": _loop_devices(record.place, export.name),
-            }
-            for export in record.exports
+        "exports": [_describe_export(record, export) for export in record.exports],
+    }
+
+
+def _describe_export(record: MountRecord, export: ExportRecord) -> dict[str, Any]:
+    from fusedisk.mount import beneath
+
+    return {
+        "name": export.name,
+        "part-of": export.part_of,
+        "image": export.image,
+        "changed-files": [
+            {"file": changed.name, "state": changed.state, "now": changed.now}
+            for changed in beneath.changed_files(record, export)
         ],
+        "format": export.format,
+        "virtual-size": export.size,
+        "read-only": export.read_only,
+        "overlay": export.overlay,
+        "loop-devices": _loop_devices(record.place, export.name),
     }
 
 
@@ -105,38 +122,63 @@ def _memory(pid: int) -> int | None:
         return None
 
 
-def _print_table(found: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("IMAGE", "FORMAT", "SIZE", "FILE", "DEVICE", "PROCESS", "MEMORY"):
-        justify: Literal["left", "right"] = "right" if heading in ("SIZE", "MEMORY") else "left"
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading not in ("IMAGE", "FILE"))
+def _print(found: list[dict[str, Any]]) -> None:
+    """A line for each mount, and below it one for each of its files: disks, each with its parts."""
+    width = shutil.get_terminal_size((_WIDTH, 0)).columns if sys.stdout.isatty() else _WIDTH
     for mount in found:
-        for export in mount["exports"]:
-            process = f"{mount['pid']}" if mount["state"] == _SERVING else f"{mount['pid']} ({mount['state']})"
-            cells = (
-                export["image"],
-                export["format"] + _notes(export),
-                size_text(export["virtual-size"]),
-                f"{mount['mountpoint']}/{export['name']}",
-                ", ".join(export["loop-devices"]) or "-",
-                process,
-                size_text(mount["memory"]) if mount["memory"] is not None else "-",
-            )
-            table.add_row(*(Text(escape(cell)) for cell in cells))
-    # Only a terminal has an edge to break lines at.
-    text = io.StringIO()
-    at_terminal = sys.stdout.isatty()
-    Console(file=text, force_terminal=at_terminal, width=None if at_terminal else _WIDE).print(table)
-    write(text.getvalue())
+        _print_line([escape(f"{mount['mountpoint']}:"), *_process(mount)], 4, width)
+        for holder in mount["held-by"]:
+            say(f"    goes on for {holder}")
+        rows = list(_rows(mount["exports"]))
+        aligned = [len(name) for name, _ in rows if len(name) <= _MAX_NAME_WIDTH]
+        for name, cells in rows:
+            _print_line([f"{name:<{max(aligned, default=0)}}", *cells], 8, width)
     for mount in found:
         if mount["error"] is not None:
             tell(f"{mount['mountpoint']}: {mount['error']}")
 
 
-def _notes(export: dict[str, Any]) -> str:
+def _process(mount: dict[str, Any]) -> Iterator[str]:
+    yield f"pid {mount['pid']}" if mount["state"] == _SERVING else f"pid {mount['pid']} ({mount['state']})"
+    if mount["memory"] is not None:
+        yield size_text(mount["memory"])
+    if mount["mount-namespace"] is not None:
+        yield "in another mount namespace"
+
+
+def _rows(exports: list[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """Name, indented, and what to tell of each file; an image and a format only where they are not the disk's."""
+    for disk in exports:
+        if disk["part-of"] is None:
+            states = {file["file"]: f"{file['file']} ({file['state']})" for file in disk["changed-files"]}
+            files = [states.pop(disk["image"], disk["image"]), *states.values()]
+            yield f"  {escape(disk['name'])}", [*_cells(disk), *map(escape, files)]
+            yield from _rows_of_parts(exports, disk["name"], "    ")
+
+
+def _rows_of_parts(exports: list[dict[str, Any]], whole: str, indent: str) -> Iterator[tuple[str, list[str]]]:
+    for part in exports:
+        if part["part-of"] == whole:
+            yield f"{indent}{escape(part['name'])}", _cells(part)
+            yield from _rows_of_parts(exports, part["name"], f"{indent}  ")
+
+
+def _cells(export: dict[str, Any]) -> list[str]:
     notes = [text for text, holds in (("read-only", export["read-only"]), ("overlay", export["overlay"])) if holds]
-    return f" ({', '.join(notes)})" if notes else ""
+    format_ = "" if export["part-of"] is not None else export["format"]
+    kind = ", ".join([format_, *notes] if format_ else notes)
+    cells = [f"{size_text(export['virtual-size']):>8}", kind, ", ".join(export["loop-devices"])]
+    return [cell for cell in cells if cell]
+
+
+def _print_line(cells: Iterable[str], indent: int, width: int) -> None:
+    """Cells two blanks apart. One that does not fit begins a new line, and is never broken: it may be a path that
+    somebody copies."""
+    line = ""
+    for cell in cells:
+        if line and len(line) + 2 + len(cell) > width:
+            say(line.rstrip())
+            line = " " * indent + cell.lstrip()
+        else:
+            line = f"{line}  {cell}" if line else cell
+    say(line.rstrip())

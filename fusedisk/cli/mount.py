@@ -149,6 +149,7 @@ def command(**given: Any) -> None:
     if given["foreground"]:
         code = run_daemon(request, _raise_failure)
         raise click.exceptions.Exit(code)
+    from fusedisk.cli import waiting
     from fusedisk.cli.background import run_in_background
     from fusedisk.mount import runtime
 
@@ -156,7 +157,17 @@ def command(**given: Any) -> None:
     if request.ready_fd is not None and request.ready_fd <= 2:
         # The daemon's own standard streams lead nowhere.
         request.ready_fd = fcntl.fcntl(request.ready_fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    run_in_background(lambda report: run_daemon(request, report), log_path, request.ready_fd)
+    with waiting.tell_when_interrupted(lambda: _state(request.mountpoint)):
+        run_in_background(lambda report: run_daemon(request, report), log_path, request.ready_fd)
+
+
+def _state(place: str) -> str:
+    """What an interrupted command leaves behind."""
+    from fusedisk.mount import mountinfo
+
+    if mountinfo.mount_at(place) is None:
+        return f"nothing is mounted at '{place}'."
+    return f"'{place}' is mounted, and unmounted as soon as nobody uses it."
 
 
 def make_request(given: dict[str, Any]) -> MountRequest:

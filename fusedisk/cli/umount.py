@@ -3,31 +3,28 @@ flushed."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-import select
-import signal
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fusedisk.cli.image import complete_file
 from fusedisk.cli.output import tell
+from fusedisk.core.errors import FusediskError
 
 if TYPE_CHECKING:
-    from fusedisk.core.errors import FusediskError
+    from fusedisk.cli.serving import ServingProcess
     from fusedisk.mount.mountinfo import Mount
     from fusedisk.mount.runtime import MountRecord
 
 POLL = 0.3
 """Seconds between attempts with --wait."""
-_LOOK_AFTER = 1.0
-"""Seconds that a daemon has to end before anybody asks whether the filesystem is mounted elsewhere."""
 _PATIENCE = 10.0
 """Seconds that --force gives to flushing from outside: the daemon may hang."""
-_LONGEST = 2_000_000.0
-"""Seconds; poll(2) counts milliseconds in 31 bits, and nobody sees whether three weeks were waited for or a year."""
 
 
 def _parse_seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
@@ -39,37 +36,146 @@ def _parse_seconds(ctx: click.Context, param: click.Parameter, value: str | None
     except ValueError:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise click.BadParameter(
-            f"it is '{value}', but a number of seconds was wanted, such as 0, 1.5 or 30.", ctx, param
-        )
-    return min(seconds, _LONGEST)
+        raise click.BadParameter(f"it is '{value}', but must be a number of seconds, such as 0, 1.5 or 30.", ctx, param)
+    return seconds
 
 
-timeout_option = click.option("--timeout", callback=_parse_seconds, metavar="S", help="Wait no longer than S seconds.")
+WAIT_OPTIONS = (
+    click.option("--wait", is_flag=True, help="Wait until nobody uses it any more."),
+    click.option(
+        "--timeout", callback=_parse_seconds, metavar="S", help="Wait as with --wait, but for S seconds at most."
+    ),
+)
+"""Of every command that ends mounts."""
+
+
+def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--wait`` and ``--timeout``."""
+    for option in reversed(WAIT_OPTIONS):
+        command = option(command)
+    return command
 
 
 @click.command(
     epilog="""\b
 Examples:
   fusedisk umount /mnt/disk                       # says who uses it if somebody does
+  fusedisk umount vm.qcow2 /mnt/other             # an image stands for its mount
   fusedisk umount --wait --timeout 30 /mnt/disk   # gives them half a minute
-  fusedisk umount --force /mnt/disk               # flushes, then ends it; open handles get errors"""
+  fusedisk umount --force /mnt/disk               # flushes, then ends it; open handles get errors
+  fusedisk umount --all"""
 )
-@click.argument("mountpoint", shell_complete=complete_file)
-@click.option("--wait", is_flag=True, help="Wait until nobody uses it any more.")
-@timeout_option
+@click.argument("targets", metavar="[MOUNTPOINT|IMAGE]...", nargs=-1, shell_complete=complete_file)
+@click.option("-a", "--all", "every", is_flag=True, help="Unmount all mounts of yours, but not what is attached.")
+@wait_options
 @click.option("--force", is_flag=True, help="Flush and end it even if it is in use.")
-def command(mountpoint: str, wait: bool, timeout: float | None, force: bool) -> None:
-    """Unmount MOUNTPOINT. When this returns, everything is flushed and the daemon has ended."""
-    from fusedisk.mount import mountinfo
+def command(targets: tuple[str, ...], every: bool, wait: bool, timeout: float | None, force: bool) -> None:
+    """Unmount each MOUNTPOINT, or where IMAGE is mounted. When this returns, everything is flushed and the daemons have
+    ended.
 
+    Where one of several cannot be unmounted, the others are.
+    """
+    if every == bool(targets):
+        raise click.UsageError("name what to unmount, or use --all." if not every else "--all takes no names.")
     deadline = None if timeout is None else time.monotonic() + timeout
-    unmount(mountinfo.absolute(mountpoint), wait or timeout is not None, deadline, force=force)
+    end = functools.partial(
+        _unmount_any if every else _unmount_named, wait=wait or timeout is not None, deadline=deadline, force=force
+    )
+    from fusedisk.cli.main import EXIT_FAILED, report
+
+    names = _all_places() if every else list(targets)
+    failed = False
+    for name in names:
+        try:
+            end(name)
+        except FusediskError as exc:
+            if len(names) == 1:
+                raise
+            report(exc)
+            failed = True
+    if failed:
+        raise click.exceptions.Exit(EXIT_FAILED)
+
+
+def _all_places() -> list[str]:
+    """Where this user's mounts are, but for those of attached images: the last ones first, as their images may lie on
+    earlier ones. Then where mounts were whose daemons have not ended yet."""
+    from fusedisk.mount import mountinfo, runtime
+
+    user = os.geteuid()
+    records = [record for record in runtime.records() if record.owner == user]
+    attached = {record.device for record in records if record.loop is not None}
+    found = [
+        mount.mountpoint
+        for mount in reversed(mountinfo.mounts())
+        if (mount.fstype, mount.user_id) == (mountinfo.FSTYPE, user) and mount.device not in attached
+    ]
+    found += [record.place for record in records if record.alive and not record.mounted and not record.foreign]
+    return list(dict.fromkeys(found))
+
+
+def _unmount_any(place: str, *, wait: bool, deadline: float | None, force: bool) -> None:
+    """One of all mounts, which may be gone already."""
+    from fusedisk.mount import mountinfo, runtime
+
+    if mountinfo.mount_at(place) is not None or runtime.find(place, os.geteuid()) is not None:
+        unmount(place, wait, deadline, force=force)
+
+
+def _unmount_named(name: str, *, wait: bool, deadline: float | None, force: bool) -> None:
+    """What is mounted at a path, or else the mount of the image of that name."""
+    from fusedisk.mount import mountinfo, runtime
+
+    place = mountinfo.absolute(name)
+    if mountinfo.mount_at(place) is None and runtime.find(place) is None:
+        record = _mount_of_image(name)
+        if record is not None and record.foreign:
+            _end_unmounted(record, place, wait, deadline, force=force)
+            return
+        place = place if record is None else record.place
+    unmount(place, wait, deadline, force=force)
+
+
+def _mount_of_image(image: str) -> MountRecord | None:
+    """This user's mount of an image, None where there is none. Raises OptionError where it is not clear which."""
+    from fusedisk.cli import finding
+    from fusedisk.core.errors import OptionError
+    from fusedisk.mount import holders, runtime
+
+    own = [record for record in runtime.records() if record.owner == os.geteuid() and record.alive]
+    found = finding.mounts_of_image(own, image)
+    mounted = [record for record in found if record.loop is None]
+    if len(mounted) > 1:
+        places = holders.listed([f"'{record.place}'" for record in mounted])
+        raise OptionError(f"'{image}' is mounted more than once, at {places}: say which one.")
+    if found and not mounted:
+        raise OptionError(f"'{image}' is not mounted but attached: use 'fusedisk detach {found[0].loop}'.")
+    return mounted[0] if mounted else None
 
 
 def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
     """Unmount what is at an absolute path, trying again until the deadline if ``wait``; return when the daemon has
     ended. Raises a FusediskError."""
+    from fusedisk.cli import waiting
+
+    with waiting.tell_when_interrupted(lambda: _state(path)):
+        _unmount_at(path, wait, deadline, force=force)
+
+
+def _state(path: str) -> str:
+    """What an interrupted command leaves behind."""
+    from fusedisk.mount import mountinfo, runtime
+
+    if mountinfo.mount_at(path) is not None:
+        return f"'{path}' is still mounted."
+    record = runtime.find(path, os.geteuid())
+    if record is not None and record.alive:
+        return f"'{path}' is unmounted; its daemon (pid {record.pid}) goes on, and ends when all is flushed."
+    return f"'{path}' is unmounted."
+
+
+def _unmount_at(path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
+    from fusedisk.cli.serving import ServingProcess
     from fusedisk.mount import mountinfo
 
     mount = mountinfo.mount_at(path)
@@ -77,7 +183,7 @@ def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> No
         _finish_unmounted(path, wait, deadline, force=force)
         return
     _check_ours(mount)
-    daemon = _Daemon.of(mount)
+    daemon = ServingProcess.of(mount)
     if daemon is None:
         _unmount_without_daemon(mount)
         return
@@ -85,18 +191,43 @@ def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> No
         _end(daemon, deadline)
         return
     _flush(daemon.record, deadline)
+    warnings = _of_changed_files(daemon.record)
     _unmount(mount, deadline if wait else time.monotonic(), daemon.record)
-    daemon.wait_ended(deadline, None if wait else mount.device)
+    for sentence in warnings:
+        tell(sentence)
+    daemon.wait_ended(deadline, patient=wait)
+
+
+def _of_changed_files(record: MountRecord) -> list[str]:
+    """A sentence for each file of a written disk that was replaced or removed beneath the mount. A new name alone
+    surprises nobody."""
+    from fusedisk.mount import beneath
+
+    found = []
+    for export in record.exports:
+        if not export.written:
+            continue  # nothing was written, or only to a throw-away layer
+        for changed in beneath.changed_files(record, export):
+            if changed.state == "renamed":
+                continue
+            if changed.written:
+                where = f"in '{changed.now}'" if changed.now is not None else "in the old file"
+                lost = "lost, as the old file has no name any more"
+                consequence = f"what was written to the mount is {lost if changed.nameless else where}"
+            else:
+                consequence = f"'{export.written[0]}' may not fit what is there now"
+            found.append(f"{changed} while it was mounted at '{record.place}': {consequence}.")
+    return found
 
 
 def _flush(record: MountRecord, deadline: float | None) -> None:
     """See to it that all is written while there is still somebody to try again, but no longer than until the deadline:
     the daemon may hang. Raises HostError, and OperationBlockedError where the time was too short."""
-    from fusedisk.cli import flushing
+    from fusedisk.cli import flushing, waiting
     from fusedisk.core.errors import HostError, OperationBlockedError
 
     try:
-        failure = flushing.flush(record, _left(deadline))
+        failure = flushing.flush(record, waiting.left(deadline))
     except TimeoutError as exc:
         raise OperationBlockedError(
             f"'{record.place}' stays mounted: its daemon (pid {record.pid}) did not flush it in time."
@@ -109,10 +240,13 @@ def _flush(record: MountRecord, deadline: float | None) -> None:
         )
 
 
-def _end(daemon: _Daemon, deadline: float | None) -> None:
+def _end(daemon: ServingProcess, deadline: float | None) -> None:
     """End a daemon although its mount is in use, with everything flushed that can be. Raises HostError."""
-    lost = _flush_what_can_be(daemon.record, deadline) if daemon.record.mounted else None
+    warnings = _of_changed_files(daemon.record)
+    lost = _flush_what_can_be(daemon.record, deadline) if daemon.record.mounted or daemon.record.foreign else None
     daemon.end_now()
+    for sentence in warnings:
+        tell(sentence)
     daemon.wait_ended(deadline)
     if lost is not None:
         raise lost
@@ -120,10 +254,10 @@ def _end(daemon: _Daemon, deadline: float | None) -> None:
 
 def _flush_what_can_be(record: MountRecord, deadline: float | None) -> FusediskError | None:
     """Flush for a while, even where the daemon hangs; returns what to say of a failure once the daemon has ended."""
-    from fusedisk.cli import flushing
+    from fusedisk.cli import flushing, waiting
     from fusedisk.core.errors import HostError
 
-    left = _left(deadline)
+    left = waiting.left(deadline)
     seconds = _PATIENCE if left is None else min(_PATIENCE, left / 2)
     try:
         failure = flushing.flush(record, seconds, loop_devices=True)
@@ -141,10 +275,6 @@ def _flush_what_can_be(record: MountRecord, deadline: float | None) -> FusediskE
     )
 
 
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
 def _check_ours(mount: Mount) -> None:
     from fusedisk.core.errors import OptionError
     from fusedisk.mount.mountinfo import FSTYPE
@@ -157,6 +287,7 @@ def _check_ours(mount: Mount) -> None:
 
 def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
     """Nothing is mounted: a daemon may still be flushing or serve other mounts, or may have left an error behind."""
+    from fusedisk.cli import serving
     from fusedisk.core.errors import OptionError
     from fusedisk.mount import runtime
 
@@ -165,17 +296,26 @@ def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: b
         _refuse_to_wait(path)
         raise OptionError(f"nothing is mounted at '{path}'.")
     if record.alive:
-        if record.mounted and not wait and not force:
-            raise OptionError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
-        daemon = _Daemon(record)
-        if force:
-            _end(daemon, deadline)
-        else:
-            daemon.wait_ended(deadline)
+        _end_unmounted(record, path, wait, deadline, force=force)
         return
-    _tell_error(record)
+    serving.raise_error(record)
     record.remove()
     raise OptionError(f"nothing is mounted at '{path}' any more.")
+
+
+def _end_unmounted(record: MountRecord, path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
+    """The daemon of what is not mounted at ``path``, or not in this mount namespace, is still there."""
+    from fusedisk.cli import serving
+    from fusedisk.core.errors import OptionError
+
+    daemon = serving.ServingProcess(record)
+    if force:
+        _end(daemon, deadline)
+        return
+    serving.refuse_foreign(record)
+    if record.mounted:
+        raise OptionError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
+    daemon.wait_ended(deadline, patient=wait)
 
 
 def _refuse_to_wait(path: str) -> None:
@@ -189,6 +329,11 @@ def _refuse_to_wait(path: str) -> None:
         return
     if record.mounted:
         raise OptionError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
+    if record.foreign:
+        raise OptionError(
+            f"nothing is mounted at '{path}' here, but in the mount namespace of user {record.owner}'s process "
+            f"{record.pid}."
+        )
     raise OptionError(
         f"nothing is mounted at '{path}'; a process of user {record.owner} (pid {record.pid}) may still be flushing "
         f"what was, and is not waited for."
@@ -217,86 +362,15 @@ def _unmount(mount: Mount, deadline: float | None, record: MountRecord | None = 
     device = record.loop if record is not None else None
     end_that = "end that" if device is None else f"detach it (fusedisk detach {device})"
 
+    told = False
     while (obstacle := leaving.unmount_own(mount.mountpoint, mount.device)) is not None:
-        if deadline is not None and time.monotonic() >= deadline:
-            raise OperationBlockedError(
-                f"'{mount.mountpoint}' is {leaving.describe(mount.mountpoint, obstacle)}: {end_that} first, wait with "
-                f"--wait, or lose what they have not written with --force."
-            )
-        time.sleep(POLL)
-
-
-def _tell_error(record: MountRecord) -> None:
-    """Raise what the daemon had to say at its end, once."""
-    from fusedisk.core.errors import HostError
-
-    if record.error is not None:
-        record.remove()
-        raise HostError(record.error)
-
-
-class _Daemon:
-    """The process behind a mount, held by a descriptor so that its number cannot come to mean another."""
-
-    def __init__(self, record: MountRecord) -> None:
-        self.record = record
-        try:
-            self._pidfd: int | None = os.pidfd_open(record.pid)
-        except ProcessLookupError:
-            self._pidfd = None
-        if not record.alive:  # the number had been taken by another process before we held it
-            self._pidfd = None
-
-    @classmethod
-    def of(cls, mount: Mount) -> _Daemon | None:
-        """The daemon of a mount, None if it is dead or unknown."""
-        from fusedisk.mount import runtime
-
-        record = runtime.find(mount.mountpoint, mount.user_id)
-        return cls(record) if record is not None and record.alive else None
-
-    def end_now(self) -> None:
-        """Let it flush and end although the mount is in use."""
-        from fusedisk.core.errors import HostError
-
-        if self._pidfd is None:
-            return
-        try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGQUIT)
-        except ProcessLookupError:
-            pass
-        except PermissionError as exc:
-            raise HostError(
-                f"the daemon of '{self.record.place}' (pid {self.record.pid}) is another user's, only that user "
-                f"or root can end it.",
-                errno=exc.errno,
-            ) from exc
-
-    def wait_ended(self, deadline: float | None, device: str | None = None) -> None:
-        """Wait until the daemon has flushed, closed and ended; raises HostError with what went wrong there, and
-        OperationBlockedError where it has to serve the filesystem ``device`` elsewhere."""
-        from fusedisk.core.errors import HostError, OperationBlockedError
-        from fusedisk.mount import holders, runtime
-
-        if self._pidfd is not None:
-            poll = select.poll()
-            poll.register(self._pidfd, select.POLLIN)
-            if device is not None and not poll.poll(_LOOK_AFTER * 1000) and (others := holders.elsewhere(device)):
+        over = deadline is not None and time.monotonic() >= deadline
+        if over or not told:
+            said = f"'{mount.mountpoint}' is {leaving.describe(mount.mountpoint, obstacle)}"
+            if over:
                 raise OperationBlockedError(
-                    f"'{self.record.place}' is unmounted, but its daemon (pid {self.record.pid}) goes on for "
-                    f"{holders.listed(others)}: end that, or lose what they have not written with --force."
+                    f"{said}: {end_that} first, wait with --wait, or lose what they have not written with --force."
                 )
-            left = _left(deadline)
-            if not poll.poll(None if left is None else left * 1000):
-                raise HostError(
-                    f"'{self.record.place}' is unmounted, but its daemon (pid {self.record.pid}) has not finished "
-                    f"flushing."
-                )
-            os.close(self._pidfd)
-        left_behind = runtime.reread(self.record)
-        if left_behind is not None:
-            _tell_error(left_behind)
-            left_behind.remove()
-            raise HostError(
-                f"the daemon of '{self.record.place}' (pid {self.record.pid}) died before it had flushed everything."
-            )
+            tell(f"{said}: waiting until that is over.")
+            told = True
+        time.sleep(POLL)

@@ -462,9 +462,11 @@ class Export:
             "user.fusedisk.read-only": "no" if self.writable else "yes",
         }
 
-    def chain_files(self) -> list[str]:
-        """Names of all local files that the image and its backing files are made of."""
-        return [name for node in _storage(self.backend.node) if (name := node.exact_filename()) is not None]
+    def chain_files(self, *, backing: bool = True) -> list[str]:
+        """Names of all local files that the image and its backing files are made of; without ``backing`` only of those
+        that writes may reach."""
+        found = _storage(self.backend.node, backing=backing)
+        return [name for node in found if (name := node.exact_filename()) is not None]
 
 
 def _backing_chain(top: Node) -> list[Node]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 
 from fusedisk.mount import loop_device, loop_users
-from fusedisk.mount.mountinfo import Mount, mounts, mounts_below
+from fusedisk.mount.mountinfo import Mount, mounts_below
 
 _MOST = 8
 """Holders that a message names."""
@@ -38,27 +38,6 @@ def holders(mount: Mount) -> list[str]:
         *(f"the mount at '{other.mountpoint}'" for other in mounts_below(mount.mountpoint)),
         *_processes(mount),
     ]
-
-
-def elsewhere(device: str) -> list[str]:
-    """Where else the filesystem of a mount is mounted, each in a few words: in this namespace, and in those of other
-    processes as far as we may look."""
-    found = []
-    seen = set()
-    for pid in [os.getpid(), *(int(name) for name in os.listdir("/proc") if name.isdigit())]:
-        try:
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-            if namespace in seen:
-                continue
-            seen.add(namespace)
-            others = [mount.mountpoint for mount in mounts(pid) if mount.device == device]
-            with open(f"/proc/{pid}/comm", "rb") as comm:
-                name = os.fsdecode(comm.read().removesuffix(b"\n"))
-        except OSError:
-            continue
-        whose = "" if pid == os.getpid() else f" of {name} (pid {pid})"
-        found += [f"the mount{whose} at '{place}'" for place in others]
-    return found
 
 
 def _processes(mount: Mount) -> Iterator[str]:

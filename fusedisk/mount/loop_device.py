@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ SECTOR = 512
 
 _CONTROL = "/dev/loop-control"
 _SYSFS = Path("/sys/block")
+_CLASS = Path("/sys/class/block")
+"""Partitions, too."""
 _LOOP_SET_FD = 0x4C00
 _LOOP_CLR_FD = 0x4C01
 _LOOP_SET_STATUS64 = 0x4C04
@@ -49,6 +52,11 @@ _PAUSE = 0.02
 _AT_FDCWD, _AT_STATX_FORCE_SYNC, _STATX_SIZE = -100, 0x2000, 0x200
 
 
+class FlushError(HostError):
+    """A loop device could not be flushed. The kernel tells of an input/output error whatever the reason is, such as a
+    file without room."""
+
+
 @dataclasses.dataclass(slots=True)
 class LoopSettings:
     """How a loop device shall be; ``sector_size`` in bytes, ``direct_io``: ``on``, ``off``, or ``auto`` (on where the
@@ -69,6 +77,11 @@ def check() -> None:
             errno=errno.EPERM,
         )
     if not os.path.exists(_CONTROL):
+        if any(_SYSFS.glob("loop[0-9]*")):
+            raise NotSupportedError(
+                f"{_CONTROL} is missing here, though this kernel has loop devices: pass the device into the container, "
+                f"or make it (mknod {_CONTROL} c 10 237)."
+            )
         raise NotSupportedError(f"{_CONTROL} is missing, so this kernel has no loop devices: load the module loop.")
 
 
@@ -97,6 +110,11 @@ def _take_free(file: int, sector_size: int, flags: int, path: str) -> str:
                 device = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
             except OSError as exc:
                 raise host_error(exc, _CONTROL, "get a free loop device from") from exc
+            if not has_node(device):
+                raise NotSupportedError(
+                    f"the kernel offers {device}, but this /dev has no such device, as in a container without udev or "
+                    f"devtmpfs: pass it in, or make it ({mknod_command(device)})."
+                )
             with _open(device, os.O_RDWR, "open") as loop:
                 try:
                     _configure(loop, file, sector_size, flags, path)
@@ -151,11 +169,11 @@ def _set_direct_io(device: str) -> None:
 # --- detaching ----------------------------------------------------------------------------------------------
 
 
-def detach(device: str, path: str, *, force: bool = False) -> bool:
+def detach(device: str, path: str, *, force: bool = False, must_flush: bool = True) -> bool:
     """Flush a loop device and take it off the file at ``path``; True if that is so when this returns.
 
-    False: somebody uses the device, and it is as it was. With ``force`` it is then taken off as soon as nobody does,
-    and a flush that fails is no obstacle. Raises HostError.
+    False: somebody uses the device, and it is as it was. With ``force`` it is then taken off as soon as nobody does. A
+    flush that fails is no obstacle then, nor without ``must_flush``. Raises FlushError and HostError.
     """
     if backing_file(device) != path:
         return True
@@ -169,7 +187,7 @@ def detach(device: str, path: str, *, force: bool = False) -> bool:
             return True
         raise host_error(exc, device, "open") from exc
     try:
-        _flush(fd, device, force)
+        _flush(fd, device, must_succeed=must_flush and not force)
         fcntl.ioctl(fd, _LOOP_CLR_FD)
     except OSError as exc:
         if exc.errno != errno.ENXIO:  # somebody else has detached it
@@ -183,14 +201,12 @@ def detach(device: str, path: str, *, force: bool = False) -> bool:
     return backing_file(device) != path
 
 
-def _flush(fd: int, device: str, force: bool) -> None:
+def _flush(fd: int, device: str, *, must_succeed: bool) -> None:
     try:
         os.fsync(fd)
     except OSError as exc:
-        if not force:
-            error = host_error(exc, device, "flush")
-            error.message += " (it stays attached; --force detaches it and loses what could not be written)"
-            raise error from exc
+        if must_succeed:
+            raise FlushError(f"Could not flush '{device}': {exc.strerror}", errno=exc.errno) from exc
 
 
 def _is_gone(device: str, path: str) -> bool:
@@ -295,9 +311,39 @@ def partitions(device: str) -> list[str]:
     return [f"/dev/{part}" for part in sorted(found, key=lambda part: int(part.removeprefix(f"{name}p")))]
 
 
+def whole(device: str) -> str:
+    """The device that a partition belongs to; any other device itself."""
+    entry = _CLASS / os.path.basename(device)
+    if not (entry / "partition").exists():
+        return device
+    return f"/dev/{entry.resolve().parent.name}"
+
+
+def number_of(device: str) -> str | None:
+    """``major:minor`` of a block device that the kernel has; None where it has none of that name."""
+    try:
+        return (_CLASS / os.path.basename(device) / "dev").read_text().strip()
+    except OSError:
+        return None
+
+
+def has_node(device: str) -> bool:
+    """Whether the name of a block device leads to it: who makes such nodes (devtmpfs, udev) may be missing."""
+    try:
+        found = os.stat(device)
+    except OSError:
+        return False
+    return stat.S_ISBLK(found.st_mode) and f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}" == number_of(device)
+
+
+def mknod_command(device: str) -> str:
+    """The command line that makes the node of a block device."""
+    return f"mknod {device} b {(number_of(device) or '7:N').replace(':', ' ')}"
+
+
 def size_of(device: str) -> int:
     """Size of a block device or partition in bytes."""
-    return int(Path("/sys/class/block", os.path.basename(device), "size").read_text()) * SECTOR
+    return int((_CLASS / os.path.basename(device) / "size").read_text()) * SECTOR
 
 
 @contextlib.contextmanager

@@ -14,18 +14,21 @@ import itertools
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from fusedisk.core.errors import HostError, OptionError, host_error
-from fusedisk.mount import mountinfo, owned_files
+from fusedisk.mount import mountinfo, namespaces, owned_files
 
 log = logging.getLogger(__name__)
 
 _ROOT_DIRECTORY = "/run/fusedisk"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
-_NOT_STORED = ("path", "owner", "place", "mounted")
+_NOT_STORED = ("path", "owner", "place", "mounted", "foreign")
 """Fields of a record that are no part of its file."""
+_CLOCK_TICK = 0.02
+"""Seconds; how exactly the kernel tells when a process was started, and stamps files."""
 _LARGEST_PID = (1 << 31) - 1
 _LARGEST_SIZE = (1 << 63) - 1
 
@@ -42,6 +45,12 @@ class ExportRecord:
     overlay: str | None = None
     file: str | None = None
     """What tells the image's file from others, whatever it is called: see :func:`file_identity`."""
+    part_of: str | None = None
+    """The name of the file that this one is a partition or snapshot of."""
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The same for every file by its name that the disk is made of; empty for partitions and snapshots."""
+    written: list[str] = dataclasses.field(default_factory=list)
+    """Names of those files that writes may reach."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,6 +68,8 @@ class MountRecord:
     """The loop device that was attached together with the mount, ``/dev/loopN``."""
     device: str = ""
     """``major:minor`` of the files of the mount, once it is there."""
+    closing: bool = False
+    """The mount is gone, and the daemon flushes and closes the images."""
     path: str = ""
     """Where the record lies; not part of it."""
     owner: int = 0
@@ -67,6 +78,9 @@ class MountRecord:
     """Where the mount is now, as a directory above it may have been renamed; not part of it."""
     mounted: bool = dataclasses.field(default=False, compare=False)
     """Whether it is there; not part of it."""
+    foreign: bool = dataclasses.field(default=False, compare=False)
+    """Whether it is there only in the mount namespace of its daemon, which is not ours; then ``place`` is meant there.
+    Not part of it."""
 
     @property
     def alive(self) -> bool:
@@ -74,10 +88,28 @@ class MountRecord:
         return self.started == process_started(self.pid)
 
     @property
+    def thrown_away(self) -> bool:
+        """Whether what was written is lost at the end anyway, so that nothing needs to be flushed."""
+        return all(export.overlay == "throw-away" for export in self.exports if not export.read_only)
+
+    def reached(self, path: str) -> str:
+        """How we reach a file that the daemon knows by an absolute path: it may live in another mount namespace."""
+        return f"/proc/{self.pid}/root{path}" if self.foreign else path
+
+    @property
     def log(self) -> str:
         """Where the daemon logs to, if it has something to say and is not in the foreground."""
         folder, name = os.path.split(self.path)
         return f"{folder}/{name.partition('.')[0]}.log"
+
+    def has_log(self) -> bool:
+        """Whether the daemon has logged something: an older file may be that of a daemon before it."""
+        ticks = self.started.rpartition(":")[2]
+        try:
+            started = float(ticks) / os.sysconf("SC_CLK_TCK") + time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+            return os.stat(self.log).st_mtime >= started - _CLOCK_TICK
+        except (OSError, ValueError):
+            return False
 
     def write(self) -> None:
         """Put the record in its place, all or nothing. Raises HostError."""
@@ -109,7 +141,11 @@ class MountRecord:
 
 
 _TYPES: dict[type, dict[str, Any]] = {
-    kind: {name: wanted for name, wanted in get_type_hints(kind).items() if name not in _NOT_STORED}
+    kind: {
+        name: get_origin(wanted) if get_origin(wanted) in (dict, list) else wanted
+        for name, wanted in get_type_hints(kind).items()
+        if name not in _NOT_STORED
+    }
     for kind in (ExportRecord, MountRecord)
 }
 """What each field of a record's file must be."""
@@ -274,6 +310,10 @@ def _locate(found: list[MountRecord]) -> None:
         moved = [place for place in here if (record.owner, place) not in claimed]
         record.place = moved[0] if moved else record.mountpoint
         record.mounted = bool(moved)
+        if not moved and not record.closing and record.alive and namespaces.is_foreign(record.pid):
+            there = namespaces.mountpoint_of(record.pid, record.device)
+            record.foreign = there is not None
+            record.place = there or record.place
 
 
 def find(mountpoint: str, owner: int | None = None) -> MountRecord | None:
@@ -361,7 +401,10 @@ def _parse(content: Any, path: str, owner: int) -> MountRecord:
         raise ValueError("it names a loop device, which only root attaches")
     for file in files:
         if "/" in file.name or file.name in ("", ".", "..") or not 0 <= file.size <= _LARGEST_SIZE:
-            raise ValueError(f"it has a file '{file.name:.80}' whose name or size cannot be")
+            raise ValueError(f"it has a file '{file.name:.80}' of an invalid name or size")
+        texts = (*file.files, *file.files.values(), *file.written)
+        if not all(isinstance(text, str) and "\0" not in text for text in texts):
+            raise ValueError(f"the file '{file.name}' is made of files with invalid names")
     return record
 
 

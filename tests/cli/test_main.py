@@ -19,6 +19,7 @@ import pytest
 import fusedisk as package
 from fusedisk.cli import main
 from fusedisk.core.errors import FusediskError, ImageError, OptionError
+from fusedisk.mount.runtime import ExportRecord, MountRecord
 from tests.conftest import qemu_img
 from tests.support.commands import (
     ROOT,
@@ -138,7 +139,7 @@ def test_wrong_usage(args: list[str], sentence: str) -> None:
 def test_a_time_that_is_none_is_wrong_usage(command: str, timeout: str, tmp_path: Path) -> None:
     done = fusedisk(command, f"--timeout={timeout}", tmp_path / "none")
     assert (done.code, done.out) == (2, "")
-    assert f"'--timeout': it is '{timeout}', but a number of seconds was wanted" in done.err
+    assert f"'--timeout': it is '{timeout}', but must be a number of seconds," in done.err
 
 
 @pytest.mark.parametrize("timeout", ["0", "1.5", "1e-3", "1e300"])
@@ -312,11 +313,10 @@ def test_a_list_of_mounts_that_nobody_reads_ends_as_all_do(monkeypatch: pytest.M
         def write(self, text: str) -> int:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    mount = {"mountpoint": "/mnt", "state": "serving", "pid": 1, "memory": None, "error": None, "loop-device": None}
-    export = {"name": "x", "image": "/x.raw", "format": "raw", "virtual-size": 512, "read-only": False, "overlay": None}
+    record = MountRecord("/mnt", os.getpid(), "", [ExportRecord("x", "/x.raw", "raw", 512, False)])
     from fusedisk.cli import list as listing
 
-    monkeypatch.setattr(listing, "_gather", lambda: [{**mount, "exports": [{**export, "loop-devices": []}]}])
+    monkeypatch.setattr(listing, "_gather", lambda: [listing.describe(record)])
     assert "/x.raw" in fusedisk("list").out
     with contextlib.redirect_stdout(Unread()):
         assert main.run(["list"]) == 141

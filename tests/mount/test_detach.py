@@ -18,7 +18,8 @@ import pytest
 from fusedisk.mount import loop_device
 from tests.conftest import qemu_img, require_root, run_tool
 from tests.support.attachments import Attachments, attachments_below
-from tests.support.commands import fusedisk_process, process_environment
+from tests.support.commands import fusedisk_process, process_command, process_environment
+from tests.support.files import mounted_tmpfs
 from tests.support.images import make_qcow2
 from tests.support.mounts import Mounts, has_ended, wait_until
 
@@ -97,6 +98,52 @@ def test_processes_are_named_and_the_device_works_on(attached: Attachments, tmp_
     attached.detach(image)
 
 
+def test_an_interrupted_wait_tells_the_state(attached: Attachments, tmp_path: Path) -> None:
+    device = attached.attach(make_qcow2(tmp_path / "vm.qcow2", MIB))
+    with open(device, "rb"):
+        process = subprocess.Popen(
+            process_command("detach", "--wait", device), env=process_environment(), stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.endswith(f"(pid {os.getpid()}): waiting until that is over.\n")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, f"fusedisk: interrupted: '{device}' is still attached.\n")
+    attached.detach(device)
+
+
+def test_a_full_host_is_the_reason(attached: Attachments, tmp_path: Path) -> None:
+    """The kernel tells of an input/output error whatever a loop device's file fails with."""
+    with mounted_tmpfs(tmp_path / "small", "size=2M") as small:
+        image = make_qcow2(small / "vm.qcow2", 8 * MIB)
+        l1_table = int.from_bytes(image.read_bytes()[40:48], "big")
+        run_tool("fallocate", "-p", "-o", str(l1_table), "-l", "64K", image)  # its place is taken at the flush
+        device = attached.attach(image)
+        run_tool("dd", "if=/dev/urandom", f"of={device}", "bs=64k", "count=4", "oflag=direct", "status=none")
+        run_tool("dd", "if=/dev/zero", f"of={small / 'fill'}", "bs=4k", "status=none", check=False)
+        assert _refusal(device).startswith(
+            f"'{device}' could not be flushed (No space left on device) and stays attached: put that right and try "
+        )
+        (small / "fill").unlink()
+        attached.detach(device)
+        qemu_img("check", image)
+
+
+def test_a_throw_away_layer_that_cannot_be_written_ends(
+    attached: Attachments, tmp_path: Path, program: list[str]
+) -> None:
+    (tmp_path / "vm.img").write_bytes(bytes(MIB))
+    command = [*program, "attach", "--overlay", "--direct-io=off", "-f", "raw", str(tmp_path / "vm.img")]
+    device = subprocess.run(
+        command, env=process_environment(), stdout=subprocess.PIPE, check=True, text=True
+    ).stdout.strip()
+    with open(device, "r+b", buffering=0) as file:
+        file.write(b"lost" * 1024)
+        (tmp_path / "broken").write_text("error pwritev")
+    attached.detach(device)
+
+
 @pytest.mark.slow
 def test_who_cannot_be_seen_keeps_the_device(attached: Attachments, tmp_path: Path) -> None:
     """A descriptor on its way between processes is in none of them. The device stays, also after the refusal."""
@@ -135,12 +182,14 @@ def test_wait_returns_when_the_last_user_is_done(attached: Attachments, mounts: 
     found = []
     waiter = threading.Thread(target=lambda: found.append(fusedisk_process("detach", "--wait", device)))
     waiter.start()
-    assert "mounted at" in _refusal("--timeout", "0.5", device)
+    done = fusedisk_process("detach", "--timeout", "0.5", device)
+    assert (done.code, f"'{device}' is mounted at '{files}': {UNLESS}" in done.err) == (1, True)
     assert waiter.is_alive()
     (files / "file").write_bytes(b"kept")
     mounts.umount_filesystem(files)
     waiter.join()
-    assert (found[0].code, found[0].err) == (0, "")
+    assert found[0].code == 0
+    assert found[0].err == f"fusedisk: '{device}' is mounted at '{files}': waiting until that is over.\n"
     assert _content_of(ext4, "file") == b"kept"
 
 
@@ -178,7 +227,10 @@ def test_a_flush_that_fails_keeps_the_device(attached: Attachments, tmp_path: Pa
     (tmp_path / "broken").write_text("error flush_to_disk")
     os.close(fd)
     sentence = _refusal(device)
-    assert sentence.startswith(f"Could not flush '{device}': Input/output error (it stays attached; --force ")
+    assert sentence == (
+        f"'{device}' could not be flushed (Input/output error) and stays attached: put that right and try again, or "
+        "lose what is not written with --force."
+    )
     (tmp_path / "broken").unlink()
     attached.detach(device)
     assert image.read_bytes().startswith(b"kept" * 1024)
@@ -235,7 +287,7 @@ def test_a_daemon_that_died_is_cleaned_up(attached: Attachments, tmp_path: Path)
     daemon.kill()
     wait_until(lambda: has_ended(daemon), "the daemon is dead")
     row = next(line for line in fusedisk_process("list").out.splitlines() if record.mountpoint in line)
-    assert f"{device} {record.pid} (stale)" in " ".join(row.split())
+    assert row == f"{record.mountpoint}:  pid {record.pid} (stale)"
     done = fusedisk_process("detach", device)
     assert (done.code, done.err) == (
         0,
@@ -310,4 +362,6 @@ def test_an_image_that_has_anothers_name_is_not_it(attached: Attachments, tmp_pa
     second.rename(first)
     assert fusedisk_process("detach", first) == (0, "", "")
     assert [loop_device.backing_file(device) is None for device in devices] == [False, True]
-    attached.detach(devices[0])
+    done = fusedisk_process("detach", devices[0])
+    assert done.code == 0
+    assert done.err.endswith(f"what was written to the mount is in '{tmp_path}/c.qcow2'.\n")

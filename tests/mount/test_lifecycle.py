@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -183,6 +184,27 @@ def test_an_image_that_does_not_open_fails_the_command(mounts: Mounts, tmp_path:
     assert foreground == done
 
 
+def test_an_interrupted_mount_tells_the_state(mounts: Mounts, raw: Path, tmp_path: Path, program: list[str]) -> None:
+    """Here while an image takes its time to open."""
+    on = mounts.directory()
+    mounts.adopt(on)
+    (tmp_path / "broken").write_text("hold preadv 0")
+    process = subprocess.Popen(
+        [*program, "mount", raw, on], env=process_environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: _opened_by_children(process.pid, raw), "the daemon has opened the image")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (130, f"fusedisk: interrupted: nothing is mounted at '{on}'.\n")
+    assert not is_mounted(on)
+    assert runtime.find(str(on)) is None
+
+
+def _opened_by_children(pid: int, file: Path) -> bool:
+    children = psutil.Process(pid).children()
+    return any(opened.path == str(file) for child in children for opened in child.open_files())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_unmounts_flushes_and_ends(mounts: Mounts, tmp_path: Path, number: int) -> None:
     image = make_qcow2(tmp_path / "vm.qcow2", MIB)
@@ -317,7 +339,9 @@ def test_list_tells_what_is_mounted(mounts: Mounts, raw: Path, tmp_path: Path) -
     assert found["exports"] == [
         {
             "name": "disk",
+            "part-of": None,
             "image": str(raw),
+            "changed-files": [],
             "format": "raw",
             "virtual-size": 4 * MIB,
             "read-only": False,
@@ -326,7 +350,9 @@ def test_list_tells_what_is_mounted(mounts: Mounts, raw: Path, tmp_path: Path) -
         },
         {
             "name": "data",
+            "part-of": None,
             "image": str(other),
+            "changed-files": [],
             "format": "qcow2",
             "virtual-size": 3 * MIB,
             "read-only": False,
@@ -335,9 +361,11 @@ def test_list_tells_what_is_mounted(mounts: Mounts, raw: Path, tmp_path: Path) -
         },
     ]
     lines = fusedisk_process("list").out.splitlines()
-    assert lines[0].split() == ["IMAGE", "FORMAT", "SIZE", "FILE", "DEVICE", "PROCESS", "MEMORY"]
-    row = next(line for line in lines if f"{on}/disk" in line)
-    assert f"{raw} raw (overlay) 4 MiB {on}/disk - {found['pid']}" in " ".join(row.split())
+    head = next(index for index, line in enumerate(lines) if line.startswith(f"{on}:"))
+    shown = " ".join("\n".join(lines[head:]).split())
+    assert re.match(
+        rf"{on}: pid {found['pid']} \S+ MiB disk 4 MiB raw, overlay {raw} data 3 MiB qcow2, overlay {other}( |$)", shown
+    )
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.mount import holders, loop_device, loop_users, mountinfo
+from fusedisk.mount import loop_device, loop_users, mountinfo, namespaces
 from tests.conftest import require_root
 from tests.support.attachments import attachments_below
 from tests.support.commands import fusedisk_process
@@ -91,4 +91,6 @@ def test_a_process_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
             process.stdin.write(b"there\n")
             process.stdin.flush()
             assert process.stdout.readline() == b"there\n"
-            assert f"the mount of {program.name} (pid {process.pid}) at '{place}'" in holders.elsewhere(mount.device)
+            assert f"the mount of {program.name} (pid {process.pid}) at '{place}'" in map(
+                str, namespaces.copies(mount.device)
+            )

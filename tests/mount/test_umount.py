@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -20,7 +21,8 @@ import pytest
 
 from fusedisk.mount import loop_device, mountinfo, runtime
 from tests.conftest import qemu_img, qemu_io, require_root, run_tool
-from tests.support.commands import fusedisk_process
+from tests.support.attachments import attachments_below
+from tests.support.commands import fusedisk_process, process_command, process_environment
 from tests.support.files import mounted_tmpfs
 from tests.support.images import make_qcow2
 from tests.support.mounts import PATIENCE, Covered, Mounts, daemon_of, has_ended, is_mounted, own_mounts, wait_until
@@ -291,11 +293,21 @@ def test_a_filesystem_that_is_mounted_elsewhere_is_told_and_forced(
             assert sleeper.stdout.readline()
         done = fusedisk_process("umount", on)
         assert done.code == 1
-        name = f"the mount at '{other}'" if sleeper is None else f"the mount of sleep (pid {sleeper.pid}) at '{on}'"
-        assert done.err == (
-            f"fusedisk: '{on}' is unmounted, but its daemon (pid {daemon.pid}) goes on for {name}: end that, or lose "
-            "what they have not written with --force.\n"
-        )
+        name, way = f"the mount at '{other}'", f"umount {other}"
+        if sleeper is not None:
+            name = f"the mount of sleep (pid {sleeper.pid}) at '{on}'"
+            way = f"nsenter -t {sleeper.pid} -m umount {on}"
+        said = f"fusedisk: '{on}' is unmounted, but its daemon (pid {daemon.pid}) goes on for {name}"
+        assert done.err == f"{said}: end that ({way}), or lose what they have not written with --force.\n"
+        done = fusedisk_process("umount", "--timeout", "1.1", on)
+        (listed,) = [entry for entry in fusedisk_process("list", "--output", "json").json if entry["pid"] == daemon.pid]
+        if sleeper is None:
+            assert "nothing is mounted at" in done.err
+            assert (listed["state"], listed["mountpoint"], listed["held-by"]) == ("serving", str(other), [])
+        else:
+            assert (done.code, done.err) == (1, f"{said}: waiting until that ends.\n{said}.\n")
+            assert (listed["state"], listed["held-by"], listed["mount-namespace"]) == ("ending", [name], None)
+            assert f"    goes on for {name}\n" in fusedisk_process("list").out
         done = fusedisk_process("umount", "--force", "--timeout", "30", on)
         assert (done.code, done.err) == (0, "")
         assert has_ended(daemon)
@@ -350,6 +362,106 @@ def test_a_stopped_daemon_does_not_hang_those_who_ask(mounts: Mounts, raw: Path)
         daemon.resume()
     wait_until(lambda: has_ended(daemon), "the daemon has ended")
     assert not is_mounted(on)
+
+
+# --- several, images, all ---------------------------------------------------------------------------------
+
+
+def test_several_and_by_their_images(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
+    """One that is in use does not keep the others."""
+    other = make_qcow2(tmp_path / "vm.qcow2", MIB)
+    first, second, third = mounts.mount("-r", raw), mounts.mount(other), mounts.mount("--overlay", raw)
+    done = fusedisk_process("umount", raw)
+    assert (done.code, done.err) == (
+        1,
+        f"fusedisk: '{raw}' is mounted more than once, at '{first}' and '{third}': say which one.\n",
+    )
+    with (first / "disk").open("rb"):
+        done = fusedisk_process("umount", first, tmp_path / "none", other, third)
+        assert done.code == 1
+        in_use, nothing = done.err.splitlines()
+        assert f"'{first}' is in use by " in in_use
+        assert nothing == f"fusedisk: nothing is mounted at '{tmp_path}/none'."
+    assert [is_mounted(on) for on in (first, second, third)] == [True, False, False]
+    done = fusedisk_process("umount", raw.name, cwd=tmp_path)
+    assert (done, is_mounted(first)) == ((0, "", ""), False)
+
+
+def test_an_image_that_is_attached_is_not_unmounted(tmp_path: Path) -> None:
+    with attachments_below(tmp_path) as attached:
+        image = make_qcow2(tmp_path / "vm.qcow2", MIB)
+        device = attached.attach(image)
+        done = fusedisk_process("umount", image)
+        assert (done.code, done.err) == (
+            1,
+            f"fusedisk: '{image}' is not mounted but attached: use 'fusedisk detach {device}'.\n",
+        )
+        attached.detach(device)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ((), "name what to unmount, or use --all."),
+        (("--all", "mnt"), "--all takes no names."),
+        (("--timeout", "nan", "mnt"), "Invalid value for '--timeout': it is 'nan', but must be a number of seconds,"),
+    ],
+)
+def test_wrong_usage(args: tuple[str, ...], sentence: str) -> None:
+    done = fusedisk_process("umount", *args)
+    assert (done.code, done.err.startswith(f"fusedisk: {sentence}")) == (2, True), done.err
+
+
+def test_all(raw: Path, tmp_path: Path) -> None:
+    """Those that are left are told; what is attached stays. Among mounts and records of its own."""
+    require_root()
+    names = ("outer", "inner", "busy")
+    for name in names:
+        (tmp_path / name).mkdir()
+    fusedisk = shlex.join(process_command())
+    script = (
+        "mkdir -p /run/fusedisk; mount -t tmpfs -o mode=700 records /run/fusedisk || exit 2; "
+        f"{fusedisk} umount --all || exit 3; "  # there are none
+        f"cd {tmp_path}; for d in outer busy; do {fusedisk} mount -r {raw} $d || exit 4; done; "
+        f"{fusedisk} mount -r -f raw outer/disk inner || exit 5; "
+        f"device=$({fusedisk} attach -r {raw}); "
+        f"exec 7< busy/disk; {fusedisk} umount --all; echo $?; exec 7<&-; "
+        "grep -c fuse.fusedisk /proc/self/mounts; "
+        f"{fusedisk} umount --all; echo $?; grep -c fuse.fusedisk /proc/self/mounts; {fusedisk} detach $device; echo $?"
+    )
+    done = subprocess.run(own_mounts(script), env=process_environment(), capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "2", "0", "1", "0"], done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"fusedisk: '{tmp_path}/busy' is in use by ")
+
+
+# --- waiting ----------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_wait_tells_the_state(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount(raw)
+    with (on / "disk").open("rb"):
+        process = subprocess.Popen(
+            process_command("umount", "--wait", on), env=process_environment(), stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert f"'{on}' is in use by " in line
+        assert line.endswith(": waiting until that is over.\n")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (130, f"fusedisk: interrupted: '{on}' is still mounted.\n")
+
+
+def test_a_throw_away_layer_that_cannot_be_written_ends(mounts: Mounts, raw: Path, program: list[str]) -> None:
+    """What is to be lost needs no room."""
+    on = mounts.directory()
+    process = mounts.start("--overlay", "-f", "raw", raw, on=on, program=program)
+    with _mapped(on / "disk") as place:
+        ctypes.memmove(place, b"mapped", 6)
+        (raw.parent / "broken").write_text("error pwritev")
+    mounts.umount(on)
+    assert process.wait(PATIENCE) == 0
 
 
 # --- after its directory was renamed ---------------------------------------------------------------------

@@ -134,8 +134,18 @@ def test_records_of_others_processes_are_not_believed(tmp_path: Path, monkeypatc
     assert not runtime._belongs(record)
 
 
+_RECORD = (
+    '{"mountpoint": "/x", "pid": 1, "started": "", "exports": [{"name": "x", "image": "", "format": "", "size": 1, '
+    '"read_only": false, %s}]}'
+)
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "5", '{"exports": 5}', '{"exports": [{}]}', '{"exports": [], "x": 1}']
+    "content",
+    [
+        *("", "{", "[]", "5", '{"exports": 5}', '{"exports": [{}]}', '{"exports": [], "x": 1}'),
+        *(_RECORD % field for field in ('"files": []', '"files": {"a": 1}', '"written": {}', '"written": [1]')),
+    ],
 )
 def test_records_that_make_no_sense_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     tmp_path.chmod(0o700)
@@ -176,7 +186,7 @@ def test_json_of_a_record_is_plain(tmp_path: Path) -> None:
     record = record_in(tmp_path)
     record.write()
     content = json.loads(Path(record.path).read_text())
-    assert content.keys() == {"mountpoint", "pid", "started", "exports", "error", "loop", "device"}
+    assert content.keys() == {"mountpoint", "pid", "started", "exports", "error", "loop", "device", "closing"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Waiting for others: never for long without a word, and with a word about the state of things on Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from fusedisk.cli.output import tell
+
+_WORD_AFTER, _WORD_IN_SCRIPTS_AFTER = 1.0, 10.0
+"""Seconds of waiting after which the user is told what for: at a terminal, and elsewhere."""
+_MAX_SECONDS = 2_000_000.0
+"""poll(2) counts milliseconds in 31 bits."""
+
+
+def left(deadline: float | None) -> float | None:
+    """Seconds until a deadline; None: any number."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def is_readable(fd: int, seconds: float | None, word: Callable[[], str] | None = None) -> bool:
+    """Wait until a descriptor becomes readable, for at most ``seconds`` (None: for ever); whether it did.
+
+    If that takes long, tell the user what ``word`` returns.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if word is not None:
+        patience = _WORD_AFTER if sys.stderr.isatty() else _WORD_IN_SCRIPTS_AFTER
+        if seconds is None or seconds > patience:
+            if poll.poll(patience * 1000):
+                return True
+            seconds = None if seconds is None else seconds - patience
+            tell(word())
+    return bool(poll.poll(None if seconds is None else min(seconds, _MAX_SECONDS) * 1000))
+
+
+@contextlib.contextmanager
+def tell_when_interrupted(state: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C tell the user what ``state`` returns, a sentence without its beginning, ``interrupted:``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(f"interrupted: {state()}")
+        raise
