@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import click
@@ -11,6 +12,10 @@ from fusedisk.cli import mount as mounting
 from fusedisk.cli.image import complete_file
 from fusedisk.cli.output import flush, output_option, print_json, say, tell
 
+_UDEV = "/run/udev"
+"""Is there where udev makes the nodes of devices."""
+_NODES_SECONDS, _PAUSE = 3.0, 0.02
+"""How long to wait for udev, and between two looks."""
 _OF_MOUNT = (
     "read_only",
     "overlay",
@@ -68,7 +73,7 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
     from fusedisk.cli.background import run_in_background
     from fusedisk.cli.detach import detach_record
     from fusedisk.cli.list import describe
-    from fusedisk.mount import loop_device, runtime
+    from fusedisk.mount import holders, loop_device, runtime
 
     loop_device.check()
     place = runtime.make_place()
@@ -94,8 +99,14 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
             f"{export.size % int(sector_size)}, which fill no sector."
         )
     try:
+        found, missing = _partitions(record.loop)
+        if missing:
+            tell(
+                f"this /dev has no nodes for {holders.listed(missing)}, as in a container without udev or devtmpfs: "
+                f"make what you need (such as {loop_device.mknod_command(missing[0])})."
+            )
         if output == "json":
-            print_json({**describe(record), "partitions": loop_device.partitions(record.loop)})
+            print_json({**describe(record), "partitions": found})
         else:
             say(record.loop)
         flush()
@@ -103,6 +114,20 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
         # Nobody would know what to detach.
         detach_record(record, wait=False, deadline=None, force=False)
         raise
+
+
+def _partitions(device: str) -> tuple[list[str], list[str]]:
+    """The partitions of a device that /dev has, and those that it lacks. Where udev makes the nodes, that may take a
+    moment."""
+    from fusedisk.mount import loop_device
+
+    deadline = time.monotonic() + _NODES_SECONDS
+    while True:
+        partitions = loop_device.partitions(device)
+        found = [name for name in partitions if loop_device.has_node(name)]
+        if len(found) == len(partitions) or not os.path.isdir(_UDEV) or time.monotonic() >= deadline:
+            return found, [name for name in partitions if name not in found]
+        time.sleep(_PAUSE)
 
 
 command.params[1:1] = [param for param in mounting.command.params if param.name in _OF_MOUNT]
