@@ -43,14 +43,13 @@ def _what(content: bytes) -> str | None:
         ("qed", "a QED image"),
         ("qcow", "a qcow image of version 1"),
         ("parallels", "a Parallels image"),
-        ("luks key-secret=s,iter-time=10,hash-alg=sha1", "a LUKS volume"),
     ],
 )
 def test_what_qemu_img_makes(tmp_path: Path, format: str, what: str) -> None:
     raw, image = make_sparse_raw(tmp_path / "x.raw", 4 * MIB, (0, 512)), tmp_path / "x"
     name, _, options = format.partition(" ")
     more = ["-o", options] if options else []
-    qemu_img("convert", "--object", "secret,id=s,data=x", "-f", "raw", "-O", name, *more, raw, image)
+    qemu_img("convert", "-f", "raw", "-O", name, *more, raw, image)
     assert _what(image.read_bytes()) == what
 
 

@@ -54,7 +54,7 @@ def test_each_command_names_it(vdi: Path, command: tuple[str, ...]) -> None:
     assert vdi.read_bytes() == before
 
 
-@pytest.mark.parametrize("options", [(), ("--read-only",), ("--overlay",), ("--overlay-file", "layer.qcow2")])
+@pytest.mark.parametrize("options", [(), ("--overlay-file", "layer.qcow2")])
 def test_it_is_not_mounted(vdi: Path, options: tuple[str, ...]) -> None:
     (vdi.parent / "mnt").mkdir()
     done = fusedisk_process("mount", *options, vdi, "mnt", cwd=vdi.parent)
