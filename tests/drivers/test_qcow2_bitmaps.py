@@ -217,7 +217,9 @@ def dirty_ranges(image: Path, bitmap: str) -> list[tuple[int, int]]:
     """What a bitmap says has changed, as QEMU reads it: offsets and lengths."""
     with tempfile.TemporaryDirectory() as folder:
         socket = f"{folder}/s"
-        run_tool("qemu-nbd", "--fork", "-r", "-f", "qcow2", "-B", bitmap, "-k", socket, image)
+        # It ends some time after its only client, and locks what it serves until then.
+        copy = shutil.copy(image, folder)
+        run_tool("qemu-nbd", "--fork", "-r", "-f", "qcow2", "-B", bitmap, "-k", socket, copy)
         options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"
         found = json.loads(qemu_img("map", "--output=json", "--image-opts", options))
     return [(part["start"], part["length"]) for part in found if not part["data"]]

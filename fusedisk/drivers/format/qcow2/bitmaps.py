@@ -42,8 +42,7 @@ class Bitmaps:
             self.broken = bool(header.autoclear_features & layout.BITMAPS)
             return
         start, size = directory.offset, directory.size
-        inside = start + size <= image.storage.node.length
-        if not directory.is_possible(header) or not inside or image.fixed_at(start, size) is not None:
+        if not directory.is_possible(header) or start + size > image.storage.node.length:
             self.broken = True
             return
         try:
