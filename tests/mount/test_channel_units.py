@@ -47,6 +47,8 @@ class Disk:
         self.pieces = False
         self.held = 0
         self.most_held = 0
+        self.kept: list[tuple[int, int]] = []
+        self.dropped: list[tuple[int, int]] = []
         self.go_on = trio.Event()
         self._one_more = trio.Event()
 
@@ -82,8 +84,11 @@ class Disk:
         self.content[offset : offset + len(data)] = data
         return True
 
+    def keep(self, offset: int, length: int) -> None:
+        self.kept.append((offset, length))
+
     async def drop_kept(self, offset: int, length: int) -> None:
-        pass
+        self.dropped.append((offset, length))
 
     async def _wait(self) -> None:
         if self.cached:
@@ -142,8 +147,8 @@ class Kernel:
             self._end.fileno(), self._message(wire.WRITE, wire.WRITE_IN.pack(1, offset, len(data), 0, 0, 0, 0) + data)
         )
 
-    async def read(self, offset: int, size: int, handle: int = 1) -> int:
-        return await self.send(wire.READ, wire.READ_IN.pack(handle, offset, size, 0, 0, 0, 0))
+    async def read(self, offset: int, size: int, handle: int = 1, flags: int = 0) -> int:
+        return await self.send(wire.READ, wire.READ_IN.pack(handle, offset, size, flags, 0, 0, 0))
 
     async def write(self, offset: int, data: bytes, *, claimed: int | None = None) -> int:
         size = len(data) if claimed is None else claimed
@@ -172,15 +177,16 @@ class Setup(SimpleNamespace):
 
 
 @contextlib.asynccontextmanager
-async def serving(busy: Callable[[], None] | None = None) -> AsyncIterator[Setup]:
+async def serving(busy: Callable[[], None] | None = None, *, shared: bool = False) -> AsyncIterator[Setup]:
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
     for end in (end for pair in pairs for end in pair):
         end.setblocking(False)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
     (kernel, device), (library, ours) = pairs
     disk, ended = Disk(), trio.Event()
+    disk.shared_views = shared
     handle = Handle(disk, os.O_RDWR)  # type: ignore[arg-type]
-    operations: Any = SimpleNamespace(handles=SimpleNamespace(by_number={1: handle}), exports=[])
+    operations: Any = SimpleNamespace(handles=SimpleNamespace(by_number={1: handle}), exports=[disk])
     served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set, None, busy)
     device.close()
     try:
@@ -211,6 +217,24 @@ async def test_reads_and_writes(setup: Setup, cached: bool) -> None:
     unique = await setup.kernel.write(100, b"x" * 5000)
     assert await setup.kernel.reply() == (unique, 0, wire.WRITE_OUT.pack(5000, 0))
     assert setup.disk.content[99:5101] == CONTENT[99:100] + b"x" * 5000 + CONTENT[5100:5101]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_only_reads_into_the_page_cache_of_shared_bytes_are_noted(cached: bool) -> None:
+    """Whichever way they are answered. A write that is not answered on the spot has pages dropped."""
+    for shared in (True, False):
+        async with serving(shared=shared) as setup:
+            setup.disk.cached = cached
+            setup.disk.go_on.set()
+            for flags, offset in ((wire.READ_LOCKOWNER, 0), (0, 4096), (1, 8192), (wire.READ_LOCKOWNER | 1, 12288)):
+                await setup.kernel.read(offset, 4096, flags=flags)
+                await setup.kernel.reply()
+            assert setup.disk.kept == ([(4096, 4096), (8192, 4096)] if shared else [])
+            await setup.kernel.write(5, b"write")
+            await setup.kernel.reply()
+            await setup.kernel.write(LENGTH, b"past the end")
+            assert (await setup.kernel.reply())[1] == errno.ENOSPC
+            assert setup.disk.dropped == ([(LENGTH, 12)] if cached else [(5, 5), (LENGTH, 12)])
 
 
 async def test_large_reads_of_what_is_in_memory_are_not_copied(setup: Setup) -> None:
