@@ -73,7 +73,7 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
     from fusedisk.cli.background import run_in_background
     from fusedisk.cli.detach import detach_record
     from fusedisk.cli.list import describe
-    from fusedisk.mount import holders, loop_device, runtime
+    from fusedisk.mount import device_nodes, holders, loop_device, runtime
 
     loop_device.check()
     place = runtime.make_place()
@@ -103,7 +103,7 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
         if missing:
             tell(
                 f"this /dev has no nodes for {holders.listed(missing)}, as in a container without udev or devtmpfs: "
-                f"make what you need (such as {loop_device.mknod_command(missing[0])})."
+                f"make what you need (such as {device_nodes.mknod_command(missing[0])})."
             )
         if output == "json":
             print_json({**describe(record), "partitions": found})
@@ -118,16 +118,18 @@ def command(image: str, sector_size: str, direct_io: str, output: str, **given: 
 
 def _partitions(device: str) -> tuple[list[str], list[str]]:
     """The partitions of a device that /dev has, and those that it lacks. Where udev makes the nodes, that may take a
-    moment."""
-    from fusedisk.mount import loop_device
+    moment; where nobody does, we do, if we may."""
+    from fusedisk.mount import device_nodes, loop_device
 
     deadline = time.monotonic() + _NODES_SECONDS
     while True:
         partitions = loop_device.partitions(device)
-        found = [name for name in partitions if loop_device.has_node(name)]
-        if len(found) == len(partitions) or not os.path.isdir(_UDEV) or time.monotonic() >= deadline:
-            return found, [name for name in partitions if name not in found]
+        missing = [name for name in partitions if not device_nodes.has_node(name)]
+        if not missing or not os.path.isdir(_UDEV) or time.monotonic() >= deadline:
+            break
         time.sleep(_PAUSE)
+    missing = [name for name in missing if not device_nodes.make_node(name)]
+    return [name for name in partitions if name not in missing], missing
 
 
 command.params[1:1] = [param for param in mounting.command.params if param.name in _OF_MOUNT]

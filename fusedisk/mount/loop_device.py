@@ -13,13 +13,13 @@ import dataclasses
 import errno
 import fcntl
 import os
-import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fusedisk.core.errors import HostError, NotSupportedError, host_error
+from fusedisk.mount import device_nodes
 
 SECTOR = 512
 """Unit of a block device's size in sysfs, in bytes, whatever its own sectors are."""
@@ -110,10 +110,10 @@ def _take_free(file: int, sector_size: int, flags: int, path: str) -> str:
                 device = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
             except OSError as exc:
                 raise host_error(exc, _CONTROL, "get a free loop device from") from exc
-            if not has_node(device):
+            if not device_nodes.has_node(device):
                 raise NotSupportedError(
                     f"the kernel offers {device}, but this /dev has no such device, as in a container without udev or "
-                    f"devtmpfs: pass it in, or make it ({mknod_command(device)})."
+                    f"devtmpfs: pass it in, or make it ({device_nodes.mknod_command(device)})."
                 )
             with _open(device, os.O_RDWR, "open") as loop:
                 try:
@@ -173,8 +173,17 @@ def detach(device: str, path: str, *, force: bool = False, must_flush: bool = Tr
     """Flush a loop device and take it off the file at ``path``; True if that is so when this returns.
 
     False: somebody uses the device, and it is as it was. With ``force`` it is then taken off as soon as nobody does. A
-    flush that fails is no obstacle then, nor without ``must_flush``. Raises FlushError and HostError.
+    flush that fails is no obstacle then, nor without ``must_flush``. Nodes of its partitions go with it. Raises
+    FlushError and HostError.
     """
+    names = partitions(device)
+    gone = _detach(device, path, force=force, must_flush=must_flush)
+    if gone:
+        device_nodes.remove_dead_nodes(names)
+    return gone
+
+
+def _detach(device: str, path: str, *, force: bool, must_flush: bool) -> bool:
     if backing_file(device) != path:
         return True
     try:
@@ -317,28 +326,6 @@ def whole(device: str) -> str:
     if not (entry / "partition").exists():
         return device
     return f"/dev/{entry.resolve().parent.name}"
-
-
-def number_of(device: str) -> str | None:
-    """``major:minor`` of a block device that the kernel has; None where it has none of that name."""
-    try:
-        return (_CLASS / os.path.basename(device) / "dev").read_text().strip()
-    except OSError:
-        return None
-
-
-def has_node(device: str) -> bool:
-    """Whether the name of a block device leads to it: who makes such nodes (devtmpfs, udev) may be missing."""
-    try:
-        found = os.stat(device)
-    except OSError:
-        return False
-    return stat.S_ISBLK(found.st_mode) and f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}" == number_of(device)
-
-
-def mknod_command(device: str) -> str:
-    """The command line that makes the node of a block device."""
-    return f"mknod {device} b {(number_of(device) or '7:N').replace(':', ' ')}"
 
 
 def size_of(device: str) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from fusedisk.mount import loop_device
+from fusedisk.mount import device_nodes, loop_device
 from tests.conftest import require_root
 from tests.support.attachments import attachments_below
 from tests.support.commands import fusedisk_process, process_command, process_environment
@@ -30,20 +32,39 @@ def disk(tmp_path: Path) -> Path:
     return image
 
 
-def _in_own_dev(tmp_path: Path, nodes: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a command line with these nodes of /dev alone; afterwards detach the image that is its last argument."""
+def _in_own_dev(
+    tmp_path: Path, nodes: str, *args: str | Path, before: Sequence[str] = (), then: str = ":"
+) -> subprocess.CompletedProcess[str]:
+    """Run a command line with these nodes of /dev alone, by the program ``before`` it, and ``then`` more; afterwards
+    detach the image that is its last argument."""
     (tmp_path / "old").mkdir(exist_ok=True)
     script = (
         f"mount --bind /dev {tmp_path}/old; mount -t tmpfs none /dev; cd {tmp_path}/old; "
-        f'cp -a null zero urandom fuse {nodes} /dev/; "$@"; code=$?; '
+        f'cp -a null zero urandom fuse {nodes} /dev/; "$@"; code=$?; {then}; '
         f"{' '.join(process_command('detach', args[-1]))} 2>&-; exit $code"
     )
-    command = [*own_mounts(script), "sh", *process_command(*args)]
+    command = [*own_mounts(script), "sh", *before, *process_command(*args)]
     return subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=60)
 
 
-def test_partitions_without_nodes_are_told_and_not_named(disk: Path, tmp_path: Path) -> None:
-    done = _in_own_dev(tmp_path, "loop-control loop[0-9]*", "attach", "-f", "raw", "--output", "json", disk)
+ATTACH = ["attach", "-f", "raw", "--output", "json"]
+ALL_LOOPS = "loop-control loop[0-9]*"
+
+
+def test_partitions_get_nodes_that_go_again(disk: Path, tmp_path: Path) -> None:
+    listing = f"ls /dev; {' '.join(process_command('detach', disk))}; ls /dev"
+    done = _in_own_dev(tmp_path, ALL_LOOPS, *ATTACH, disk, then=listing)
+    assert (done.returncode, done.stderr) == (0, "")
+    told, end = json.JSONDecoder().raw_decode(done.stdout)
+    device = told["loop-device"]
+    assert told["partitions"] == [f"{device}p1", f"{device}p2"]
+    names = [os.path.basename(name) for name in told["partitions"]]
+    assert [name for name in done.stdout[end:].split() if name in names] == names
+
+
+def test_partitions_that_get_no_nodes_are_told_and_not_named(disk: Path, tmp_path: Path) -> None:
+    without = ["setpriv", "--bounding-set", "-mknod"]
+    done = _in_own_dev(tmp_path, ALL_LOOPS, *ATTACH, disk, before=without)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["partitions"] == []
@@ -86,11 +107,21 @@ def test_a_node_of_another_number_is_none(tmp_path: Path) -> None:
     """The kernel gives numbers of partitions again, and nodes may be left from before."""
     require_root()
     (name,) = [entry.name for entry in Path("/sys/class/block").iterdir()][:1]
-    major, minor = map(int, (loop_device.number_of(name) or "").split(":"))
-    for number, expected in ((os.makedev(major, minor), True), (os.makedev(major, minor + 1), False)):
-        node = tmp_path / str(number) / name
-        node.parent.mkdir()
-        os.mknod(node, 0o600 | 0o060000, number)
-        assert loop_device.has_node(str(node)) == expected
-    assert not loop_device.has_node(str(tmp_path / name))
-    assert loop_device.mknod_command(f"/dev/{name}") == f"mknod /dev/{name} b {major} {minor}"
+    major, minor = map(int, (device_nodes.number_of(name) or "").split(":"))
+    node = tmp_path / name
+    assert not device_nodes.has_node(str(node))
+    assert device_nodes.mknod_command(f"/dev/{name}") == f"mknod /dev/{name} b {major} {minor}"
+    os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(major, minor + 1))
+    assert not device_nodes.has_node(str(node))
+    assert device_nodes.make_node(str(node))
+    assert device_nodes.has_node(str(node))
+    device_nodes.remove_dead_nodes([str(node)])
+    assert node.exists()
+
+
+def test_what_is_no_node_stays(tmp_path: Path) -> None:
+    file = tmp_path / next(Path("/sys/class/block").iterdir()).name
+    file.write_text("mine")
+    assert not device_nodes.make_node(str(file))
+    device_nodes.remove_dead_nodes([str(file), str(tmp_path / "missing")])
+    assert file.read_text() == "mine"
