@@ -72,7 +72,13 @@ def attachments_below(folder: Path) -> Iterator[Attachments]:
 
 
 def traces(name: str) -> set[str]:
-    """What attaching an image whose disk is called ``name`` makes: directories to mount on, whosever they are, and
-    loop devices. A test compares before and after."""
+    """What attaching an image whose disk is called ``name`` makes: directories to mount on that are not of a mount of
+    another disk, and loop devices. Other tests attach at the same time, and their directories have no record for a
+    moment, so a test waits until there is no more than before."""
     places = {place for place in os.listdir(runtime.directory()) if place.startswith("attached")}
-    return places | {device for device, path in loop_device.devices() if os.path.basename(path) == name}
+    others = {
+        os.path.basename(record.mountpoint)
+        for record in runtime.records()
+        if name not in [export.name for export in record.exports]
+    }
+    return places - others | {device for device, path in loop_device.devices() if os.path.basename(path) == name}
