@@ -102,10 +102,9 @@ class Opener:
         try:
             filename = resolve_reference(reference.filename, place)
             parsed = parse_filename(filename, self.drivers)
-        except FusediskError as exc:
-            exc.message = _backing_trouble(node, exc)
-            raise
-        self.graph.gate.check(parsed, place or node.filename, reference.filename)
+            self.graph.gate.check(parsed, place or node.filename, reference.filename)
+        except OptionError as exc:
+            raise ImageError(_backing_trouble(node, exc)) from exc
         parsed = _harmless(parsed)
         options: dict[str, Any] = parsed if filename.startswith("json:") else {"file": parsed}
         if reference.format is not None and "driver" not in options:
@@ -130,6 +129,8 @@ class Opener:
         try:
             return await self.open_one(given, node.config.inherited(Role.BACKING), node)
         except FusediskError as exc:
+            if isinstance(exc, OptionError) and not node.backing_overridden:  # the image says so, not the user
+                raise ImageError(_backing_trouble(node, exc)) from exc
             exc.message = _backing_trouble(node, exc)
             raise
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from fusedisk.cli.image import complete_file, complete_format, gate_options
+from fusedisk.cli.image import complete_file, complete_format, gate_options, need
+from fusedisk.cli.option_values import collect, option_values
 from fusedisk.cli.output import print_facts, progress
 from fusedisk.cli.running import run_async
+
+if TYPE_CHECKING:
+    from fusedisk.core.options import CreateOptions
+
+
+def _kinds(ctx: click.Context) -> list[type[CreateOptions]]:
+    """The options of the format that is given, or else of all formats."""
+    from fusedisk.drivers.table import DRIVERS
+
+    given = ctx.params.get("format")
+    kinds = [DRIVERS.load(name).amend_options_type for name in DRIVERS.names if given in (None, name)]
+    return [kind for kind in kinds if kind is not None]
 
 
 @click.command(
@@ -30,14 +45,7 @@ A process that dies meanwhile leaves an image that is sound, with some of the ch
     shell_complete=complete_format,
     help="The image's format; found out by its first bytes if not given.",
 )
-@click.option(
-    "-o",
-    "options",
-    multiple=True,
-    required=True,
-    metavar="KEY=VALUE,...",
-    help="What to change, by the format's own options; 'help' lists them.",
-)
+@option_values(_kinds, "What to change, by the format's own options; 'help' lists them.", required=True)
 @click.option(
     "--force", is_flag=True, help="Also what may lose data: erase the last key slot, name another backing file."
 )
@@ -64,26 +72,11 @@ def command(
     if "help" in options:
         _print_options(format)
         return
-    if image is None:
-        raise click.UsageError("the name of the image is missing.", click.get_current_context())
+    image = need("IMAGE", image)
     from fusedisk.block.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
-    run_async(_amend, image, format, _collect(options), force, key_file, gate)
-
-
-def _collect(texts: tuple[str, ...]) -> dict[str, str]:
-    """All options by name; none may be given twice."""
-    from fusedisk.core.errors import OptionError
-    from fusedisk.core.options import split_dotted
-
-    given: dict[str, str] = {}
-    for source in map(split_dotted, texts):
-        for key, value in source.items():
-            if key in given:
-                raise OptionError(f"the option '{key}' is given twice ('{given[key]}' and '{value}').")
-            given[key] = value
-    return given
+    run_async(_amend, image, format, collect(options), force, key_file, gate)
 
 
 async def _amend(

@@ -19,19 +19,19 @@ from typing import NoReturn
 
 from fusedisk.cli import daemon_log, waiting
 from fusedisk.cli.output import tell
-from fusedisk.core.errors import HostError
+from fusedisk.core.errors import FusediskError, HostError, OptionError
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[str | None], None]
-"""Called once by a daemon: None when it is ready, else with the sentence that says why it will never be."""
+Report = Callable[[FusediskError | None], None]
+"""Called once by a daemon: None when it is ready, else with the error that says why it will never be."""
 
 
 def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: int | None = None) -> None:
     """Fork; the child runs ``serve`` detached from terminal and caller and exits with what that returns.
 
-    Returns in the parent when the child has reported that it is ready; raises HostError with what it reported
-    otherwise. Must be called before any thread is started. ``keep_fd``, which is no standard
+    Returns in the parent when the child has reported that it is ready; otherwise raises what it reported, as HostError,
+    or as OptionError for wrong options. Must be called before any thread is started. ``keep_fd``, which is no standard
     stream, and no other descriptor stays open in the child.
     """
     receiving, sending = os.pipe()
@@ -58,12 +58,12 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
     if not answer:
         _, status = os.waitpid(pid, 0)
         raise HostError(f"the mount's daemon ended before it was ready ({_ending(status)}), its log is '{log_path}'.")
-    failure, warnings = json.loads(answer)
+    failure, wrong_usage, warnings = json.loads(answer)
     for sentence in warnings:
         tell(sentence)
     if failure is not None:
         os.waitpid(pid, 0)
-        raise HostError(failure)
+        raise OptionError(failure) if wrong_usage else HostError(failure)
 
 
 @contextlib.contextmanager
@@ -96,9 +96,10 @@ def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep
         handler = daemon_log.log_to(log_path)
         daemon_log.remove_old()
 
-        def report(failure: str | None) -> None:
+        def report(failure: FusediskError | None) -> None:
+            answer = (failure and str(failure), isinstance(failure, OptionError), handler.hand_over())
             try:
-                os.write(sending, json.dumps([failure, handler.hand_over()]).encode())
+                os.write(sending, json.dumps(answer).encode())
             except BrokenPipeError:
                 log.warning("the command that wanted the mount has ended, so the mount ends, too")
                 os.kill(os.getpid(), signal.SIGTERM)

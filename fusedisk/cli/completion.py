@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import get_completion_class
 
-from fusedisk.cli.main import COMPLETE_VARIABLE, cli
+from fusedisk.cli.main import cli
 from fusedisk.cli.output import write
+from fusedisk.cli.shells import completer
+
+SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command(
@@ -14,14 +16,16 @@ from fusedisk.cli.output import write
 Examples:
   eval "$(fusedisk completion bash)"                                   # in ~/.bashrc
   eval "$(fusedisk completion zsh)"                                    # in ~/.zshrc
-  fusedisk completion fish > ~/.config/fish/completions/fusedisk.fish""",
-)
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def command(shell: str) -> None:
-    """Print the completion script for SHELL.
+  fusedisk completion fish > ~/.config/fish/completions/fusedisk.fish
 
-    Commands, options, formats and file names are completed.
+An installation below /usr or /usr/local has these scripts already, where the shells find them.""",
+)
+@click.argument("shell", metavar="SHELL", type=click.Choice(SHELLS))
+def command(shell: str) -> None:
+    """Print the completion script for SHELL: bash, zsh or fish.
+
+    Commands, options and their values, formats and file names are completed.
     """
-    kind = get_completion_class(shell)
-    assert kind is not None
-    write(f"{kind(cli, {}, 'fusedisk', COMPLETE_VARIABLE).source()}\n")
+    found = completer(shell, cli)
+    assert found is not None
+    write(f"{found.source()}\n")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusedisk.cli.image import complete_file, complete_format, gate_options
+from fusedisk.cli.image import complete_file, complete_format, gate_options, need
+from fusedisk.cli.option_values import collect, option_values
 from fusedisk.cli.output import exact_size_text, print_facts, progress, say
 from fusedisk.cli.running import run_async
 
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.2
 """How often the progress bar looks at how much of the file is there."""
+
+
+def _kinds(ctx: click.Context) -> list[type[CreateOptions]]:
+    """The options of the format that is given."""
+    from fusedisk.drivers.table import DRIVERS
+
+    format = ctx.params.get("format") or "raw"
+    kind = DRIVERS.load(format).create_options_type if format in DRIVERS.names else None
+    return [] if kind is None else [kind]
 
 
 @click.command(
@@ -41,9 +51,7 @@ SIZE is a number of bytes, or one with a unit that counts in powers of 1024: 64k
     shell_complete=complete_format,
     help="The format of the new image.",
 )
-@click.option(
-    "-o", "options", multiple=True, metavar="KEY=VALUE,...", help="The format's own options; 'help' lists them."
-)
+@option_values(_kinds, "The format's own options; 'help' lists them.")
 @click.option("-b", "--backing", metavar="FILE", help="What the image stands on; named as seen from the new image.")
 @click.option(
     "-F", "--backing-format", metavar="FMT", shell_complete=complete_format, help="The format of the backing file."
@@ -70,32 +78,15 @@ def command(
     if "help" in options:
         _print_options(format)
         return
-    if filename is None:
-        raise click.UsageError("the name of the new image is missing.", click.get_current_context())
-    given = _collect(options, size, backing, backing_format)
+    filename = need("FILE", filename)
+    apart = {"size": size, "backing_file": backing, "backing_fmt": backing_format}
+    given = collect(options, {key: value for key, value in apart.items() if value is not None})
     from fusedisk.block.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
     created = run_async(_create, format, filename, given, gate, not unsafe)
     if not quiet:
         _print_created(format, filename, created)
-
-
-def _collect(
-    texts: tuple[str, ...], size: str | None, backing: str | None, backing_format: str | None
-) -> dict[str, Any]:
-    """All creation options by name; none may be given twice."""
-    from fusedisk.core.errors import OptionError
-    from fusedisk.core.options import split_dotted
-
-    given: dict[str, Any] = {}
-    apart = {"size": size, "backing_file": backing, "backing_fmt": backing_format}
-    for source in (*map(split_dotted, texts), {key: value for key, value in apart.items() if value is not None}):
-        for key, value in source.items():
-            if key in given:
-                raise OptionError(f"the option '{key}' of the new image is given twice ('{given[key]}' and '{value}').")
-            given[key] = value
-    return given
 
 
 async def _create(format: str, filename: str, given: dict[str, Any], gate: Any, check_backing: bool) -> CreateOptions:

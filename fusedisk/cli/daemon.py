@@ -22,7 +22,7 @@ from fusedisk.block.graph import Graph
 from fusedisk.cli.background import Report, notify_service_manager
 from fusedisk.cli.pid_file import PidFile
 from fusedisk.cli.running import run_async
-from fusedisk.core.errors import FusediskError, host_error
+from fusedisk.core.errors import FusediskError, HostError, OptionError, host_error
 from fusedisk.core.inflate_pool import allow_processes
 from fusedisk.core.inflated_cache import inflated_capacity
 from fusedisk.drivers.table import DRIVERS
@@ -81,6 +81,8 @@ class Daemon:
         self.record: runtime.MountRecord | None = None
         self._pid_file = PidFile(request.pid_file) if request.pid_file is not None else None
         self._failures: list[str] = []
+        self._wrong_usage = False
+        """The first failure is about the options of the mount."""
         self._bug = False
         self._helpers: trio.Nursery
         self._attachment: Attachment | None = None
@@ -101,6 +103,7 @@ class Daemon:
                 try:
                     await self._serve()
                 except FusediskError as exc:
+                    self._wrong_usage = isinstance(exc, OptionError) and not self._failures
                     self._fail(str(exc))
                 except Exception as exc:
                     self._fail_by_bug("the mount ends", exc)
@@ -109,7 +112,8 @@ class Daemon:
                         await self._close()
                 nursery.cancel_scope.cancel()
         if self._report is not None:
-            self._tell("; ".join(self._failures) or "the mount was stopped before it was ready.")
+            sentence = "; ".join(self._failures) or "the mount was stopped before it was ready."
+            self._tell(OptionError(sentence) if self._wrong_usage else HostError(sentence))
             return EXIT_BUG if self._bug else EXIT_FAILED
         return EXIT_BUG if self._bug else EXIT_FAILED if self._failures else 0
 
@@ -203,7 +207,7 @@ class Daemon:
         notify_service_manager(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving {request.mountpoint}")
         self._tell(None)
 
-    def _tell(self, failure: str | None) -> None:
+    def _tell(self, failure: FusediskError | None) -> None:
         if self._report is not None:
             report, self._report = self._report, None
             report(failure)

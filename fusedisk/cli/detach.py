@@ -114,10 +114,10 @@ def _take_off(record: MountRecord, device: str, path: str) -> bool:
 
 
 def _find(target: str) -> MountRecord:
-    """The mount that was attached as or from ``target``. Raises OptionError."""
+    """The mount that was attached as or from ``target``. Raises NotMountedError."""
     from fusedisk.cli import finding
     from fusedisk.core import paths
-    from fusedisk.core.errors import OptionError
+    from fusedisk.core.errors import NotMountedError
     from fusedisk.mount import holders, loop_device, runtime
 
     records = runtime.records()
@@ -131,14 +131,14 @@ def _find(target: str) -> MountRecord:
         return found[0]
     if found:
         names = holders.listed([record.loop or "" for record in found])
-        raise OptionError(f"'{target}' is attached more than once, as {names}: say which one.")
+        raise NotMountedError(f"'{target}' is attached more than once, as {names}: say which one.")
     file = loop_device.backing_file(path)
     if file is not None:
-        raise OptionError(f"'{target}' is on '{file}', and not by 'fusedisk attach': use 'losetup -d {target}'.")
+        raise NotMountedError(f"'{target}' is on '{file}', and not by 'fusedisk attach': use 'losetup -d {target}'.")
     mounted = [record.place for record in finding.mounts_of_image(records, target)]
     if mounted:
-        raise OptionError(f"'{target}' is not attached but mounted: use 'fusedisk umount {mounted[0]}'.")
-    raise OptionError(f"'{target}' is not attached.")
+        raise NotMountedError(f"'{target}' is not attached but mounted: use 'fusedisk umount {mounted[0]}'.")
+    raise NotMountedError(f"'{target}' is not attached.")
 
 
 def _stands(record: MountRecord) -> bool:

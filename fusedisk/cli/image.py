@@ -49,6 +49,14 @@ class ImageChoice(NamedTuple):
                 await graph.close()
 
 
+def need(name: str, value: str | None) -> str:
+    """The value of an argument that not every use of its command needs. Raises MissingParameter for None."""
+    if value is None:
+        context = click.get_current_context()
+        raise click.MissingParameter(ctx=context, param_hint=f"'{name}'", param_type="argument")
+    return value
+
+
 def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Let the shell complete file names."""
     return [CompletionItem(incomplete, type="file")]

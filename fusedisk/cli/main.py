@@ -3,8 +3,8 @@
 A subcommand is a module of this package that exposes a click command named ``command``; it is imported when it is run,
 completed or asked for its help. None imports trio, pyfuse3 or rich before it works, so help and completion are quick.
 
-Exit codes: 0 done, 1 the operation failed (one sentence on stderr), 2 wrong usage, 70 a bug in fusedisk,
-130 interrupted, 141 whoever read our output went away.
+Exit codes: 0 done, 1 the operation failed (one sentence on stderr), 2 wrong usage or a wrong value on the command line,
+70 a bug in fusedisk, 130 interrupted, 141 the reader of our output went away.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import CompletionItem
 
 import fusedisk
 from fusedisk.cli.entry import EXIT_INTERRUPTED, prepare_streams
 from fusedisk.cli.output import LineFormatter, flush, tell, tell_lines, write
-from fusedisk.core.errors import FusediskError
+from fusedisk.cli.shells import COMPLETE_VARIABLE, completer
+from fusedisk.core.errors import FusediskError, NodeNotFoundError, OptionError
 
 COMMANDS = {
     "mount": "Mount images as flat raw files.",
@@ -68,7 +69,6 @@ HELP = click.Option(
 )
 """In place of click's own, which prints by itself: an output that cannot be written is told as everywhere else."""
 
-COMPLETE_VARIABLE = "_FUSEDISK_COMPLETE"
 EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_BROKEN_PIPE = 1, 2, 70, 141
 
 
@@ -189,10 +189,9 @@ def _invoke(args: Sequence[str]) -> None:
 def _complete(instruction: str) -> None:
     """Answer a shell that asks how a command line goes on: ``SHELL_source`` or ``SHELL_complete``."""
     shell, _, wanted = instruction.partition("_")
-    kind = get_completion_class(shell)
-    if kind is None or wanted not in ("source", "complete"):
+    asked = completer(shell, cli)
+    if asked is None or wanted not in ("source", "complete"):
         raise click.exceptions.Exit(EXIT_FAILED)
-    asked = kind(cli, {}, "fusedisk", COMPLETE_VARIABLE)
     write(asked.source() if wanted == "source" else f"{asked.complete()}\n")
 
 
@@ -224,7 +223,8 @@ def report(exc: BaseException) -> int:
             assert isinstance(cause, FusediskError)
             where = f" ({cause.where()})" if verbose and cause.where() else ""
             tell(f"{cause}{where}")
-        return EXIT_FAILED
+        wrong_values = all(isinstance(cause, OptionError | NodeNotFoundError) for cause in causes)
+        return EXIT_USAGE if wrong_values else EXIT_FAILED
     bug = next(cause for cause in causes if not isinstance(cause, FusediskError))
     if verbose:
         tell_lines("".join(traceback.format_exception(exc)).rstrip())

@@ -8,14 +8,29 @@ import click
 
 from fusedisk.cli.image import ImageChoice, complete_file, complete_format, gate_options, opening_options
 from fusedisk.cli.map import parse_size_option
+from fusedisk.cli.option_values import collect, option_values
 from fusedisk.cli.output import exact_size_text, output_option, print_facts, print_json
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
     from fusedisk.block.measure import Measurement
+    from fusedisk.core.options import CreateOptions
     from fusedisk.drivers.format.qcow2.measure import MeasureOptions
 
 TARGETS = ("raw", "qcow2")
+
+
+def _kind(target: str) -> type[CreateOptions] | None:
+    """The creation options that matter for the size of an image."""
+    from fusedisk.drivers.format.qcow2.measure import MeasureOptions
+    from fusedisk.drivers.table import DRIVERS
+
+    return MeasureOptions if target == "qcow2" else DRIVERS.load_format(target).create_options_type
+
+
+def _kinds(ctx: click.Context) -> list[type[CreateOptions]]:
+    kind = _kind(target) if (target := ctx.params.get("target_format") or "raw") in TARGETS else None
+    return [] if kind is None else [kind]
 
 
 @click.command(
@@ -43,7 +58,7 @@ it takes once everything was written. The numbers are those of qemu-img measure.
     shell_complete=complete_format,
     help="The format of the image to be.",
 )
-@click.option("-o", "options", multiple=True, metavar="KEY=VALUE,...", help="Its creation options; 'help' lists them.")
+@option_values(_kinds, "Its creation options; 'help' lists them.")
 @output_option
 def command(
     image: str | None, size: int | None, target_format: str, options: tuple[str, ...], output: str, **choice: Any
@@ -52,8 +67,10 @@ def command(
     if "help" in options:
         _print_options(target_format)
         return
-    if (image is None) is (size is None):
-        raise click.UsageError("either IMAGE or --size is wanted.")
+    if image is not None and size is not None:
+        raise click.UsageError("IMAGE and --size exclude each other: the size of the copy is that of IMAGE.")
+    if image is None and size is None:
+        raise click.UsageError("Missing argument 'IMAGE' or option '--size'.")
     found = run_async(_measure, image, size, target_format, options, choice)
     if output == "json":
         print_json(found.information())
@@ -80,19 +97,14 @@ async def _measure(
 
 def _options(target: str, texts: tuple[str, ...]) -> MeasureOptions | None:
     """The creation options of qcow2; None for raw, which has none that matter."""
-    from fusedisk.core.errors import NotSupportedError, OptionError
-    from fusedisk.core.options import split_dotted
+    from fusedisk.core.errors import NotSupportedError
     from fusedisk.drivers.format.qcow2.measure import MeasureOptions
     from fusedisk.drivers.table import DRIVERS
 
     kind = DRIVERS.load_format(target)
     if target not in TARGETS:
         raise NotSupportedError(f"{target} images cannot be measured, known are {', '.join(TARGETS)}.")
-    given: dict[str, str] = {}
-    for part in map(split_dotted, texts):
-        for name in part.keys() & given.keys():
-            raise OptionError(f"the option '{name}' of the new image is given twice.")
-        given |= part
+    given = collect(texts)
     if target == "qcow2":
         return MeasureOptions.parse(given, target)
     assert kind.create_options_type is not None
@@ -102,8 +114,6 @@ def _options(target: str, texts: tuple[str, ...]) -> MeasureOptions | None:
 
 def _print_options(target: str) -> None:
     from fusedisk.block.create import describe_options
-    from fusedisk.drivers.format.qcow2.measure import MeasureOptions
-    from fusedisk.drivers.table import DRIVERS
 
-    kind = MeasureOptions if target == "qcow2" else DRIVERS.load_format(target).create_options_type
+    kind = _kind(target)
     print_facts(describe_options(kind) if kind is not None else [])

@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusedisk.cli.image import complete_file, complete_format, gate_options
+from fusedisk.cli.image import complete_file, complete_format, gate_options, need
 from fusedisk.cli.output import tell
 from fusedisk.cli.owner import group, user
 
 if TYPE_CHECKING:
     from fusedisk.cli.daemon import MountRequest
+    from fusedisk.core.errors import FusediskError
+
+
+def _check_images(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the argument that is missing. click gives the only one to MOUNTPOINT, but it is an IMAGE to its user."""
+    if not value and not ctx.resilient_parsing:
+        need("MOUNTPOINT" if ctx.params.get("mountpoint") is not None else "IMAGE...", None)
+    return value
 
 
 @click.command(
@@ -34,8 +42,8 @@ Examples:
 
 Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /mnt/disk"""
 )
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, shell_complete=complete_file)
-@click.argument("mountpoint", shell_complete=complete_file)
+@click.argument("images", metavar="IMAGE...", nargs=-1, callback=_check_images, shell_complete=complete_file)
+@click.argument("mountpoint", metavar="MOUNTPOINT", required=False, is_eager=True, shell_complete=complete_file)
 @click.option("-r", "--read-only", is_flag=True, help="Open the images read-only; the files have no write permission.")
 @click.option("--overlay", is_flag=True, help="A throw-away layer takes all writes; the image is never touched.")
 @click.option(
@@ -301,9 +309,7 @@ def check_request(request: MountRequest) -> None:
     runtime.directory()
 
 
-def _raise_failure(failure: str | None) -> None:
+def _raise_failure(failure: FusediskError | None) -> None:
     """In the foreground a failure to start is the command's own."""
     if failure is not None:
-        from fusedisk.core.errors import HostError
-
-        raise HostError(failure)
+        raise failure

@@ -137,9 +137,9 @@ def _unmount_named(name: str, *, wait: bool, deadline: float | None, force: bool
 
 
 def _mount_of_image(image: str) -> MountRecord | None:
-    """This user's mount of an image, None where there is none. Raises OptionError where it is not clear which."""
+    """This user's mount of an image, None where there is none. Raises NotMountedError where it is not clear which."""
     from fusedisk.cli import finding
-    from fusedisk.core.errors import OptionError
+    from fusedisk.core.errors import NotMountedError
     from fusedisk.mount import holders, runtime
 
     own = [record for record in runtime.records() if record.owner == os.geteuid() and record.alive]
@@ -147,9 +147,9 @@ def _mount_of_image(image: str) -> MountRecord | None:
     mounted = [record for record in found if record.loop is None]
     if len(mounted) > 1:
         places = holders.listed([f"'{record.place}'" for record in mounted])
-        raise OptionError(f"'{image}' is mounted more than once, at {places}: say which one.")
+        raise NotMountedError(f"'{image}' is mounted more than once, at {places}: say which one.")
     if found and not mounted:
-        raise OptionError(f"'{image}' is not mounted but attached: use 'fusedisk detach {found[0].loop}'.")
+        raise NotMountedError(f"'{image}' is not mounted but attached: use 'fusedisk detach {found[0].loop}'.")
     return mounted[0] if mounted else None
 
 
@@ -276,11 +276,11 @@ def _flush_what_can_be(record: MountRecord, deadline: float | None) -> FusediskE
 
 
 def _check_ours(mount: Mount) -> None:
-    from fusedisk.core.errors import OptionError
+    from fusedisk.core.errors import NotMountedError
     from fusedisk.mount.mountinfo import FSTYPE
 
     if mount.fstype != FSTYPE:
-        raise OptionError(
+        raise NotMountedError(
             f"'{mount.mountpoint}' is a mount of {mount.source} ({mount.fstype}), not of fusedisk: use umount."
         )
 
@@ -288,25 +288,25 @@ def _check_ours(mount: Mount) -> None:
 def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
     """Nothing is mounted: a daemon may still be flushing or serve other mounts, or may have left an error behind."""
     from fusedisk.cli import serving
-    from fusedisk.core.errors import OptionError
+    from fusedisk.core.errors import NotMountedError
     from fusedisk.mount import runtime
 
     record = runtime.find(path, os.geteuid())
     if record is None:
         _refuse_to_wait(path)
-        raise OptionError(f"nothing is mounted at '{path}'.")
+        raise NotMountedError(f"nothing is mounted at '{path}'.")
     if record.alive:
         _end_unmounted(record, path, wait, deadline, force=force)
         return
     serving.raise_error(record)
     record.remove()
-    raise OptionError(f"nothing is mounted at '{path}' any more.")
+    raise NotMountedError(f"nothing is mounted at '{path}' any more.")
 
 
 def _end_unmounted(record: MountRecord, path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
     """The daemon of what is not mounted at ``path``, or not in this mount namespace, is still there."""
     from fusedisk.cli import serving
-    from fusedisk.core.errors import OptionError
+    from fusedisk.core.errors import NotMountedError
 
     daemon = serving.ServingProcess(record)
     if force:
@@ -314,27 +314,27 @@ def _end_unmounted(record: MountRecord, path: str, wait: bool, deadline: float |
         return
     serving.refuse_foreign(record)
     if record.mounted:
-        raise OptionError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
+        raise NotMountedError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
     daemon.wait_ended(deadline, patient=wait)
 
 
 def _refuse_to_wait(path: str) -> None:
-    """Raise OptionError where a living process of another user claims to have served a mount: anybody can claim that
-    of any place, so root believes no more than what is still mounted."""
-    from fusedisk.core.errors import OptionError
+    """Raise NotMountedError where a living process of another user claims to have served a mount: anybody can claim
+    that of any place, so root believes no more than what is still mounted."""
+    from fusedisk.core.errors import NotMountedError
     from fusedisk.mount import runtime
 
     record = runtime.find(path)
     if record is None or not record.alive:
         return
     if record.mounted:
-        raise OptionError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
+        raise NotMountedError(f"nothing is mounted at '{path}' any more, but at '{record.place}': unmount that.")
     if record.foreign:
-        raise OptionError(
+        raise NotMountedError(
             f"nothing is mounted at '{path}' here, but in the mount namespace of user {record.owner}'s process "
             f"{record.pid}."
         )
-    raise OptionError(
+    raise NotMountedError(
         f"nothing is mounted at '{path}'; a process of user {record.owner} (pid {record.pid}) may still be flushing "
         f"what was, and is not waited for."
     )

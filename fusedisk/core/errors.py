@@ -56,9 +56,15 @@ class FusediskError(Exception):
 
 
 class OptionError(FusediskError):
-    """An option is unknown, malformed or contradicts another."""
+    """An option is unknown, malformed or contradicts another; on the command line this is wrong usage."""
 
     errno = _errno.EINVAL
+
+
+class NotMountedError(FusediskError):
+    """Nothing of ours is mounted or attached there."""
+
+    errno = _errno.ENOENT
 
 
 class OutOfRangeError(FusediskError):

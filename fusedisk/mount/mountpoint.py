@@ -76,7 +76,9 @@ def check_mountpoint(mountpoint: str, images: int) -> None:
                 f"given: use a directory."
             )
     elif not stat.S_ISDIR(mode):
-        raise OptionError(f"The mountpoint '{mountpoint}' is neither a directory nor a regular file.")
+        raise HostError(
+            f"The mountpoint '{mountpoint}' is neither a directory nor a regular file.", errno=errno.ENOTDIR
+        )
     mount = mountinfo.mount_at(mountpoint)
     if mount is not None:
         hint = (
@@ -130,10 +132,11 @@ def may_allow_other() -> bool:
 
 
 def allow_other(choice: str) -> bool:
-    """What ``--allow-other`` comes to: ``off``, ``on`` or ``auto`` (on where it is permitted). Raises OptionError."""
+    """What ``--allow-other`` comes to: ``off``, ``on`` or ``auto`` (on where it is permitted). Raises HostError."""
     if choice == "on" and not may_allow_other():
-        raise OptionError(
+        raise HostError(
             f"--allow-other=on needs root, or a line 'user_allow_other' in {_FUSE_CONF}; without it only you can use "
-            f"the mount (--allow-other=auto)."
+            f"the mount (--allow-other=auto).",
+            errno=errno.EPERM,
         )
     return choice != "off" and may_allow_other()

@@ -32,7 +32,7 @@ def _info(path: Path) -> dict[str, Any]:
 def _refused(done: Outcome, code: int, *words: str) -> None:
     assert done.code == code, done
     assert done.err.startswith("fusedisk: ")
-    assert done.err.count("\n") == (2 if code == 2 else 1)
+    assert done.err.count("\n") == (2 if "Try '" in done.err else 1)
     assert all(word in done.err for word in words), done.err
     assert not done.out
 
@@ -49,14 +49,14 @@ def test_settings_change_and_nothing_is_said(image: Path) -> None:
 
 def test_what_is_refused(image: Path, tmp_path: Path) -> None:
     before = image.read_bytes()
-    _refused(run("amend", "-o", "cluster_size=4k", image), 1, "cluster_size", "created")
-    _refused(run("amend", "-o", "colour=red", image), 1, "no option 'colour'")
-    _refused(run("amend", "-o", "size=1G", "-o", "size=2G", image), 1, "'size' is given twice")
-    _refused(run("amend", "-o", "size", image), 1, "KEY=VALUE")
+    _refused(run("amend", "-o", "cluster_size=4k", image), 2, "cluster_size", "created")
+    _refused(run("amend", "-o", "colour=red", image), 2, "no option 'colour'")
+    _refused(run("amend", "-o", "size=1G", "-o", "size=2G", image), 2, "'size' is given twice")
+    _refused(run("amend", "-o", "size", image), 2, "KEY=VALUE")
     _refused(run("amend", "-o", "backing_file=", tmp_path / "none"), 1, "none")
     _refused(run("amend", "-o", "backing_file=x,backing_fmt=raw", image), 1, "--force")
     _refused(run("amend", image), 2, "-o")
-    _refused(run("amend", "-o", "size=1G"), 2, "missing")
+    _refused(run("amend", "-o", "size=1G"), 2, "Missing argument 'IMAGE'")
     _refused(run("amend", "-f", "raw", "-o", "size=1G", image), 1, "raw images have nothing")
     assert image.read_bytes() == before
 
@@ -80,8 +80,8 @@ def test_a_backing_file_that_has_moved(tmp_path: Path) -> None:
     assert run("amend", "--force", "-o", "backing_file=moved.qcow2,backing_fmt=qcow2", image) == Outcome(0, "", "")
     assert _info(image)["full-backing-filename"] == str(moved)
     qemu_io(image, "read -P 7 0 1M", fmt="qcow2")
-    _refused(run("amend", "--force", "-o", "backing_file=disk.qcow2,backing_fmt=qcow2", image), 1, "its own")
-    _refused(run("amend", "--force", "-o", "backing_file=other", image), 1, "backing_fmt")
+    _refused(run("amend", "--force", "-o", "backing_file=disk.qcow2,backing_fmt=qcow2", image), 2, "its own")
+    _refused(run("amend", "--force", "-o", "backing_file=other", image), 2, "backing_fmt")
 
 
 def test_growing_asks_the_gate_for_the_backing_file(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_passphrases(tmp_path: Path) -> None:
     remove = f"encrypt.state=inactive,encrypt.old-key-file={old}"
     assert run("amend", "-o", remove, image).code == 0
     _refused(run("amend", "-o", remove, image), 1, "opens none of the key slots")
-    _refused(run("amend", "-o", remove.replace(str(old), str(new)), image), 1, "lose all data")
+    _refused(run("amend", "-o", remove.replace(str(old), str(new)), image), 2, "lose all data")
     assert run("amend", "--force", "-o", remove.replace(str(old), str(new)), image).code == 0
     _refused(run("amend", "--key-file", new, "-o", add, image), 1, "no active key slot")
 

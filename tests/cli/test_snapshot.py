@@ -123,7 +123,7 @@ def test_what_is_refused(tmp_path: Path, image: Path) -> None:
     before = image.read_bytes()
     _refused(fusedisk("snapshot", "-a", "none", image), 1, str(image), "none")
     _refused(fusedisk("snapshot", "-d", "none", image), 1, str(image), "none")
-    _refused(fusedisk("snapshot", "-c", "x" * 256, image), 1, "256 bytes", "255")
+    _refused(fusedisk("snapshot", "-c", "x" * 256, image), 2, "256 bytes", "255")
     _refused(fusedisk("snapshot", "-c", "x", "-d", "y", image), 2, "only one")
     _refused(fusedisk("snapshot", "-l", "-d", "y", image), 2, "only one")
     _refused(fusedisk("snapshot", "-U", "-c", "x", image), 2, "another process")
@@ -160,4 +160,4 @@ def test_a_snapshot_as_an_image(tmp_path: Path, image: Path) -> None:
     entries = fusedisk("map", "--output", "json", spec).json
     assert [entry["length"] for entry in entries if entry["data"]] == [1 << 20]
     _refused(fusedisk("info", spec.replace("then", "now")), 1, str(image), "now")
-    _refused(fusedisk("snapshot", "-c", "x", spec), 1, "read-only")
+    _refused(fusedisk("snapshot", "-c", "x", spec), 2, "read-only")

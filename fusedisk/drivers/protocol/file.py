@@ -171,7 +171,8 @@ class FileDriver(Driver):
                 f"'host_device'."
             )
         if not stat.S_ISREG(mode):
-            raise OptionError(f"'{self.filename}' is {kind_name(mode)}, but a regular file was wanted.")
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+            raise HostError(f"'{self.filename}' is {kind_name(mode)}, but a regular file was wanted.", errno=code)
 
     def _open_descriptor(self, path: str, flags: int, read_only: bool) -> int:
         """Open for reading or for both. Blocks; raises OSError."""
