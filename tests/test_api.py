@@ -108,7 +108,7 @@ async def test_requests_that_are_not_on_the_disk(disk: fusedisk.Disk, offset: in
     with pytest.raises(OutOfRangeError):
         await disk.discard(offset, length)
     if length > 0:
-        with pytest.raises(OutOfRangeError, match=r"disk.qcow2' is 4194304 bytes long"):
+        with pytest.raises(OutOfRangeError, match=r"disk.qcow2' is 4194304 bytes long|may be negative"):
             await disk.write(offset, bytes(length))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ from fusedisk.block.extent import BlockStatus
 from fusedisk.block.immediate import Immediate
 from fusedisk.block.snapshot import SnapshotInfo, no_progress
 from fusedisk.core.at_once import WouldWait, run_at_once
-from fusedisk.core.errors import NoMediumError, OutOfRangeError
+from fusedisk.core.errors import HostError, NoMediumError, OutOfRangeError
 
 if TYPE_CHECKING:
     from fusedisk.block.check import Progress
@@ -115,7 +116,7 @@ class Backend:
         """``length`` bytes from ``offset``. Raises OutOfRangeError past the end."""
         if length > self.length - offset or length < 0:
             self.refuse(offset, length)
-        buffer = bytearray(length)
+        buffer = _buffer(length)
         await self.read_into(offset, memoryview(buffer))
         return buffer
 
@@ -303,7 +304,7 @@ class Backend:
     async def load_vmstate(self, offset: int, length: int) -> bytearray:
         """Read from the VM state that belongs to what the disk holds; zeroes where there is none."""
         snapshot.check_vmstate_range(offset, length)
-        buffer = bytearray(length)
+        buffer = _buffer(length)
         await self._run(lambda node: snapshot.load_vmstate(node, offset, memoryview(buffer)))
         return buffer
 
@@ -344,6 +345,10 @@ class Backend:
 
     def refuse(self, offset: int, length: int) -> NoReturn:
         """A range is not on the disk: raises OutOfRangeError."""
+        if offset < 0 or length < 0:
+            raise OutOfRangeError(
+                f"a request for {length} bytes at {offset} of '{self.name}': neither number may be negative."
+            )
         raise OutOfRangeError(
             f"'{self.name}' is {self.length} bytes long, a request for {length} bytes at {offset} goes past its end."
         )
@@ -386,6 +391,16 @@ class Backend:
         """Tell the user about the new length."""
         for callback in self.on_resize:
             callback(self.length)
+
+
+def _buffer(length: int) -> bytearray:
+    """Memory for a request. Raises HostError where there is not so much."""
+    try:
+        return bytearray(length)
+    except MemoryError as exc:
+        raise HostError(
+            f"{length} bytes do not fit into memory at once, read them in smaller pieces.", errno=errno.ENOMEM
+        ) from exc
 
 
 async def _write_back(node: Node) -> None:

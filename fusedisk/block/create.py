@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
+import stat
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from fusedisk.block.gate import Gate
 from fusedisk.block.graph import Graph
 from fusedisk.block.registry import Registry
 from fusedisk.core import paths
-from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError
+from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError, WouldLoseDataError
 from fusedisk.core.options import CreateOptions, parse_size
 
 SECTOR = 512
@@ -43,16 +45,17 @@ async def create_image(
     *,
     gate: Gate | None = None,
     check_backing: bool = True,
+    overwrite: bool = False,
 ) -> CreateOptions:
     """Create an image and return its options as used.
 
     ``options`` are the format's creation options by name, as text or as values. ``size`` is in bytes or text such as
     ``10G``, rounded up to whole sectors, and may be left out where there is a ``backing_file`` to take it from. That
     one is named relative to the new image, stored as given, and needs ``backing_fmt``; ``check_backing`` False skips
-    looking at it. ``gate`` decides what the backing file may refer to.
+    looking at it. ``gate`` decides what the backing file may refer to. ``overwrite`` allows to replace what exists.
 
-    Raises OptionError for wrong options, ImageError and others for the backing file, HostError and LockConflictError
-    for the file itself.
+    Raises OptionError for wrong options, ImageError and others for the backing file, WouldLoseDataError, HostError and
+    LockConflictError for the file itself.
     """
     driver = drivers.load_format(format)
     target = _target(drivers, driver, filename)
@@ -67,12 +70,33 @@ async def create_image(
             )
     if "size" not in given:
         raise OptionError(f"the new image '{filename}' needs a size, such as 10G.")
-    given["size"] = _whole_sectors(parse_size(given["size"]))
+    given["size"] = whole_sectors(parse_size(given["size"]))
     assert driver.create_options_type is not None
     parsed = driver.create_options_type.parse(given, format)
     await driver.check_create(parsed, target.filename)
-    await _write(drivers, driver, target, parsed)
+    targets = [target]
+    if (data_file := getattr(parsed, "data_file", None)) is not None:
+        targets.append(_data_target(drivers, data_file, target))
+    if not overwrite:
+        for each in targets:
+            _refuse_existing(each.filename)
+    await _write(drivers, driver, targets, parsed)
     return parsed
+
+
+def _refuse_existing(filename: str) -> None:
+    """Raise WouldLoseDataError for a block device and for a file that is not empty."""
+    try:
+        found = os.stat(filename)
+    except (OSError, ValueError):
+        return
+    if stat.S_ISBLK(found.st_mode):
+        raise WouldLoseDataError(f"'{filename}' is a block device, whose content a new image would replace (--force).")
+    if stat.S_ISREG(found.st_mode) and found.st_size:
+        raise WouldLoseDataError(
+            f"'{filename}' exists and holds {found.st_size} bytes, which a new image would replace (--force).",
+            errno=errno.EEXIST,
+        )
 
 
 def _target(drivers: Registry, driver: type[Driver], filename: str) -> _Target:
@@ -143,15 +167,13 @@ def _identity(filename: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _whole_sectors(size: int) -> int:
+def whole_sectors(size: int) -> int:
+    """``size``, rounded up."""
     return min((size + SECTOR - 1) // SECTOR * SECTOR, (1 << 63) - SECTOR)
 
 
-async def _write(drivers: Registry, driver: type[Driver], target: _Target, options: CreateOptions) -> None:
-    """Make the file and let the format write into it; a file that was not there does not stay when that fails."""
-    targets = [target]
-    if (data_file := getattr(options, "data_file", None)) is not None:
-        targets.append(_data_target(drivers, data_file, target))
+async def _write(drivers: Registry, driver: type[Driver], targets: list[_Target], options: CreateOptions) -> None:
+    """Make the files and let the format write into them; a file that is new does not stay when that fails."""
     nocow = bool(getattr(options, "nocow", False))
     made = []
     try:

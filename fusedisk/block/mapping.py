@@ -40,8 +40,11 @@ class MapEntry(NamedTuple):
 async def map_entries(backend: Backend, start: int = 0, length: int | None = None) -> AsyncGenerator[MapEntry, None]:
     """Entries that cover ``[start, start + length)`` without gaps, up to the disk's end.
 
-    One entry is held at a time, whatever the size of the disk. Raises OptionError for a start past the end.
+    One entry is held at a time, whatever the size of the disk. Raises OptionError for a start past the end, and for a
+    negative length.
     """
+    if length is not None and length < 0:
+        raise OptionError(f"the length of the map is {length}, but it must not be negative.")
     end = backend.length if length is None else min(start + length, backend.length)
     if not 0 <= start <= backend.length:
         raise OptionError(f"the map was to start at {start}, but the disk ends at {backend.length}.")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fusedisk.block.backend import Backend
+from fusedisk.block.check import Progress
 from fusedisk.block.mapping import map_entries
+from fusedisk.block.snapshot import no_progress
 
 SECTOR = 512
 
@@ -31,11 +33,12 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-async def clusters_with_data(backend: Backend, cluster_size: int) -> int:
+async def clusters_with_data(backend: Backend, cluster_size: int, progress: Progress = no_progress) -> int:
     """Bytes in the clusters of this size that have data anywhere in the chain; zeroes count for nothing."""
     total = covered = 0
     async for entry in map_entries(backend):
         end = entry.start + entry.length
+        progress(end, backend.length)
         if entry.zero or not (entry.data and entry.present) or end <= covered:
             continue
         start = max(entry.start, covered) // cluster_size * cluster_size

@@ -8,7 +8,8 @@ import click
 
 from fusedisk.cli.image import complete_file, complete_format, gate_options, need
 from fusedisk.cli.option_values import collect, option_values
-from fusedisk.cli.output import print_facts, progress
+from fusedisk.cli.output import print_facts
+from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ A process that dies meanwhile leaves an image that is sound, with some of the ch
     shell_complete=complete_file,
     help="File with the passphrase of an encrypted image; - is standard input's first line.",
 )
+@progress_option
 @gate_options
 def command(
     image: str | None,
@@ -62,6 +64,7 @@ def command(
     options: tuple[str, ...],
     force: bool,
     key_file: str | None,
+    progress: bool,
     allow_path: tuple[str, ...],
     allow_any_reference: bool,
 ) -> None:
@@ -76,11 +79,11 @@ def command(
     from fusedisk.block.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
-    run_async(_amend, image, format, collect(options), force, key_file, gate)
+    run_async(_amend, image, format, collect(options), force, key_file, gate, progress)
 
 
 async def _amend(
-    image: str, format: str | None, given: dict[str, str], force: bool, key_file: str | None, gate: object
+    image: str, format: str | None, given: dict[str, str], force: bool, key_file: str | None, gate: object, asked: bool
 ) -> None:
     from fusedisk.block.amend import amend_image
     from fusedisk.block.filenames import parse_argument
@@ -88,7 +91,7 @@ async def _amend(
     from fusedisk.drivers.table import DRIVERS
 
     assert isinstance(gate, Gate)
-    with progress("amending", 1, bytes=False) as tell:
+    with progress("amending", 1, asked=asked, bytes=False) as tell:
         await amend_image(
             DRIVERS,
             parse_argument(image),

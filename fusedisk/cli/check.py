@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedisk.cli.image import one_image_options
-from fusedisk.cli.output import output_option, print_json, progress, say, tell
+from fusedisk.cli.output import output_option, print_json, say, tell
+from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
@@ -38,8 +39,17 @@ this format cannot be checked.""",
     help="Give leaked space back, or put right everything that is wrong.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="With --repair: change nothing, tell what would be done.")
+@progress_option
 @output_option
-def command(image: str, format: str | None, repair: str | None, dry_run: bool, force_share: bool, output: str) -> None:
+def command(
+    image: str,
+    format: str | None,
+    repair: str | None,
+    dry_run: bool,
+    force_share: bool,
+    progress: bool,
+    output: str,
+) -> None:
     """Check the metadata of IMAGE, as qemu-img does; with --repair, repair it.
 
     Corruptions endanger data; leaks only waste space, and a process that dies while it writes may leave some. Neither
@@ -49,7 +59,7 @@ def command(image: str, format: str | None, repair: str | None, dry_run: bool, f
         raise click.UsageError("--dry-run needs --repair.")
     if force_share and repair is not None and not dry_run:
         raise click.UsageError("an image that another process may write to cannot be repaired.")
-    result, facts = run_async(_check, image, format, repair, dry_run, force_share)
+    result, facts = run_async(_check, image, format, repair, dry_run, force_share, progress)
     if output == "json":
         print_json(facts | result.information())
     else:
@@ -58,7 +68,7 @@ def command(image: str, format: str | None, repair: str | None, dry_run: bool, f
 
 
 async def _check(
-    image: str, format: str | None, repair: str | None, dry_run: bool, force_share: bool
+    image: str, format: str | None, repair: str | None, dry_run: bool, force_share: bool, asked: bool
 ) -> tuple[CheckResult, dict[str, Any]]:
     from fusedisk.block.check import Repair, open_for_check
     from fusedisk.block.filenames import parse_argument
@@ -74,7 +84,7 @@ async def _check(
         if not found.supported:
             tell(f"'{image}' is a {found.driver.name} image, which has nothing to check.")
             raise click.exceptions.Exit(EXIT_UNSUPPORTED)
-        advance = stack.enter_context(progress("checking", 1, bytes=False))
+        advance = stack.enter_context(progress("checking", 1, asked=asked, bytes=False))
         result = await found.driver.check(found.storage, mode, advance, dry_run=dry_run)
         return result, {"filename": image, "format": found.driver.name}
 

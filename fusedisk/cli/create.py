@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from fusedisk.cli.image import complete_file, complete_format, gate_options, need
 from fusedisk.cli.option_values import collect, option_values
-from fusedisk.cli.output import exact_size_text, print_facts, progress, say
+from fusedisk.cli.output import exact_size_text, print_facts, say
+from fusedisk.cli.progress import allocation_progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
+    from fusedisk.block.gate import Gate
     from fusedisk.core.options import CreateOptions
-
-_POLL_SECONDS = 0.2
-"""How often the progress bar looks at how much of the file is there."""
 
 
 def _kinds(ctx: click.Context) -> list[type[CreateOptions]]:
@@ -57,6 +54,10 @@ SIZE is a number of bytes, or one with a unit that counts in powers of 1024: 64k
     "-F", "--backing-format", metavar="FMT", shell_complete=complete_format, help="The format of the backing file."
 )
 @click.option("-u", "--unsafe", is_flag=True, help="Do not look at the backing file; it need not exist.")
+@click.option(
+    "--force", is_flag=True, help="Replace an existing file that is not empty, or the content of a block device."
+)
+@progress_option
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing when it went well.")
 @gate_options
 def command(
@@ -67,13 +68,16 @@ def command(
     backing: str | None,
     backing_format: str | None,
     unsafe: bool,
+    force: bool,
+    progress: bool,
     quiet: bool,
     allow_path: tuple[str, ...],
     allow_any_reference: bool,
 ) -> None:
     """Make a new image FILE with a disk of SIZE.
 
-    With a backing file the size may be left out. A file of that name is replaced, unless something uses it.
+    With a backing file the size may be left out. A file of that name that is not empty is replaced with --force only,
+    and never while something uses it.
     """
     if "help" in options:
         _print_options(format)
@@ -84,41 +88,24 @@ def command(
     from fusedisk.block.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
-    created = run_async(_create, format, filename, given, gate, not unsafe)
+    created = run_async(_create, format, filename, given, gate, not unsafe, force, progress)
     if not quiet:
         _print_created(format, filename, created)
 
 
-async def _create(format: str, filename: str, given: dict[str, Any], gate: Any, check_backing: bool) -> CreateOptions:
-    import trio
-
+async def _create(
+    format: str, filename: str, given: dict[str, str], gate: Gate, check_backing: bool, force: bool, asked: bool
+) -> CreateOptions:
     from fusedisk.block.create import create_image
+    from fusedisk.core.options import parse_size
     from fusedisk.drivers.table import DRIVERS
 
-    async with trio.open_nursery() as nursery:
-        if given.get("preallocation") in ("full", "falloc") and sys.stderr.isatty():
-            nursery.start_soon(_show_progress, filename, given.get("size"))
-        created = await create_image(DRIVERS, format, filename, given, gate=gate, check_backing=check_backing)
-        nursery.cancel_scope.cancel()
-    return created
-
-
-async def _show_progress(filename: str, size: str | None) -> None:
-    """How much of the file the host has given space to, until cancelled."""
-    import trio
-
-    from fusedisk.core.options import parse_size
-
-    if size is None:
-        return
-    total = parse_size(size)
-    with progress("preallocating", total) as tell:
-        while True:
-            await trio.sleep(_POLL_SECONDS)
-            try:
-                tell(os.stat(filename).st_blocks * 512, total)
-            except OSError:
-                continue  # not there yet
+    size = given.get("size")
+    total = parse_size(size) if size is not None and given.get("preallocation") in ("full", "falloc") else 0
+    async with allocation_progress(filename, total, asked=asked):
+        return await create_image(
+            DRIVERS, format, filename, given, gate=gate, check_backing=check_backing, overwrite=force
+        )
 
 
 def _print_created(format: str, filename: str, created: CreateOptions) -> None:

@@ -34,6 +34,7 @@ COMMANDS = {
     "attach": "Attach an image to a loop device.",
     "detach": "Detach it again, after everything is flushed.",
     "create": "Make a new image.",
+    "resize": "Give the disk of an image another size.",
     "info": "Tell an image's format, size and backing chain.",
     "map": "Tell where the bytes of a disk lie.",
     "measure": "Tell how much space an image would take.",

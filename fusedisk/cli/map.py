@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedisk.cli.image import ImageChoice, image_options
-from fusedisk.cli.output import output_option, progress, say, write
+from fusedisk.cli.output import output_option, say, write
+from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
@@ -43,23 +44,24 @@ it reads as zeroes, "data" that there are bytes for it on the host, at "offset" 
     "-s", "--start-offset", callback=parse_size_option, default="0", metavar="SIZE", help="Where to start (default: 0)."
 )
 @click.option("-l", "--max-length", callback=parse_size_option, metavar="SIZE", help="How much to tell (default: all).")
+@progress_option
 @output_option
-def command(start_offset: int, max_length: int | None, output: str, **choice: Any) -> None:
+def command(start_offset: int, max_length: int | None, progress: bool, output: str, **choice: Any) -> None:
     """Tell where the bytes of the disk in IMAGE lie, through its whole backing chain.
 
     For people: the ranges with data, their place on the host and the file. Compressed ranges have no place of their
     own and say so.
     """
-    run_async(_print_map, ImageChoice(**choice), start_offset, max_length, output == "json")
+    run_async(_print_map, ImageChoice(**choice), start_offset, max_length, output == "json", progress)
 
 
-async def _print_map(choice: ImageChoice, start: int, length: int | None, as_json: bool) -> None:
+async def _print_map(choice: ImageChoice, start: int, length: int | None, as_json: bool, asked: bool) -> None:
     from fusedisk.block.mapping import map_entries
 
     async with choice.open() as backend:
         total = backend.length - start if length is None else length
         printer = _JsonPrinter(start) if as_json else _TablePrinter()
-        with progress("mapping", total, shown=not sys.stdout.isatty()) as tell:
+        with progress("mapping", total, asked=asked, shown=not sys.stdout.isatty()) as tell:
             async for entry in map_entries(backend, start, length):
                 printer.entry(entry)
                 tell(entry.start + entry.length - start, total)

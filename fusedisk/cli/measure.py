@@ -10,14 +10,12 @@ from fusedisk.cli.image import ImageChoice, complete_file, complete_format, gate
 from fusedisk.cli.map import parse_size_option
 from fusedisk.cli.option_values import collect, option_values
 from fusedisk.cli.output import exact_size_text, output_option, print_facts, print_json
+from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
     from fusedisk.block.measure import Measurement
     from fusedisk.core.options import CreateOptions
-    from fusedisk.drivers.format.qcow2.measure import MeasureOptions
-
-TARGETS = ("raw", "qcow2")
 
 
 def _kind(target: str) -> type[CreateOptions] | None:
@@ -29,6 +27,8 @@ def _kind(target: str) -> type[CreateOptions] | None:
 
 
 def _kinds(ctx: click.Context) -> list[type[CreateOptions]]:
+    from fusedisk.drivers.measure import TARGETS
+
     kind = _kind(target) if (target := ctx.params.get("target_format") or "raw") in TARGETS else None
     return [] if kind is None else [kind]
 
@@ -59,9 +59,16 @@ it takes once everything was written. The numbers are those of qemu-img measure.
     help="The format of the image to be.",
 )
 @option_values(_kinds, "Its creation options; 'help' lists them.")
+@progress_option
 @output_option
 def command(
-    image: str | None, size: int | None, target_format: str, options: tuple[str, ...], output: str, **choice: Any
+    image: str | None,
+    size: int | None,
+    target_format: str,
+    options: tuple[str, ...],
+    progress: bool,
+    output: str,
+    **choice: Any,
 ) -> None:
     """Tell how much space a new image takes: one with a disk of --size, or a copy of the disk in IMAGE."""
     if "help" in options:
@@ -71,7 +78,7 @@ def command(
         raise click.UsageError("IMAGE and --size exclude each other: the size of the copy is that of IMAGE.")
     if image is None and size is None:
         raise click.UsageError("Missing argument 'IMAGE' or option '--size'.")
-    found = run_async(_measure, image, size, target_format, options, choice)
+    found = run_async(_measure, image, size, target_format, options, choice, progress)
     if output == "json":
         print_json(found.information())
         return
@@ -82,34 +89,18 @@ def command(
 
 
 async def _measure(
-    image: str | None, size: int | None, target: str, texts: tuple[str, ...], choice: dict[str, Any]
+    image: str | None, size: int | None, target: str, texts: tuple[str, ...], choice: dict[str, Any], asked: bool
 ) -> Measurement:
-    from fusedisk.block.measure import measure_raw
-    from fusedisk.drivers.format.qcow2.measure import measure_copy, measure_size
-
-    options = _options(target, texts)
-    if image is None:
-        assert size is not None
-        return measure_raw(size) if options is None else measure_size(options, size)
-    async with ImageChoice(image, **choice).open() as backend:
-        return measure_raw(backend.length) if options is None else await measure_copy(options, backend)
-
-
-def _options(target: str, texts: tuple[str, ...]) -> MeasureOptions | None:
-    """The creation options of qcow2; None for raw, which has none that matter."""
-    from fusedisk.core.errors import NotSupportedError
-    from fusedisk.drivers.format.qcow2.measure import MeasureOptions
+    from fusedisk.drivers.measure import measure_copy, measure_new, target_options
     from fusedisk.drivers.table import DRIVERS
 
-    kind = DRIVERS.load_format(target)
-    if target not in TARGETS:
-        raise NotSupportedError(f"{target} images cannot be measured, known are {', '.join(TARGETS)}.")
-    given = collect(texts)
-    if target == "qcow2":
-        return MeasureOptions.parse(given, target)
-    assert kind.create_options_type is not None
-    kind.create_options_type.parse(given, target)
-    return None
+    options = target_options(DRIVERS, target, collect(texts))
+    if image is None:
+        assert size is not None
+        return measure_new(options, size)
+    async with ImageChoice(image, **choice).open() as backend:
+        with progress("measuring", backend.length, asked=asked) as tell:
+            return await measure_copy(options, backend, tell)
 
 
 def _print_options(target: str) -> None:

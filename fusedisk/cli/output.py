@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -139,29 +139,3 @@ def print_facts(facts: Iterable[tuple[str, str]], indent: str = "") -> None:
     width = max((len(name) for name, _ in rows), default=0) + 2
     for name, value in rows:
         say(f"{indent}{name + ':':<{width}}{value}")
-
-
-@contextlib.contextmanager
-def progress(
-    description: str, total: int, *, shown: bool = True, bytes: bool = True
-) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr if that is a terminal; yields a function that takes how much is done, and how much
-    there is to do. Without ``bytes``, in units that mean nothing to people, so only the share is shown."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True) if bytes else TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    # Redirecting, rich's default, would send our stdout to its console, which is stderr.
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
-    ) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

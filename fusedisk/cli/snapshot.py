@@ -11,7 +11,8 @@ import click
 
 from fusedisk.cli.image import ImageChoice, image_options
 from fusedisk.cli.info import print_snapshots
-from fusedisk.cli.output import output_option, print_json, progress, say
+from fusedisk.cli.output import output_option, print_json, say
+from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
@@ -36,10 +37,18 @@ snapshots have the same name, the oldest is meant.""",
 @click.option("-c", "--create", metavar="NAME", help="Keep what the disk holds now, its size included.")
 @click.option("-a", "--apply", metavar="SNAPSHOT", help="Let the disk hold what it held then; the snapshot stays.")
 @click.option("-d", "--delete", metavar="NAME", help="Delete the snapshot, and give back the space that it alone used.")
+@progress_option
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing when it went well.")
 @output_option
 def command(
-    listing: bool, create: str | None, apply: str | None, delete: str | None, quiet: bool, output: str, **choice: Any
+    listing: bool,
+    create: str | None,
+    apply: str | None,
+    delete: str | None,
+    progress: bool,
+    quiet: bool,
+    output: str,
+    **choice: Any,
 ) -> None:
     """List, make, apply or delete the internal snapshots of IMAGE.
 
@@ -55,16 +64,16 @@ def command(
     if image.force_share:
         raise click.UsageError("the snapshots of an image that another process may write to cannot be changed.")
     if create is not None:
-        made = run_async(_create, image, create)
+        made = run_async(_create, image, create, progress)
         if output == "json":
             print_json(made)
             return
         text = f"Created snapshot {made['id']} ('{made['name']}') of '{image.image}'."
     elif apply is not None:
-        text = f"Applied snapshot {run_async(_apply, image, apply)} to '{image.image}'."
+        text = f"Applied snapshot {run_async(_apply, image, apply, progress)} to '{image.image}'."
     else:
         assert delete is not None
-        text = f"Deleted snapshot {run_async(_delete, image, delete)} of '{image.image}'."
+        text = f"Deleted snapshot {run_async(_delete, image, delete, progress)} of '{image.image}'."
     if not quiet:
         say(text)
 
@@ -88,30 +97,30 @@ async def _writable(image: ImageChoice) -> AsyncIterator[Backend]:
         yield backend
 
 
-async def _create(image: ImageChoice, name: str) -> dict[str, Any]:
+async def _create(image: ImageChoice, name: str, asked: bool) -> dict[str, Any]:
     from fusedisk.block.snapshot import SnapshotInfo
 
     async with _writable(image) as backend:
-        with progress("keeping", 1, bytes=False) as tell:
+        with progress("keeping", 1, asked=asked, bytes=False) as tell:
             made = await backend.create_snapshot(SnapshotInfo("", name, time.time_ns()), tell)
         return made.information()
 
 
-async def _apply(image: ImageChoice, id_or_name: str) -> str:
+async def _apply(image: ImageChoice, id_or_name: str, asked: bool) -> str:
     from fusedisk.block.snapshot import find_snapshot
 
     async with _writable(image) as backend:
         found = find_snapshot(backend.list_snapshots(), id_or_name, image.image)
-        with progress("applying", 1, bytes=False) as tell:
+        with progress("applying", 1, asked=asked, bytes=False) as tell:
             await backend.apply_snapshot(found.id, tell)
         return f"{found.id} ('{found.name}')"
 
 
-async def _delete(image: ImageChoice, name: str) -> str:
+async def _delete(image: ImageChoice, name: str, asked: bool) -> str:
     from fusedisk.block.snapshot import find_snapshot_by
 
     async with _writable(image) as backend:
         found = find_snapshot_by(backend.list_snapshots(), image.image, name=name)
-        with progress("deleting", 1, bytes=False) as tell:
+        with progress("deleting", 1, asked=asked, bytes=False) as tell:
             await backend.delete_snapshot(found.id, tell)
         return f"{found.id} ('{found.name}')"

@@ -61,6 +61,12 @@ class OptionError(FusediskError):
     errno = _errno.EINVAL
 
 
+class WouldLoseDataError(FusediskError):
+    """It would lose what is stored, and the caller has not allowed that."""
+
+    errno = _errno.EPERM
+
+
 class NotMountedError(FusediskError):
     """Nothing of ours is mounted or attached there."""
 

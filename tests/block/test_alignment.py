@@ -111,9 +111,11 @@ async def test_past_the_end_is_refused(graph: Graph, offset: int, length: int) -
         ):
             with pytest.raises(OutOfRangeError) as caught:
                 await request()
-            assert str(caught.value) == (
-                f"'disk' is {SIZE} bytes long, a request for {length} bytes at {offset} goes past its end."
-            )
+            if offset < 0:
+                sentence = f"a request for {length} bytes at {offset} of 'disk': neither number may be negative."
+            else:
+                sentence = f"'disk' is {SIZE} bytes long, a request for {length} bytes at {offset} goes past its end."
+            assert str(caught.value) == sentence
 
 
 async def test_reads_of_a_parent_past_the_end_give_zeroes(graph: Graph) -> None:

@@ -41,8 +41,8 @@ def test_bash_takes_the_script() -> None:
 
 
 def test_commands() -> None:
-    names = ["mount", "umount", "list", "attach", "detach", "create", "info", "map", "measure", "check", "snapshot"]
-    names += ["amend", "completion"]
+    names = ["mount", "umount", "list", "attach", "detach", "create", "resize", "info", "map", "measure"]
+    names += ["check", "snapshot", "amend", "completion"]
     assert _complete("fusedisk ") == [("plain", name) for name in names]
     assert _complete("fusedisk u") == [("plain", "umount")]
     assert _complete("fusedisk completion ") == [("plain", name) for name in ("bash", "zsh", "fish")]

@@ -239,15 +239,20 @@ def test_an_image_in_use_is_not_touched(tmp_path: Path) -> None:
     image = make_qcow2(tmp_path / "x.qcow2", 64 * KIB, "write 0 64k")
     with qemu_io_holding(image):
         before = image.read_bytes()
-        done = fusedisk("create", "-f", "qcow2", image, "1M")
+        done = fusedisk("create", "--force", "-f", "qcow2", image, "1M")
         assert done.code == 1
         assert "is another process using" in done.err.lower()
         assert image.read_bytes() == before
 
 
-def test_an_image_that_is_there_is_replaced(tmp_path: Path) -> None:
+def test_an_existing_image_is_replaced_with_force_only(tmp_path: Path) -> None:
     image = make_qcow2(tmp_path / "x", 64 * MIB, "write 0 1M")
-    assert fusedisk("create", "-f", "raw", image, "64k").code == 0
+    before = image.read_bytes()
+    done = fusedisk("create", "-f", "raw", image, "64k")
+    sentence = f"'{image}' exists and holds {len(before)} bytes, which a new image would replace (--force)."
+    assert done == (1, "", f"fusedisk: {sentence}\n")
+    assert image.read_bytes() == before
+    assert fusedisk("create", "--force", "-f", "raw", image, "64k").code == 0
     assert image.read_bytes() == bytes(64 * KIB)
 
 
@@ -266,7 +271,7 @@ async def test_a_failure_leaves_no_new_file(tmp_path: Path, monkeypatch: pytest.
         image.write_bytes(b"old")
     monkeypatch.setitem(DRIVERS._loaded, "raw", _Broken)
     with pytest.raises(NoSpaceError, match="the host is full"):
-        await create_image(DRIVERS, "raw", str(image), {"size": "1M"})
+        await create_image(DRIVERS, "raw", str(image), {"size": "1M"}, overwrite=True)
     assert image.exists() == existed
 
 
@@ -301,7 +306,7 @@ def test_wrong_options_cost_nothing(tmp_path: Path, options: str, sentence: str)
     (tmp_path / "key").write_text("secret")
     before = image.read_bytes()
     size = [] if "size=1P" in options else ["1M"]
-    done = fusedisk_process("create", "-f", "qcow2", "-o", options, image, *size, cwd=tmp_path)
+    done = fusedisk_process("create", "--force", "-f", "qcow2", "-o", options, image, *size, cwd=tmp_path)
     assert done.code == (1 if "none" in options or "1P" in options else 2)
     assert sentence in done.err
     assert done.err.count("\n") == 1

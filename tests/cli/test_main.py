@@ -272,7 +272,8 @@ PRINTING = [
     "check {leaking}",
     "snapshot {image}",
     "measure --size 1M",
-    "create {image}.new 1M",
+    "create --force {image}.new 1M",
+    "resize {image} +1M",
     "create -o help",
     "completion bash",
 ]

@@ -9,7 +9,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from fusedisk.block.backend import Backend
+from fusedisk.block.check import Progress
 from fusedisk.block.measure import Measurement, clusters_with_data, round_up
+from fusedisk.block.snapshot import no_progress
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import CreateOptions, option
 from fusedisk.crypto.luks_layout import area_size
@@ -109,12 +111,15 @@ def measure_size(options: MeasureOptions, size: int) -> Measurement:
     return _measure(options, size, _Source(0, None))
 
 
-async def measure_copy(options: MeasureOptions, backend: Backend) -> Measurement:
+async def measure_copy(options: MeasureOptions, backend: Backend, progress: Progress = no_progress) -> Measurement:
     """An image that holds what ``backend`` does; all of it, where it is to have a backing file, since which of it is
     in there is not looked at. Raises OptionError, or whatever reading the disk's metadata raises."""
     options.check()
     size = round_up(backend.length, options.cluster_size)
-    data = size if options.backing_file is not None else await clusters_with_data(backend, options.cluster_size)
+    if options.backing_file is not None:
+        data = size
+    else:
+        data = await clusters_with_data(backend, options.cluster_size, progress)
     bitmaps = await _bitmaps_size(backend, options.cluster_size) if options.version == 3 else None
     return _measure(options, backend.length, _Source(data, bitmaps))
 

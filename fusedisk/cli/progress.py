@@ -1,0 +1,166 @@
+"""How far a command has come: a bar on a terminal, lines for programs.
+
+A bar shows up once a command has taken :data:`PATIENCE` seconds, so that quick ones neither flicker nor import rich.
+``--progress`` shows it at once, and where stderr is no terminal it prints a line for each percent, such as
+``(12.00/100%)``, the form of qemu-img.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from fusedisk.cli.output import tell_lines
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+PATIENCE = 0.25
+"""Seconds after which a user wants to know what is going on."""
+
+_POLL_SECONDS = 0.2
+"""How often a file is looked at that grows."""
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
+Tell = Callable[[int, int], None]
+"""Takes how much is done, and how much there is to do."""
+
+
+def progress_option(command: _Command) -> _Command:
+    """``--progress``."""
+    return click.option(
+        "-p",
+        "--progress",
+        "progress",
+        is_flag=True,
+        help="Print how far it has come: a bar on a terminal, else a line for each percent on stderr.",
+    )(command)
+
+
+@contextlib.contextmanager
+def progress(
+    description: str, total: int, *, asked: bool = False, shown: bool = True, bytes: bool = True
+) -> Iterator[Tell]:
+    """Show on stderr what is told to the function that this yields. ``asked``: the user has given ``--progress``.
+    ``shown`` False: only then. Without ``bytes``, the numbers mean nothing to people, so only the share is shown."""
+    terminal = sys.stderr.isatty()
+    if asked and not terminal:
+        lines = _Lines()
+        lines.tell(0, total)
+        yield lines.tell
+        lines.end()
+    elif terminal and (asked or shown):
+        bar = _Bar(description, total, bytes)
+        bar.begin(0 if asked else PATIENCE)
+        try:
+            yield bar.tell
+        finally:
+            bar.end()
+    else:
+        yield lambda done, total: None
+
+
+@contextlib.asynccontextmanager
+async def allocation_progress(filename: str, total: int, *, asked: bool = False) -> AsyncIterator[None]:
+    """Show how much more space than now the host has given to a file, of ``total`` bytes. With 0, nothing is known but
+    that it is done in the end."""
+    import trio
+
+    async def watch() -> None:
+        before = _allocated(filename)
+        while True:
+            await trio.sleep(_POLL_SECONDS)
+            tell(min(_allocated(filename) - before, total), total)
+
+    with progress("preallocating", total, asked=asked, shown=bool(total)) as tell:
+        async with trio.open_nursery() as nursery:
+            if total:
+                nursery.start_soon(watch)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+def _allocated(filename: str) -> int:
+    try:
+        return os.stat(filename).st_blocks * 512
+    except (OSError, ValueError):
+        return 0  # not there yet
+
+
+class _Lines:
+    """A line for each percent."""
+
+    def __init__(self) -> None:
+        self._told = -1
+
+    def tell(self, done: int, total: int) -> None:
+        percent = min(100, 100 * done // total) if total else 100
+        if percent > self._told:
+            self._told = percent
+            tell_lines(f"({percent}.00/100%)")
+
+    def end(self) -> None:
+        self.tell(1, 1)
+
+
+class _Bar:
+    """A bar that a thread of its own shows after a while, whatever the command is doing then."""
+
+    def __init__(self, description: str, total: int, bytes: bool) -> None:
+        self._description, self._bytes = description, bytes
+        self._done, self._total = 0, total
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID
+        self._ended = False
+
+    def begin(self, seconds: float) -> None:
+        """Show it after so many seconds."""
+        if not seconds:
+            self._show()
+            return
+        self._timer = threading.Timer(seconds, self._show)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def tell(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def end(self) -> None:
+        """Take it off the terminal."""
+        if self._timer is not None:
+            self._timer.cancel()
+        with self._lock:
+            self._ended = True
+            if self._bar is not None:
+                self._bar.stop()
+
+    def _show(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        share = DownloadColumn(binary_units=True) if self._bytes else TaskProgressColumn()
+        # Redirecting, rich's default, would send our stdout to its console, which is stderr.
+        bar = Progress(
+            *(TextColumn("{task.description}"), BarColumn(), share, Remaining()),
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        with self._lock:
+            if self._ended:
+                return
+            self._task = bar.add_task(self._description, completed=self._done, total=self._total)
+            bar.start()
+            self._bar = bar
