@@ -10,65 +10,108 @@ Everything here is imported when it is first used. See :mod:`fusedisk.api` and `
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fusedisk import errors
     from fusedisk.api import Disk, amend, create, open
+    from fusedisk.block.check import CheckResult
     from fusedisk.block.extent import BlockStatus
     from fusedisk.block.mapping import MapEntry
+    from fusedisk.block.measure import Measurement
     from fusedisk.block.snapshot import SnapshotInfo
-    from fusedisk.core import errors
     from fusedisk.core.errors import FusediskError
-    from fusedisk.sync import DiskFile, SyncDisk, amend_sync, create_sync, open_sync
+    from fusedisk.images import check, map, measure, resize
+    from fusedisk.mounts import Attachment, Mount, MountedFile, attach, detach, list, mount, umount
+    from fusedisk.sync import (
+        DiskFile,
+        SyncDisk,
+        amend_sync,
+        attach_sync,
+        check_sync,
+        create_sync,
+        detach_sync,
+        list_sync,
+        map_sync,
+        measure_sync,
+        mount_sync,
+        open_sync,
+        resize_sync,
+        umount_sync,
+    )
 
 __version__ = "0.1.0"
 
-_PLACES = {
-    "BlockStatus": "fusedisk.block.extent",
-    "Disk": "fusedisk.api",
-    "DiskFile": "fusedisk.sync",
-    "FusediskError": "fusedisk.core.errors",
-    "MapEntry": "fusedisk.block.mapping",
-    "SnapshotInfo": "fusedisk.block.snapshot",
-    "SyncDisk": "fusedisk.sync",
-    "amend": "fusedisk.api",
-    "amend_sync": "fusedisk.sync",
-    "create": "fusedisk.api",
-    "create_sync": "fusedisk.sync",
-    "open": "fusedisk.api",
-    "open_sync": "fusedisk.sync",
+_MODULES = {
+    "fusedisk.api": ("Disk", "amend", "create", "open"),
+    "fusedisk.block.check": ("CheckResult",),
+    "fusedisk.block.extent": ("BlockStatus",),
+    "fusedisk.block.mapping": ("MapEntry",),
+    "fusedisk.block.measure": ("Measurement",),
+    "fusedisk.block.snapshot": ("SnapshotInfo",),
+    "fusedisk.core.errors": ("FusediskError",),
+    "fusedisk.images": ("check", "map", "measure", "resize"),
+    "fusedisk.mounts": ("Attachment", "Mount", "MountedFile", "attach", "detach", "list", "mount", "umount"),
+    "fusedisk.sync": (
+        *("DiskFile", "SyncDisk", "amend_sync", "attach_sync", "check_sync", "create_sync", "detach_sync"),
+        *("list_sync", "map_sync", "measure_sync", "mount_sync", "open_sync", "resize_sync", "umount_sync"),
+    ),
 }
+"""Where each name comes from."""
 
 __all__ = [
+    "Attachment",
     "BlockStatus",
+    "CheckResult",
     "Disk",
     "DiskFile",
     "FusediskError",
     "MapEntry",
+    "Measurement",
+    "Mount",
+    "MountedFile",
     "SnapshotInfo",
     "SyncDisk",
     "__version__",
     "amend",
     "amend_sync",
+    "attach",
+    "attach_sync",
+    "check",
+    "check_sync",
     "create",
     "create_sync",
+    "detach",
+    "detach_sync",
     "errors",
+    "list",
+    "list_sync",
+    "map",
+    "map_sync",
+    "measure",
+    "measure_sync",
+    "mount",
+    "mount_sync",
     "open",
     "open_sync",
+    "resize",
+    "resize_sync",
+    "umount",
+    "umount_sync",
 ]
 
+if not TYPE_CHECKING:  # a type checker knows the names above, and no others
 
-def __getattr__(name: str) -> Any:
-    if name == "errors":
-        value = importlib.import_module("fusedisk.core.errors")
-    elif name in _PLACES:
-        value = getattr(importlib.import_module(_PLACES[name]), name)
-    else:
+    def __getattr__(name):
+        import importlib
+
+        if name == "errors":
+            return importlib.import_module("fusedisk.errors")
+        for module, names in _MODULES.items():
+            if name in names:
+                value = globals()[name] = getattr(importlib.import_module(module), name)
+                return value
         raise AttributeError(f"module 'fusedisk' has no attribute '{name}'")
-    globals()[name] = value
-    return value
 
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import trio
 
@@ -182,7 +182,7 @@ class Disk:
 
     async def delete_snapshot(self, name: str | None = None, *, id: str | None = None) -> None:
         """Delete the first snapshot of that name, or that id, or both. Raises SnapshotNotFoundError."""
-        name, id = _text_or_none("name", name), _text_or_none("id", id)
+        name, id = text_or_none("name", name), text_or_none("id", id)
         found = find_snapshot_by(self.snapshots(), self._backend.name, id=id, name=name)
         await self._backend.delete_snapshot(found.id)
 
@@ -259,12 +259,12 @@ def open(
         copy_on_read=copy_on_read,
     )
     return _Opening(
-        _specification(image),
-        _text_or_none("format", format),
+        specification(image),
+        text_or_none("format", format),
         flag("writable", writable),
         config,
         mode.write_cache,
-        _gate(allow_paths, allow_any_reference),
+        gate_for(allow_paths, allow_any_reference),
     )
 
 
@@ -286,8 +286,16 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
         self._gate = gate
         self._disk: Disk | None = None
 
+    def __enter__(self) -> NoReturn:
+        raise TypeError(
+            "fusedisk.open(...) needs 'async with', in a trio task; with a plain 'with' use fusedisk.open_sync(...)."
+        )
+
+    def __exit__(self, *_: object) -> None:
+        """Never called: Python looks for it before it calls ``__enter__``."""
+
     async def __aenter__(self) -> Disk:
-        _need_trio("open")
+        need_trio("open")
         await (forgotten := of_this_run()).close()  # it may be the same image
         graph = Graph(DRIVERS, self._gate)
         backend = await graph.open_backend(
@@ -319,7 +327,8 @@ class _Opening(contextlib.AbstractAsyncContextManager[Disk]):
             exc.add_note(f"while closing the disk: {failure}")
 
 
-def _need_trio(name: str) -> None:
+def need_trio(name: str) -> None:
+    """Raise RuntimeError outside of a trio task, for the function ``name``."""
     if not trio.lowlevel.in_trio_task():
         raise RuntimeError(
             f"fusedisk.{name} is for trio (trio.run), and this is no task of it; with asyncio use "
@@ -327,11 +336,13 @@ def _need_trio(name: str) -> None:
         )
 
 
-def _gate(allow_paths: Iterable[AnyPath], allow_any: bool) -> Gate:
+def gate_for(allow_paths: Iterable[AnyPath], allow_any: bool) -> Gate:
+    """What the arguments of these names allow images to refer to."""
     return Gate(paths("allow_paths", allow_paths), allow_any=flag("allow_any_reference", allow_any))
 
 
-def _specification(image: Image) -> str | dict[str, Any]:
+def specification(image: Image) -> str | dict[str, Any]:
+    """What to open, as the graph takes it."""
     if isinstance(image, str):
         return parse_argument(text("the image", image))
     if isinstance(image, Mapping):
@@ -345,7 +356,15 @@ def _plain_path(name: str, given: AnyPath) -> str:
     return f"./{found}" if has_protocol(found) and not isinstance(given, str) else found
 
 
-def _text_or_none(name: str, value: str | None) -> str | None:
+def callback(progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
+    """The argument ``progress``. Raises TypeError."""
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is of the type {type(progress).__name__}, but a function was wanted.")
+    return progress or no_progress
+
+
+def text_or_none(name: str, value: str | None) -> str | None:
+    """A string that has bytes, or None."""
     return None if value is None else text(name, value)
 
 
@@ -358,24 +377,26 @@ async def create(
     backing_format: str | None = None,
     options: Mapping[str, Any] | None = None,
     check_backing: bool = True,
+    overwrite: bool = False,
     allow_paths: Iterable[AnyPath] = (),
     allow_any_reference: bool = False,
 ) -> None:
     """Make a new image with a disk of ``size`` bytes (or text such as ``"10G"``), rounded up to whole 512-byte sectors.
 
-    An existing file is replaced, unless another process uses it. ``backing`` is named as seen from the new image, needs
+    ``overwrite`` allows to replace an existing file that is not empty, or the content of a block device; what another
+    process uses is never replaced. ``backing`` is named as seen from the new image, needs
     ``backing_format``, and gives the size where none is given; ``check_backing=False`` does not look at it. ``options``
     are the format's (``cluster_size``, ``compat``, …); ``fusedisk create -f FORMAT -o help`` lists them.
 
-    Raises OptionError, HostError, NoSpaceError, LockConflictError, and the errors of :func:`open` for the backing file;
-    no new file stays behind then.
+    Raises OptionError, WouldLoseDataError, HostError, NoSpaceError, LockConflictError, and the errors of :func:`open`
+    for the backing file; no new file stays behind then.
     """
-    _need_trio("create")
+    need_trio("create")
     given = {} if options is None else mapping("options", options)
     apart = {
         "size": size if size is None or isinstance(size, str) else whole_number("size", size),
         "backing_file": None if backing is None else path("backing", backing),
-        "backing_fmt": _text_or_none("backing_format", backing_format),
+        "backing_fmt": text_or_none("backing_format", backing_format),
     }
     for key, value in apart.items():
         if value is not None:
@@ -383,9 +404,15 @@ async def create(
                 raise OptionError(f"the option '{key}' of the new image is given twice.")
             given[key] = value
     format, filename = text("format", format), _plain_path("filename", filename)
-    check = flag("check_backing", check_backing)
-    gate = _gate(allow_paths, allow_any_reference)
-    await create_image(DRIVERS, format, filename, given, gate=gate, check_backing=check)
+    await create_image(
+        DRIVERS,
+        format,
+        filename,
+        given,
+        gate=gate_for(allow_paths, allow_any_reference),
+        check_backing=flag("check_backing", check_backing),
+        overwrite=flag("overwrite", overwrite),
+    )
 
 
 async def amend(
@@ -407,15 +434,13 @@ async def amend(
     Raises OptionError and NotSupportedError for what cannot be changed, with nothing changed, PassphraseError where
     a key is missing or wrong, and the errors of :func:`open`.
     """
-    _need_trio("amend")
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress is of the type {type(progress).__name__}, but a function was wanted.")
+    need_trio("amend")
     await amend_image(
         DRIVERS,
-        _specification(image),
+        specification(image),
         mapping("options", options),
-        format=_text_or_none("format", format),
+        format=text_or_none("format", format),
         force=flag("force", force),
-        gate=_gate(allow_paths, allow_any_reference),
-        progress=progress or no_progress,
+        gate=gate_for(allow_paths, allow_any_reference),
+        progress=callback(progress),
     )

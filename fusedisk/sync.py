@@ -13,14 +13,14 @@ import functools
 import io
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar, TypeVarTuple
+from typing import Any, ParamSpec, Self, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
-from fusedisk import api
+from fusedisk import api, images, mounts
 from fusedisk.api import Data, Disk
 from fusedisk.arguments import fillable, readable, whole_number
 from fusedisk.block.extent import BlockStatus
@@ -281,27 +281,55 @@ def _open_like(prepare: Callable[_Params, AbstractAsyncContextManager[Disk]]) ->
     return open_sync
 
 
-def _create_like(make: Callable[_Params, Awaitable[None]]) -> Callable[_Params, None]:
-    @functools.wraps(make, assigned=())
-    def create_sync(*args: _Params.args, **kwargs: _Params.kwargs) -> None:
-        """Make a new image; takes the arguments of :func:`fusedisk.create` and raises its errors."""
-        _background().call(lambda: make(*args, **kwargs))
+def _like(function: Callable[_Params, Awaitable[_Result]]) -> Callable[_Params, _Result]:
+    """A blocking function with the arguments, the result and the errors of an async one."""
 
-    return create_sync
+    @functools.wraps(function, assigned=())
+    def blocking(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
+        return _background().call(lambda: function(*args, **kwargs))
 
-
-def _amend_like(change: Callable[_Params, Awaitable[None]]) -> Callable[_Params, None]:
-    @functools.wraps(change, assigned=())
-    def amend_sync(*args: _Params.args, **kwargs: _Params.kwargs) -> None:
-        """Change settings of an image; takes the arguments of :func:`fusedisk.amend` and raises its errors."""
-        _background().call(lambda: change(*args, **kwargs))
-
-    return amend_sync
+    name = f"{function.__name__}_sync"
+    blocking.__name__ = blocking.__qualname__ = name
+    blocking.__doc__ = f"The same as :func:`fusedisk.{name.removesuffix('_sync')}`, for code outside trio."
+    return blocking
 
 
 open_sync = _open_like(api.open)
-create_sync = _create_like(api.create)
-amend_sync = _amend_like(api.amend)
+create_sync = _like(api.create)
+amend_sync = _like(api.amend)
+check_sync = _like(images.check)
+map_sync = _like(images.map)
+measure_sync = _like(images.measure)
+resize_sync = _like(images.resize)
+
+
+def mount_sync(
+    images: api.Image | Sequence[api.Image], mountpoint: api.AnyPath, **options: Unpack[mounts.MountOptions]
+) -> AbstractContextManager[mounts.Mount]:
+    """Mount images: ``with fusedisk.mount_sync("vm.qcow2", "/mnt/disk") as mounted``; see :func:`fusedisk.mount`."""
+    command = mounts.mount_command(images, mountpoint, options)
+    return mounts.lasting_sync(command, mounts.read_mount, mounts.unmount_command)
+
+
+def attach_sync(image: api.Image, **options: Unpack[mounts.DeviceOptions]) -> AbstractContextManager[mounts.Attachment]:
+    """Attach an image: ``with fusedisk.attach_sync("vm.qcow2") as attached``; see :func:`fusedisk.attach`."""
+    command = mounts.attach_command(image, options)
+    return mounts.lasting_sync(command, mounts.read_attachment, mounts.detach_command)
+
+
+def umount_sync(mountpoint: api.AnyPath, **options: Unpack[mounts.LeaveOptions]) -> None:
+    """Unmount; see :func:`fusedisk.umount`."""
+    mounts.run_sync(mounts.leave_command("umount", mountpoint, options))
+
+
+def detach_sync(device_or_image: api.AnyPath, **options: Unpack[mounts.LeaveOptions]) -> None:
+    """Detach; see :func:`fusedisk.detach`."""
+    mounts.run_sync(mounts.leave_command("detach", device_or_image, options))
+
+
+def list_sync() -> tuple[mounts.Mount, ...]:
+    """What is mounted; see :func:`fusedisk.list`."""
+    return mounts.read_list(mounts.run_sync(mounts.LIST_COMMAND))
 
 
 class DiskFile(io.RawIOBase):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedisk.cli.image import complete_file, complete_format, gate_options, need
-from fusedisk.cli.output import tell
+from fusedisk.cli.output import output_option, print_json, tell
 from fusedisk.cli.owner import group, user
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
 @click.option(
     "--ready-fd", type=click.IntRange(0), metavar="N", help="Write a line to this file descriptor when ready."
 )
+@output_option
 def command(**given: Any) -> None:
     """Mount each IMAGE as a flat raw file in the directory MOUNTPOINT.
 
@@ -167,6 +168,8 @@ def command(**given: Any) -> None:
         request.ready_fd = fcntl.fcntl(request.ready_fd, fcntl.F_DUPFD_CLOEXEC, 3)
     with waiting.tell_when_interrupted(lambda: _state(request.mountpoint)):
         run_in_background(lambda report: run_daemon(request, report), log_path, request.ready_fd)
+    if given["output"] == "json":
+        _print_record(request.mountpoint)
 
 
 def _state(place: str) -> str:
@@ -176,6 +179,15 @@ def _state(place: str) -> str:
     if mountinfo.mount_at(place) is None:
         return f"nothing is mounted at '{place}'."
     return f"'{place}' is mounted, and unmounted as soon as nobody uses it."
+
+
+def _print_record(mountpoint: str) -> None:
+    from fusedisk.cli.list import describe
+    from fusedisk.mount import runtime
+
+    record = runtime.find(mountpoint, os.geteuid())
+    if record is not None:  # else somebody has unmounted it already
+        print_json(describe(record))
 
 
 def make_request(given: dict[str, Any]) -> MountRequest:

@@ -31,7 +31,7 @@ _NO_MATTER = """rw defaults auto noauto nofail _netdev user nouser users owner g
 _WITHOUT_MEANING = frozenset(_NO_MATTER.split())
 """Options that speak to mount(8), or of what a mount of ours never has: devices, programs, access times."""
 _TO_OTHERS = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
-_NOT_HERE = frozenset({"foreground", "ready_fd", "help"})
+_NOT_HERE = frozenset({"foreground", "ready_fd", "output", "help"})
 """Options of ``fusedisk mount`` that make no sense for a command that mount(8) waits for."""
 _DEFAULT_VALUES = {"allow-other": "on", "discard": "unmap"}
 """Of options that other filesystems have without a value."""
