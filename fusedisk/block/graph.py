@@ -8,8 +8,6 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import trio
-
 from fusedisk.block import permissions
 from fusedisk.block.backend import Backend
 from fusedisk.block.child import Child
@@ -19,6 +17,7 @@ from fusedisk.block.gate import Gate
 from fusedisk.block.node import Node, NodeConfig
 from fusedisk.block.opening import Opener
 from fusedisk.block.registry import Registry
+from fusedisk.core.alone import shield
 from fusedisk.core.errors import (
     FusediskError,
     NodeNotFoundError,
@@ -120,7 +119,7 @@ class Graph:
             node.length = await node.driver.length()
             self.refresh_limits(node)
         except BaseException as exc:
-            with trio.CancelScope(shield=True):
+            with shield():
                 try:
                     await node.driver.close()
                 except Exception:
@@ -139,7 +138,7 @@ class Graph:
 
     async def abandon(self, node: Node, cause: BaseException, *, opened: bool = True) -> None:
         """Close what an opening that failed leaves behind; the first error is the one that counts."""
-        with trio.CancelScope(shield=True):
+        with shield():
             try:
                 await self.collect(node, opened=opened)
             except FusediskError as exc:
@@ -214,7 +213,7 @@ class Graph:
         if backend.root is None:  # somebody else closed it while we waited
             backend.resume()
             return
-        with trio.CancelScope(shield=True):
+        with shield():
             await self._detach_idle(backend, edge)
 
     async def _detach_idle(self, backend: Backend, edge: Child) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
-import trio
-
 from fusedisk.block.backend import Backend
 from fusedisk.block.extent import BlockStatus
+from fusedisk.core.alone import checkpoint
 from fusedisk.core.errors import OptionError
 
 _LOOKUPS_AT_ONCE = 64
@@ -62,7 +61,7 @@ async def map_entries(backend: Backend, start: int = 0, length: int | None = Non
             current = entry
         lookups += 1
         if lookups % _LOOKUPS_AT_ONCE == 0:
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
     if current is not None:
         yield current
 

@@ -15,6 +15,9 @@ def main() -> NoReturn:
     """``fusedisk``."""
     prepare_streams()
     try:
+        from fusedisk.cli.late import import_late
+
+        import_late("trio")
         from fusedisk.cli.main import main as run
 
         run()

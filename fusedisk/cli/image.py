@@ -43,9 +43,9 @@ class ImageChoice(NamedTuple):
         try:
             yield backend
         finally:
-            import trio
+            from fusedisk.core.alone import shield
 
-            with trio.CancelScope(shield=True):
+            with shield():
                 await graph.close()
 
 

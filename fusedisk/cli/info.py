@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 
 from fusedisk.cli.image import ImageChoice, image_options
 from fusedisk.cli.output import escape, exact_size_text, output_option, print_facts, print_json, say, size_text
-from fusedisk.cli.running import run_async
+from fusedisk.cli.running import run_reading
 
 if TYPE_CHECKING:
     from fusedisk.core.errors import FusediskError
@@ -52,7 +51,7 @@ def command(backing_chain: bool, output: str, **choice: Any) -> None:
 
     The backing file is named, not opened, unless --backing-chain asks for it; a data file is only named.
     """
-    chain, missing = run_async(_gather, ImageChoice(**choice), backing_chain)
+    chain, missing = run_reading(_gather, ImageChoice(**choice), backing_chain)
     if output == "json":
         print_json(chain if backing_chain else chain[0])
     else:
@@ -152,6 +151,8 @@ def print_snapshots(snapshots: list[dict[str, Any]], indent: str = "") -> None:
 
 
 def _snapshot_row(snapshot: dict[str, Any]) -> tuple[str, ...]:
+    import datetime
+
     date = datetime.datetime.fromtimestamp(snapshot["date-sec"]).astimezone()
     clock = datetime.timedelta(seconds=snapshot["vm-clock-sec"], milliseconds=snapshot["vm-clock-nsec"] // 1_000_000)
     return (

@@ -9,7 +9,6 @@ Exit codes: 0 done, 1 the operation failed (one sentence on stderr), 2 wrong usa
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import os
@@ -104,6 +103,8 @@ class LazyGroup(click.Group):
         """Suggest what a mistyped name may have meant."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            import difflib
+
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}."
             raise click.UsageError(f"there is no command '{name}', {hint}", ctx)

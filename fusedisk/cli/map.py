@@ -10,7 +10,7 @@ import click
 from fusedisk.cli.image import ImageChoice, image_options
 from fusedisk.cli.output import output_option, say, write
 from fusedisk.cli.progress import progress, progress_option
-from fusedisk.cli.running import run_async
+from fusedisk.cli.running import run_reading
 
 if TYPE_CHECKING:
     from fusedisk.block.mapping import MapEntry
@@ -52,7 +52,7 @@ def command(start_offset: int, max_length: int | None, progress: bool, output: s
     For people: the ranges with data, their place on the host and the file. Compressed ranges have no place of their
     own and say so.
     """
-    run_async(_print_map, ImageChoice(**choice), start_offset, max_length, output == "json", progress)
+    run_reading(_print_map, ImageChoice(**choice), start_offset, max_length, output == "json", progress)
 
 
 async def _print_map(choice: ImageChoice, start: int, length: int | None, as_json: bool, asked: bool) -> None:

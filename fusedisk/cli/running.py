@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar, TypeVarTuple
+import gc
+import signal
+from collections.abc import Awaitable, Callable, Coroutine
+from types import FrameType
+from typing import Any, TypeVar, TypeVarTuple
+
+_GARBAGE_THRESHOLD = 50_000
+"""Objects that are made before Python looks for garbage; by default these are 700."""
 
 _Args = TypeVarTuple("_Args")
 _Result = TypeVar("_Result")
@@ -18,3 +24,33 @@ def run_async(function: Callable[[*_Args], Awaitable[_Result]], *args: *_Args) -
     import trio
 
     return trio.run(function, *args, restrict_keyboard_interrupt_to_checkpoints=True)
+
+
+def run_reading(function: Callable[[*_Args], Coroutine[Any, Any, _Result]], *args: *_Args) -> _Result:
+    """Run ``function(*args)``, which only reads metadata, without an event loop: see :mod:`fusedisk.core.alone`.
+
+    Ctrl-C ends it anywhere. Closing may fail then, which is nobody's concern: nothing was changed.
+    """
+    from fusedisk.core.alone import run_alone
+
+    # Most of what is made now are modules, which stay: looking for garbage among them costs more than it finds.
+    gc.set_threshold(_GARBAGE_THRESHOLD)
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # interrupts are ignored, or taken by somebody else
+        return run_alone(function(*args))
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        return run_alone(function(*args))
+    except BaseException as exc:
+        if interrupted:
+            raise KeyboardInterrupt from exc
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -11,6 +11,7 @@ is copied.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import mmap
 import os
@@ -57,7 +58,11 @@ _Slab = ctypes.c_char * CONTENT_SIZE
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _fallocate = ctypes.CDLL(None).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_pool: trio.lowlevel.RunVar[InflatePool | None] = trio.lowlevel.RunVar("inflate_pool", None)
+
+
+@functools.cache
+def _pool() -> trio.lowlevel.RunVar[InflatePool | None]:
+    return trio.lowlevel.RunVar("inflate_pool", None)
 
 
 def allow_processes(capacity: int) -> None:
@@ -65,12 +70,12 @@ def allow_processes(capacity: int) -> None:
     know whether ``sys.executable`` is Python. ``capacity``: bytes of results that will be in use at a time."""
     processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     if processes > 1 and sys.executable:
-        _pool.set(InflatePool(processes, capacity))
+        _pool().set(InflatePool(processes, capacity))
 
 
 def inflate_pool() -> InflatePool | None:
     """Return the pool of this trio run; None unless processes are allowed."""
-    return _pool.get()
+    return _pool().get()
 
 
 class InflatePool:

@@ -19,10 +19,12 @@ import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import trio
 
-from fusedisk.core.inflate import Content
+if TYPE_CHECKING:
+    from fusedisk.core.inflate import Content
 
 _LEAST_CAPACITY, _MOST_CAPACITY = 16 << 20, 128 << 20
 _SHARE_OF_MEMORY = 64

@@ -21,7 +21,7 @@ class Mutex:
 
     def __init__(self) -> None:
         self.locked = False
-        self._lot = trio.lowlevel.ParkingLot()
+        self._lot: trio.lowlevel.ParkingLot | None = None
 
     async def acquire(self) -> None:
         """Take the mutex, waiting for its owner. Cancelled while waiting: not taken."""
@@ -29,6 +29,8 @@ class Mutex:
             self.locked = True
             return
         refuse_to_wait()
+        if self._lot is None:
+            self._lot = trio.lowlevel.ParkingLot()
         await self._lot.park()
 
     def release(self) -> None:

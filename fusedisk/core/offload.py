@@ -2,17 +2,19 @@
 
 The hop costs about 190 microseconds, so callers come here only when the call may take longer than that. A
 cancelled caller waits for its thread: the thread fills the caller's buffer, which may not be used again
-before it is done.
+before it is done. A coroutine that runs alone (:mod:`fusedisk.core.alone`) keeps nobody waiting and needs no thread.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple
 
 import trio
 
+from fusedisk.core.alone import is_alone
 from fusedisk.core.at_once import refuse_to_wait
 
 HOST_IO_THREADS = 16
@@ -21,21 +23,32 @@ HOST_IO_THREADS = 16
 _Args = TypeVarTuple("_Args")
 _Result = TypeVar("_Result")
 
-_host_io_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("host_io_limiter")
-_cpu_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("cpu_limiter")
+
+@functools.cache
+def _host_io_limiter() -> trio.lowlevel.RunVar[trio.CapacityLimiter]:
+    return trio.lowlevel.RunVar("host_io_limiter")
+
+
+@functools.cache
+def _cpu_limiter() -> trio.lowlevel.RunVar[trio.CapacityLimiter]:
+    return trio.lowlevel.RunVar("cpu_limiter")
 
 
 async def run_host_io(fn: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     """Run ``fn(*args)``, which may wait for the host's disks, in a worker thread and return its result."""
+    if is_alone():
+        return fn(*args)
     refuse_to_wait()
-    limiter = _limiter(_host_io_limiter, HOST_IO_THREADS)
+    limiter = _limiter(_host_io_limiter(), HOST_IO_THREADS)
     return await trio.to_thread.run_sync(fn, *args, limiter=limiter)
 
 
 async def run_cpu(fn: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     """Run ``fn(*args)``, which computes with the GIL released (inflate, ciphers), in a worker thread."""
+    if is_alone():
+        return fn(*args)
     refuse_to_wait()
-    limiter = _limiter(_cpu_limiter, len(os.sched_getaffinity(0)))
+    limiter = _limiter(_cpu_limiter(), len(os.sched_getaffinity(0)))
     return await trio.to_thread.run_sync(fn, *args, limiter=limiter)
 
 

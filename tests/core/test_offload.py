@@ -32,8 +32,8 @@ async def test_each_kind_has_its_limit() -> None:
             nursery.start_soon(run_cpu, release.wait, 30)
         await trio.testing.wait_all_tasks_blocked()
         for variable, threads in (
-            (offload._host_io_limiter, HOST_IO_THREADS),
-            (offload._cpu_limiter, len(os.sched_getaffinity(0))),
+            (offload._host_io_limiter(), HOST_IO_THREADS),
+            (offload._cpu_limiter(), len(os.sched_getaffinity(0))),
         ):
             found = variable.get().statistics()
             assert found.borrowed_tokens == threads

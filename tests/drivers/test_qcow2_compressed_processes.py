@@ -37,7 +37,7 @@ def workers() -> list[psutil.Process]:
 async def pool() -> AsyncIterator[InflatePool]:
     """Processes that are ready."""
     made = InflatePool(2, CAPACITY)
-    inflate_pool._pool.set(made)
+    inflate_pool._pool().set(made)
     assert made.begin(1, 1) is None
     await until(lambda: made.parallel(1))
     yield made

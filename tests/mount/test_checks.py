@@ -18,10 +18,10 @@ from tests.support.mounts import Mounts, is_mounted
 MIB = 1 << 20
 
 
-def refusal(*args: str | Path) -> str:
-    """The one sentence with which a mount fails."""
+def refusal(*args: str | Path, code: int = 1) -> str:
+    """The one sentence with which a mount fails: 2 stands for wrong values on the command line."""
     done = fusedisk_process("mount", *with_format(*args))
-    assert done.code == 1, done
+    assert done.code == code, done
     assert done.err.startswith("fusedisk: ")
     assert done.err.count("\n") == 1
     return done.err.removeprefix("fusedisk: ").rstrip("\n")
@@ -41,7 +41,7 @@ def test_a_mountpoint_of_another_kind(raw: Path, tmp_path: Path) -> None:
 def test_two_images_on_a_file(raw: Path, tmp_path: Path) -> None:
     on = tmp_path / "file"
     on.touch()
-    assert refusal(raw, raw, on) == (
+    assert refusal(raw, raw, on, code=2) == (
         f"The mountpoint '{on}' is a regular file, which has room for one image, but 2 were given: use a directory."
     )
 
@@ -75,14 +75,14 @@ def test_a_directory_with_content_is_a_mountpoint(mounts: Mounts, raw: Path) -> 
 
 
 def test_an_image_on_its_own_mountpoint(raw: Path) -> None:
-    assert refusal(raw, raw) == (
+    assert refusal(raw, raw, code=2) == (
         f"'{raw}' is the mountpoint itself and would be hidden by its own mount, use another file or a directory."
     )
     assert not is_mounted(raw)
 
 
 def test_an_image_below_its_own_mountpoint(raw: Path, tmp_path: Path) -> None:
-    assert refusal(raw, tmp_path) == (
+    assert refusal(raw, tmp_path, code=2) == (
         f"'{raw}' lies below the mountpoint '{tmp_path}' and would be hidden by its own mount, use another directory."
     )
 
@@ -92,7 +92,7 @@ def test_a_backing_file_below_the_mountpoint(tmp_path: Path) -> None:
     on.mkdir()
     base = make_qcow2(on / "base.qcow2", MIB)
     top = make_qcow2(tmp_path / "top.qcow2", None, backing=base)
-    assert f"'{tmp_path}/mnt/base.qcow2' lies below the mountpoint" in refusal(top, on)
+    assert f"'{tmp_path}/mnt/base.qcow2' lies below the mountpoint" in refusal(top, on, code=2)
 
 
 def test_an_image_reached_through_a_link_below_the_mountpoint(raw: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_an_image_reached_through_a_link_below_the_mountpoint(raw: Path, tmp_pat
     (tmp_path / "deep").mkdir()
     hidden = raw.rename(tmp_path / "deep" / "disk.img")
     elsewhere.symlink_to(hidden)
-    assert f"'{elsewhere}' lies below the mountpoint" in refusal(elsewhere, tmp_path / "deep")
+    assert f"'{elsewhere}' lies below the mountpoint" in refusal(elsewhere, tmp_path / "deep", code=2)
 
 
 def test_names_that_collide(raw: Path, tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_names_that_collide(raw: Path, tmp_path: Path) -> None:
     other = make_sparse_raw(tmp_path / "b" / "disk.raw", MIB)
     on = tmp_path / "mnt"
     on.mkdir()
-    assert refusal(raw, other, on) == (
+    assert refusal(raw, other, on, code=2) == (
         f"'{raw}' and '{other}' would both be the file 'disk', give one of them another name with name=."
     )
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "x" * 256])
 def test_names_that_no_file_can_have(raw: Path, tmp_path: Path, name: str) -> None:
-    assert "with name=" in refusal("--name", name, raw, tmp_path)
+    assert "with name=" in refusal("--name", name, raw, tmp_path, code=2)
 
 
 def test_an_image_that_may_only_be_read(mounts: Mounts, raw: Path) -> None:

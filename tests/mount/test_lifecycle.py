@@ -64,7 +64,7 @@ def test_a_pid_file_replaces_files_alone(mounts: Mounts, raw: Path, tmp_path: Pa
     for name in ("pipe", "link"):
         _, done = mounts.try_mount("--pid-file", tmp_path / name, raw)
         assert (done.code, done.err) == (
-            1,
+            2,
             f"fusedisk: the pid file '{tmp_path / name}' is there and is not a regular file, which was wanted.\n",
         )
     assert (tmp_path / "pipe").is_fifo()

@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
-import platform
 import sys
 import weakref
 
@@ -114,22 +114,24 @@ class _Flushes:
         return count
 
 
-_of_run: trio.lowlevel.RunVar[_Flushes | None] = trio.lowlevel.RunVar("host_flushes")
+@functools.cache
+def _of_run() -> trio.lowlevel.RunVar[_Flushes | None]:
+    return trio.lowlevel.RunVar("host_flushes")
 
 
 def _flushes() -> _Flushes | None:
     """Those of this trio run; None where there is no AIO."""
     try:
-        return _of_run.get()
+        return _of_run().get()
     except LookupError:
         found = None
-        calls = _CALLS.get(platform.machine())
+        calls = _CALLS.get(os.uname().machine)
         if calls is not None and sys.byteorder == "little":
             try:
                 found = _Flushes(calls)
             except OSError:
                 pass
-        _of_run.set(found)
+        _of_run().set(found)
         return found
 
 

@@ -10,10 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import trio
-
 from fusedisk.block.driver import Buffer, Driver
 from fusedisk.block.extent import DATA, ZERO, Extent
+from fusedisk.core.alone import sleep
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.protocol.host_io import zero_all
@@ -63,12 +62,12 @@ class NullDriver(Driver):
         if self.options.read_zeroes:
             zero_all(buffers)
         if self._latency:
-            await trio.sleep(self._latency)
+            await sleep(self._latency)
 
     async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
         self._length = max(self._length, offset + sum(map(len, buffers)))
         if self._latency:
-            await trio.sleep(self._latency)
+            await sleep(self._latency)
 
     async def map(self, offset: int, length: int) -> Extent:
         return Extent(ZERO if self.options.read_zeroes else DATA, length, None, offset)
@@ -76,15 +75,15 @@ class NullDriver(Driver):
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         self._length = max(self._length, offset + length)
         if self._latency:
-            await trio.sleep(self._latency)
+            await sleep(self._latency)
 
     async def discard(self, offset: int, length: int) -> None:
         if self._latency:
-            await trio.sleep(self._latency)
+            await sleep(self._latency)
 
     async def flush_to_disk(self) -> None:
         if self._latency:
-            await trio.sleep(self._latency)
+            await sleep(self._latency)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
         self._length = length

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import trio
 
+from fusedisk.core.alone import shield
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import CorruptImageError
 from fusedisk.core.locks import Mutex
@@ -104,7 +105,7 @@ class Committer:
 
     async def finish(self) -> None:
         """Commit with nothing left for later, so that the file has no leaks: before closing."""
-        with trio.CancelScope(shield=True):
+        with shield():
             async with self._committing:
                 async with self.image.mutex:
                     self.refcounts.release_kept()

@@ -36,15 +36,13 @@ from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import zero_fill
-from fusedisk.drivers.format.qcow2 import create, discard, layout
+from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocation
 from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
 from fusedisk.drivers.format.qcow2.base_record import check_base
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
-from fusedisk.drivers.format.qcow2.compress import CompressedWriter
-from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.first_write import FirstWrite
 from fusedisk.drivers.format.qcow2.freed import Reason
@@ -66,6 +64,8 @@ SECTOR = 512
 
 if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult, Progress, Repair
+    from fusedisk.drivers.format.qcow2.compress import CompressedWriter
+    from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 
 
 class Qcow2Driver(ResizeDriver):
@@ -327,6 +327,9 @@ class Qcow2Driver(ResizeDriver):
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         if self._compressing is None:
+            # Not with the rest, nor what reads them: few images have compressed clusters.
+            from fusedisk.drivers.format.qcow2.compress import CompressedWriter
+
             self._compressing = CompressedWriter(self.node, self.allocator, self._drop)
         await self._compressing.write(offset, data)
 
@@ -340,6 +343,8 @@ class Qcow2Driver(ResizeDriver):
         while True:
             if extent.compressed:
                 if self._compressed is None:
+                    from fusedisk.drivers.format.qcow2.compressed import CompressedReader
+
                     self._compressed = CompressedReader(self.node, self.clusters)
                 done = await self._compressed.read(extent, offset, buffer)
             else:
@@ -488,10 +493,15 @@ class Qcow2Driver(ResizeDriver):
 
     @classmethod
     async def check_create(cls, options: Any, filename: str) -> None:
+        # Not with the rest: who opens an image does not create one.
+        from fusedisk.drivers.format.qcow2 import create
+
         await create.check(options, filename)
 
     @classmethod
     async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
+        from fusedisk.drivers.format.qcow2 import create
+
         await create.create(file, options, data_file)
 
 

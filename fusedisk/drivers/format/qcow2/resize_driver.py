@@ -8,8 +8,6 @@ from fusedisk.block import io, transfer
 from fusedisk.block.driver import ZERO_NEW, Buffer
 from fusedisk.block.extent import UNALLOCATED, Extent
 from fusedisk.core.zeroes import is_zero
-from fusedisk.drivers.format.qcow2 import resize
-from fusedisk.drivers.format.qcow2.bitmap_resize import resizing
 from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
 
 
@@ -21,6 +19,10 @@ class ResizeDriver(SnapshotDriver):
         raise NotImplementedError
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
+        # Not with the rest: who opens an image seldom resizes one.
+        from fusedisk.drivers.format.qcow2 import resize
+        from fusedisk.drivers.format.qcow2.bitmap_resize import resizing
+
         allocator, zero_new = self.allocator, bool(flags & ZERO_NEW)
         old = self.image.header.size
         resize.check_size(allocator, length, preallocation, zero_new=zero_new)
@@ -33,6 +35,8 @@ class ResizeDriver(SnapshotDriver):
                 await self._grow(length, preallocation, zero_new=zero_new)
 
     async def _grow(self, length: int, preallocation: str, *, zero_new: bool) -> None:
+        from fusedisk.drivers.format.qcow2 import resize
+
         allocator, old, size = self.allocator, self.image.header.size, self.image.geometry.cluster_size
         await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
         await self._zero_tail(zero_new)
@@ -48,6 +52,8 @@ class ResizeDriver(SnapshotDriver):
         await resize.set_size(allocator, length)
 
     async def _shrink(self, length: int) -> None:
+        from fusedisk.drivers.format.qcow2 import resize
+
         old = self.image.header.size
         await resize.set_size(self.allocator, length)
         await self._resize_raw_data(length)

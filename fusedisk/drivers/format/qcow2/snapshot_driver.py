@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusedisk.block.check import Progress
 from fusedisk.block.driver import Driver
 from fusedisk.block.node import NodeConfig
 from fusedisk.block.snapshot import SnapshotInfo, find_snapshot
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError, SnapshotNotFoundError
-from fusedisk.drivers.format.qcow2 import layout, snapshot, vmstate
+from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps, label
 from fusedisk.drivers.format.qcow2.commit import Committer
@@ -21,6 +20,7 @@ from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, l1_clusters, load_snapshots
 
 if TYPE_CHECKING:
+    from fusedisk.block.check import Progress
     from fusedisk.drivers.format.qcow2.encryption import Encryption
 
 
@@ -53,6 +53,8 @@ class SnapshotDriver(Driver):
                 f"'{image.filename}' has a disk of {found.disk_size} bytes in snapshot '{wanted}', but less than 2^63 "
                 "was wanted."
             )
+        from fusedisk.drivers.format.qcow2 import snapshot
+
         image.l1[:] = await snapshot.read_l1(image, found)
         image.header.size = found.disk_size
 
@@ -94,6 +96,9 @@ class SnapshotDriver(Driver):
         return [found.public() for found in self.snapshots]
 
     async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
+        # Not with the rest: who opens an image seldom changes its snapshots.
+        from fusedisk.drivers.format.qcow2 import snapshot, vmstate
+
         made = await snapshot.create(self, wanted, progress)
         if made.vm_state_size:
             await vmstate.drop(self, made.vm_state_size)
@@ -105,9 +110,13 @@ class SnapshotDriver(Driver):
                 f"'{self.image.filename}' has {label(self.bitmaps.valid)}, which would not record what applying a "
                 "snapshot changes: remove the bitmaps first, for example with 'qemu-img bitmap --remove'."
             )
+        from fusedisk.drivers.format.qcow2 import snapshot
+
         await snapshot.apply(self, self._snapshot(id), progress)
 
     async def delete_snapshot(self, id: str, progress: Progress) -> None:
+        from fusedisk.drivers.format.qcow2 import snapshot
+
         await snapshot.delete(self, self._snapshot(id), progress)
 
     def _snapshot(self, id: str) -> Snapshot:
@@ -119,7 +128,11 @@ class SnapshotDriver(Driver):
     # --- VM state ---------------------------------------------------------------------------------------
 
     async def save_vmstate(self, offset: int, data: memoryview) -> None:
+        from fusedisk.drivers.format.qcow2 import vmstate
+
         await vmstate.save(self, offset, data)
 
     async def load_vmstate(self, offset: int, buffer: memoryview) -> None:
+        from fusedisk.drivers.format.qcow2 import vmstate
+
         await vmstate.load(self, offset, buffer)
