@@ -48,6 +48,7 @@ TEST_PACKAGES='
     dosfstools:mkfs.vfat
     fio:fio
     gdisk:sgdisk
+    groff-base:groff
     qemu-system-common:qemu-storage-daemon
     qemu-utils:qemu-io
     rsync:rsync
