@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from fusedisk.errors import (
     OutOfRangeError,
     WouldLoseDataError,
 )
-from tests.conftest import qemu_img
+from tests.conftest import qemu_img, require_root
 from tests.support.commands import ROOT
 from tests.support.images import KIB, MIB, make_overlay, make_qcow2, make_sparse_raw
 from tests.support.processes import qemu_io_holding
@@ -120,6 +122,14 @@ async def test_what_exists_is_not_replaced_by_surprise(tmp_path: Path, image: Pa
     assert image.read_bytes() == bytes(512)
     (tmp_path / "empty").touch()
     await fusedisk.create(tmp_path / "empty", "raw", 512)
+
+
+@pytest.mark.root
+async def test_a_block_device_is_not_replaced_by_surprise(tmp_path: Path) -> None:
+    require_root()
+    os.mknod(tmp_path / "device", stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    with pytest.raises(WouldLoseDataError, match="device' is a block device, whose content"):
+        await fusedisk.create(tmp_path / "device", "raw", 512)
 
 
 def test_without_trio(image: Path) -> None:

@@ -49,9 +49,7 @@ async def resize_image(
                 f"'{backend.name}' has a disk of {old} bytes, and would lose what lies behind {new} (--shrink)."
             )
         if new < old and preallocation != "off":
-            raise OptionError(
-                f"preallocation is '{preallocation}', but a disk that shrinks has nothing to preallocate."
-            )
+            raise OptionError(f"preallocation is '{preallocation}', but a shrinking disk has nothing to preallocate.")
         async with working(old, new):
             await backend.truncate(new, preallocation)
         await backend.close()
