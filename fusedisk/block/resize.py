@@ -33,9 +33,9 @@ async def resize_image(
     """Open the image that ``spec`` and ``format`` name (as :meth:`Graph.open_backend` takes them) and resize its disk.
 
     ``size`` is in bytes, or text such as ``10G``, ``+1G`` or ``-512M``, rounded up to whole sectors; ``shrink`` allows
-    to lose what lies behind it. ``working`` is entered with both sizes while it is done. Returns the old and the new
-    size. Raises WouldLoseDataError, OptionError, and what
-    opening and :meth:`Backend.truncate` raise.
+    to lose what lies behind it. ``working`` gets both sizes, and is entered while the disk is resized. Returns both.
+
+    Raises WouldLoseDataError, OptionError, and what opening and :meth:`Backend.truncate` raise.
     """
     graph = Graph(drivers, gate)
     try:

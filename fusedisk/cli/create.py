@@ -102,7 +102,7 @@ async def _create(
 
     size = given.get("size")
     total = parse_size(size) if size is not None and given.get("preallocation") in ("full", "falloc") else 0
-    async with allocation_progress(filename, total, asked=asked):
+    async with allocation_progress("preallocating" if total else "creating", filename, total, asked=asked):
         return await create_image(
             DRIVERS, format, filename, given, gate=gate, check_backing=check_backing, overwrite=force
         )

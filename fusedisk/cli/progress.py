@@ -67,9 +67,11 @@ def progress(
 
 
 @contextlib.asynccontextmanager
-async def allocation_progress(filename: str, total: int, *, asked: bool = False) -> AsyncIterator[None]:
-    """Show how much more space than now the host has given to a file, of ``total`` bytes. With 0, nothing is known but
-    that it is done in the end."""
+async def allocation_progress(
+    description: str, filename: str, total: int, *, asked: bool = False
+) -> AsyncIterator[None]:
+    """Show how much more space than now the host has given to a file, of ``total`` bytes. With 0, only that it takes
+    time."""
     import trio
 
     async def watch() -> None:
@@ -78,7 +80,7 @@ async def allocation_progress(filename: str, total: int, *, asked: bool = False)
             await trio.sleep(_POLL_SECONDS)
             tell(min(_allocated(filename) - before, total), total)
 
-    with progress("preallocating", total, asked=asked, shown=bool(total)) as tell:
+    with progress(description, total or 1, asked=asked, bytes=bool(total)) as tell:
         async with trio.open_nursery() as nursery:
             if total:
                 nursery.start_soon(watch)

@@ -103,6 +103,6 @@ async def _resize(
         shrink=shrink,
         gate=gate,
         working=lambda old, new: allocation_progress(
-            image, max(0, new - old) if preallocation in ("falloc", "full") else 0, asked=asked
+            "resizing", image, max(0, new - old) if preallocation in ("falloc", "full") else 0, asked=asked
         ),
     )

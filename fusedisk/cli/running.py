@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType
 from typing import Any, TypeVar, TypeVarTuple
@@ -33,8 +34,6 @@ def run_reading(function: Callable[[*_Args], Coroutine[Any, Any, _Result]], *arg
     """
     from fusedisk.core.alone import run_alone
 
-    # Most of what is made now are modules, which stay: looking for garbage among them costs more than it finds.
-    gc.set_threshold(_GARBAGE_THRESHOLD)
     interrupted = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -42,10 +41,12 @@ def run_reading(function: Callable[[*_Args], Coroutine[Any, Any, _Result]], *arg
         interrupted = True
         raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # interrupts are ignored, or taken by somebody else
-        return run_alone(function(*args))
-    signal.signal(signal.SIGINT, interrupt)
+    before, thresholds = signal.getsignal(signal.SIGINT), gc.get_threshold()
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:  # else interrupts are ignored, or somebody else's
+        signal.signal(signal.SIGINT, interrupt)
+    # Most of what is made now are modules, which stay: looking for garbage among them costs more than it finds.
+    gc.set_threshold(_GARBAGE_THRESHOLD)
     try:
         return run_alone(function(*args))
     except BaseException as exc:
@@ -53,4 +54,6 @@ def run_reading(function: Callable[[*_Args], Coroutine[Any, Any, _Result]], *arg
             raise KeyboardInterrupt from exc
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        gc.set_threshold(*thresholds)
+        if ours:
+            signal.signal(signal.SIGINT, before)
