@@ -183,11 +183,13 @@ def _state(place: str) -> str:
 
 def _print_record(mountpoint: str) -> None:
     from fusedisk.cli.list import describe
+    from fusedisk.core.errors import NotMountedError
     from fusedisk.mount import runtime
 
     record = runtime.find(mountpoint, os.geteuid())
-    if record is not None:  # else somebody has unmounted it already
-        print_json(describe(record))
+    if record is None:
+        raise NotMountedError(f"'{mountpoint}' was mounted, and somebody has unmounted it already.")
+    print_json(describe(record))
 
 
 def make_request(given: dict[str, Any]) -> MountRequest:
