@@ -108,13 +108,13 @@ def remounting(args: Sequence[str]) -> tuple[str, bool] | None:
 def _remount(place: str, read_only: bool) -> None:
     """Raises a FusediskError."""
     from fusedisk.cli import flushing
-    from fusedisk.core.errors import HostError, OptionError
+    from fusedisk.core.errors import HostError, NotMountedError, ReadOnlyError
     from fusedisk.mount import mountinfo, remounting, runtime
 
     place = mountinfo.absolute(place)
     mount = mountinfo.mount_at(place)
     if mount is None or mount.fstype != mountinfo.FSTYPE:
-        raise OptionError(f"no mount of fusedisk is at '{place}', so it cannot be remounted.")
+        raise NotMountedError(f"no mount of fusedisk is at '{place}', so it cannot be remounted.")
     record = runtime.find(place, mount.user_id)
     if record is None or not record.alive:
         raise HostError(f"the daemon of '{place}' has died, so it cannot be remounted: unmount it (fusedisk umount).")
@@ -126,7 +126,7 @@ def _remount(place: str, read_only: bool) -> None:
                 errno=failure.errno,
             )
     elif all(export.read_only for export in record.exports):
-        raise OptionError(f"'{place}' was mounted read-only: unmount it and mount it again without 'ro'.")
+        raise ReadOnlyError(f"'{place}' was mounted read-only: unmount it and mount it again without 'ro'.")
     remounting.remount(mount, read_only=read_only)
 
 

@@ -104,7 +104,7 @@ def test_the_options_are_listed() -> None:
     assert done.code == 0
     for name in ("size", "cluster_size", "compat", "backing_file", "preallocation"):
         assert f"{name}:" in done.out
-    assert fusedisk("create", "-f", "file", "-o", "help").code == 1
+    assert fusedisk("create", "-f", "file", "-o", "help").code == 2
 
 
 # --- backing files --------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_its_name_is_no_format(vdi: Path) -> None:
         ("measure", "-O", "vdi", "-o", "help"),
     ):
         done = fusedisk(*command)
-        assert (done.code, done.err) == (1, sentence), command
+        assert (done.code, done.err) == (2, sentence), command
     assert "there is no image format 'blkdebug'" in fusedisk("info", "-f", "blkdebug", vdi).err
 
 

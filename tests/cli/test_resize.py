@@ -54,7 +54,7 @@ def test_what_is_refused_costs_nothing(image: Path) -> None:
         (["many"], 2, "size is 'many'"),
         (["+many"], 2, "the change of the size is 'many'"),
         (["--preallocation", "half", "8M"], 2, "'half' is not one of"),
-        (["-f", "vhdy", "8M"], 2, "there is no driver 'vhdy'"),
+        (["-f", "vhdy", "8M"], 2, "there is no image format 'vhdy'"),
         ([], 2, "Missing argument"),
     ):
         done = fusedisk("resize", image, *args)
