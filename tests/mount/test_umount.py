@@ -88,8 +88,8 @@ def test_a_loop_device_and_what_is_mounted_from_it_are_named(mounts: Mounts, tmp
 
 def test_a_mount_below_is_named(mounts: Mounts, raw: Path) -> None:
     require_root()
-    on = mounts.mount(raw)
-    flat = mounts.mount(raw.parent / "disk.img", "-r", "-U", on=on / "disk")
+    on = mounts.mount("-r", raw)
+    flat = mounts.mount(raw, "-r", on=on / "disk")
     done = fusedisk_process("umount", on)
     assert f"in use by the mount at '{flat}'" in done.err
     mounts.umount(flat)
@@ -422,9 +422,9 @@ def test_all(raw: Path, tmp_path: Path) -> None:
     script = (
         "mkdir -p /run/fusedisk; mount -t tmpfs -o mode=700 records /run/fusedisk || exit 2; "
         f"{fusedisk} umount --all || exit 3; "  # there are none
-        f"cd {tmp_path}; for d in outer busy; do {fusedisk} mount -r {raw} $d || exit 4; done; "
+        f"cd {tmp_path}; for d in outer busy; do {fusedisk} mount -r -f raw {raw} $d || exit 4; done; "
         f"{fusedisk} mount -r -f raw outer/disk inner || exit 5; "
-        f"device=$({fusedisk} attach -r {raw}); "
+        f"device=$({fusedisk} attach -r -f raw {raw}); "
         f"exec 7< busy/disk; {fusedisk} umount --all; echo $?; exec 7<&-; "
         "grep -c fuse.fusedisk /proc/self/mounts; "
         f"{fusedisk} umount --all; echo $?; grep -c fuse.fusedisk /proc/self/mounts; {fusedisk} detach $device; echo $?"
