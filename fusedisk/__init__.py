@@ -5,7 +5,7 @@
 >>> with fusedisk.open_sync("vm.qcow2") as disk:       # anywhere else
 ...     head = disk.read(0, 512)
 
-Everything here is imported when it is first used. See :mod:`fusedisk.api` and ``docs/python-api.md``.
+Everything here is imported when it is first used. See :mod:`fusedisk.api` and ``docs/reference/python-api.md``.
 """
 
 from __future__ import annotations

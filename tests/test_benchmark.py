@@ -66,7 +66,7 @@ def test_missed_goals_are_told() -> None:
 
 
 def test_each_row_and_goal_is_described() -> None:
-    text = (Path(__file__).parents[1] / "docs/benchmark.md").read_text()
+    text = (Path(__file__).parents[1] / "docs/explanation/measuring.md").read_text()
     text = text.partition("\n## Rows\n")[2].partition("\n## ")[0]
     for workload in WORKLOADS.values():
         start, _, depth = workload.name.rpartition("-")

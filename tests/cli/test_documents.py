@@ -16,8 +16,8 @@ from fusedisk.cli import main
 from fusedisk.core import errors
 from tests.support.commands import ROOT
 
-DOCUMENT = ROOT / "docs" / "command-line.md"
-LIBRARY = ROOT / "docs" / "python-api.md"
+DOCUMENT = ROOT / "docs" / "reference" / "command-line.md"
+LIBRARY = ROOT / "docs" / "reference" / "python-api.md"
 COMMON = {"--help"}
 
 

@@ -16,7 +16,7 @@ The image's mutex is held for the writes and not for the barriers, so that other
 belongs to the next commit; two commits never run at once.
 
 With lazy refcounts step 1 leaves the refcounts out: the dirty bit, durable before the first commit, tells whoever
-opens the image after a crash to count again. See docs/durability.md.
+opens the image after a crash to count again. See docs/explanation/durability.md.
 """
 
 from __future__ import annotations

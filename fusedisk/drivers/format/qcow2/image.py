@@ -2,7 +2,8 @@
 
 Changes of the L1 table and of L2 tables are made in memory; :mod:`.commit` brings them to the file in the order that
 a power cut asks for, and refcounts with them (:mod:`.refcount`). What is written at once: whole tables into clusters
-that nothing refers to, and fields of the header, around which the caller puts barriers. See docs/durability.md.
+that nothing refers to, and fields of the header, around which the caller puts barriers. See
+docs/explanation/durability.md.
 
 Everything that changes metadata holds ``mutex``; those who only look at it need not. Holding it across
 requests to the storage's door is safe, as nothing below calls back into the image.
