@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import shlex
 import shutil
 import signal
@@ -13,57 +12,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import require_fuse, require_root, require_tool
-from tests.support.commands import ROOT, fusedisk_process, process_environment
+from tests.support.commands import fusedisk_process, process_environment
 from tests.support.mounts import is_mounted, own_mounts
+from tests.support.users import User
 
 MIB = 1 << 20
-
-
-_BECOME = ["setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]
-_READ_ANYTHING = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
-"""Where this Python lies below root's home, as with pyenv: the user may read everything, but write nothing more."""
-
-
-class User:
-    """Another user, with a directory of their own."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.entry = pwd.getpwnam("nobody")
-        self.become = _BECOME
-        os.chown(home, self.entry.pw_uid, self.entry.pw_gid)
-        if self._reach().returncode:
-            self.become = [*_BECOME, *_READ_ANYTHING]
-            if (done := self._reach()).returncode:
-                pytest.skip(f"another user cannot reach this Python or /dev/fuse: {done.stderr}")
-
-    def _reach(self) -> subprocess.CompletedProcess[str]:
-        return self.run(
-            sys.executable, "-c", "import os, fusedisk, pyfuse3; os.open('/dev/fuse', os.O_RDWR)", check=False
-        )
-
-    def start(self, *command: str | Path, **keywords: Any) -> subprocess.Popen[str]:
-        """Start a command as that user."""
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "HOME": str(self.home)}
-        full = [*self.become, "--", *map(str, command)]
-        return subprocess.Popen(full, cwd=self.home, env=environment, text=True, **keywords)
-
-    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command as that user."""
-        process = self.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, err = process.communicate(timeout=60)
-        done = subprocess.CompletedProcess(command, process.returncode, out, err)
-        assert not check or done.returncode == 0, done
-        return done
-
-    def fusedisk(self, *args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run fusedisk as that user."""
-        return self.run(sys.executable, "-m", "fusedisk", *args, check=check)
 
 
 @pytest.fixture
