@@ -43,17 +43,23 @@ RUN_PACKAGES='
     util-linux:flock
 '
 TEST_PACKAGES='
+    borgbackup:borg
     btrfs-progs:mkfs.btrfs
     cryptsetup-bin:cryptsetup
     dosfstools:mkfs.vfat
     fio:fio
     gdisk:sgdisk
     groff-base:groff
+    mtools:mcopy
     qemu-system-common:qemu-storage-daemon
     qemu-utils:qemu-io
+    restic:restic
     rsync:rsync
+    sleuthkit:fls
     strace:strace
     stress-ng:stress-ng
+    sudo:sudo
+    systemd:systemd-analyze
     xfsprogs:mkfs.xfs
 '
 

@@ -9,6 +9,7 @@ import click
 import pytest
 
 from fusedisk.cli import main
+from scripts import driver_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -27,6 +28,19 @@ def test_every_decision_record_is_in_the_index() -> None:
     index = (ROOT / "docs/adr/README.md").read_text()
     for record in (ROOT / "docs/adr").glob("[0-9]*.md"):
         assert f"]({record.name})" in index, f"docs/adr/README.md does not list {record.name}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    for page in [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("[!a]*/*.md")]:
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert name == "README.md" or f"]({name})" in index, f"docs/README.md does not list {name}"
+
+
+def test_the_page_of_drivers_is_what_they_declare() -> None:
+    text = driver_options.PAGE.read_text()
+    assert driver_options.shown(text) == driver_options.tables()
+    assert driver_options.page(text) == text, "run: python -m scripts.driver_options"
 
 
 def _code(document: str) -> str:

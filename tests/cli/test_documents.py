@@ -18,6 +18,7 @@ from tests.support.commands import ROOT
 
 DOCUMENT = ROOT / "docs" / "reference" / "command-line.md"
 LIBRARY = ROOT / "docs" / "reference" / "python-api.md"
+DRIVERS = DOCUMENT.with_name("drivers.md")
 COMMON = {"--help"}
 
 
@@ -78,7 +79,7 @@ def _command_lines(text: str) -> list[list[str]]:
 
 def _examples() -> list[tuple[str, list[str]]]:
     examples = []
-    for path in (DOCUMENT, ROOT / "README.md"):
+    for path in (DOCUMENT, DRIVERS, ROOT / "README.md"):
         for block in re.findall(r"```console\n(.*?)```", path.read_text(), flags=re.DOTALL):
             lines = [
                 line.removeprefix("$ ").removeprefix("sudo ") for line in block.splitlines() if line.startswith("$ ")
