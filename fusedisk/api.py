@@ -359,7 +359,7 @@ def _plain_path(name: str, given: AnyPath) -> str:
 def callback(progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
     """The argument ``progress``. Raises TypeError."""
     if progress is not None and not callable(progress):
-        raise TypeError(f"progress is of the type {type(progress).__name__}, but a function was wanted.")
+        raise TypeError(f"progress is of the type {type(progress).__name__}, expected a function.")
     return progress or no_progress
 
 

@@ -48,7 +48,7 @@ def text(name: str, value: Any) -> str:
 def choice(name: str, value: Any, choices: Collection[str]) -> str:
     """One of a few words."""
     if text(name, value) not in choices:
-        raise OptionError(f"{name} is '{value}', but one of {', '.join(choices)} was wanted.")
+        raise OptionError(f"{name} is '{value}', expected one of {', '.join(choices)}.")
     return str(value)
 
 
@@ -95,22 +95,22 @@ def readable(name: str, value: Any) -> memoryview:
     try:
         view = memoryview(value)
     except TypeError:
-        _refuse(name, value, "bytes, or an object that holds them as bytes and bytearray do,")
+        _refuse(name, value, "bytes, or an object that holds them as bytes and bytearray do")
     if not view.c_contiguous:
         raise ValueError(f"{name} is a view of bytes that do not lie in one piece; bytes({name}) does.")
     try:
         return view.cast("B")
     except (TypeError, ValueError):
-        raise ValueError(f"{name} has items of the format '{view.format}', but plain bytes were wanted.") from None
+        raise ValueError(f"{name} has items of the format '{view.format}', expected plain bytes.") from None
 
 
 def fillable(name: str, value: Any) -> memoryview:
     """Bytes of a buffer that can be changed."""
     view = readable(name, value)
     if view.readonly:
-        _refuse(name, value, "a buffer that can be written to, such as a bytearray,")
+        _refuse(name, value, "a buffer that can be written to, such as a bytearray")
     return view
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:
-    raise TypeError(f"{name} is of the type {type(value).__name__}, but {wanted} was wanted.") from None
+    raise TypeError(f"{name} is of the type {type(value).__name__}, expected {wanted}.") from None

@@ -366,7 +366,7 @@ class DiskFile(io.RawIOBase):
         offset, whence = whole_number("offset", offset), whole_number("whence", whence)
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._disk.size}.get(whence)
         if start is None:
-            raise ValueError(f"whence is {whence}, but one of SEEK_SET, SEEK_CUR and SEEK_END was wanted.")
+            raise ValueError(f"whence is {whence}, expected one of SEEK_SET, SEEK_CUR and SEEK_END.")
         if start + offset < 0:
             raise OSError(errno.EINVAL, f"cannot seek to {start + offset}, before the start of the disk")
         self._position = start + offset

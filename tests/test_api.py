@@ -203,10 +203,10 @@ async def test_options(image: Path, tmp_path: Path) -> None:
     [
         (
             {"cache": "fast"},
-            "cache is 'fast', but one of writeback, writethrough, none, directsync, unsafe was wanted.",
+            "cache is 'fast', expected one of writeback, writethrough, none, directsync, unsafe.",
         ),
-        ({"discard": "yes"}, "discard is 'yes', but one of unmap, ignore was wanted."),
-        ({"detect_zeroes": "yes"}, "detect_zeroes is 'yes', but one of off, on, unmap was wanted."),
+        ({"discard": "yes"}, "discard is 'yes', expected one of unmap, ignore."),
+        ({"detect_zeroes": "yes"}, "detect_zeroes is 'yes', expected one of off, on, unmap."),
         ({"copy_on_read": True}, "copy_on_read keeps what is read in the image, so it needs writable=True."),
         ({"format": "vhdy"}, "there is no image format 'vhdy'"),
         ({"force_share": True, "writable": True}, "force-share is for read-only images"),

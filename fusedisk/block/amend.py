@@ -1,4 +1,4 @@
-"""Changing the settings of an image that is there: the door, and opening an image for it."""
+"""Changing the settings of an existing image: the door, and opening an image for it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def amend_node(
     """
     kind = node.driver.amend_options_type
     if kind is None:
-        raise NotSupportedError(f"{node.driver.name} images have nothing that can be changed.")
+        raise NotSupportedError(f"{node.driver.name} images have no settings that can be changed.")
     parsed = kind.parse(options, node.driver.name)
     old = node.length
     async with alone(node, "amend"):

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _MOST_TRIES_OFF = 1 << 12
-"""Writes that are not tried at once after those that could not be."""
+"""After a failed attempt, how many writes at most skip the attempt (exponential back-off)."""
 
 
 class Accounting:
@@ -137,7 +137,7 @@ class Backend:
         self.accounting.bytes_written += len(buffer)
 
     def write_now(self, offset: int, buffer: memoryview) -> bool:
-        """:meth:`write`, if that takes no waiting. False: a part may be written, so the same is to be written again."""
+        """Write, if that takes no waiting. False: a part may be written, so the caller must write all of it again."""
         if self.immediate.write(offset, buffer):
             return True
         if self._tries_off:
@@ -149,7 +149,7 @@ class Backend:
         try:
             run_at_once(io.write(root.node, offset, (buffer,)))
         except WouldWait:
-            # Clusters that were taken for it must be filled up when they are taken again.
+            # An attempt in vain is not free: the clusters that it allocated must be filled up when they are used again.
             self._tries_off = self._failed_tries = min(2 * self._failed_tries + 1, _MOST_TRIES_OFF)
             return False
         except BaseException:
@@ -309,7 +309,7 @@ class Backend:
         return buffer
 
     async def _run(self, request: Callable[[Node], Awaitable[_Result]]) -> _Result:
-        """A request that is no request for bytes of the disk."""
+        """Run something that needs no byte range but must be counted as in flight."""
         node = await self._begin(0, 0)
         try:
             return await request(node)

@@ -1,6 +1,6 @@
 """Making a new image: the file first, then the format's own structures in it.
 
-A failure leaves no new file behind. A file that was there before is replaced only after the options were looked at, the
+A failure leaves no new file behind. An existing file is replaced only after the options were looked at, the
 data file, if that is a new one, is there, and the protocol driver has its locks. It keeps whatever a later failure left
 in it.
 """
@@ -106,7 +106,7 @@ def _target(drivers: Registry, driver: type[Driver], filename: str) -> _Target:
     name = parsed.get("driver")
     place = parsed.get("filename")
     if not isinstance(name, str) or not isinstance(place, str) or parsed.keys() - {"driver", "filename"}:
-        raise OptionError(f"'{filename}' cannot be created, the name of a file or device was wanted.")
+        raise OptionError(f"'{filename}' cannot be created, expected the name of a file or device.")
     return _Target(drivers.load(name), place)
 
 
@@ -194,7 +194,7 @@ def _data_target(drivers: Registry, data_file: str, image: _Target) -> _Target:
     parsed = parse_filename(resolve_reference(data_file, image.filename), drivers)
     name, place = parsed.get("driver"), parsed.get("filename")
     if not isinstance(name, str) or not isinstance(place, str) or parsed.keys() - {"driver", "filename"}:
-        raise OptionError(f"the data file '{data_file}' cannot be created, the name of a file or device was wanted.")
+        raise OptionError(f"the data file '{data_file}' cannot be created, expected the name of a file or device.")
     if paths.real(place) == paths.real(image.filename):
         raise OptionError(f"the new image '{image.filename}' cannot be its own data file.")
     return _Target(drivers.load(name), place)

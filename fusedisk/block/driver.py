@@ -102,11 +102,11 @@ class Driver:
     moves_bytes: ClassVar[bool] = False
     """True where the driver has ``preadv`` and ``pwritev``; otherwise the core asks ``map``."""
     asks_before_waiting: ClassVar[bool] = False
-    """True where whatever suspends a read or a write calls :func:`fusedisk.core.at_once.refuse_to_wait` first, so that
-    a request may be tried without a task. Host I/O in worker threads does."""
+    """True if every place in this driver that can block calls :func:`fusedisk.core.at_once.refuse_to_wait` first. The
+    core may then run a request without starting a task. Host I/O in worker threads does call it."""
     supports_backing: ClassVar[bool] = False
     length_unit: ClassVar[int] = 1
-    """A new length of the node must be a multiple of so many bytes."""
+    """A new length of the node must be a multiple of this, in bytes."""
     options_type: ClassVar[type[Options]] = Options
     create_options_type: ClassVar[type[CreateOptions] | None] = None
     """None: images of this kind cannot be created."""
@@ -322,7 +322,7 @@ class Driver:
         return None
 
     def host_descriptor(self) -> int | None:
-        """A descriptor of a host file that is this node byte by byte, for who wants to reach it past us; None where
+        """A descriptor of a host file that is this node byte by byte, so that others can access it directly; None where
         there is no such file."""
         return None
 

@@ -161,7 +161,7 @@ class Immediate:
         return pieces or parts
 
     def count_lent(self, length: int) -> None:
-        """What was lent is read."""
+        """Count bytes that were sent from where they lie."""
         accounting = self._backend.accounting
         accounting.reads += 1
         accounting.bytes_read += length
@@ -201,7 +201,7 @@ class Immediate:
             return
         self._node = node = root.node
         below = _below(node)
-        # Whoever shares the image with another writer must ask the file each time.
+        # With another writer of the image, the file must be asked each time.
         self._reads = not any(each.config.copy_on_read or each.config.force_share for each in below)
         self._writes = self._reads and bool(root.perm & permissions.WRITE) and backend.write_cache
         self._detects = any(each.config.detect_zeroes != "off" for each in below)

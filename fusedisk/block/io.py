@@ -180,8 +180,8 @@ async def _write_compressed(node: Node, offset: int, buffers: Sequence[Buffer], 
     end, unit = offset + length, node.limits.cluster_size
     if offset % unit or end > node.length or (end % unit and end != node.length):
         raise OutOfRangeError(
-            f"A compressed write of {length} bytes at {offset} was asked of '{node.filename}', but whole clusters of "
-            f"{unit} bytes, or up to the disk's end at {node.length}, were wanted."
+            f"A compressed write of {length} bytes at {offset} was asked of '{node.filename}', expected whole "
+            f"clusters of {unit} bytes, or up to the disk's end at {node.length}."
         )
     request = Request(offset, -(-end // unit) * unit, True, serialising=True)
     request.enter(node)
@@ -442,7 +442,7 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
     somebody forbids it.
     """
     if not 0 <= length < 1 << 63:
-        raise OutOfRangeError(f"'{node.filename}' cannot be {length} bytes long, 0 to 2^63 - 1 was wanted.")
+        raise OutOfRangeError(f"'{node.filename}' cannot be {length} bytes long, expected 0 to 2^63 - 1.")
     check_writable(node, 0)
     node.check_operation("resize")
     if not node.perm & permissions.RESIZE:

@@ -51,7 +51,7 @@ class Opener:
         return await self._open_chain(options, config, None)
 
     def _allow_named(self, options: Mapping[str, Any]) -> None:
-        """What the user's own options name has passed the gate."""
+        """Tell the gate that the user named these files, so that it lets them through."""
         for key, value in options.items():
             if isinstance(value, Mapping):
                 self._allow_named(value)
@@ -208,7 +208,7 @@ class Opener:
         filename = options.pop("filename", None)
         if filename is not None:
             if "file" in options:
-                raise OptionError("'filename' and 'file' say the same thing, one of them was wanted.")
+                raise OptionError("'filename' and 'file' name the same thing: give one of them.")
             options["file"] = parse_filename(str(filename), self.drivers)
 
     async def _open_probed(
@@ -303,7 +303,7 @@ def _string(options: dict[str, Any], name: str) -> str | None:
     """Take a string out of ``options``; None where it is not there."""
     value = options.pop(name, None)
     if value is not None and not isinstance(value, str):
-        raise OptionError(f"option '{name}' is a {type(value).__name__}, but a string was wanted.")
+        raise OptionError(f"option '{name}' is a {type(value).__name__}, expected a string.")
     if value == "":
         raise OptionError(f"option '{name}' is empty.")
     return value
@@ -313,9 +313,7 @@ def _child(options: dict[str, Any], name: str) -> str | dict[str, Any] | None:
     """Take what describes a child out of ``options``; None where it is not there."""
     value = options.pop(name, None)
     if value is not None and not isinstance(value, (str, dict)):
-        raise OptionError(
-            f"option '{name}' is a {type(value).__name__}, but the name of a node or its options were wanted."
-        )
+        raise OptionError(f"option '{name}' is a {type(value).__name__}, expected the name of a node or its options.")
     return value
 
 
@@ -344,5 +342,5 @@ def common_options(options: dict[str, Any], defaults: NodeConfig) -> tuple[NodeC
 
 def _choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise OptionError(f"option '{name}' is '{value}', but one of {', '.join(choices)} was wanted.")
+        raise OptionError(f"option '{name}' is '{value}', expected one of {', '.join(choices)}.")
     return str(value)

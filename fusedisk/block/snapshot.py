@@ -166,7 +166,7 @@ async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
 def check_vmstate_range(offset: int, length: int) -> None:
     """Raise OutOfRangeError for what no VM state can have."""
     if offset < 0 or length < 0 or offset + length > _MAX_VMSTATE:
-        raise OutOfRangeError(f"VM state has no {length} bytes at {offset}: 0 to 2^56 were wanted.")
+        raise OutOfRangeError(f"VM state has no {length} bytes at {offset}: expected 0 to 2^56.")
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""``fusedisk amend``: other settings for an image that is there."""
+"""``fusedisk amend``: other settings for an existing image."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Examples:
   fusedisk amend -o encrypt.state=inactive,encrypt.old-key-file=old.key vm.qcow2
   fusedisk amend -f qcow2 -o help                                   # which options are there
 
-A process that dies meanwhile leaves an image that is sound, with some of the changes made.""",
+If the process dies meanwhile, the image stays intact, with some of the changes made.""",
 )
 @click.argument("image", required=False, shell_complete=complete_file)
 @click.option(
@@ -44,17 +44,19 @@ A process that dies meanwhile leaves an image that is sound, with some of the ch
     "--format",
     metavar="FMT",
     shell_complete=complete_format,
-    help="The image's format; found out by its first bytes if not given.",
+    help="Format of the image (default: detected).",
 )
 @option_values(_kinds, "What to change, by the format's own options; 'help' lists them.", required=True)
 @click.option(
-    "--force", is_flag=True, help="Also what may lose data: erase the last key slot, name another backing file."
+    "--force",
+    is_flag=True,
+    help="Allow changes that can lose data, such as erasing the last key slot or naming another backing file.",
 )
 @click.option(
     "--key-file",
     metavar="FILE",
     shell_complete=complete_file,
-    help="File with the passphrase of an encrypted image; - is standard input's first line.",
+    help="File with the passphrase of an encrypted image; - reads the first line of standard input.",
 )
 @progress_option
 @gate_options
@@ -68,9 +70,9 @@ def command(
     allow_path: tuple[str, ...],
     allow_any_reference: bool,
 ) -> None:
-    """Change settings of IMAGE; the others, and what its disk holds, stay as they are.
+    """Change settings of IMAGE. Other settings and the disk's content stay as they are.
 
-    What cannot be changed is refused before anything is.
+    If a change is impossible, nothing is changed.
     """
     if "help" in options:
         _print_options(format)
@@ -113,5 +115,5 @@ def _print_options(format: str | None) -> None:
         raise click.UsageError("'-o help' needs -f, as formats have options of their own.")
     kind = DRIVERS.load_format(format).amend_options_type
     if kind is None:
-        raise NotSupportedError(f"{format} images have nothing that can be changed.")
+        raise NotSupportedError(f"{format} images have no settings that can be changed.")
     print_facts(describe_options(kind))

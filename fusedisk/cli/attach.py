@@ -61,11 +61,11 @@ Then: mount /dev/loop0p1 /mnt/files, fusedisk detach /dev/loop0"""
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="Whether the device goes past the page cache of the mount's file; auto: where the kernel can.",
+    help="Bypass the page cache of the mounted file; auto: if the kernel can.",
 )
 @output_option
 def command(image: str, sector_size: str, direct_io: str, output: str, **given: Any) -> None:
-    """Attach IMAGE to a free loop device and print its name; its partitions become devices, too.
+    """Attach IMAGE to a free loop device and print its name; its partitions become devices too.
 
     A daemon serves it until it is detached (fusedisk detach). Needs root.
     """

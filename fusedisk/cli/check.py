@@ -36,9 +36,9 @@ this format cannot be checked.""",
     "-r",
     "--repair",
     type=click.Choice(["leaks", "all"]),
-    help="Give leaked space back, or put right everything that is wrong.",
+    help="Free leaked space, or fix everything.",
 )
-@click.option("-n", "--dry-run", is_flag=True, help="With --repair: change nothing, tell what would be done.")
+@click.option("-n", "--dry-run", is_flag=True, help="With --repair: change nothing, and show what would be done.")
 @progress_option
 @output_option
 def command(
@@ -113,7 +113,7 @@ def _print(result: CheckResult, repairing: bool, dry_run: bool) -> None:
     if result.leaks:
         say(f"{result.leaks} leaked clusters: wasted space, no harm to data.")
     if result.check_errors:
-        say(f"{result.check_errors} things could not be looked at.")
+        say(f"{result.check_errors} things could not be checked.")
     if result.total_clusters:
         share = 100 * result.allocated_clusters / result.total_clusters
         say(

@@ -35,7 +35,7 @@ Examples:
   fusedisk create -f raw -o preallocation=full disk.img 512M
   fusedisk create -f qcow2 -o help                               # which options are there
 
-SIZE is a number of bytes, or one with a unit that counts in powers of 1024: 64k, 512M, 10G, 1.5T.""",
+SIZE is a number of bytes, or a number with a unit in powers of 1024: 64k, 512M, 10G, 1.5T.""",
 )
 @click.argument("filename", required=False, metavar="FILE", shell_complete=complete_file)
 @click.argument("size", required=False)
@@ -46,19 +46,19 @@ SIZE is a number of bytes, or one with a unit that counts in powers of 1024: 64k
     show_default=True,
     metavar="FMT",
     shell_complete=complete_format,
-    help="The format of the new image.",
+    help="Format of the new image.",
 )
 @option_values(_kinds, "The format's own options; 'help' lists them.")
-@click.option("-b", "--backing", metavar="FILE", help="What the image stands on; named as seen from the new image.")
+@click.option("-b", "--backing", metavar="FILE", help="Backing file; a relative name starts from the new image.")
 @click.option(
-    "-F", "--backing-format", metavar="FMT", shell_complete=complete_format, help="The format of the backing file."
+    "-F", "--backing-format", metavar="FMT", shell_complete=complete_format, help="Format of the backing file."
 )
-@click.option("-u", "--unsafe", is_flag=True, help="Do not look at the backing file; it need not exist.")
+@click.option("-u", "--unsafe", is_flag=True, help="Do not open the backing file; it need not exist.")
 @click.option(
     "--force", is_flag=True, help="Replace an existing file that is not empty, or the content of a block device."
 )
 @progress_option
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing when it went well.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
 @gate_options
 def command(
     filename: str | None,
@@ -74,7 +74,7 @@ def command(
     allow_path: tuple[str, ...],
     allow_any_reference: bool,
 ) -> None:
-    """Make a new image FILE with a disk of SIZE.
+    """Create the image FILE with a disk of SIZE.
 
     With a backing file the size may be left out. A file of that name that is not empty is replaced with --force only,
     and never while something uses it.

@@ -92,7 +92,7 @@ class Daemon:
         """It tries to unmount."""
 
     async def run(self) -> int:
-        """All of it."""
+        """Open, mount, serve, close; returns the exit code."""
         memory_pressure.prepare()
         sys.setswitchinterval(_SWITCH_INTERVAL)
         allow_processes(inflated_capacity())

@@ -74,14 +74,14 @@ def gate_options(command: _Command) -> _Command:
     command = click.option(
         "--allow-any-reference",
         is_flag=True,
-        help="Follow whatever files the image names. Only for images that you trust.",
+        help="Open every file that the image refers to. Only for images that you trust.",
     )(command)
     return click.option(
         "--allow-path",
         metavar="DIR",
         multiple=True,
         type=click.Path(),
-        help="A place outside the image's own directory where backing files may lie (may be repeated).",
+        help="Also open referenced files below DIR (may be repeated).",
     )(command)
 
 
@@ -101,12 +101,12 @@ def opening_options(command: _Command) -> _Command:
         "-U",
         "--force-share",
         is_flag=True,
-        help="Look at it even while another process writes to it; what is told may be out of date.",
+        help="Read while another process writes to the image; the answer may be out of date.",
     )(command)
     return click.option(
         "-f",
         "--format",
         metavar="FMT",
         shell_complete=complete_format,
-        help="The image's format; found out by its first bytes if not given.",
+        help="Format of the image (default: detected).",
     )(command)

@@ -44,10 +44,10 @@ Examples:
   fusedisk info driver=raw,file.filename=disk.img,offset=1M""",
 )
 @image_options
-@click.option("--backing-chain", is_flag=True, help="Tell about the backing files too, from the top down.")
+@click.option("--backing-chain", is_flag=True, help="Show the backing files too, from the top down.")
 @output_option
 def command(backing_chain: bool, output: str, **choice: Any) -> None:
-    """Tell the format, size and backing file of IMAGE.
+    """Show format, size and backing file of IMAGE.
 
     The backing file is named, not opened, unless --backing-chain asks for it; a data file is only named.
     """

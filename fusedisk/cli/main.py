@@ -31,15 +31,15 @@ COMMANDS = {
     "umount": "Unmount, after everything is flushed.",
     "list": "Show what is mounted.",
     "attach": "Attach an image to a loop device.",
-    "detach": "Detach it again, after everything is flushed.",
-    "create": "Make a new image.",
+    "detach": "Detach a loop device, after everything is flushed.",
+    "create": "Create a new image.",
     "resize": "Give the disk of an image another size.",
-    "info": "Tell an image's format, size and backing chain.",
-    "map": "Tell where the bytes of a disk lie.",
-    "measure": "Tell how much space an image would take.",
-    "check": "Tell whether an image's metadata is sound, and repair it.",
-    "snapshot": "List, make, apply or delete the snapshots inside an image.",
-    "amend": "Change settings of an image that is there.",
+    "info": "Show an image's format, size and backing chain.",
+    "map": "Show where the bytes of a disk lie.",
+    "measure": "Show how much space an image would take.",
+    "check": "Check an image's metadata, and repair it.",
+    "snapshot": "List, create, apply or delete the snapshots inside an image.",
+    "amend": "Change settings of an existing image.",
     "completion": "Print the completion script for a shell.",
 }
 """Every subcommand, in the order of the help; ``fusedisk/cli/NAME.py`` is its module."""
@@ -67,7 +67,7 @@ HELP = click.Option(
     callback=_say_and_exit(click.Context.get_help),
     help="Show this message and exit.",
 )
-"""In place of click's own, which prints by itself: an output that cannot be written is told as everywhere else."""
+"""Replaces click's --help, which ignores write errors."""
 
 EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_BROKEN_PIPE = 1, 2, 70, 141
 
@@ -91,7 +91,7 @@ class LazyGroup(click.Group):
         return found
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Without any, the help says what there is."""
+        """Without arguments, print the help to stderr and exit 2."""
         if not args and not ctx.resilient_parsing:
             tell_lines(ctx.get_help())
             ctx.exit(EXIT_USAGE)

@@ -43,11 +43,13 @@ it reads as zeroes, "data" that there are bytes for it on the host, at "offset" 
 @click.option(
     "-s", "--start-offset", callback=parse_size_option, default="0", metavar="SIZE", help="Where to start (default: 0)."
 )
-@click.option("-l", "--max-length", callback=parse_size_option, metavar="SIZE", help="How much to tell (default: all).")
+@click.option(
+    "-l", "--max-length", callback=parse_size_option, metavar="SIZE", help="How many bytes to show (default: all)."
+)
 @progress_option
 @output_option
 def command(start_offset: int, max_length: int | None, progress: bool, output: str, **choice: Any) -> None:
-    """Tell where the bytes of the disk in IMAGE lie, through its whole backing chain.
+    """Show where the bytes of the disk in IMAGE lie, through its whole backing chain.
 
     For people: the ranges with data, their place on the host and the file. Compressed ranges have no place of their
     own and say so.

@@ -48,7 +48,7 @@ it takes once everything was written. The numbers are those of qemu-img measure.
 @click.argument("image", required=False, shell_complete=complete_file)
 @opening_options
 @gate_options
-@click.option("-s", "--size", callback=parse_size_option, metavar="SIZE", help="A new disk of this size.")
+@click.option("-s", "--size", callback=parse_size_option, metavar="SIZE", help="Measure a new disk of this size.")
 @click.option(
     "-O",
     "--target-format",
@@ -56,7 +56,7 @@ it takes once everything was written. The numbers are those of qemu-img measure.
     show_default=True,
     metavar="FMT",
     shell_complete=complete_format,
-    help="The format of the image to be.",
+    help="Format of the new image.",
 )
 @option_values(_kinds, "Its creation options; 'help' lists them.")
 @progress_option
@@ -70,7 +70,7 @@ def command(
     output: str,
     **choice: Any,
 ) -> None:
-    """Tell how much space a new image takes: one with a disk of --size, or a copy of the disk in IMAGE."""
+    """Show how much space a new image needs: for a disk of --size, or for a copy of the disk in IMAGE."""
     if "help" in options:
         _print_options(target_format)
         return

@@ -45,32 +45,32 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
 @click.argument("images", metavar="IMAGE...", nargs=-1, callback=_check_images, shell_complete=complete_file)
 @click.argument("mountpoint", metavar="MOUNTPOINT", required=False, is_eager=True, shell_complete=complete_file)
 @click.option("-r", "--read-only", is_flag=True, help="Open the images read-only; the files have no write permission.")
-@click.option("--overlay", is_flag=True, help="A throw-away layer takes all writes; the image is never touched.")
+@click.option("--overlay", is_flag=True, help="Write to a throw-away layer; the image is never touched.")
 @click.option(
     "--overlay-file",
     metavar="FILE",
     shell_complete=complete_file,
-    help="A qcow2 layer takes all writes; it is made if it is missing, and used again if it stands on IMAGE.",
+    help="Write to the qcow2 layer FILE; it is created if it is missing, and used again if it stands on IMAGE.",
 )
 @click.option(
-    "--name", metavar="NAME", help="Name of the file (for one image; 'name=NAME' in an image's options for each)."
+    "--name",
+    metavar="NAME",
+    help="Name of the file, for one image; with several, put 'name=NAME' among the options of each.",
 )
-@click.option("--partitions", is_flag=True, help="Each partition of a disk is a file as well: NAME.p1 and so on.")
-@click.option(
-    "--snapshots", is_flag=True, help="Each internal snapshot of an image is a read-only file as well: NAME@SNAPSHOT."
-)
+@click.option("--partitions", is_flag=True, help="Show each partition as a file too: NAME.p1 and so on.")
+@click.option("--snapshots", is_flag=True, help="Show each internal snapshot as a read-only file too: NAME@SNAPSHOT.")
 @click.option(
     "-f",
     "--format",
     metavar="FMT",
     shell_complete=complete_format,
-    help="The images' format; found by their first bytes.",
+    help="Format of the images (default: detected).",
 )
 @click.option(
     "--key-file",
     metavar="FILE",
     shell_complete=complete_file,
-    help="The passphrase of an encrypted image; - reads it from standard input's first line.",
+    help="File with the passphrase of encrypted images; - reads the first line of standard input.",
 )
 @click.option("--copy-on-read", is_flag=True, help="Keep in the top layer what was read from its backing file.")
 @click.option(
@@ -78,48 +78,48 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
     type=click.Choice(["off", "on", "unmap"]),
     default="off",
     show_default=True,
-    help="Store writes of zeroes compactly; unmap: give their space back.",
+    help="Store zeroes that are written without taking space, where the format can; unmap: also give space back.",
 )
 @click.option(
     "--discard",
     type=click.Choice(["ignore", "unmap"]),
     default="unmap",
     show_default=True,
-    help="Whether discarded ranges give their space back.",
+    help="unmap: discarded ranges give their space back.",
 )
 @click.option(
     "--cache",
     type=click.Choice(["writeback", "writethrough", "none", "directsync", "unsafe"]),
     default="writeback",
     show_default=True,
-    help="How the image is written; QEMU's modes.",
+    help="How writes reach the disk, as in QEMU.",
 )
 @click.option(
     "--kernel-cache",
     type=click.Choice(["auto", "off"]),
     default="auto",
     show_default=True,
-    help="Let the kernel keep what it reads, where it knows of every change; off: it asks each time.",
+    help="Let the kernel cache a file if it learns of every change; off: it asks each time.",
 )
 @click.option(
     "--passthrough",
     type=click.Choice(["off", "auto", "on"]),
     default="auto",
     show_default=True,
-    help="Let the kernel read and write a plain raw image past us (Linux 6.9, root). auto: where a write past the end "
-    "cannot make the image longer, or may (--growable).",
+    help="Let the kernel access a raw image's file directly (Linux 6.9, root). auto: only if a write past the end "
+    "cannot grow the image, or --growable allows it.",
 )
 @click.option(
     "--channel",
     type=click.Choice(["auto", "off"]),
     default="auto",
     show_default=True,
-    help="Serve data by our own reader of /dev/fuse; off: by pyfuse3, slower and without holes and discard.",
+    help="Serve data by fusedisk's own FUSE loop; off: by pyfuse3, slower, without holes and discard.",
 )
 @click.option(
     "--low-latency",
     is_flag=True,
-    help="Keep the machine's processors from sleeping while requests come one after the other (root).",
+    help="Keep processors awake while requests follow each other (root).",
 )
 @click.option("--growable", is_flag=True, help="A write past the end makes the disk longer.")
 @click.option(
@@ -127,27 +127,30 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
     type=click.Choice(["off", "on", "auto"]),
     default="auto",
     show_default=True,
-    help="Let other users in, root among them; auto: where that is permitted.",
+    help="Let other users use the files, root included; auto: if the system permits it.",
 )
-@click.option("--uid", type=user, metavar="USER", help="Owner of the files, a name or a number.")
-@click.option("--gid", type=group, metavar="GROUP", help="Group of the files, a name or a number.")
+@click.option("--uid", type=user, metavar="USER", help="Owner of the files, by name or number.")
+@click.option("--gid", type=group, metavar="GROUP", help="Group of the files, by name or number.")
 @click.option("--mode", metavar="MODE", help="Permissions of the files, octal.  [default: 0600, or 0400 read-only]")
 @click.option(
-    "-U", "--force-share", is_flag=True, help="With --read-only: look at images even while somebody writes to them."
+    "-U",
+    "--force-share",
+    is_flag=True,
+    help="With --read-only: ignore image locks, and read while another process writes.",
 )
 @gate_options
-@click.option("--foreground", is_flag=True, help="Stay; otherwise the command returns when the mount is ready.")
+@click.option("--foreground", is_flag=True, help="Run in the foreground instead of leaving a daemon behind.")
 @click.option(
-    "--pid-file", metavar="FILE", shell_complete=complete_file, help="Write the daemon's pid there when ready."
+    "--pid-file", metavar="FILE", shell_complete=complete_file, help="Write the daemon's process id to FILE when ready."
 )
 @click.option(
-    "--ready-fd", type=click.IntRange(0), metavar="N", help="Write a line to this file descriptor when ready."
+    "--ready-fd", type=click.IntRange(0), metavar="N", help="Write the line 'ready' to file descriptor N when ready."
 )
 @output_option
 def command(**given: Any) -> None:
     """Mount each IMAGE as a flat raw file in the directory MOUNTPOINT.
 
-    The file is called as the image without the extension of its format. A regular file as MOUNTPOINT becomes the
+    A file has the image's name without the extension of its format. A regular file as MOUNTPOINT becomes the
     one IMAGE itself. The command returns when the mount is ready; a daemon serves it until it is unmounted
     (fusedisk umount).
     """
@@ -193,7 +196,7 @@ def _print_record(mountpoint: str) -> None:
 
 
 def make_request(given: dict[str, Any]) -> MountRequest:
-    """The request that the options make. Raises OptionError, or UsageError for options that contradict each other."""
+    """Return what the options ask for. Raises OptionError, or UsageError for options that contradict each other."""
     from fusedisk.block.filenames import parse_argument
     from fusedisk.cli.daemon import MountRequest
     from fusedisk.core import paths
@@ -248,7 +251,7 @@ def _check_combination(given: dict[str, Any]) -> None:
     several = len(given["images"]) > 1
     layered = given["overlay"] or given["overlay_file"] is not None
     wrong = [
-        (given["overlay"] and given["overlay_file"] is not None, "--overlay and --overlay-file exclude each other."),
+        (given["overlay"] and given["overlay_file"] is not None, "--overlay and --overlay-file cannot be combined."),
         (layered and given["read_only"], "an overlay takes writes, which --read-only forbids: choose one of them."),
         (several and given["overlay_file"] is not None, "--overlay-file is for one image, but several were given."),
         (several and given["name"] is not None, "--name is for one image; give each of several its own with 'name='."),
@@ -276,7 +279,7 @@ def _mode(text: str | None) -> int | None:
         return None
     mode = parse_octal(text)
     if mode is None:
-        raise click.BadParameter(f"'{text}' is no permissions in octal, such as 0640.", param_hint="--mode")
+        raise click.BadParameter(f"'{text}' is invalid; expected octal permissions, such as 0640.", param_hint="--mode")
     return mode
 
 
@@ -301,7 +304,7 @@ def _key_file(path: str | None) -> str | None:
 
 
 def check_request(request: MountRequest) -> None:
-    """Everything that can be found wrong before an image is opened; cleans up after a daemon that died here."""
+    """Check all that can be checked before an image is opened; clean up after a daemon that died here."""
     from fusedisk.mount import mountpoint, runtime
 
     if request.ready_fd is not None:

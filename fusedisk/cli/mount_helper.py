@@ -194,7 +194,7 @@ def _one_option(param: click.Option, name: str, value: str | None) -> list[str]:
 def _octal(text: str) -> int:
     value = mounting.parse_octal(text)
     if value is None:
-        raise HelperUsageError(f"umask={text} is no mask in octal, such as umask=027.")
+        raise HelperUsageError(f"umask={text} is invalid; expected an octal mask, such as umask=027.")
     return value
 
 

@@ -133,5 +133,5 @@ def _check_link(path: str, link: int, directory: int, *, last: bool) -> None:
     if owner not in trusted:
         raise OptionError(
             f"the pid file '{path}' leads through '{os.readlink(f'/proc/self/fd/{link}')}', a symbolic link of user "
-            f"{owner}, but one of user {' or '.join(map(str, sorted(trusted)))} was wanted."
+            f"{owner}, expected one of user {' or '.join(map(str, sorted(trusted)))}."
         )

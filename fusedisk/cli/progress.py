@@ -39,7 +39,7 @@ def progress_option(command: _Command) -> _Command:
         "--progress",
         "progress",
         is_flag=True,
-        help="Print how far it has come: a bar on a terminal, else a line for each percent on stderr.",
+        help="Show progress: a bar on a terminal, otherwise a line for each percent on stderr.",
     )(command)
 
 

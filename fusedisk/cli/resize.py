@@ -44,18 +44,18 @@ Partitions and filesystems stay as large as they are: make them smaller before, 
     "--format",
     metavar="FMT",
     shell_complete=complete_format,
-    help="The image's format; found out by its first bytes if not given.",
+    help="Format of the image (default: detected).",
 )
 @click.option(
     "--preallocation",
     type=click.Choice(["off", "metadata", "falloc", "full"]),
     default="off",
     show_default=True,
-    help="Space reserved for what is added.",
+    help="Reserve space for what is added.",
 )
-@click.option("--shrink", is_flag=True, help="Allow a smaller size, and lose what lies behind it.")
+@click.option("--shrink", is_flag=True, help="Allow a smaller size, and lose what is cut off.")
 @progress_option
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing when it went well.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
 @gate_options
 def command(
     image: str,

@@ -30,15 +30,15 @@ Examples:
   fusedisk mount driver=qcow2,file.filename=vm.qcow2,internal-snapshot=before-upgrade,name=then --read-only /mnt/disk
 
 Names need not be unique. --apply takes an id or a name and looks for the id first, --delete takes a name; where several
-snapshots have the same name, the oldest is meant.""",
+snapshots have the same name, the oldest one counts.""",
 )
 @image_options
 @click.option("-l", "--list", "listing", is_flag=True, help="List the snapshots. The default.")
-@click.option("-c", "--create", metavar="NAME", help="Keep what the disk holds now, its size included.")
-@click.option("-a", "--apply", metavar="SNAPSHOT", help="Let the disk hold what it held then; the snapshot stays.")
-@click.option("-d", "--delete", metavar="NAME", help="Delete the snapshot, and give back the space that it alone used.")
+@click.option("-c", "--create", metavar="NAME", help="Keep the disk's content and size as they are now.")
+@click.option("-a", "--apply", metavar="SNAPSHOT", help="Go back to the snapshot; the snapshot stays.")
+@click.option("-d", "--delete", metavar="NAME", help="Delete the snapshot, and free the space that it alone used.")
 @progress_option
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing when it went well.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
 @output_option
 def command(
     listing: bool,
@@ -50,13 +50,13 @@ def command(
     output: str,
     **choice: Any,
 ) -> None:
-    """List, make, apply or delete the internal snapshots of IMAGE.
+    """List, create, apply or delete the internal snapshots of IMAGE.
 
     An image that another process uses is left alone; one whose process died in the midst of a change has either the old
     snapshots or the new ones.
     """
     if listing + sum(value is not None for value in (create, apply, delete)) > 1:
-        raise click.UsageError("of --list, --create, --apply and --delete only one can be done at a time.")
+        raise click.UsageError("give only one of --list, --create, --apply and --delete.")
     image = ImageChoice(**choice)
     if create is apply is delete is None:
         _print_list(run_async(_list, image), output)

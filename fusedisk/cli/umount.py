@@ -41,10 +41,8 @@ def _parse_seconds(ctx: click.Context, param: click.Parameter, value: str | None
 
 
 WAIT_OPTIONS = (
-    click.option("--wait", is_flag=True, help="Wait until nobody uses it any more."),
-    click.option(
-        "--timeout", callback=_parse_seconds, metavar="S", help="Wait as with --wait, but for S seconds at most."
-    ),
+    click.option("--wait", is_flag=True, help="Wait until nobody uses it."),
+    click.option("--timeout", callback=_parse_seconds, metavar="S", help="Wait at most S seconds; implies --wait."),
 )
 """Of every command that ends mounts."""
 
@@ -66,7 +64,7 @@ Examples:
   fusedisk umount --all"""
 )
 @click.argument("targets", metavar="[MOUNTPOINT|IMAGE]...", nargs=-1, shell_complete=complete_file)
-@click.option("-a", "--all", "every", is_flag=True, help="Unmount all mounts of yours, but not what is attached.")
+@click.option("-a", "--all", "every", is_flag=True, help="Unmount all of your mounts, but not attached images.")
 @wait_options
 @click.option("--force", is_flag=True, help="Flush and end it even if it is in use.")
 def command(targets: tuple[str, ...], every: bool, wait: bool, timeout: float | None, force: bool) -> None:

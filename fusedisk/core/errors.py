@@ -4,7 +4,7 @@ Every error that is meant for a user or for a caller's errno is one of these cla
 escapes a driver is a bug: it is logged with its traceback at the border (mount, command line) and costs the
 one request that met it.
 
-A message is one sentence that says what was found and what was wanted, and where it helps the next step.
+A message is one sentence that says what was found and what was expected, and where it helps the next step.
 Where in the graph it happened (node, operation, offset, length) is attached once on the way up by
 :meth:`FusediskError.at` and shown by ``str()``.
 """

@@ -36,11 +36,11 @@ def parse_size(text: str | int, what: str = "size") -> int:
     else:
         match = _SIZE.fullmatch(str(text))
         if match is None:
-            raise OptionError(f"{what} is '{text}', but a number of bytes was wanted, such as 4096, 512M or 10G.")
+            raise OptionError(f"{what} is '{text}', expected a number of bytes, such as 4096, 512M or 10G.")
         whole, part, unit = match.groups(default="")
         factor = _SIZE_UNITS[unit.lower()]
         if factor == 1 and part.strip("0"):
-            raise OptionError(f"{what} is '{text}', but a whole number of bytes was wanted.")
+            raise OptionError(f"{what} is '{text}', expected a whole number of bytes.")
         size = int(whole + part) * factor // 10 ** len(part)
     if not 0 <= size <= _MAX_SIZE:
         raise OptionError(f"{what} is {text}, but it must lie between 0 and 2^63 - 1.")
@@ -56,7 +56,7 @@ def parse_int(value: object, what: str) -> int:
             return int(value)
         if _HEXADECIMAL.fullmatch(value):
             return int(value, 16)
-    raise OptionError(f"{what} is '{value}', but a whole number was wanted.")
+    raise OptionError(f"{what} is '{value}', expected a whole number.")
 
 
 def parse_bool(value: object, what: str) -> bool:
@@ -68,7 +68,7 @@ def parse_bool(value: object, what: str) -> bool:
         return True
     if text in _FALSE:
         return False
-    raise OptionError(f"{what} is '{value}', but 'on' or 'off' was wanted.")
+    raise OptionError(f"{what} is '{value}', expected 'on' or 'off'.")
 
 
 def split_dotted(text: str) -> dict[str, str]:
@@ -80,7 +80,7 @@ def split_dotted(text: str) -> dict[str, str]:
     for part in _PARTS.findall(f"{text},") if text else []:
         key, equals, value = part.replace(",,", ",").partition("=")
         if not equals or not key:
-            raise OptionError(f"'{part}' is not an option, KEY=VALUE was wanted.")
+            raise OptionError(f"'{part}' is not an option, expected KEY=VALUE.")
         if key in flat:
             raise OptionError(f"option '{key}' is given twice.")
         flat[key] = value
@@ -143,7 +143,7 @@ def parse_json(text: str) -> dict[str, Any]:
             return nest(value)
     except (ValueError, RecursionError) as exc:
         raise OptionError(f"the JSON options could not be read: {exc}.") from exc
-    raise OptionError(f"the JSON options are a {type(value).__name__}, but an object was wanted.")
+    raise OptionError(f"the JSON options are a {type(value).__name__}, expected an object.")
 
 
 def option(
@@ -210,10 +210,10 @@ def _convert(value: Any, field: dataclasses.Field[Any], what: str) -> Any:
     if kind == "int":
         return parse_int(value, what)
     if not isinstance(value, str):
-        raise OptionError(f"{what} is a {type(value).__name__}, but a string was wanted.")
+        raise OptionError(f"{what} is a {type(value).__name__}, expected a string.")
     choices = field.metadata.get("choices") or ()
     if choices and value not in choices:
-        raise OptionError(f"{what} is '{value}', but one of {', '.join(choices)} was wanted.")
+        raise OptionError(f"{what} is '{value}', expected one of {', '.join(choices)}.")
     return value
 
 

@@ -63,7 +63,7 @@ class CipherSpec(NamedTuple):
         """
         match = _MODE.fullmatch(mode)
         if match is None:
-            raise ImageError(f"the cipher mode is '{mode}', but MODE-GENERATOR or MODE-GENERATOR:HASH was wanted.")
+            raise ImageError(f"the cipher mode is '{mode}', expected MODE-GENERATOR or MODE-GENERATOR:HASH.")
         name, generator, iv_hash = match.groups()
         _check_name("cipher", cipher, CIPHERS)
         _check_name("cipher mode", name, MODES)
@@ -90,7 +90,7 @@ class CipherSpec(NamedTuple):
         if key_bytes not in self.key_sizes():
             wanted = ", ".join(map(str, self.key_sizes()))
             raise UnsupportedFeatureError(
-                f"the key of {self.cipher}-{self.mode} has {key_bytes} bytes, but one of {wanted} was wanted."
+                f"the key of {self.cipher}-{self.mode} has {key_bytes} bytes, expected one of {wanted}."
             )
         if self.iv_hash is not None:
             check_hash(self.iv_hash)
@@ -103,7 +103,7 @@ class CipherSpec(NamedTuple):
 
 def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
-        raise UnsupportedFeatureError(f"the {what} is '{name}', but {' or '.join(known)} was wanted.")
+        raise UnsupportedFeatureError(f"the {what} is '{name}', expected {' or '.join(known)}.")
 
 
 def check_hash(name: str) -> None:

@@ -5,7 +5,7 @@ vector (IV), so a sector costs what two calls cost. The packages make a context 
 takes four times as long, and release the interpreter lock for every sector, so that a busy second thread
 slows them down further. Here calls for single sectors keep the lock and calls for long runs release it.
 
-The library is loaded when the first cipher is made; who opens a plain image does not pay for it. Memory is
+The library is loaded when the first cipher is made; opening a plain image does not load it. Memory is
 safe because every address is that of a writable buffer, held and bounded by the caller's memoryview.
 
 Source: OpenSSL's EVP_EncryptInit(3), the part that its versions 1.1 and 3 share.

@@ -113,7 +113,7 @@ def unlock(header: Header, materials: Materials, passphrase: bytes, filename: st
 
 
 def check_options(options: Options) -> None:
-    """Raise OptionError for options that make no cipher, or no work for who guesses passphrases."""
+    """Raise OptionError for options that make no cipher, or too little work for an attacker who guesses passphrases."""
     _cipher_of(options)
     _check_iterations(options)
 
@@ -231,7 +231,7 @@ def _cipher_of(options: Options) -> tuple[CipherSpec, int]:
     """The cipher and the length of its key in bytes."""
     name, _, bits = options.cipher_alg.rpartition("-")
     if bits not in _CIPHER_KEY_BYTES:
-        raise OptionError(f"The cipher is '{options.cipher_alg}', but aes-128, aes-192 or aes-256 was wanted.")
+        raise OptionError(f"The cipher is '{options.cipher_alg}', expected aes-128, aes-192 or aes-256.")
     iv_hash = options.ivgen_hash_alg
     if options.ivgen_alg == "essiv" and iv_hash is None:
         iv_hash = "sha256"
@@ -260,10 +260,10 @@ def _check_iterations(options: Options) -> None:
     if options.iterations is not None:
         if not MIN_ITERATIONS <= options.iterations <= MAX_ITERATIONS:
             raise OptionError(
-                f"{options.iterations} iterations were asked for, but {MIN_ITERATIONS} to {MAX_ITERATIONS} were wanted."
+                f"{options.iterations} iterations were asked for, expected {MIN_ITERATIONS} to {MAX_ITERATIONS}."
             )
     elif options.iter_time <= 0:
-        raise OptionError(f"iter-time is {options.iter_time}, but a positive number of milliseconds was wanted.")
+        raise OptionError(f"iter-time is {options.iter_time}, expected a positive number of milliseconds.")
 
 
 def _iterations_per_second(hash: str, secret: bytes, size: int) -> float:
@@ -284,4 +284,4 @@ def _empty_slot(material_offset: int) -> KeySlot:
 
 def _check_slot(slot: int) -> None:
     if not 0 <= slot < KEY_SLOTS:
-        raise OptionError(f"the key slot is {slot}, but 0 to {KEY_SLOTS - 1} was wanted.")
+        raise OptionError(f"the key slot is {slot}, expected 0 to {KEY_SLOTS - 1}.")

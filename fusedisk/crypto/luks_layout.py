@@ -135,12 +135,12 @@ def parse(head: bytes, area: int, filename: str) -> Header:
 
 def _parse(head: bytes) -> Header:
     if len(head) < HEADER_SIZE:
-        raise ImageError(f"it is {len(head)} bytes long, but {HEADER_SIZE} were wanted.")
+        raise ImageError(f"it is {len(head)} bytes long, expected {HEADER_SIZE}.")
     magic, version, cipher, mode, hash, payload, key_bytes, digest, salt, iterations, uuid = _FIXED.unpack_from(head)
     if magic != MAGIC:
-        raise ImageError(f"it begins with {magic.hex(' ')}, but {MAGIC.hex(' ')} was wanted.")
+        raise ImageError(f"it begins with {magic.hex(' ')}, expected {MAGIC.hex(' ')}.")
     if version != VERSION:
-        raise UnsupportedFeatureError(f"its version is {version}, but {VERSION} was wanted.")
+        raise UnsupportedFeatureError(f"its version is {version}, expected {VERSION}.")
     cipher_mode = _text(mode, "cipher mode")
     header = Header(
         spec=CipherSpec.parse(_text(cipher, "cipher name"), cipher_mode),
@@ -162,18 +162,16 @@ def _slots(head: bytes) -> Iterator[KeySlot]:
     for index in range(KEY_SLOTS):
         state, iterations, salt, sector, stripes = _SLOT.unpack_from(head, _FIXED.size + index * _SLOT.size)
         if state not in (ENABLED, DISABLED):
-            raise ImageError(
-                f"key slot {index} has the state {state:#x}, but {ENABLED:#x} or {DISABLED:#x} was wanted."
-            )
+            raise ImageError(f"key slot {index} has the state {state:#x}, expected {ENABLED:#x} or {DISABLED:#x}.")
         if stripes != STRIPES:
-            raise ImageError(f"key slot {index} has {stripes} stripes, but {STRIPES} were wanted.")
+            raise ImageError(f"key slot {index} has {stripes} stripes, expected {STRIPES}.")
         yield KeySlot(state == ENABLED, iterations, salt, sector * SECTOR)
 
 
 def _text(field: bytes, what: str) -> str:
     text, end, _ = field.partition(b"\0")
     if not end or not text.isascii() or not text.decode("ascii").isprintable():
-        raise ImageError(f"the {what} is {field!r}, but printable text and a zero byte were wanted.")
+        raise ImageError(f"the {what} is {field!r}, expected printable text and a zero byte.")
     return text.decode("ascii")
 
 
@@ -202,4 +200,4 @@ def _check(header: Header, area: int) -> None:
 
 def _check_iterations(what: str, iterations: int) -> None:
     if not 0 < iterations <= MAX_ITERATIONS:
-        raise ImageError(f"{what} takes {iterations} iterations, but 1 to {MAX_ITERATIONS} were wanted.")
+        raise ImageError(f"{what} takes {iterations} iterations, expected 1 to {MAX_ITERATIONS}.")

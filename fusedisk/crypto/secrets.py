@@ -38,9 +38,9 @@ class Secret:
         """
         if (self.data is None) == (self.file is None):
             found = "neither data nor file" if self.data is None else "both data and file"
-            raise OptionError(f"The secret has {found}, but one of them was wanted.")
+            raise OptionError(f"The secret has {found}, expected one of them.")
         if self.format not in FORMATS:
-            raise OptionError(f"The secret's format is '{self.format}', but raw or base64 was wanted.")
+            raise OptionError(f"The secret's format is '{self.format}', expected raw or base64.")
         if self.file is not None:
             return _decoded(_read_file(self.file), self.format, f"The secret file '{self.file}'")
         assert self.data is not None
@@ -80,7 +80,7 @@ def _decoded(content: bytes, format: str, what: str) -> bytes:
         except binascii.Error as exc:
             raise OptionError(f"{what} is not base64: {exc}.") from exc
     if not content:
-        raise OptionError(f"{what} is empty, but a passphrase was wanted.")
+        raise OptionError(f"{what} is empty, expected a passphrase.")
     try:
         text = content.decode()
     except UnicodeDecodeError as exc:

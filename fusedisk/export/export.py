@@ -163,12 +163,12 @@ class Export:
         return self.backend.immediate.read(offset, buffer)
 
     def lend_now(self, offset: int, length: int) -> list[Lent] | Pieces | None:
-        """Where in host files or in our memory the bytes of a range lie, for who takes them from there before anything
-        else happens, and then tells :meth:`count_lent`; None where that takes more, or waiting."""
+        """Return where the bytes of a range lie, so that the caller can send them without a copy and then call
+        :meth:`count_lent`; None if that is not possible without waiting. Valid until the next await."""
         return self.backend.immediate.lend(offset, length)
 
     def count_lent(self, length: int) -> None:
-        """What was lent is read."""
+        """Count bytes that were sent from where they lie."""
         self.backend.immediate.count_lent(length)
 
     def write_now(self, offset: int, data: memoryview) -> bool:

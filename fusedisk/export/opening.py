@@ -191,5 +191,5 @@ def take_name(spec: Spec) -> tuple[Spec, str | None]:
         return spec, None
     name = spec["name"]
     if not isinstance(name, str):
-        raise OptionError(f"the option 'name' is a {type(name).__name__}, but the name of a file was wanted.")
+        raise OptionError(f"the option 'name' is a {type(name).__name__}, expected the name of a file.")
     return {key: value for key, value in spec.items() if key != "name"}, check_name(name)

@@ -80,7 +80,7 @@ def _file_options(path: str) -> dict[str, Any]:
 async def open_named(graph: Graph, layer: Layer, path: str) -> Backend:
     """The image under the qcow2 layer ``path``, which is made if it is missing.
 
-    Raises ImageError if the layer that is there stands on something else; then it is not changed.
+    Raises ImageError if an existing layer stands on something else; then it is not changed.
     """
     image = await _open_image(graph, layer)
     try:

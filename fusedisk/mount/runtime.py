@@ -241,7 +241,7 @@ def remove_place(place: str) -> None:
 def check_pid_file(path: str) -> None:
     """Raise OptionError where something else than a regular file would be replaced, such as ``/dev/null``."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OptionError(f"the pid file '{path}' is there and is not a regular file, which was wanted.")
+        raise OptionError(f"the pid file '{path}' exists and is not a regular file.")
 
 
 def record_path(mountpoint: str) -> str:

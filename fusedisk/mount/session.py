@@ -91,7 +91,7 @@ class Session:
 
     def place(self) -> str:
         """Where the mount is now. Blocks for a moment."""
-        # Once it is gone its numbers are soon another's.
+        # The kernel reuses mount ids: once ours is gone, the id may belong to another mount.
         return mountinfo.place_of(self._mount) if self._mount is not None and self._serving else self.mountpoint
 
     async def serve(self, ready: Callable[[], None]) -> None:

@@ -45,7 +45,7 @@ def splice(before: set[int]) -> Spliced:
     except OSError as exc:
         raise HostError(f"'/proc/self/fd', which tells libfuse's descriptor, cannot be read: {exc.strerror}.") from exc
     if len(new) != 1:
-        raise HostError(f"libfuse has {len(new)} new descriptors of '{FUSE_DEVICE}', but one was wanted.")
+        raise HostError(f"libfuse has {len(new)} new descriptors of '{FUSE_DEVICE}', expected one.")
     (number,) = new
     with contextlib.ExitStack() as undo:
         try:

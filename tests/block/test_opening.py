@@ -43,25 +43,25 @@ NESTED = {"driver": "memory", "filename": "disk"}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"driver": ["toy"], "file": NESTED}, "option 'driver' is a list, but a string was wanted."),
-        ({"driver": {"a": 1}}, "option 'driver' is a dict, but a string was wanted."),
-        ({"driver": 5}, "option 'driver' is a int, but a string was wanted."),
+        ({"driver": ["toy"], "file": NESTED}, "option 'driver' is a list, expected a string."),
+        ({"driver": {"a": 1}}, "option 'driver' is a dict, expected a string."),
+        ({"driver": 5}, "option 'driver' is a int, expected a string."),
         (
             {"driver": "nonsense"},
             "there is no driver 'nonsense', known image formats are toy, raw.",
         ),
         (
             {"driver": "memory", "node-name": 7, "filename": "disk"},
-            "option 'node-name' is a int, but a string was wanted.",
+            "option 'node-name' is a int, expected a string.",
         ),
         (
             {"driver": "memory", "node-name": [], "filename": "disk"},
-            "option 'node-name' is a list, but a string was wanted.",
+            "option 'node-name' is a list, expected a string.",
         ),
         ({"driver": "memory", "node-name": "", "filename": "disk"}, "option 'node-name' is empty."),
-        ({"driver": "raw", "file": 5}, "option 'file' is a int, but the name of a node or its options were wanted."),
-        ({"driver": "raw", "file": [1]}, "option 'file' is a list, but the name of a node or its options were wanted."),
-        ({"file": 5}, "option 'file' is a int, but the name of a node or its options were wanted."),
+        ({"driver": "raw", "file": 5}, "option 'file' is a int, expected the name of a node or its options."),
+        ({"driver": "raw", "file": [1]}, "option 'file' is a list, expected the name of a node or its options."),
+        ({"file": 5}, "option 'file' is a int, expected the name of a node or its options."),
         ({"driver": "raw", "file": "nobody"}, "there is no node 'nobody'."),
         ({"driver": "raw"}, "raw needs the option 'file'."),
         (
@@ -70,7 +70,7 @@ NESTED = {"driver": "memory", "filename": "disk"}
         ),
         (
             {"driver": "raw", "file": NESTED, "filename": "x"},
-            "'filename' and 'file' say the same thing, one of them was wanted.",
+            "'filename' and 'file' name the same thing: give one of them.",
         ),
         (
             {"driver": "raw", "file": NESTED, "backing": None},
@@ -78,11 +78,11 @@ NESTED = {"driver": "memory", "filename": "disk"}
         ),
         (
             {"driver": "toy", "table": "one", "file": NESTED, "backing": 5},
-            "option 'backing' is a int, but the name of a node or its options were wanted.",
+            "option 'backing' is a int, expected the name of a node or its options.",
         ),
         (
             {"driver": "toy", "table": "one", "file": NESTED, "backing": [1]},
-            "option 'backing' is a list, but the name of a node or its options were wanted.",
+            "option 'backing' is a list, expected the name of a node or its options.",
         ),
         ({"driver": "toy", "table": "one", "file": NESTED, "backing": "nobody"}, "there is no node 'nobody'."),
         ({}, "an image needs the option 'driver', 'file' or 'filename'."),
@@ -93,11 +93,11 @@ NESTED = {"driver": "memory", "filename": "disk"}
         ),
         (
             {"driver": "raw", "file": NESTED, "discard": "maybe"},
-            "option 'discard' is 'maybe', but one of ignore, unmap, off, on was wanted.",
+            "option 'discard' is 'maybe', expected one of ignore, unmap, off, on.",
         ),
         (
             {"driver": "raw", "file": NESTED, "detect-zeroes": []},
-            "option 'detect-zeroes' is '[]', but one of off, on, unmap was wanted.",
+            "option 'detect-zeroes' is '[]', expected one of off, on, unmap.",
         ),
         (
             {"driver": "raw", "file": NESTED, "force-share": True},
@@ -105,11 +105,11 @@ NESTED = {"driver": "memory", "filename": "disk"}
         ),
         (
             {"driver": "raw", "file": NESTED, "copy-on-read": 7},
-            "option 'copy-on-read' is '7', but 'on' or 'off' was wanted.",
+            "option 'copy-on-read' is '7', expected 'on' or 'off'.",
         ),
         (
             {"driver": "raw", "file": NESTED, "size": float("inf")},
-            "raw option 'size' is 'inf', but a number of bytes was wanted, such as 4096, 512M or 10G.",
+            "raw option 'size' is 'inf', expected a number of bytes, such as 4096, 512M or 10G.",
         ),
     ],
 )

@@ -50,7 +50,7 @@ async def test_impossible_lengths(graph: Graph, length: int) -> None:
     async with memory_backend(graph, store) as backend:
         with pytest.raises(OutOfRangeError) as caught:
             await backend.truncate(length)
-        assert str(caught.value) == f"'memory:disk' cannot be {length} bytes long, 0 to 2^63 - 1 was wanted."
+        assert str(caught.value) == f"'memory:disk' cannot be {length} bytes long, expected 0 to 2^63 - 1."
         assert not store.steps.of("truncate")
 
 

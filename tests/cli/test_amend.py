@@ -57,7 +57,7 @@ def test_what_is_refused(image: Path, tmp_path: Path) -> None:
     _refused(run("amend", "-o", "backing_file=x,backing_fmt=raw", image), 1, "--force")
     _refused(run("amend", image), 2, "-o")
     _refused(run("amend", "-o", "size=1G"), 2, "Missing argument 'IMAGE'")
-    _refused(run("amend", "-f", "raw", "-o", "size=1G", image), 1, "raw images have nothing")
+    _refused(run("amend", "-f", "raw", "-o", "size=1G", image), 1, "raw images have no settings")
     assert image.read_bytes() == before
 
 
@@ -68,7 +68,7 @@ def test_help_on_options() -> None:
     assert {"size", "compat", "refcount_bits", "encrypt.state", "lazy_refcounts"} <= set(names)
     assert "cluster_size" not in names
     _refused(run("amend", "-o", "help"), 2, "-f")
-    _refused(run("amend", "-f", "raw", "-o", "help"), 1, "raw images have nothing")
+    _refused(run("amend", "-f", "raw", "-o", "help"), 1, "raw images have no settings")
 
 
 def test_a_backing_file_that_has_moved(tmp_path: Path) -> None:

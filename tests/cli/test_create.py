@@ -203,12 +203,12 @@ def test_a_chain_that_leaves_its_directory_is_refused_with_the_way_out(tmp_path:
     ("args", "sentence"),
     [
         (["-f", "qcow2", "x"], "the new image 'x' needs a size, such as 10G."),
-        (["-f", "qcow2", "x", "10X"], "size is '10X', but a number of bytes was wanted, such as 4096, 512M or 10G."),
+        (["-f", "qcow2", "x", "10X"], "size is '10X', expected a number of bytes, such as 4096, 512M or 10G."),
         (["-f", "qcow2", "x", "9E"], "size is 9E, but it must lie between 0 and 2^63 - 1."),
         (["-f", "qcow2", "-o", "colour=red", "x", "1M"], "qcow2 has no option 'colour' (it has: "),
         (["-f", "qcow2", "-o", "cluster_size=3000", "x", "1M"], "cluster"),
         (["-f", "qcow2", "-o", "compat=2", "x", "1M"], "compat"),
-        (["-f", "qcow2", "-o", "cluster_size", "x", "1M"], "'cluster_size' is not an option, KEY=VALUE was wanted."),
+        (["-f", "qcow2", "-o", "cluster_size", "x", "1M"], "'cluster_size' is not an option, expected KEY=VALUE."),
         (
             ["-f", "qcow2", "-o", "size=2M", "x", "1M"],
             "the option 'size' is given twice ('2M' and '1M').",
@@ -216,14 +216,14 @@ def test_a_chain_that_leaves_its_directory_is_refused_with_the_way_out(tmp_path:
         (["-f", "vhdy", "x", "1M"], "there is no image format 'vhdy', known are qcow2, raw."),
         (["-f", "file", "x", "1M"], "there is no image format 'file', known are qcow2, raw."),
         (["-f", "copy-on-read", "x", "1M"], "there is no image format 'copy-on-read', known are qcow2, raw."),
-        (["-f", "raw", "-o", "preallocation=metadata", "x", "1M"], "one of off, falloc, full was wanted."),
+        (["-f", "raw", "-o", "preallocation=metadata", "x", "1M"], "expected one of off, falloc, full."),
         (["-f", "raw", "none/x", "1M"], "Could not create 'none/x': No such file or directory"),
         (["-f", "raw", ".", "1M"], "Could not create '.'"),
         (["-f", "raw", "gopher:x", "1M"], "asks for the protocol 'gopher', known are"),
-        (["-f", "raw", "null-co://", "1M"], "'null-co://' cannot be created, the name of a file or device was wanted."),
+        (["-f", "raw", "null-co://", "1M"], "'null-co://' cannot be created, expected the name of a file or device."),
         (
             ["-f", "raw", 'json:{"driver":"null-co"}', "1M"],
-            "cannot be created, the name of a file or device was wanted.",
+            "cannot be created, expected the name of a file or device.",
         ),
     ],
 )

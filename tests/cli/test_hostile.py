@@ -58,7 +58,7 @@ def test_a_missing_file(tmp_path: Path, command: list[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_things_that_are_no_files(tmp_path: Path, command: list[str]) -> None:
-    assert _refused(*command, tmp_path) == f"fusedisk: '{tmp_path}' is a directory, but a regular file was wanted."
+    assert _refused(*command, tmp_path) == f"fusedisk: '{tmp_path}' is a directory, expected a regular file."
     assert "the file name is empty" in _refused(*command, "", code=2)
 
 
@@ -75,7 +75,7 @@ def test_a_wrong_format_given(tmp_path: Path) -> None:
     [
         ("driver=raw,file.filename={0},colour=red", "raw has no option 'colour' (it has: offset, size)."),
         ("driver=raw,offset=1M", "raw needs the option 'file'."),
-        ("driver=raw,file.filename={0},offset=many", "raw option 'offset' is 'many', but a number of bytes was wanted"),
+        ("driver=raw,file.filename={0},offset=many", "raw option 'offset' is 'many', expected a number of bytes"),
         (
             "driver=raw,file.filename={0},offset=2M",
             "offset 2097152 and size to the end ask for more than the 1048576 bytes",
@@ -84,7 +84,7 @@ def test_a_wrong_format_given(tmp_path: Path) -> None:
         ("driver=raw,file={0}", "there is no node '{0}'."),
         (
             "driver=raw,file.filename={0},read-only=maybe",
-            "option 'read-only' is 'maybe', but 'on' or 'off' was wanted.",
+            "option 'read-only' is 'maybe', expected 'on' or 'off'.",
         ),
         (
             "driver=raw,file.filename={0},backing=x",
@@ -94,7 +94,7 @@ def test_a_wrong_format_given(tmp_path: Path) -> None:
         ('{{"driver": ["raw"]}}', "driver"),
         ('{{"driver": "raw", "file": 3}}', "file"),
         ('{{"driver": "raw"', "the JSON options could not be read"),
-        ("json:[]", "the JSON options are a list, but an object was wanted."),
+        ("json:[]", "the JSON options are a list, expected an object."),
         ("gopher:x", "'gopher:x' asks for the protocol 'gopher', known are "),
     ],
 )

@@ -141,7 +141,7 @@ def test_what_qemu_img_refuses_as_a_size_is_refused(tmp_path: Path, text: str) -
 def test_a_wrong_size_is_wrong_usage(tmp_path: Path) -> None:
     done = fusedisk("map", "-l", "12x", tmp_path / "x.raw")
     assert done.code == 2
-    assert "'12x', but a number of bytes was wanted" in done.err
+    assert "'12x', expected a number of bytes" in done.err
 
 
 def test_the_text_is_qemu_imgs_to_the_byte(images: dict[str, Path]) -> None:

@@ -54,8 +54,8 @@ def test_it_does_not_follow_the_link_of_somebody_else(sticky: Path, conf: Path) 
     with pytest.raises(OptionError) as caught:
         pid_file.write()
     assert str(caught.value) == (
-        f"the pid file '{sticky}/pid' leads through '{sticky}/pid', a symbolic link of user {NOBODY}, but one of "
-        "user 0 was wanted."
+        f"the pid file '{sticky}/pid' leads through '{sticky}/pid', a symbolic link of user {NOBODY}, expected one of "
+        "user 0."
     )
     pid_file.remove()
     assert conf.read_text() == "precious"
@@ -101,7 +101,7 @@ def test_links_of_ours_are_followed_as_the_system_does(sticky: Path, conf: Path)
         ("loop", "Could not write the pid file '{}': Too many levels of symbolic links"),
         ("none/file", "Could not write the pid file '{}': No such file or directory"),
         ("file/file", "Could not write the pid file '{}': Not a directory"),
-        ("/", "the pid file '{}' is there and is not a regular file, which was wanted."),
+        ("/", "the pid file '{}' exists and is not a regular file."),
     ],
 )
 def test_links_that_lead_nowhere_are_told(tmp_path: Path, target: str, wanted: str) -> None:

@@ -108,7 +108,7 @@ class Oracle:
         floor, length = self.floor(view.must)
         lengths = {length, *(self.steps[number].length for number in view.may)}
         if len(found) not in lengths:
-            yield f"the disk is {len(found)} bytes long, one of {sorted(lengths)} was wanted"
+            yield f"the disk is {len(found)} bytes long, expected one of {sorted(lengths)}"
         floor = floor[: len(found)].ljust(len(found), b"\0")
         if found == floor:
             return

@@ -127,8 +127,8 @@ def test_what_slots_refuse(made: luks.NewHeader, area: Area) -> None:
     changes: list[tuple[str, Callable[[], object]]] = [
         ("slot 0 is the last one", lambda: luks.erase_slot(header, 0)),
         ("slot 1 is not in use", lambda: luks.erase_slot(header, 1)),
-        ("slot is 8, but 0 to 7", lambda: luks.erase_slot(header, 8)),
-        ("slot is -1, but 0 to 7", lambda: luks.add_passphrase(header, made.master_key, b"x", FAST, slot=-1)),
+        ("slot is 8, expected 0 to 7", lambda: luks.erase_slot(header, 8)),
+        ("slot is -1, expected 0 to 7", lambda: luks.add_passphrase(header, made.master_key, b"x", FAST, slot=-1)),
         ("slot 0 is in use", lambda: luks.add_passphrase(header, made.master_key, b"x", FAST, slot=0)),
         ("every key slot in use", lambda: luks.remove_passphrase(header, area.materials(), b"first", "disk.luks")),
     ]
@@ -155,8 +155,8 @@ def test_a_passphrase_in_several_slots_is_removed_from_all(made: luks.NewHeader,
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"cipher_alg": "aes"}, "aes-128, aes-192 or aes-256 was wanted"),
-        ({"cipher_alg": "aes-130"}, "The cipher is 'aes-130', but aes-128, aes-192 or aes-256 was wanted"),
+        ({"cipher_alg": "aes"}, "expected aes-128, aes-192 or aes-256"),
+        ({"cipher_alg": "aes-130"}, "The cipher is 'aes-130', expected aes-128, aes-192 or aes-256"),
         ({"cipher_alg": "serpent-256"}, "the cipher is 'serpent'"),
         ({"cipher_mode": "lrw"}, "the cipher mode is 'lrw'"),
         ({"ivgen_alg": "random"}, "the IV generator is 'random'"),

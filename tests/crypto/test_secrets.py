@@ -77,10 +77,10 @@ def test_as_qemu_reads_them(tmp_path: Path, content: bytes, format: str) -> None
 @pytest.mark.parametrize(
     ("secret", "text"),
     [
-        (Secret(), "neither data nor file, but one of them was wanted"),
-        (Secret(data="x", file="y"), "both data and file, but one of them was wanted"),
-        (Secret(data="x", format="hex"), "format is 'hex', but raw or base64 was wanted"),
-        (Secret(data=""), "The secret's data is empty, but a passphrase was wanted"),
+        (Secret(), "neither data nor file, expected one of them"),
+        (Secret(data="x", file="y"), "both data and file, expected one of them"),
+        (Secret(data="x", format="hex"), "format is 'hex', expected raw or base64"),
+        (Secret(data=""), "The secret's data is empty, expected a passphrase"),
         (Secret(data="=", format="base64"), "The secret's data is not base64"),
         (Secret(data="a\0b"), "zero byte"),
         (Secret(data="\udcff"), "not UTF-8"),

@@ -64,9 +64,9 @@ async def test_missing_file(tmp_path: Path) -> None:
 
 
 async def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path) -> None:
-    assert "is a directory, but a regular file was wanted" in str(await refusal(tmp_path))
+    assert "is a directory, expected a regular file" in str(await refusal(tmp_path))
     os.mkfifo(tmp_path / "pipe")
-    assert "is a pipe, but a regular file was wanted" in str(await refusal(tmp_path / "pipe"))
+    assert "is a pipe, expected a regular file" in str(await refusal(tmp_path / "pipe"))
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.fspath(tmp_path / "socket"))
         assert "is a socket" in str(await refusal(tmp_path / "socket"))

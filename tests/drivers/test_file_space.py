@@ -212,7 +212,9 @@ async def test_truncate(disk: Path, preallocation: str) -> None:
 
 async def test_truncate_refusals(disk: Path) -> None:
     async with opened(disk) as (backend, _):
-        with pytest.raises(NotSupportedError, match="no preallocation mode 'metadata', one of off, falloc, full"):
+        with pytest.raises(
+            NotSupportedError, match="no preallocation mode 'metadata', expected one of off, falloc, full"
+        ):
             await backend.truncate(2 * MIB, "metadata")
         with pytest.raises(OptionError, match="is to shrink from 1048576 to 10 bytes"):
             await backend.truncate(10, "falloc")

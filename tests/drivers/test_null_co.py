@@ -64,7 +64,7 @@ async def test_names() -> None:
     backend = await graph.open_backend("null-co://", format="raw")
     assert backend.length == 1 << 30
     assert backend.node.exact_filename() == "null-co://"
-    with pytest.raises(OptionError, match="null-co:// was wanted"):
+    with pytest.raises(OptionError, match="expected null-co://"):
         await graph.open_backend("null-co:x")
     with pytest.raises(OptionError, match="it cannot be negative"):
         await graph.open_backend({"driver": "null-co", "latency-ns": -1})

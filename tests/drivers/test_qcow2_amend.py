@@ -402,7 +402,7 @@ async def test_what_is_so_already_changes_nothing(tmp_path: Path) -> None:
 async def test_raw_images_have_nothing_to_change(tmp_path: Path) -> None:
     image = tmp_path / "disk.raw"
     image.write_bytes(bytes(4096))
-    with pytest.raises(NotSupportedError, match="raw images have nothing"):
+    with pytest.raises(NotSupportedError, match="raw images have no settings"):
         await amend_image(DRIVERS, str(image), {"size": "1M"}, format="raw")
 
 

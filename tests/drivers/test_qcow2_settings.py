@@ -268,7 +268,7 @@ async def test_writes_that_would_hit_metadata(tmp_path: Path, where: str, mode: 
 
 async def test_unknown_overlap_check() -> None:
     store = await created_in_memory(Store(), size=MIB)
-    with pytest.raises(OptionError, match="one of none, constant, cached, all was wanted"):
+    with pytest.raises(OptionError, match="expected one of none, constant, cached, all"):
         async with in_memory(store, **_checks("some")):
             pass
 

@@ -95,7 +95,7 @@ async def test_qemu_takes_new_images(cluster_size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cluster_size": 8192}, "cluster_size is 8192, but at least 16384 was wanted with extended_l2"),
+        ({"cluster_size": 8192}, "cluster_size is 8192, expected at least 16384 with extended_l2"),
         ({"compat": "0.10"}, "extended_l2 is 'True', which needs compat=1.1"),
     ],
 )
@@ -110,7 +110,7 @@ async def test_images_that_cannot_have_subclusters(options: Any, message: str, t
 async def test_small_clusters_with_the_feature_bit_are_refused() -> None:
     store = await created_in_memory(Store(), size=1 << 20, cluster_size=8192)
     store.data[79] |= 1 << 4
-    with pytest.raises(ImageError, match="extended L2 entries and clusters of 8192 bytes, but at least 16384"):
+    with pytest.raises(ImageError, match="extended L2 entries and clusters of 8192 bytes, expected at least 16384"):
         async with in_memory(store):
             pass
 

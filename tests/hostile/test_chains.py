@@ -159,7 +159,7 @@ async def test_json_names_that_are_nonsense(tmp_path: Path, name: str) -> None:
 async def test_a_backing_file_of_another_format_than_named(tmp_path: Path) -> None:
     (tmp_path / "base.raw").write_bytes(b"no image" * 100)
     error = await _refused(_overlay(tmp_path / "top.qcow2", "base.raw", "qcow2"))
-    assert f"'{tmp_path}/base.raw' starts with the bytes 6e6f2069, but qcow2's 514649fb were wanted." in str(error)
+    assert f"'{tmp_path}/base.raw' starts with the bytes 6e6f2069, expected qcow2's 514649fb." in str(error)
 
 
 async def test_a_backing_file_of_an_unknown_format(tmp_path: Path) -> None:

@@ -69,23 +69,23 @@ def _set(at: int, format: str, value: int) -> Callable[[bytearray], None]:
 
 
 FIELDS: dict[str, tuple[Callable[[bytearray], None], type[FusediskError], str]] = {
-    "no magic": (_set(0, ">I", 0), ImageError, "starts with the bytes 00000000, but qcow2's 514649fb were wanted."),
-    "version 0": (_set(4, ">I", 0), UnsupportedFeatureError, "is qcow2 of version 0, but version 2 or 3 was wanted."),
-    "version 1": (_set(4, ">I", 1), UnsupportedFeatureError, "is qcow2 of version 1, but version 2 or 3 was wanted."),
-    "version 4": (_set(4, ">I", 4), UnsupportedFeatureError, "is qcow2 of version 4, but version 2 or 3 was wanted."),
-    "cluster bits 0": (_set(20, ">I", 0), ImageError, "has qcow2 cluster bits of 0, but 9 to 21"),
-    "cluster bits 8": (_set(20, ">I", 8), ImageError, "has qcow2 cluster bits of 8, but 9 to 21"),
-    "cluster bits 22": (_set(20, ">I", 22), ImageError, "has qcow2 cluster bits of 22, but 9 to 21"),
-    "cluster bits 63": (_set(20, ">I", 63), ImageError, "has qcow2 cluster bits of 63, but 9 to 21"),
+    "no magic": (_set(0, ">I", 0), ImageError, "starts with the bytes 00000000, expected qcow2's 514649fb."),
+    "version 0": (_set(4, ">I", 0), UnsupportedFeatureError, "is qcow2 of version 0, expected version 2 or 3."),
+    "version 1": (_set(4, ">I", 1), UnsupportedFeatureError, "is qcow2 of version 1, expected version 2 or 3."),
+    "version 4": (_set(4, ">I", 4), UnsupportedFeatureError, "is qcow2 of version 4, expected version 2 or 3."),
+    "cluster bits 0": (_set(20, ">I", 0), ImageError, "has qcow2 cluster bits of 0, expected 9 to 21"),
+    "cluster bits 8": (_set(20, ">I", 8), ImageError, "has qcow2 cluster bits of 8, expected 9 to 21"),
+    "cluster bits 22": (_set(20, ">I", 22), ImageError, "has qcow2 cluster bits of 22, expected 9 to 21"),
+    "cluster bits 63": (_set(20, ">I", 63), ImageError, "has qcow2 cluster bits of 63, expected 9 to 21"),
     "cluster bits 2^32": (_set(20, ">I", 0xFFFFFFFF), ImageError, "has qcow2 cluster bits of 4294967295"),
     "size 2^63": (_set(24, ">Q", 1 << 63), ImageError, "has a virtual size of 9223372036854775808 bytes"),
     "size past the L1": (_set(24, ">Q", 1 << 40), ImageError, "L1 table of"),
     "LUKS without a header": (_set(32, ">I", 2), ImageError, "encryption method 2 and no pointer to a LUKS header"),
-    "encryption 3": (_set(32, ">I", 3), ImageError, "has the encryption method 3, but 0, 1 or 2 was wanted."),
-    "refcount order 7": (_set(96, ">I", 7), ImageError, "has a refcount order of 7, but at most 6"),
+    "encryption 3": (_set(32, ">I", 3), ImageError, "has the encryption method 3, expected 0, 1 or 2."),
+    "refcount order 7": (_set(96, ">I", 7), ImageError, "has a refcount order of 7, expected at most 6"),
     "refcount order 2^31": (_set(96, ">I", 1 << 31), ImageError, "has a refcount order of 2147483648"),
-    "header length 103": (_set(100, ">I", 103), ImageError, "has a header length of 103, but 104 to 512 bytes"),
-    "header length 513": (_set(100, ">I", 513), ImageError, "has a header length of 513, but 104 to 512 bytes"),
+    "header length 103": (_set(100, ">I", 103), ImageError, "has a header length of 103, expected 104 to 512 bytes"),
+    "header length 513": (_set(100, ">I", 513), ImageError, "has a header length of 513, expected 104 to 512 bytes"),
     "extension too long": (
         _set(116, ">I", 0x7FFFFFFF),
         ImageError,
@@ -95,7 +95,7 @@ FIELDS: dict[str, tuple[Callable[[bytearray], None], type[FusediskError], str]] 
     "extended L2": (
         _set(72, ">Q", 16),
         ImageError,
-        "extended L2 entries and clusters of 512 bytes, but at least 16384",
+        "extended L2 entries and clusters of 512 bytes, expected at least 16384",
     ),
     "unknown feature": (_set(72, ">Q", 1 << 40), UnsupportedFeatureError, "qcow2 feature bit 40, which is not"),
     "two unknown features": (
@@ -131,7 +131,7 @@ async def test_fields(image: bytes, tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("offset", "size", "message"),
     [
-        (0x70, 1024, "has a backing file name of 1024 bytes, but at most 1023 were wanted."),
+        (0x70, 1024, "has a backing file name of 1024 bytes, expected at most 1023."),
         (0x70, 1000, "has its backing file name at 112 with 1000 bytes"),
         (8, 10, "has its backing file name at 8 with 10 bytes"),
         (1 << 62, 10, "has its backing file name at 4611686018427387904 with 10 bytes"),
@@ -196,7 +196,7 @@ async def test_short_files_are_raw_unless_named(tmp_path: Path, size: int) -> No
     path = tmp_path / "short"
     path.write_bytes(b"QFI\xfb"[:size].ljust(size, b"\0"))
     error = await _refused(path)
-    assert f"is {size} bytes long, but a qcow2 header of at least 72 bytes was wanted." in str(error) or size >= 72
+    assert f"is {size} bytes long, expected a qcow2 header of at least 72 bytes." in str(error) or size >= 72
     graph = Graph(DRIVERS)
     backend = await graph.open_backend(str(path))
     assert backend.node.driver.name == "raw"

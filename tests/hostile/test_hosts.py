@@ -43,10 +43,10 @@ async def test_what_is_no_regular_file(tmp_path: Path, format: str | None, writa
     pipe, directory, absent = tmp_path / "pipe", tmp_path / "directory", tmp_path / "absent"
     os.mkfifo(pipe)
     directory.mkdir()
-    assert "is a directory, but a regular file was wanted." in str(
+    assert "is a directory, expected a regular file." in str(
         await _refused(directory, format=format, writable=writable)
     )
-    assert "is a pipe, but a regular file was wanted." in str(await _refused(pipe, format=format, writable=writable))
+    assert "is a pipe, expected a regular file." in str(await _refused(pipe, format=format, writable=writable))
     error = await _refused(absent, format=format, writable=writable)
     assert error.errno == errno.ENOENT
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -66,7 +66,7 @@ async def test_a_name_that_is_too_long(tmp_path: Path) -> None:
 async def test_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.touch()
-    assert "is 0 bytes long, but a qcow2 header" in str(await _refused(path, format="qcow2"))
+    assert "is 0 bytes long, expected a qcow2 header" in str(await _refused(path, format="qcow2"))
     graph = Graph(DRIVERS)
     backend = await graph.open_backend(str(path))
     assert backend.length == 0
@@ -82,7 +82,7 @@ async def test_the_wrong_format_given(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", qcow2, "1M")
     error = await _refused(raw, format="qcow2")
     assert isinstance(error, ImageError)
-    assert "but qcow2's 514649fb were wanted." in str(error)
+    assert "expected qcow2's 514649fb." in str(error)
     graph = Graph(DRIVERS)
     with pytest.raises(OptionError, match="there is no image format 'nonsense'"):
         await graph.open_backend(str(raw), format="nonsense")

@@ -222,7 +222,7 @@ def _run_changed(tmp_path: Path, change: str, *args: str | Path) -> subprocess.C
     ("change", "args", "sentence"),
     [
         ("", ["-f", "raw", "missing.img"], "Could not open '{folder}/missing.img': No such file or directory"),
-        ("", ["--format", "qcow2", "midway.img"], "but qcow2's 514649fb were wanted."),
+        ("", ["--format", "qcow2", "midway.img"], "expected qcow2's 514649fb."),
         ("loop_device._configure = refuse", ["-f", "raw", "midway.img"], "Could not attach /dev/loop"),
         (
             "loop_device._set_direct_io = refuse",

@@ -136,7 +136,7 @@ def test_an_image_that_may_only_be_read(mounts: Mounts, raw: Path) -> None:
     ("args", "sentence"),
     [
         (("--overlay", "-r"), "an overlay takes writes, which --read-only forbids: choose one of them."),
-        (("--overlay", "--overlay-file", "x"), "--overlay and --overlay-file exclude each other."),
+        (("--overlay", "--overlay-file", "x"), "--overlay and --overlay-file cannot be combined."),
         (("-U",), "--force-share is for looking at images that somebody else may write to: add --read-only."),
         (
             ("--low-latency", "--channel=off"),
@@ -144,7 +144,7 @@ def test_an_image_that_may_only_be_read(mounts: Mounts, raw: Path) -> None:
         ),
         (("-r", "--growable"), "--growable is about writes, which --read-only forbids."),
         (("-r", "--copy-on-read"), "--copy-on-read writes what it reads into the image, which --read-only forbids"),
-        (("--mode", "999"), "'999' is no permissions in octal, such as 0640."),
+        (("--mode", "999"), "'999' is invalid; expected octal permissions, such as 0640."),
         (("--name", "x", "other.img"), "--name is for one image; give each of several its own with 'name='."),
         (("--overlay-file", "x", "other.img"), "--overlay-file is for one image, but several were given."),
     ],

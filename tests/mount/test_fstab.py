@@ -221,9 +221,9 @@ def test_options(options: str, expected: list[str]) -> None:
         (["vm", "/mnt", "-o", "ro=yes"], "the option 'ro' takes no value, but 'yes' was given."),
         (["vm", "/mnt", "-o", "overlay=yes"], "the option 'overlay' takes no value, but 'yes' was given."),
         (["vm", "/mnt", "-o", "uid"], "the option 'uid' needs a value: uid=USER."),
-        (["vm", "/mnt", "-o", "umask=9"], "umask=9 is no mask in octal, such as umask=027."),
-        (["vm", "/mnt", "-o", "umask=0_7"], "umask=0_7 is no mask in octal, such as umask=027."),
-        (["vm", "/mnt", "-o", "umask=٣"], "umask=٣ is no mask in octal, such as umask=027."),
+        (["vm", "/mnt", "-o", "umask=9"], "umask=9 is invalid; expected an octal mask, such as umask=027."),
+        (["vm", "/mnt", "-o", "umask=0_7"], "umask=0_7 is invalid; expected an octal mask, such as umask=027."),
+        (["vm", "/mnt", "-o", "umask=٣"], "umask=٣ is invalid; expected an octal mask, such as umask=027."),
         (["vm", "/mnt", "-o", "foreground"], "the option 'foreground' is unknown"),
     ],
 )

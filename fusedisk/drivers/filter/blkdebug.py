@@ -61,7 +61,7 @@ class BlkdebugOptions(Options):
         for name in ("take-child-perms", "unshare-child-perms"):
             lists[name] = tuple(_list(plain.pop(name, None), f"{owner} option '{name}'"))
             if unknown := [item for item in lists[name] if item not in _PERMISSIONS]:
-                raise OptionError(f"{owner}'s {name} has '{unknown[0]}', one of {', '.join(_PERMISSIONS)} was wanted.")
+                raise OptionError(f"{owner}'s {name} has '{unknown[0]}', expected one of {', '.join(_PERMISSIONS)}.")
         parsed = super(BlkdebugOptions, cls).parse(plain, owner)
         for name, value in lists.items():
             setattr(parsed, name.replace("-", "_"), value)
@@ -80,7 +80,7 @@ def _list(given: object, what: str) -> list[Any]:
     if given is None:
         return []
     if not isinstance(given, list):
-        raise OptionError(f"{what} is '{given}', but a list was wanted.")
+        raise OptionError(f"{what} is '{given}', expected a list.")
     return given
 
 
@@ -109,12 +109,12 @@ class BlkdebugDriver(FilterDriver):
 
         config, colon, image = filename.partition(":")
         if not colon or not image:
-            raise OptionError(f"'blkdebug:{filename}' is incomplete, blkdebug:CONFIG:IMAGE was wanted.")
+            raise OptionError(f"'blkdebug:{filename}' is incomplete, expected blkdebug:CONFIG:IMAGE.")
         options: dict[str, Any] = {"image": parse_filename(image, DRIVERS)}
         return options | {"config": config} if config else options
 
     async def open(self) -> None:
-        """Raises OptionError for rules that cannot be, HostError where the configuration file cannot be read."""
+        """Raises OptionError for invalid rules, HostError where the configuration file cannot be read."""
         options = self.options
         errors, changes = [], []
         if options.config is not None:
@@ -130,7 +130,7 @@ class BlkdebugDriver(FilterDriver):
         options = self.options
         align = options.align or self.filtered.node.limits.request_alignment
         if options.align and (options.align & (options.align - 1) or options.align > _LARGEST):
-            raise OptionError(f"blkdebug option 'align' is {options.align}, but a power of two was wanted.")
+            raise OptionError(f"blkdebug option 'align' is {options.align}, expected a power of two.")
         for name, unit in (
             ("max-transfer", align),
             ("opt-write-zero", align),
@@ -140,7 +140,7 @@ class BlkdebugDriver(FilterDriver):
         ):
             value = getattr(options, name.replace("-", "_"))
             if value % unit or value > _LARGEST:
-                raise OptionError(f"blkdebug option '{name}' is {value}, but a multiple of {unit} was wanted.")
+                raise OptionError(f"blkdebug option '{name}' is {value}, expected a multiple of {unit}.")
 
     def refresh_limits(self, limits: Limits) -> None:
         options, below = self.options, self.filtered.node.limits
@@ -182,12 +182,12 @@ class BlkdebugDriver(FilterDriver):
     def set_breakpoint(self, event: str, tag: str) -> None:
         """Suspend the next request that reaches ``event``. Raises OptionError for an event that does not exist."""
         if event not in EVENTS:
-            raise OptionError(f"there is no event '{event}', one of {', '.join(EVENTS)} was wanted.")
+            raise OptionError(f"there is no event '{event}', expected one of {', '.join(EVENTS)}.")
         self._breakpoints.append((event, tag))
         self._reached[tag] = trio.Event()
 
     def remove_breakpoint(self, tag: str) -> None:
-        """Forget breakpoints of that tag and resume who waits there. Raises OptionError where there is neither."""
+        """Forget breakpoints of that tag and resume what waits there. Raises OptionError where there is neither."""
         left = [item for item in self._breakpoints if item[1] != tag]
         found = len(left) < len(self._breakpoints) or self.is_suspended(tag)
         self._breakpoints = left

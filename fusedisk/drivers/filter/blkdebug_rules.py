@@ -93,12 +93,12 @@ class _RuleOptions(Options):
         """Parse one rule. Raises OptionError where it is no group of options, names no event, or has a number that
         cannot be."""
         if not isinstance(given, Mapping):
-            raise OptionError(f"{owner} is '{given}', but a group of options was wanted.")
+            raise OptionError(f"{owner} is '{given}', expected a group of options.")
         rule = cls.parse(given, owner)
         if not rule.event:
-            raise OptionError(f"{owner} has no event, one of {', '.join(EVENTS)} was wanted.")
+            raise OptionError(f"{owner} has no event, expected one of {', '.join(EVENTS)}.")
         if rule.state < 0:
-            raise OptionError(f"{owner} has the state {rule.state}, but 0 (any) or a number above was wanted.")
+            raise OptionError(f"{owner} has the state {rule.state}, expected 0 (any) or a number above.")
         return rule
 
 
@@ -188,7 +188,7 @@ def parse_config(text: str, filename: str) -> dict[str, list[dict[str, str]]]:
         place = f"'{filename}', line {number}"
         if (group := _GROUP.fullmatch(line)) is not None:
             if group[1] not in groups:
-                raise OptionError(f"{place}: there is no group '{group[1]}', {' or '.join(groups)} was wanted.")
+                raise OptionError(f"{place}: there is no group '{group[1]}', expected {' or '.join(groups)}.")
             current = {}
             groups[group[1]].append(current)
         elif (pair := _PAIR.fullmatch(line)) is not None:

@@ -73,14 +73,14 @@ class BlklogwritesDriver(FilterDriver):
             raise OptionError("blklogwrites option 'log-append' takes the sector size from the log, not from options.")
         if options.log_super_update_interval < 1:
             raise OptionError(
-                f"blklogwrites option 'log-super-update-interval' is {options.log_super_update_interval}, but 1 or "
-                "more was wanted."
+                f"blklogwrites option 'log-super-update-interval' is {options.log_super_update_interval}, expected 1 "
+                "or more."
             )
         size = options.log_sector_size or layout.MIN_SECTOR_SIZE
         if not layout.is_sector_size(size):
             raise OptionError(
-                f"blklogwrites option 'log-sector-size' is {size}, but a power of two from {layout.MIN_SECTOR_SIZE} to "
-                f"{layout.MAX_SECTOR_SIZE} was wanted."
+                f"blklogwrites option 'log-sector-size' is {size}, expected a power of two from "
+                f"{layout.MIN_SECTOR_SIZE} to {layout.MAX_SECTOR_SIZE}."
             )
         self.sector_size = size
         if options.log_append and self.log.length:

@@ -69,16 +69,16 @@ def is_sector_size(size: int) -> bool:
 def parse_superblock(data: bytes | memoryview, filename: str) -> Superblock:
     """Raises ImageError where ``data`` is no superblock."""
     if len(data) < SUPERBLOCK_LENGTH:
-        raise ImageError(f"'{filename}' has {len(data)} bytes, but the {SUPERBLOCK_LENGTH} of a log were wanted.")
+        raise ImageError(f"'{filename}' has {len(data)} bytes, expected the {SUPERBLOCK_LENGTH} of a log.")
     magic, version, entries, sector_size = _SUPERBLOCK.unpack_from(data)
     if magic != MAGIC:
-        raise ImageError(f"'{filename}' starts with {magic:#x}, but a write log's {MAGIC:#x} was wanted.")
+        raise ImageError(f"'{filename}' starts with {magic:#x}, expected a write log's {MAGIC:#x}.")
     if version != VERSION:
-        raise ImageError(f"'{filename}' is a write log of version {version}, but version {VERSION} was wanted.")
+        raise ImageError(f"'{filename}' is a write log of version {version}, expected version {VERSION}.")
     if not is_sector_size(sector_size):
         raise ImageError(
-            f"'{filename}' is a write log with sectors of {sector_size} bytes, but a power of two from "
-            f"{MIN_SECTOR_SIZE} to {MAX_SECTOR_SIZE} was wanted."
+            f"'{filename}' is a write log with sectors of {sector_size} bytes, expected a power of two from "
+            f"{MIN_SECTOR_SIZE} to {MAX_SECTOR_SIZE}."
         )
     return Superblock(entries, sector_size)
 

@@ -1,6 +1,6 @@
-"""``copy-on-read``: whatever is read is kept in the node below, so that its backing file is asked once.
+"""``copy-on-read``: sets the copy-on-read flag on reads, so that the node below keeps what its backing file answered.
 
-Concurrent requests are safe: the node below makes such reads serialising over whole clusters. Source: QAPI's
+Concurrent requests are safe: the node below serialises such reads over whole clusters. Source: QAPI's
 BlockdevOptionsCor.
 """
 

@@ -1,7 +1,7 @@
 """``raw``: the bytes of the file as they are, or a window of them.
 
 On disk: nothing of its own. Concurrent requests are safe since there is no state; overlapping ones are ordered by
-the node below. Not supported: nothing. Source: QAPI's BlockdevOptionsRaw.
+the node below. Source: QAPI's BlockdevOptionsRaw.
 """
 
 from __future__ import annotations
@@ -114,15 +114,15 @@ class RawDriver(Driver):
         return None if self._windowed else self.node.children["file"].node.driver.host_descriptor()
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        """The file's business."""
+        """Passed on to the file child."""
         await io.write_zeroes(self.node.children["file"].node, offset + self._offset, length, flags)
 
     async def preallocate(self, offset: int, length: int) -> None:
-        """The file's business."""
+        """Passed on to the file child."""
         await io.preallocate(self.node.children["file"].node, offset + self._offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
-        """The file's business."""
+        """Passed on to the file child."""
         await io.discard(self.node.children["file"].node, offset + self._offset, length)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
@@ -134,7 +134,7 @@ class RawDriver(Driver):
         await io.truncate(self.node.children["file"].node, length + self._offset, preallocation, flags)
 
     def has_zero_init(self) -> bool:
-        """As the file."""
+        """Passed on to the file child."""
         return self.node.children["file"].node.driver.has_zero_init()
 
     @classmethod

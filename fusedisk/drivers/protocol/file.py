@@ -172,7 +172,7 @@ class FileDriver(Driver):
             )
         if not stat.S_ISREG(mode):
             code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-            raise HostError(f"'{self.filename}' is {kind_name(mode)}, but a regular file was wanted.", errno=code)
+            raise HostError(f"'{self.filename}' is {kind_name(mode)}, expected a regular file.", errno=code)
 
     def _open_descriptor(self, path: str, flags: int, read_only: bool) -> int:
         """Open for reading or for both. Blocks; raises OSError."""

@@ -81,7 +81,7 @@ class _Flushes:
         self._context = context
         self._last = 0
         self._results: dict[int, int] = {}
-        """What has ended, by number, for who began it."""
+        """What has ended, by number, for the task that began it."""
         self._events = (_Event * _MOST)()
         weakref.finalize(self, _destroy, destroy, context)
 

@@ -43,7 +43,7 @@ class NullDriver(Driver):
     def parse_filename(cls, filename: str) -> dict[str, Any]:
         """``null-co://`` is the one file name; it takes its size from the options."""
         if filename != "//":
-            raise OptionError(f"'null-co:{filename}' names a file, but null-co has none: null-co:// was wanted.")
+            raise OptionError(f"'null-co:{filename}' names a file, and null-co has none: expected null-co://.")
         return {}
 
     def exact_filename(self) -> str | None:

@@ -30,8 +30,8 @@ def check_preallocation(preallocation: str, filename: str) -> None:
     """Raise NotSupportedError for a mode that host files do not have."""
     if preallocation not in PREALLOCATION_MODES:
         raise NotSupportedError(
-            f"'{filename}' is a host file and has no preallocation mode '{preallocation}', one of "
-            f"{', '.join(PREALLOCATION_MODES)} was wanted."
+            f"'{filename}' is a host file and has no preallocation mode '{preallocation}', expected one of "
+            f"{', '.join(PREALLOCATION_MODES)}."
         )
 
 
@@ -132,7 +132,7 @@ def _open_new(filename: str) -> tuple[int, bool]:
         raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OptionError(f"'{filename}' is there and is not a regular file, so it cannot be replaced by one.")
+        raise OptionError(f"'{filename}' exists and is not a regular file, so it cannot be replaced by one.")
     return fd, False
 
 

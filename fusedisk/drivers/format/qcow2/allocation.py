@@ -258,7 +258,7 @@ class Allocator:
 
     async def replaceable(self, offset: int) -> array[int]:
         """The numbers of the L2 entry for a guest offset, in a table that may be changed. Under the mutex. Raises
-        CorruptImageError, after fencing the image, where the entry cannot be."""
+        CorruptImageError, after fencing the image, if the entry is invalid."""
         geometry = self.geometry
         table = await self.table_for_write(offset >> geometry.span_bits)
         at = (offset >> geometry.cluster_bits & geometry.l2_mask) * geometry.entry_words

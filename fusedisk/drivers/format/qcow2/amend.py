@@ -1,4 +1,4 @@
-"""Changing the settings of an image that is there.
+"""Changing the settings of an existing image.
 
 Whatever can be known to be impossible is refused before anything changes. Then one change follows the other, in QEMU's
 order: to version 3 first, to version 2 last, so that what only version 3 can do is done between. Each is safe against
@@ -89,7 +89,7 @@ async def _changes(driver: Qcow2Driver, options: Qcow2AmendOptions, *, force: bo
 def _check_version(driver: Qcow2Driver, options: Qcow2AmendOptions, version: int) -> None:
     filename, bits = driver.image.filename, options.refcount_bits
     if bits is not None and bits not in (1, 2, 4, 8, 16, 32, 64):
-        raise OptionError(f"qcow2 refcount_bits is {bits}, but 1, 2, 4, 8, 16, 32 or 64 was wanted.")
+        raise OptionError(f"qcow2 refcount_bits is {bits}, expected 1, 2, 4, 8, 16, 32 or 64.")
     for name, wrong in (("lazy_refcounts", options.lazy_refcounts), ("refcount_bits", bits not in (None, 16))):
         if wrong and version < 3:
             raise OptionError(

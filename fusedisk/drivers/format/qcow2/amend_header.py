@@ -3,7 +3,7 @@
 All of these lie in the first cluster, and only a sector of 512 bytes is written as a whole. The first sector says where
 everything else is, so it alone turns the old header into the new one: what the new one has behind it is written first,
 to bytes that the old one does not use. Where both need the same bytes there is a step between: a header that says what
-the new one says, without the feature name table (which is there for error messages only), with its extensions in the
+the new one says, without the feature name table (which serves error messages only), with its extensions in the
 first sector and the name where neither of the other two has anything.
 
 Source: docs/interop/qcow2.txt, "Header", "Header extensions".

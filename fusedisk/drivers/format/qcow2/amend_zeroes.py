@@ -44,7 +44,7 @@ class _Table(NamedTuple):
 
 async def expand_zero_clusters(driver: Qcow2Driver, progress: Progress) -> None:
     """Leave no zero cluster. Inside :meth:`Committer.exclusive`, with the key at hand where there is one; the image's
-    caches are no longer right then. Raises ImageError for tables that cannot be, NoSpaceError and HostError; what was
+    caches are no longer right then. Raises ImageError for invalid tables, NoSpaceError and HostError; what was
     done until then stays."""
     tables = await _tables(driver)
     expansion = _Expansion(driver)

@@ -3,7 +3,7 @@
 A check reads the refcounts in the file, walks everything that refers to clusters (:mod:`.check_walk`), and compares.
 It counts as ``qemu-img check`` does:
 
-* **corruptions**: a refcount lower than the number of references; an entry that cannot be (reserved bits, an offset
+* **corruptions**: a refcount lower than the number of references; an invalid entry (reserved bits, an offset
   that is not aligned, a place behind the file's end); a COPIED flag that does not agree with the refcount; a refcount
   block with other users;
 * **leaks**: clusters whose refcount is higher than the number of references;

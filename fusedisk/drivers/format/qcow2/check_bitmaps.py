@@ -16,7 +16,7 @@ TABLE_ENTRY_ONES = 1
 
 
 async def bitmap_directory(image: CheckedImage, directory: BitmapDirectory) -> list[Bitmap]:
-    """The bitmaps. Raises ImageError where the directory or an entry of it cannot be."""
+    """The bitmaps. Raises ImageError if the directory or an entry of it is invalid."""
     data = await image.read(directory.offset, directory.size)
     try:
         return parse_directory(data, directory.bitmaps, image.header)
@@ -25,6 +25,6 @@ async def bitmap_directory(image: CheckedImage, directory: BitmapDirectory) -> l
 
 
 def wrong_entry(image: CheckedImage, entry: int) -> bool:
-    """Whether an entry of a bitmap's table cannot be."""
+    """Whether an entry of a bitmap's table is invalid."""
     offset = entry & TABLE_ENTRY_OFFSET
     return bool(entry & TABLE_ENTRY_RESERVED or (offset and entry & TABLE_ENTRY_ONES) or offset & image.cluster_mask)

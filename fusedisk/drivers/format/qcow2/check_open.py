@@ -183,7 +183,7 @@ async def _read(file: Node, length: int) -> bytes:
 
 
 def _refuse(filename: str, what: str, found: object, wanted: str) -> ImageError:
-    return ImageError(f"'{filename}' cannot be checked: its {what} is {found}, but {wanted} was wanted.")
+    return ImageError(f"'{filename}' cannot be checked: its {what} is {found}, expected {wanted}.")
 
 
 def _check_sizes(header: Header, filename: str) -> None:

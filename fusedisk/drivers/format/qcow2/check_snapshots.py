@@ -89,12 +89,12 @@ class SnapshotTable:
 async def read_snapshot_table(image: CheckedImage, *, repair: bool) -> SnapshotTable:
     """Read the table. Where ``repair``, what is too long is cut off and counted instead of refused.
 
-    Raises ImageError for a table that cannot be.
+    Raises ImageError for an invalid table.
     """
     header = image.header
     count, offset = header.nb_snapshots, header.snapshots_offset
     if count > layout.MAX_SNAPSHOTS and not repair:
-        raise _refuse(image, f"{count} snapshots, but at most {layout.MAX_SNAPSHOTS} were wanted")
+        raise _refuse(image, f"{count} snapshots, expected at most {layout.MAX_SNAPSHOTS}")
     if offset & image.cluster_mask or offset + min(count, layout.MAX_SNAPSHOTS) * _FIXED.size >> 63:
         raise _refuse(image, f"its snapshot table at {offset}, where none can be")
     table = SnapshotTable([], 0, dropped=max(count - layout.MAX_SNAPSHOTS, 0))

@@ -38,7 +38,7 @@ class TableFindings:
 
     def __init__(self) -> None:
         self.corruptions = 0
-        """Entries that cannot be, counted once for each thing that is wrong."""
+        """Invalid entries, counted once for each thing that is wrong."""
         self.miscopied = 0
         """Entries whose COPIED flag does not agree with the refcount."""
         self.allocated = 0

@@ -59,7 +59,7 @@ class Walk:
         self.disk = disk
         self.counts = counts
         self.phantoms = counts.empty()
-        """Of the references, those of L1 entries that lead to no cluster's start, and of what seems a table there."""
+        """References through L1 entries that are not cluster-aligned, and those of what looks like a table there."""
         self.result = CheckResult()
         """Collects findings, and errors of reading."""
         self.found = TableFindings()
@@ -73,11 +73,11 @@ class Walk:
         self.active_entries = 0
         """Entries of the active L1 table that are not empty."""
         self.active_wrong = 0
-        """How many of them cannot be."""
+        """How many of them are invalid."""
         self.uses: dict[int, TableUse] = {}
         """By host offset, the L2 tables."""
         self.broken_tables: list[int] = []
-        """L2 tables in which something cannot be."""
+        """L2 tables with invalid entries."""
         self.miscopied_tables: list[int] = []
         self.miscopied_l1 = 0
         self.bitmap_tables: list[Region] = []
@@ -197,7 +197,7 @@ class Walk:
                 if wrong_entry(image, entry):
                     raise ImageError(
                         f"'{image.filename}' cannot be checked: the table of a bitmap at {region.offset} has the entry "
-                        f"{entry:#x}, which cannot be."
+                        f"invalid entry {entry:#x}."
                     )
                 if offset := entry & TABLE_ENTRY_OFFSET:
                     self._count("bitmap", Region(offset, image.cluster_size))

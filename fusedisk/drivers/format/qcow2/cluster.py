@@ -156,7 +156,7 @@ class ClusterMap:
             offset = entry & OFFSET_MASK
             if entry & bits.L1_RESERVED or offset & self._cluster_mask:
                 raise await self.image.corruption(
-                    f"L1 entry {l1_index} is {entry:#018x}, but a multiple of {self._cluster_size} was wanted"
+                    f"L1 entry {l1_index} is {entry:#018x}, expected a multiple of {self._cluster_size}"
                 )
             if not offset:
                 return None
@@ -177,12 +177,12 @@ class ClusterMap:
         """Fence the image for an L2 entry, whose numbers are ``words``; returns the error to raise."""
         entry = words[0]
         return await self.image.corruption(
-            f"the L2 entry for guest offset {offset & ~self._cluster_mask} is {entry:#018x}, but a multiple of "
-            f"{self._cluster_size} without reserved bits was wanted"
+            f"the L2 entry for guest offset {offset & ~self._cluster_mask} is {entry:#018x}, expected a multiple of "
+            f"{self._cluster_size} without reserved bits"
         )
 
     def find_bad(self, words: array[int]) -> int | None:
-        """The index of the first of some L2 entries that cannot be; None if all can."""
+        """The index of the first invalid one of some L2 entries; None if all are valid."""
         for entry in set(words):
             if entry & self._bad and not entry & COMPRESSED:
                 return words.index(entry)
@@ -194,7 +194,8 @@ class ClusterMap:
         return array("Q", map(known.__getitem__, words))
 
     def with_bitmaps(self, entries: array[int], words: array[int]) -> array[int]:
-        """L2 entries with new descriptors, which have data for none of what the old ones, ``words``, have none for."""
+        """Put new descriptors into L2 entries and keep the bitmaps of the old ones, ``words``: what had no
+        data still has none."""
         return entries
 
     def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:

@@ -33,16 +33,16 @@ def new_header(options: Qcow2CreateOptions) -> Header:
     version = 2 if options.compat in ("0.10", "v2") else 3
     size, bits = options.cluster_size, options.refcount_bits
     if size & (size - 1) or not 512 <= size <= 2 << 20:
-        raise OptionError(f"qcow2 cluster_size is {size}, but a power of two from 512 to 2097152 was wanted.")
+        raise OptionError(f"qcow2 cluster_size is {size}, expected a power of two from 512 to 2097152.")
     if bits not in (1, 2, 4, 8, 16, 32, 64):
-        raise OptionError(f"qcow2 refcount_bits is {bits}, but 1, 2, 4, 8, 16, 32 or 64 was wanted.")
+        raise OptionError(f"qcow2 refcount_bits is {bits}, expected 1, 2, 4, 8, 16, 32 or 64.")
     if version == 2:
         _check_version_2(options)
     if options.backing_fmt and not options.backing_file:
         raise OptionError("qcow2 backing_fmt is set, but there is no backing_file.")
     if options.extended_l2 and size < layout.MIN_EXTENDED_L2_CLUSTER:
         raise OptionError(
-            f"qcow2 cluster_size is {size}, but at least {layout.MIN_EXTENDED_L2_CLUSTER} was wanted with extended_l2."
+            f"qcow2 cluster_size is {size}, expected at least {layout.MIN_EXTENDED_L2_CLUSTER} with extended_l2."
         )
     if options.data_file_raw and not options.data_file:
         raise OptionError("qcow2 data_file_raw is set, but there is no data_file.")
@@ -50,7 +50,7 @@ def new_header(options: Qcow2CreateOptions) -> Header:
         raise OptionError("qcow2 backing_file and data_file_raw are both set, but a raw file cannot show through.")
     if options.backing_file and options.preallocation != "off" and not options.extended_l2:
         raise OptionError(
-            f"qcow2 preallocation is '{options.preallocation}', but 'off' was wanted with a backing file, "
+            f"qcow2 preallocation is '{options.preallocation}', expected 'off' with a backing file, "
             "which it would hide; with extended_l2 it would not."
         )
     header = Header(version=version, cluster_bits=size.bit_length() - 1, backing_file=options.backing_file or "")

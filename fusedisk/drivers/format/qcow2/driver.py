@@ -171,7 +171,7 @@ class Qcow2Driver(ResizeDriver):
         name = header.data_file_name
         if name is None:
             raise ImageError(
-                f"'{node.filename}' has an external data file and does not name it: the option 'data-file' was wanted."
+                f"'{node.filename}' has an external data file and does not name it: give the option 'data-file'."
             )
         try:
             return await node.open_child("data-file", Role.DATA_FILE, name, implicit=True)
@@ -435,7 +435,7 @@ class Qcow2Driver(ResizeDriver):
     # --- settings ---------------------------------------------------------------------------------------
 
     async def amend(self, options: Any, progress: Progress, *, force: bool) -> None:
-        # Not with the rest: who opens an image seldom amends one.
+        # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2.amend import amend
 
         await amend(self, options, progress, force=force)
@@ -486,14 +486,14 @@ class Qcow2Driver(ResizeDriver):
 
     @classmethod
     async def check(cls, file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
-        # Not with the rest: who opens an image seldom checks one.
+        # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2.check import check
 
         return await check(file, repair, progress, dry_run=dry_run)
 
     @classmethod
     async def check_create(cls, options: Any, filename: str) -> None:
-        # Not with the rest: who opens an image does not create one.
+        # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2 import create
 
         await create.check(options, filename)

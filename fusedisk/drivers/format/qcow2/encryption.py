@@ -121,7 +121,7 @@ class Encryption:
 async def open_encryption(file: Node, header: Header, options: EncryptionOptions, filename: str) -> Encryption | None:
     """The encryption of an image in ``file``; None where it has none.
 
-    Raises OptionError for options that do not fit, ImageError for a LUKS header that cannot be.
+    Raises OptionError for options that do not fit, ImageError for an invalid LUKS header.
     """
     if not header.crypt_method:
         if options.encrypt_key_file is not None:

@@ -226,23 +226,21 @@ def parse_header(head: bytes, filename: str) -> Header:
     """
     if len(head) < V2_HEADER_LENGTH:
         raise ImageError(
-            f"'{filename}' is {len(head)} bytes long, but a qcow2 header of at least {V2_HEADER_LENGTH} "
-            "bytes was wanted."
+            f"'{filename}' is {len(head)} bytes long, expected a qcow2 header of at least {V2_HEADER_LENGTH} bytes."
         )
     magic, version, *fields = _V2.unpack_from(head)
     if magic != MAGIC:
-        raise ImageError(f"'{filename}' starts with the bytes {magic.hex()}, but qcow2's {MAGIC.hex()} were wanted.")
+        raise ImageError(f"'{filename}' starts with the bytes {magic.hex()}, expected qcow2's {MAGIC.hex()}.")
     if version not in (2, 3):
-        raise UnsupportedFeatureError(f"'{filename}' is qcow2 of version {version}, but version 2 or 3 was wanted.")
+        raise UnsupportedFeatureError(f"'{filename}' is qcow2 of version {version}, expected version 2 or 3.")
     header = Header(version, *fields)
     if version == 2:
         header.header_length = V2_HEADER_LENGTH
         return header
     if len(head) < V3_MIN_HEADER_LENGTH:
         raise ImageError(
-            f"'{filename}' is {len(head)} bytes long, but a version 3 qcow2 header of at least "
-            f"{V3_MIN_HEADER_LENGTH} bytes "
-            f"was wanted."
+            f"'{filename}' is {len(head)} bytes long, expected a version 3 qcow2 header of at least "
+            f"{V3_MIN_HEADER_LENGTH} bytes."
         )
     (
         header.incompatible_features,
@@ -264,30 +262,29 @@ def check_untrusted(header: Header, filename: str) -> None:
     bits = header.cluster_bits
     if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
         raise ImageError(
-            f"'{filename}' has qcow2 cluster bits of {bits}, but {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS} "
-            f"(clusters of 512 bytes to 2 MiB) were wanted."
+            f"'{filename}' has qcow2 cluster bits of {bits}, expected {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS} "
+            f"(clusters of 512 bytes to 2 MiB)."
         )
     if not header.refcount_order <= MAX_REFCOUNT_ORDER:
         raise ImageError(
-            f"'{filename}' has a refcount order of {header.refcount_order}, but at most {MAX_REFCOUNT_ORDER} "
-            f"(refcounts of 64 bits) was wanted."
+            f"'{filename}' has a refcount order of {header.refcount_order}, expected at most {MAX_REFCOUNT_ORDER} "
+            f"(refcounts of 64 bits)."
         )
     minimum = V2_HEADER_LENGTH if header.version == 2 else V3_MIN_HEADER_LENGTH
     if not minimum <= header.header_length <= header.cluster_size:
         raise ImageError(
-            f"'{filename}' has a header length of {header.header_length}, but {minimum} to "
-            f"{header.cluster_size} bytes were "
-            f"wanted."
+            f"'{filename}' has a header length of {header.header_length}, expected {minimum} to "
+            f"{header.cluster_size} bytes."
         )
     if header.incompatible_features & EXTENDED_L2 and header.cluster_size < MIN_EXTENDED_L2_CLUSTER:
         raise ImageError(
-            f"'{filename}' has extended L2 entries and clusters of {header.cluster_size} bytes, but at least "
-            f"{MIN_EXTENDED_L2_CLUSTER} were wanted."
+            f"'{filename}' has extended L2 entries and clusters of {header.cluster_size} bytes, expected at least "
+            f"{MIN_EXTENDED_L2_CLUSTER}."
         )
     if header.size >> 63:
-        raise ImageError(f"'{filename}' has a virtual size of {header.size} bytes, but less than 2^63 was wanted.")
+        raise ImageError(f"'{filename}' has a virtual size of {header.size} bytes, expected less than 2^63.")
     if header.crypt_method not in (0, *CRYPT_NAMES):
-        raise ImageError(f"'{filename}' has the encryption method {header.crypt_method}, but 0, 1 or 2 was wanted.")
+        raise ImageError(f"'{filename}' has the encryption method {header.crypt_method}, expected 0, 1 or 2.")
     _check_backing_position(header, filename)
 
 
@@ -296,12 +293,10 @@ def _check_backing_position(header: Header, filename: str) -> None:
         return
     start, size = header.backing_file_offset, header.backing_file_size
     if size > MAX_BACKING_NAME:
-        raise ImageError(
-            f"'{filename}' has a backing file name of {size} bytes, but at most {MAX_BACKING_NAME} were wanted."
-        )
+        raise ImageError(f"'{filename}' has a backing file name of {size} bytes, expected at most {MAX_BACKING_NAME}.")
     if start < header.header_length or start + size > header.cluster_size:
         raise ImageError(
-            f"'{filename}' has its backing file name at {start} with {size} bytes, but it was wanted "
+            f"'{filename}' has its backing file name at {start} with {size} bytes, expected it "
             "between the header's end "
             f"at {header.header_length} and the first cluster's at {header.cluster_size}."
         )
@@ -314,8 +309,8 @@ def check_table_sizes(header: Header, filename: str) -> None:
     needed = -(-header.size // span)
     if max(l1_bytes, needed * 8) > MAX_L1_SIZE:
         raise ImageError(
-            f"'{filename}' has an L1 table of {header.l1_size} entries and needs {needed} for its size, but at most "
-            f"{MAX_L1_SIZE // 8} were wanted."
+            f"'{filename}' has an L1 table of {header.l1_size} entries and needs {needed} for its size, expected at "
+            f"most {MAX_L1_SIZE // 8}."
         )
     if header.l1_size < needed:
         raise ImageError(
@@ -324,11 +319,11 @@ def check_table_sizes(header: Header, filename: str) -> None:
         )
     if not 0 < header.refcount_table_size() <= MAX_REFCOUNT_TABLE_SIZE:
         raise ImageError(
-            f"'{filename}' has a refcount table of {header.refcount_table_clusters} clusters, but 1 to "
-            f"{MAX_REFCOUNT_TABLE_SIZE >> header.cluster_bits} were wanted."
+            f"'{filename}' has a refcount table of {header.refcount_table_clusters} clusters, expected 1 to "
+            f"{MAX_REFCOUNT_TABLE_SIZE >> header.cluster_bits}."
         )
     if header.nb_snapshots > MAX_SNAPSHOTS:
-        raise ImageError(f"'{filename}' has {header.nb_snapshots} snapshots, but at most {MAX_SNAPSHOTS} were wanted.")
+        raise ImageError(f"'{filename}' has {header.nb_snapshots} snapshots, expected at most {MAX_SNAPSHOTS}.")
 
 
 def check_table_places(header: Header, file_length: int, filename: str) -> None:
@@ -369,8 +364,8 @@ def _check_overlap(filename: str, what: str, start: int, length: int, placed: li
     for other, low, high in placed:
         if start < high and low < start + length:
             raise ImageError(
-                f"'{filename}' has its {what} at {start} over its {other} at {low}, but tables that do not "
-                "overlap were wanted."
+                f"'{filename}' has its {what} at {start} over its {other} at {low}, expected tables that do not "
+                "overlap."
             )
 
 
@@ -404,7 +399,7 @@ def _parse_extensions(area: bytes, position: int, end: int, filename: str) -> li
             raise ImageError(
                 f"'{filename}' has the header extension {kind:#010x} of {length} bytes at "
                 f"{position - _EXTENSION.size}, but "
-                f"extensions were wanted to end before {min(end, len(area))}."
+                f"extensions must end before {min(end, len(area))}."
             )
         if kind == EXTENSION_END:
             break
@@ -420,7 +415,7 @@ def check_features(header: Header, filename: str) -> None:
     if (header.crypt_method == CRYPT_LUKS) != (header.crypto_header is not None):
         raise ImageError(
             f"'{filename}' has the encryption method {header.crypt_method} and "
-            f"{'a' if header.crypto_header else 'no'} pointer to a LUKS header; both or none were wanted."
+            f"{'a' if header.crypto_header else 'no'} pointer to a LUKS header; expected both or neither."
         )
     unknown = header.incompatible_features & ~SUPPORTED_INCOMPATIBLE
     if unknown:
@@ -432,14 +427,12 @@ def check_features(header: Header, filename: str) -> None:
         )
     if header.has_raw_data_file and header.backing_file:
         raise ImageError(
-            f"'{filename}' has a raw external data file and the backing file '{header.backing_file}', but only one of "
-            "them was wanted, as a raw file cannot show through."
+            f"'{filename}' has a raw external data file and the backing file '{header.backing_file}', expected only "
+            "one of them, as a raw file cannot show through."
         )
     kind = header.compression_type
     if kind not in COMPRESSION_NAMES:
-        raise UnsupportedFeatureError(
-            f"'{filename}' uses the compression type {kind}, but zlib (0) or zstd (1) was wanted."
-        )
+        raise UnsupportedFeatureError(f"'{filename}' uses the compression type {kind}, expected zlib (0) or zstd (1).")
     if bool(kind) != bool(header.incompatible_features & COMPRESSION_TYPE):
         raise ImageError(
             f"'{filename}' has the compression type {COMPRESSION_NAMES[kind]}, but its compression type "
@@ -491,7 +484,7 @@ def encode_header_area(header: Header, filename: str) -> bytes:
     if end + len(name) > header.cluster_size:
         raise ImageError(
             f"the header of '{filename}' takes {end + len(name)} bytes with its extensions and the name of its "
-            f"backing file, but only {header.cluster_size} bytes, one cluster, were wanted."
+            f"backing file, expected only {header.cluster_size} bytes, one cluster."
         )
     header.backing_file_offset = end if name else 0
     header.backing_file_size = len(name)

@@ -66,12 +66,12 @@ class MeasureOptions(CreateOptions):
         """Raises OptionError for values that QEMU refuses, too."""
         size = self.cluster_size
         if size & size - 1 or not 1 << layout.MIN_CLUSTER_BITS <= size <= 1 << layout.MAX_CLUSTER_BITS:
-            raise OptionError(f"qcow2 option 'cluster_size' is {size}, but a power of two from 512 to 2M was wanted.")
+            raise OptionError(f"qcow2 option 'cluster_size' is {size}, expected a power of two from 512 to 2M.")
         if self.extended_l2 and size < 16384:
             raise OptionError(f"qcow2 option 'cluster_size' is {size}, but extended_l2 needs at least 16384.")
         if self.refcount_bits not in _REFCOUNT_BITS:
             wanted = ", ".join(map(str, _REFCOUNT_BITS))
-            raise OptionError(f"qcow2 option 'refcount_bits' is {self.refcount_bits}, but one of {wanted} was wanted.")
+            raise OptionError(f"qcow2 option 'refcount_bits' is {self.refcount_bits}, expected one of {wanted}.")
         if self.version == 2 and self.refcount_bits != 16:
             raise OptionError(f"qcow2 option 'refcount_bits' is {self.refcount_bits}, but version 2 has only 16.")
 

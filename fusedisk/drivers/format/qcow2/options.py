@@ -162,7 +162,7 @@ def cache_sizes(options: Qcow2Options, header: Header) -> tuple[int, int]:
         )
     for name, size in (("l2-cache-size", l2), ("refcount-cache-size", refcounts)):
         if size is not None and size > both:
-            raise OptionError(f"qcow2 option '{name}' is {size}, but at most the 'cache-size' of {both} was wanted.")
+            raise OptionError(f"qcow2 option '{name}' is {size}, expected at most the 'cache-size' of {both}.")
     if l2 is not None:
         return l2, both - l2
     if refcounts is not None:

@@ -85,7 +85,7 @@ class Refcounts:
         """How many clusters wait in there."""
 
     async def load(self) -> None:
-        """Read the refcount table. Raises ImageError where its entries cannot be."""
+        """Read the refcount table. Raises ImageError for invalid entries."""
         image, header = self.image, self.image.header
         await image.announce("reftable_load")
         self._take_table(await image.read_table(header.refcount_table_offset, header.refcount_table_size() // 8))
@@ -94,8 +94,8 @@ class Refcounts:
         for offset in sorted(entry for entry in self.table if entry):
             if offset & self.geometry.cluster_mask or offset == previous or offset >= file_end:
                 raise ImageError(
-                    f"'{image.filename}' has a refcount block at {offset}, but distinct multiples of "
-                    f"{self.geometry.cluster_size} inside the file were wanted; 'fusedisk check -r all' may "
+                    f"'{image.filename}' has a refcount block at {offset}, expected distinct multiples of "
+                    f"{self.geometry.cluster_size} inside the file; 'fusedisk check -r all' may "
                     "repair it."
                 )
             previous = offset

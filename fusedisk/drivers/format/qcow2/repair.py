@@ -9,14 +9,14 @@ follow them.** What could be read before reads the same afterwards:
    a COPIED flag, a subcluster that is said to be both data and zeroes stays data).
 2. An entry that leads nowhere, since its offset is no cluster's or lies behind the end of the file, could not be read,
    or read as zeroes. It becomes *zeroes* where the version has that (3), else *unallocated*; an L1 entry becomes empty.
-3. What its entries say tells what a shared table is: a cluster that is used otherwise too, in which most entries cannot
-   be L2 entries and none leads to a cluster of its own, holds no L2 table. The L1 entry goes, and the cluster is not
-   touched. Nor is a part of an L1 table that is used otherwise too.
+3. If the cluster of an L2 table is also used for something else, its content decides: if most of its entries are
+   invalid as L2 entries, and none leads to a cluster of its own, it is no L2 table. The L1 entry is removed,
+   and the cluster is not touched. Neither is a part of an L1 table that is also used for something else.
 4. A cluster with more references than its refcount can count is copied for those that are too many.
 5. An entry of the snapshot table goes only if its L1 table cannot be in the file; texts and times of the others stay.
 6. A part of a persistent bitmap that is not in the file says that everything has changed, so that a backup copies too
    much rather than too little. Where the directory or a table is not in the file, all bitmaps become invalid.
-7. If the active L1 table itself is not in the file, or most certainly is something else, nothing is repaired: all that
+7. If the active L1 table itself is not in the file, or is very probably something else, nothing is repaired: all that
    the guest wrote would be given up. The same holds for a LUKS header, and for an L1 table so long that it runs into
    other tables: what looks wrong in it may be right there.
 8. Where LUKS is used, clusters are not copied, since they could not be decrypted in another place: what rule 4 is for
@@ -68,9 +68,9 @@ def plan(analysis: Analysis, repair: Repair) -> list[str]:
     if repair is Repair.ALL:
         wrong, snapshots = _wrong_entries(analysis)
         if wrong:
-            done.append(f"mend or drop {wrong} entries that cannot be")
+            done.append(f"fix or remove {wrong} invalid table entries")
         if snapshots:
-            done.append(f"rewrite the snapshot table, of which {snapshots} entries cannot be")
+            done.append(f"rewrite the snapshot table ({snapshots} invalid entries)")
     if recounts:
         if analysis.rebuild or analysis.walk.block_corruptions:
             done.append("rebuild the refcounts")

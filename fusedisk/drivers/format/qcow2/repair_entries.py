@@ -1,4 +1,4 @@
-"""Mending table entries that cannot be, where they are. The rules are in :mod:`.repair`."""
+"""Mending invalid table entries in place. The rules are in :mod:`.repair`."""
 
 from __future__ import annotations
 
@@ -49,12 +49,14 @@ async def mend_tables(analysis: Analysis) -> bool:
 
 
 async def stuck_entry(analysis: Analysis) -> str | None:
-    """An L1 entry that cannot be, and must not be mended as something else is in its cluster; None without one."""
+    """An invalid L1 entry that must not be mended, as something else is in its cluster; None without one."""
     image = analysis.image
     for table in analysis.walk.l1_tables:
         for index, entry in enumerate(await image.read_table(image.inside(table.region))):
             if entry and analysis.is_shared(table, index) and _mended_l1_entry(image, entry, set()) != entry:
-                return f"{table.label} has the entry {entry:#x}, which cannot be, where something else lies, too"
+                return (
+                    f"{table.label} has the invalid entry {entry:#x} in a cluster that is also used for something else"
+                )
     return None
 
 

@@ -47,8 +47,8 @@ def check_size(allocator: Allocator, length: int, preallocation: str, *, zero_ne
     image, header = allocator.image, allocator.image.header
     if preallocation not in PREALLOCATIONS:
         raise OptionError(
-            f"'{image.filename}' cannot be resized with preallocation '{preallocation}', "
-            f"{', '.join(PREALLOCATIONS[:-1])} or {PREALLOCATIONS[-1]} was wanted."
+            f"'{image.filename}' cannot be resized with preallocation '{preallocation}', expected "
+            f"{', '.join(PREALLOCATIONS[:-1])} or {PREALLOCATIONS[-1]}."
         )
     if length < header.size and preallocation != "off":
         raise OptionError(
@@ -56,7 +56,7 @@ def check_size(allocator: Allocator, length: int, preallocation: str, *, zero_ne
             "for what is added."
         )
     if length % _SECTOR:
-        raise OptionError(f"'{image.filename}' cannot get {length} bytes, a multiple of {_SECTOR} was wanted.")
+        raise OptionError(f"'{image.filename}' cannot get {length} bytes, expected a multiple of {_SECTOR}.")
     if header.version < 3 and header.nb_snapshots:
         raise NotSupportedError(
             f"'{image.filename}' is qcow2 of version 2 with snapshots, which cannot be resized: delete the "

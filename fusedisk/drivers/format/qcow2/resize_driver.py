@@ -19,7 +19,7 @@ class ResizeDriver(SnapshotDriver):
         raise NotImplementedError
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
-        # Not with the rest: who opens an image seldom resizes one.
+        # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2 import resize
         from fusedisk.drivers.format.qcow2.bitmap_resize import resizing
 

@@ -51,13 +51,13 @@ class SnapshotImage(Protocol):
 
 
 async def read_l1(image: Image, snapshot: Snapshot) -> array[int]:
-    """The L1 table of a snapshot, as long as its disk asks for. Raises ImageError where it cannot be."""
+    """The L1 table of a snapshot, padded to the entries that its disk needs. Raises ImageError if it is invalid."""
     what = f"L1 table of snapshot {snapshot.id}"
     needed = max(snapshot.l1_size, -(-snapshot.disk_size >> image.geometry.span_bits))
     if needed * 8 > layout.MAX_L1_SIZE:
         raise ImageError(
             f"'{image.filename}' has an {what} of {snapshot.l1_size} entries and a disk of {snapshot.disk_size} bytes "
-            f"in it, but at most {layout.MAX_L1_SIZE // 8} entries were wanted."
+            f"in it, expected at most {layout.MAX_L1_SIZE // 8} entries."
         )
     length = snapshot.l1_size * 8
     if not length:
@@ -77,7 +77,7 @@ async def read_l1(image: Image, snapshot: Snapshot) -> array[int]:
 async def create(driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
     """Make a snapshot with the name, date and VM data of ``wanted``, whose id is chosen where it is empty.
 
-    Raises OptionError for a name or id that cannot be; ImageError where there are too many snapshots or references.
+    Raises OptionError for an invalid name or id; ImageError where there are too many snapshots or references.
     """
     header = driver.image.header
     identity = wanted.id.encode("utf-8", "surrogateescape") or next_id(driver.snapshots)
@@ -106,7 +106,7 @@ def _check_names(driver: SnapshotImage, identity: bytes, name: bytes) -> None:
     for what, text in (("id", identity), ("name", name)):
         if len(text) > MAX_NAME or b"\0" in text:
             raise OptionError(
-                f"the {what} of a snapshot has {len(text)} bytes, but at most {MAX_NAME} and no zero byte were wanted."
+                f"the {what} of a snapshot has {len(text)} bytes, expected at most {MAX_NAME} and no zero byte."
             )
     if any(snapshot.raw_id == identity for snapshot in driver.snapshots):
         raise OptionError(f"'{driver.image.filename}' has a snapshot with the id '{identity.decode()}' already.")
@@ -115,7 +115,7 @@ def _check_names(driver: SnapshotImage, identity: bytes, name: bytes) -> None:
 async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) -> None:
     """Let the disk be what it was when ``snapshot`` was made, its size and VM state included.
 
-    Raises NotSupportedError for another size in version 2, ImageError where the snapshot's tables cannot be.
+    Raises NotSupportedError for another size in version 2, ImageError if the snapshot's tables are invalid.
     """
     image, header = driver.image, driver.image.header
     if snapshot.disk_size != header.size and header.version < 3:
@@ -153,7 +153,7 @@ def _leads_to(moved: int | None, entry: int, weights: Counter[int]) -> int:
 
 
 async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) -> None:
-    """Forget a snapshot. Raises ImageError where its tables cannot be."""
+    """Delete a snapshot. Raises ImageError if its tables are invalid."""
     image = driver.image
     async with _switching(driver) as switch:
         l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]

@@ -50,8 +50,8 @@ class SnapshotDriver(Driver):
         found = self._snapshot(find_snapshot(self.list_snapshots(), wanted, image.filename).id)
         if found.disk_size >> 63:
             raise ImageError(
-                f"'{image.filename}' has a disk of {found.disk_size} bytes in snapshot '{wanted}', but less than 2^63 "
-                "was wanted."
+                f"'{image.filename}' has a disk of {found.disk_size} bytes in snapshot '{wanted}', expected less "
+                "than 2^63."
             )
         from fusedisk.drivers.format.qcow2 import snapshot
 
@@ -96,7 +96,7 @@ class SnapshotDriver(Driver):
         return [found.public() for found in self.snapshots]
 
     async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
-        # Not with the rest: who opens an image seldom changes its snapshots.
+        # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2 import snapshot, vmstate
 
         made = await snapshot.create(self, wanted, progress)

@@ -36,7 +36,7 @@ _FLAG = 0x80
 def table_weights(image: Image, l1: Sequence[int], what: str) -> Counter[int]:
     """How many of the L1 entries lead to each L2 table, by its host offset, lowest first.
 
-    Raises ImageError for entries that cannot be; ``what`` names the table.
+    Raises ImageError for invalid entries; ``what`` names the table.
     """
     mask = image.geometry.cluster_mask
     for index, entry in enumerate(l1):
@@ -46,7 +46,9 @@ def table_weights(image: Image, l1: Sequence[int], what: str) -> Counter[int]:
 
 
 def _cannot_be(image: Image, what: str) -> ImageError:
-    return ImageError(f"'{image.filename}' is corrupt: {what}, which cannot be; 'fusedisk check -r all' may repair it.")
+    return ImageError(
+        f"'{image.filename}' is corrupt: {what}, which is invalid; 'fusedisk check -r all' may repair it."
+    )
 
 
 class L2Table:
@@ -89,7 +91,7 @@ class L2Table:
     # --- counting ---------------------------------------------------------------------------------------
 
     def count(self, counts: Counts, weight: int) -> None:
-        """Count what the entries refer to, ``weight`` times. Raises ImageError for entries that cannot be."""
+        """Count what the entries refer to, ``weight`` times. Raises ImageError for invalid entries."""
         first = self.first_of_run()
         if first:
             self._count_clusters(counts, first, self.geometry.l2_entries, weight)

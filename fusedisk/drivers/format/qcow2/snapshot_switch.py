@@ -93,7 +93,7 @@ class Switch:
         return run
 
     def lose_table(self, offset: int, length: int) -> None:
-        """The new state has no use for a table. Raises ImageError where it cannot be."""
+        """The new state has no use for a table. Raises ImageError if it is invalid."""
         first, count = offset >> self.geometry.cluster_bits, self.geometry.clusters(length)
         if first + count > self.lost.clusters:
             raise ImageError(

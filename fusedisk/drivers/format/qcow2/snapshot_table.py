@@ -158,7 +158,7 @@ class _TableReader:
                 raise ImageError(
                     f"'{self.image.filename}' has {self.image.header.nb_snapshots} snapshots, but their "
                     "table goes on behind the "
-                    f"file's end or is larger than the {MAX_TABLE_SIZE} bytes that were wanted at most."
+                    f"file's end or is larger than {MAX_TABLE_SIZE} bytes, the maximum."
                 )
             self._piece += await self.image.read(start, count)
         taken = bytes(self._piece[:length])
@@ -174,9 +174,8 @@ async def _read_entry(reader: _TableReader, number: int) -> Snapshot:
     l1_offset, l1_size, id_size, name_size, seconds, nanoseconds, clock, vm_state_size, extra_size = fields
     if extra_size > MAX_EXTRA_DATA:
         raise ImageError(
-            f"'{reader.image.filename}' has a snapshot with {extra_size} bytes of extra data, but at most "
-            f"{MAX_EXTRA_DATA} were "
-            f"wanted."
+            f"'{reader.image.filename}' has a snapshot with {extra_size} bytes of extra data, expected at most "
+            f"{MAX_EXTRA_DATA}."
         )
     extra = await reader.take(extra_size)
     identity = await reader.take(id_size)

@@ -176,8 +176,8 @@ class _ExternalMap(ClusterMap):
         host = entry & OFFSET_MASK
         if host and host & (FIRST_CLUSTER - 1) != guest:
             raise await self.image.corruption(
-                f"the L2 entry for guest offset {guest} leads to {host} in the external data file, but the same offset "
-                "was wanted"
+                f"the L2 entry for guest offset {guest} leads to {host} in the external data file, expected the same "
+                "offset"
             )
 
 

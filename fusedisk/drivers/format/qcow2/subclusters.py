@@ -100,7 +100,7 @@ class SubclusterMap(ClusterMap):
         return min(covered, length)
 
     def _is_bad(self, entry: int, bitmap: int) -> bool:
-        """Whether an entry cannot be."""
+        """Whether an entry is invalid."""
         if entry & COMPRESSED:
             return bool(bitmap)
         return bool(entry & self._bad or bitmap >> SUBCLUSTERS & bitmap) or (
@@ -129,7 +129,7 @@ class SubclusterMap(ClusterMap):
         )
         return await self.image.corruption(
             f"the L2 entry for guest offset {offset & ~self._cluster_mask} is {entry:#018x} with the bitmap "
-            f"{bitmap:#018x}, but {wanted} were wanted"
+            f"{bitmap:#018x}, expected {wanted}"
         )
 
     # --- writing in place -------------------------------------------------------------------------------
