@@ -104,6 +104,8 @@ class Driver:
     asks_before_waiting: ClassVar[bool] = False
     """True if every place in this driver that can block calls :func:`fusedisk.core.at_once.refuse_to_wait` first. The
     core may then run a request without starting a task. Host I/O in worker threads does call it."""
+    may_be_named: ClassVar[bool] = False
+    """True if an image may name this driver in a reference: it opens local files, and has no effects beyond that."""
     supports_backing: ClassVar[bool] = False
     length_unit: ClassVar[int] = 1
     """A new length of the node must be a multiple of this, in bytes."""
@@ -320,6 +322,12 @@ class Driver:
         """A descriptor of a host file that is this node byte by byte, if all of the range is in the host's page cache;
         None: it is not, or nobody knows."""
         return None
+
+    def storage_descriptor(self) -> int | None:
+        """A descriptor of the host file that ``exact_filename`` names, None where there is none. It stays the driver's,
+        who may exchange it when the node is reopened. The default is the ``file`` child's."""
+        child = self.node.children.get("file")
+        return child.node.driver.storage_descriptor() if child else None
 
     def host_descriptor(self) -> int | None:
         """A descriptor of a host file that is this node byte by byte, so that others can access it directly; None where

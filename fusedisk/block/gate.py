@@ -3,17 +3,64 @@
 An image is input of unknown origin, yet its header may name other files to open: a backing file, a data file. By
 default only files in the directory tree of the image that names them may be opened that way, or what the user named;
 everything else is refused with a sentence that says which reference it was.
+
+A name is worth nothing here: between a look at it and the open, another user may put a symbolic link in its place. So
+the name is opened first, as a descriptor that neither reads nor writes (O_PATH), and the gate judges that descriptor:
+the file must be found again, without any link, below an allowed directory. That very file is then opened for use.
+Directories are known by their numbers as well as by their paths, so one that takes the place of an allowed directory is
+not allowed in its stead. What cannot be told apart from a file of the tree is a hard link to a file outside of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import stat
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NoReturn
 
-from fusedisk.block.filenames import check_filename
-from fusedisk.core import paths
 from fusedisk.core.errors import GateError
+from fusedisk.core.host_open import Identity, descriptor_path, identity
+
+if TYPE_CHECKING:
+    from fusedisk.block.driver import Driver
+
+_LOOK = os.O_PATH | os.O_CLOEXEC
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class Root:
+    """A file that references may lead to, or a directory with everything below it."""
+
+    path: str
+    """Where it lay when it was looked at, without symbolic links."""
+    identity: Identity
+
+    def holds(self, fd: int) -> bool:
+        """Whether the file behind a descriptor is this root, or lies below it now. Blocks."""
+        found = identity(os.fstat(fd))
+        if found == self.identity:
+            return True
+        with contextlib.suppress(OSError):
+            start, path = self.path.rstrip("/") + "/", descriptor_path(fd)
+            return path.startswith(start) and self._finds(path.removeprefix(start), found)
+        return False
+
+    def _finds(self, path: str, wanted: Identity) -> bool:
+        """Whether a relative path leads from here to the file, through directories only. Raises OSError."""
+        *parents, name = path.split("/")
+        folder = os.open(self.path, _LOOK | os.O_DIRECTORY)
+        try:
+            if identity(os.fstat(folder)) != self.identity:
+                return False
+            for parent in parents:
+                below = os.open(parent, _LOOK | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = below
+            return identity(os.stat(name, dir_fd=folder, follow_symlinks=False)) == wanted
+        finally:
+            os.close(folder)
 
 
 class Gate:
@@ -24,76 +71,80 @@ class Gate:
 
     def __init__(self, allowed: Iterable[str] = (), *, allow_any: bool = False) -> None:
         self.allow_any = allow_any
-        self._allowed = [paths.real(path) for path in allowed]
+        self.roots: list[Root] = []
+        for path in allowed:
+            self.allow(path)
 
     def allow(self, path: str) -> None:
-        """The user named this file or directory."""
-        self._allowed.append(paths.real(path))
+        """The user named this file or directory; one that is missing allows nothing. Blocks."""
+        with contextlib.suppress(OSError, ValueError):
+            fd = os.open(path, _LOOK)
+            try:
+                self.roots.append(Root(descriptor_path(fd), identity(os.fstat(fd))))
+            finally:
+                os.close(fd)
 
-    def check(self, options: Mapping[str, Any], image: str, reference: str) -> None:
-        """Raise GateError unless everything that ``options`` would open may be opened for ``image``.
 
-        What no file can be called is an OptionError.
+@dataclasses.dataclass(slots=True, frozen=True)
+class Reference:
+    """What an image's header names, and what may be opened for its sake. Nodes that are opened for it carry it."""
 
-        ``options`` are nested and normalised, ``reference`` is what the image says, for the message.
-        """
-        if self.allow_any:
+    gate: Gate
+    image: str
+    """The image, for messages."""
+    text: str
+    """What the image says."""
+    home: Root | None
+    """The directory that the image lies in, None where it is no file of the host."""
+
+    def check_driver(self, driver: Driver) -> None:
+        """Raise GateError for a driver that images have no business with, and for options that have another file read,
+        such as one with a passphrase: that is for the user to say."""
+        if self.gate.allow_any:
             return
-        for name in _node_names(options):
-            raise GateError(
-                f"'{image}' refers to '{reference}', which uses the node '{name}'; images may name local files only "
-                "(allow it with --allow-any-reference if you trust the image)."
-            )
-        for driver, filename in _leaves(options):
-            if filename is None:
-                if driver != "null-co":
-                    raise GateError(
-                        f"'{image}' refers to '{reference}', which uses the protocol '{driver}'; images may name local "
-                        "files only (allow it with --allow-any-reference if you trust the image)."
-                    )
-            elif not self._is_allowed(filename, image):
-                place = os.path.dirname(paths.real(filename))
-                raise GateError(
-                    f"'{image}' refers to '{reference}', which lies outside the image's own directory "
-                    f"(allow it with --allow-path {place} if you trust the image)."
-                )
+        if not driver.may_be_named:
+            self._refuse(f"uses the driver '{driver.name}'; images may name local files only")
+        for name, field in driver.options.names().items():
+            if field.metadata.get("kind") == "file" and getattr(driver.options, field.name) is not None:
+                self._refuse(f"sets the option '{name}', which is for the user to set")
 
-    def _is_allowed(self, filename: str, image: str) -> bool:
-        check_filename(filename)
-        path = paths.real(filename)
-        home = os.path.dirname(paths.real(image))
-        return any(path == root or path.startswith(root.rstrip("/") + "/") for root in (home, *self._allowed))
+    def check_node(self, name: str) -> None:
+        """Raise GateError: nodes that are open already are other people's disks, for all the image knows."""
+        if not self.gate.allow_any:
+            self._refuse(f"uses the node '{name}'; images may name local files only")
 
+    def check_file(self, fd: int) -> None:
+        """Raise GateError unless the file behind a descriptor may be opened. Blocks."""
+        roots = [self.home] if self.home is not None else []
+        if self.gate.allow_any or any(root.holds(fd) for root in (*roots, *self.gate.roots)):
+            return
+        try:
+            path = descriptor_path(fd)
+        except OSError:
+            self._refuse("cannot be compared with the image's own directory, as /proc is missing")
+        place = path if stat.S_ISBLK(os.fstat(fd).st_mode) else os.path.dirname(path)
+        raise GateError(
+            f"'{self.image}' refers to '{self.text}', which lies outside the image's own directory "
+            f"(allow it with --allow-path {place} if you trust the image)."
+        )
 
-_CHILDREN = frozenset(("file", "image", "backing", "data-file", "raw", "test", "log", "target", "vmstate"))
-"""Every option, of whatever driver, that may be the name of an open node instead of options; lists always may."""
-
-
-def _node_names(options: Mapping[str, Any]) -> Iterator[str]:
-    """What names nodes that are open already: other people's disks, for all the image knows."""
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _node_names(value)
-        elif isinstance(value, list):
-            yield from (item for item in value if isinstance(item, str))
-            yield from _node_names({str(index): item for index, item in enumerate(value) if isinstance(item, Mapping)})
-        elif isinstance(value, str) and key in _CHILDREN:
-            yield value
+    def _refuse(self, what: str) -> NoReturn:
+        raise GateError(
+            f"'{self.image}' refers to '{self.text}', which {what} "
+            "(allow it with --allow-any-reference if you trust the image)."
+        )
 
 
-def _leaves(options: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """Every protocol-level opening below ``options``: driver and local file name, None where it is no local file."""
-    children = [value for value in options.values() if isinstance(value, Mapping)]
-    children += [
-        item for value in options.values() if isinstance(value, list) for item in value if isinstance(item, Mapping)
-    ]
-    driver = options.get("driver")
-    filename = options.get("filename")
-    if isinstance(filename, str):
-        yield str(driver), filename if driver in (None, "file", "host_device") else None
-    elif not children:
-        yield str(driver), None
-    if isinstance(config := options.get("config"), str):
-        yield "file", config
-    for child in children:
-        yield from _leaves(child)
+def home_of(fd: int | None) -> Root | None:
+    """The directory that the file behind a descriptor lies in; None where it lies in none any more, and for a device:
+    what else lies in ``/dev`` is none of its business. Blocks."""
+    if fd is None or stat.S_ISBLK(os.fstat(fd).st_mode):
+        return None
+    with contextlib.suppress(OSError):
+        folder = os.open(os.path.dirname(descriptor_path(fd)), _LOOK | os.O_DIRECTORY)
+        try:
+            home = Root(descriptor_path(folder), identity(os.fstat(folder)))
+        finally:
+            os.close(folder)
+        return home if home.holds(fd) else None
+    return None

@@ -114,6 +114,8 @@ class Graph:
 
     async def start(self, node: Node) -> None:
         """Run the driver's ``open``, then take its length and limits."""
+        if node.config.reference is not None:
+            node.config.reference.check_driver(node.driver)
         await node.driver.open()
         try:
             node.length = await node.driver.length()
@@ -364,7 +366,9 @@ class Graph:
 
     async def insert_above(self, node: Node, options: dict[str, Any]) -> Node:
         """Open a filter over ``node`` and put it between it and all its parents, under load. Returns the filter."""
-        config = dataclasses.replace(node.config, detect_zeroes="off", copy_on_read=False, discard_unmap=True)
+        config = dataclasses.replace(
+            node.config, detect_zeroes="off", copy_on_read=False, discard_unmap=True, reference=None
+        )
         async with self.drained(node):
             above, _ = await Opener(self).open_one({**options, "file": node.name}, config, None)
             try:

@@ -16,6 +16,7 @@ from fusedisk.core.locks import Mutex
 
 if TYPE_CHECKING:
     from fusedisk.block.backend import Backend
+    from fusedisk.block.gate import Reference
     from fusedisk.block.graph import Graph
     from fusedisk.block.tracked import Request
 
@@ -43,6 +44,8 @@ class NodeConfig:
     detect_zeroes: str = "off"
     """off, on (zero writes become write-zeroes) or unmap (and may give the space back)."""
     copy_on_read: bool = False
+    reference: Reference | None = None
+    """What an image says that the node is opened for; None where the user names it. The gate asks for it."""
 
     def given(self, fields: Iterable[str]) -> dict[str, Any]:
         """Some of the settings as QMP's nested options."""

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from fusedisk.block.child import Child
 from fusedisk.block.driver import Role
 from fusedisk.block.filenames import check_filename, parse_filename, resolve_reference
+from fusedisk.block.gate import Reference, home_of
 from fusedisk.block.node import Node, NodeConfig
 from fusedisk.block.probing import RAW, probe, tell_guess
-from fusedisk.core.errors import FusediskError, ImageError, OptionError
+from fusedisk.core.errors import FusediskError, GateError, ImageError, OptionError
+from fusedisk.core.host_open import Identity, identity
+from fusedisk.core.offload import run_opening
 from fusedisk.core.options import nest, parse_bool
 
 if TYPE_CHECKING:
@@ -34,27 +37,25 @@ class Opener:
         if format is not None:
             self.drivers.load_format(format)
         if isinstance(spec, str):
-            self._allow_named(parsed := parse_filename(spec, self.drivers))
-            if spec.startswith("json:"):
-                options = parsed
-                if format is not None:
-                    options["driver"] = format
-            else:
-                options = {"file": parsed}
-                if format is not None:
-                    options["driver"] = format
+            options = await run_opening(parse_filename, spec, self.drivers)
+            if not spec.startswith("json:"):
+                options = {"file": options}
+            if format is not None:
+                options["driver"] = format
         else:
             options = nest(spec)
             if format is not None:
                 options.setdefault("driver", format)
-            self._allow_named(options)
+        await run_opening(self._allow_named, options)
         return await self._open_chain(options, config, None)
 
     def _allow_named(self, options: Mapping[str, Any]) -> None:
-        """Tell the gate that the user named these files, so that it lets them through."""
+        """Tell the gate that the user named these files, so that it lets them through. Blocks."""
         for key, value in options.items():
             if isinstance(value, Mapping):
                 self._allow_named(value)
+            elif isinstance(value, list):
+                self._allow_named({str(index): item for index, item in enumerate(value)})
             elif key == "filename" and isinstance(value, str):
                 check_filename(value)
                 self.graph.gate.allow(value)
@@ -62,20 +63,14 @@ class Opener:
     async def _open_chain(self, options: dict[str, Any], config: NodeConfig, inherits: Node | None) -> Node:
         """Open a node, then its backing files one after the other: chains may be long, so no recursion."""
         top, backing = await self.open_one(options, config, inherits)
-        node, seen = top, dict[tuple[int, int] | None, Node]()
+        node, seen = top, dict[Identity | None, Node]()
         try:
-            while (backing := self._backing_options(node, backing)) is not None:
+            while (below := await self._backing_options(node, backing)) is not None:
                 seen = seen or _images_above(top)
-                name = _named_file(backing)
-                identity = _file_identity(name)
-                if identity is not None and identity in seen:
-                    raise ImageError(
-                        f"the backing chain of '{seen[identity].filename}' comes back to '{name}', "
-                        "a chain must end somewhere."
-                    )
+                found = _refuse_loop(_named_file(below[0]), seen)
                 overlay = node
-                node, backing = await self._open_backing(node, backing)
-                seen[identity] = node
+                node, backing = await self._open_backing(node, *below)
+                seen[found] = node
                 await overlay.driver.backing_opened()
         except BaseException as exc:
             if self.graph.look_only and isinstance(exc, FusediskError):
@@ -85,38 +80,48 @@ class Opener:
             raise
         return top
 
-    def _backing_options(self, node: Node, given: Any) -> Any:
-        """Options of the backing child to open for ``node``, None where it has none.
+    async def _backing_options(self, node: Node, given: Any) -> tuple[Any, Reference | None] | None:
+        """Options of the backing child to open for ``node``, and the reference that they come from if that is the
+        image's own; None where it has no backing child.
 
-        ``given`` is what the user's options say, ... where they say nothing.
+        ``given`` is what the options of ``node`` say, ... where they say nothing.
         """
         if not node.driver.supports_backing or node.backing is not None:
             return None
         if given is not ...:
             node.backing_overridden = True
-            return given
+            return None if given is None else (given, node.config.reference)
         reference = node.driver.backing_reference() if self.graph.follow_backing else None
         if reference is None:
             return None
-        place = self._place(node)
         try:
-            filename = resolve_reference(reference.filename, place)
-            parsed = parse_filename(filename, self.drivers)
-            self.graph.gate.check(parsed, place or node.filename, reference.filename)
+            options, origin = await self._follow(node, reference.filename)
         except OptionError as exc:
             raise ImageError(_backing_trouble(node, exc)) from exc
-        parsed = _harmless(parsed)
-        options: dict[str, Any] = parsed if filename.startswith("json:") else {"file": parsed}
+        if not reference.filename.startswith("json:"):
+            options = {"file": options}
         if reference.format is not None and "driver" not in options:
             options["driver"] = reference.format
-        return options
+        return options, origin
 
-    async def _open_backing(self, node: Node, given: Any) -> tuple[Node, Any]:
+    async def _follow(self, node: Node, text: str) -> tuple[dict[str, Any], Reference]:
+        """Options for what the image ``node`` refers to as ``text``, and what the gate needs to know."""
+        place = self._place(node)
+
+        def look() -> tuple[dict[str, Any], Reference]:
+            options = parse_filename(resolve_reference(text, place), self.drivers)
+            home = home_of(node.driver.storage_descriptor())
+            return _harmless(options), Reference(self.graph.gate, place or node.filename, text, home)
+
+        return await run_opening(look)
+
+    async def _open_backing(self, node: Node, given: Any, reference: Reference | None) -> tuple[Node, Any]:
         if isinstance(given, str):
-            below = self.graph.node(given)
+            below = self._existing(given, node.config)
             self.graph.attach_child(node, below, "backing", Role.BACKING)
             return below, ...
-        below, deeper = await self._open_guarded(node, given)
+        config = dataclasses.replace(node.config.inherited(Role.BACKING), reference=reference)
+        below, deeper = await self._open_guarded(node, given, config)
         try:
             self.graph.attach_child(node, below, "backing", Role.BACKING)
         except BaseException as exc:
@@ -124,15 +129,23 @@ class Opener:
             raise
         return below, deeper
 
-    async def _open_guarded(self, node: Node, given: dict[str, Any]) -> tuple[Node, Any]:
+    async def _open_guarded(self, node: Node, given: dict[str, Any], config: NodeConfig) -> tuple[Node, Any]:
         """Open a backing file; failures name the image that wants it."""
         try:
-            return await self.open_one(given, node.config.inherited(Role.BACKING), node)
+            return await self.open_one(given, config, node)
+        except GateError:  # it names the image
+            raise
         except FusediskError as exc:
             if isinstance(exc, OptionError) and not node.backing_overridden:  # the image says so, not the user
                 raise ImageError(_backing_trouble(node, exc)) from exc
             exc.message = _backing_trouble(node, exc)
             raise
+
+    def _existing(self, name: str, config: NodeConfig) -> Node:
+        """The open node that options of a node with ``config`` refer to by name."""
+        if config.reference is not None:
+            config.reference.check_node(name)
+        return self.graph.node(name)
 
     @staticmethod
     def _place(node: Node) -> str | None:
@@ -146,15 +159,13 @@ class Opener:
         """Open and attach a child for a driver; see :meth:`Node.open_child`."""
         options: dict[str, Any]
         if isinstance(reference, str) and not implicit:
-            return self.graph.attach_child(parent, self.graph.node(reference), name, role, group=self.group)
+            below = self._existing(reference, parent.config)
+            return self.graph.attach_child(parent, below, name, role, group=self.group)
+        config = parent.config.inherited(role)
         if isinstance(reference, str):
-            place = self._place(parent)
-            parsed = parse_filename(resolve_reference(reference, place), self.drivers)
-            self.graph.gate.check(parsed, place or parent.filename, reference)
-            options = _harmless(parsed)
+            options, config.reference = await self._follow(parent, reference)
         else:
             options = reference
-        config = parent.config.inherited(role)
         if role in (Role.FILE, Role.DATA_FILE) and "driver" not in options:
             options = self._protocol_options(options)
         node = await self._open_chain(options, config, parent)
@@ -226,7 +237,7 @@ class Opener:
             raise OptionError("an image needs the option 'driver', 'file' or 'filename'.")
         storage: Node
         if isinstance(given, str):
-            storage = self.graph.node(given)
+            storage = self._existing(given, config)
         else:
             if "driver" not in given:
                 given = self._protocol_options(given)
@@ -261,12 +272,25 @@ def _backing_trouble(node: Node, exc: FusediskError) -> str:
     return f"the backing file of '{node.filename}' cannot be opened: {exc.message}"
 
 
-def _images_above(node: Node | None) -> dict[tuple[int, int] | None, Node]:
+def _images_above(node: Node | None) -> dict[Identity | None, Node]:
     """By the identity of its file, ``node`` and each image for whose sake it is being opened."""
-    found: dict[tuple[int, int] | None, Node] = {}
+    found: dict[Identity | None, Node] = {}
     while node is not None:
         found[_file_identity(node.exact_filename())] = node
         node = node.inherits_from
+    return found
+
+
+def _refuse_loop(name: str | None, seen: dict[Identity | None, Node]) -> Identity | None:
+    """What tells the file of that name from others. Raises ImageError where it is that of an image above.
+
+    Before it is opened, as the image above has it locked.
+    """
+    found = _file_identity(name)
+    if found is not None and found in seen:
+        raise ImageError(
+            f"the backing chain of '{seen[found].filename}' comes back to '{name}', a chain must end somewhere."
+        )
     return found
 
 
@@ -279,15 +303,14 @@ def _named_file(options: Any) -> str | None:
     return None
 
 
-def _file_identity(filename: str | None) -> tuple[int, int] | None:
+def _file_identity(filename: str | None) -> Identity | None:
     """What tells that two names lead to the same file."""
     if filename is None:
         return None
     try:
-        found = os.stat(filename)
+        return identity(os.stat(filename))
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
 
 
 def _harmless(options: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _enqueue_children(queue: dict[Node, _Change], node: Node) -> None:
         if child.inherits_from is not node or child in queue or edge.role is None:
             continue
         inherited = queue[node].config.inherited(edge.role)
-        kept = {name: getattr(child.config, name) for name in child.explicit}
+        kept = {name: getattr(child.config, name) for name in (*child.explicit, "reference")}
         queue[child] = _Change(dataclasses.replace(inherited, **kept), child.explicit, child.driver.options)
         _enqueue_children(queue, child)
 

@@ -149,8 +149,8 @@ def parse_json(text: str) -> dict[str, Any]:
 def option(
     default: Any = None, *, help: str, kind: str = "str", choices: tuple[str, ...] = (), name: str | None = None
 ) -> Any:
-    """A field of an options dataclass; ``kind`` is one of str, int, bool, size. ``name``: what the option is called
-    where the field's name does not say it, as with dots."""
+    """A field of an options dataclass; ``kind`` is one of str, int, bool, size, and file: the path of a file that is
+    read beside the image. ``name``: what the option is called where the field's name does not say it, as with dots."""
     return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "name": name})
 
 

@@ -32,11 +32,11 @@ Spec = str | dict[str, Any]
 
 
 def describe(node: Node) -> Any:
-    """All that makes a node what it is."""
+    """All that makes a node what it is; not who named it."""
     return (
         node.driver.name,
         dataclasses.asdict(node.driver.options),
-        dataclasses.asdict(node.config),
+        dataclasses.asdict(dataclasses.replace(node.config, reference=None)),
         node.length,
         {name: describe(child.node) for name, child in sorted(node.children.items())},
     )

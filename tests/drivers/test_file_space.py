@@ -268,7 +268,7 @@ async def test_create_refusals(tmp_path: Path) -> None:
     assert (await refused("none/new")).errno == errno.ENOENT
     assert (await refused(".")).errno == errno.EISDIR
     os.mkfifo(tmp_path / "pipe")
-    assert "is not a regular file" in str(await refused("pipe"))
+    assert "is a pipe, so it is not replaced" in str(await refused("pipe"))
     assert "no preallocation mode 'metadata'" in str(await refused("new", "metadata"))
     assert not (tmp_path / "new").exists()
 

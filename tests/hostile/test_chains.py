@@ -15,6 +15,8 @@ from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, require_root, run_tool
 from tests.hostile.sentence import assert_sentence
 
+MIB = 1 << 20
+
 
 def _overlay(path: Path, backing: str, format: str = "qcow2") -> Path:
     """An image that names any backing file at all."""
@@ -132,16 +134,31 @@ async def test_a_backing_file_elsewhere_needs_leave(tmp_path: Path) -> None:
             "backing.file.filename": "/etc/hostname",
         },
         {"driver": "raw", "file": {"driver": "host_device", "filename": "/dev/zero"}},
-        {"driver": "raw", "file": {"driver": "nbd", "server.host": "example.org"}},
+        {"driver": "raw", "file": {"driver": "null-co"}},
+        {"driver": "raw", "file": {"driver": "blkdebug", "image": {"driver": "file", "filename": "ok.qcow2"}}},
+        {"driver": "raw", "file": {"filename": "blkdebug::ok.qcow2"}},
+        {"driver": "raw", "file": {"filename": 'json:{"driver": "file", "filename": "/etc/hostname"}'}},
+        {"driver": "raw", "filename": "null-co://"},
+        {"driver": "blkdebug", "config": "pipe", "image": {"driver": "file", "filename": "ok.qcow2"}},
+        {"driver": "blklogwrites", "file.filename": "ok.qcow2", "log.filename": "log"},
+        {"driver": "qcow2", "file.filename": "ok.qcow2", "encrypt.key-file": "pipe"},
         {"driver": "raw", "file": "somebody"},
         {"driver": "file", "filename": "/etc/hostname"},
     ],
 )
-async def test_json_names_cannot_go_around_the_gate(tmp_path: Path, reference: dict[str, object]) -> None:
+async def test_json_names_cannot_go_around_the_gate(
+    tmp_path: Path, reference: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor from within the image's own directory, which relative names start from."""
+    monkeypatch.chdir(tmp_path)
+    qemu_img("create", "-q", "-f", "qcow2", "ok.qcow2", "1M")
+    os.mkfifo("pipe")
+    (tmp_path / "log").write_bytes(bytes(MIB))
     top = _overlay(tmp_path / "top.qcow2", f"json:{json.dumps(reference)}", "raw")
     error = await _refused(top)
     assert isinstance(error, GateError)
     assert "if you trust the image" in str(error)
+    assert (tmp_path / "log").read_bytes() == bytes(MIB)
 
 
 @pytest.mark.parametrize("name", ["nbd://localhost/x", "http://example.org/x", "ssh:x", "host_device:/dev/null"])

@@ -76,6 +76,7 @@ class ToyDriver(Driver):
     """See the module."""
 
     name = "toy"
+    may_be_named = True
     supports_backing = True
     options_type = ToyOptions
     child_specs = (ChildSpec("file", Role.FILE),)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -26,7 +27,8 @@ from fusedisk.block.extent import DATA, Extent
 from fusedisk.block.filenames import parse_filename
 from fusedisk.block.limits import Limits
 from fusedisk.core.errors import HostError, NoSpaceError, OptionError, host_error
-from fusedisk.core.offload import run_host_io
+from fusedisk.core.host_open import Found, kind_name
+from fusedisk.core.offload import run_opening
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.filter.blkdebug_rules import EVENTS, RULE_TYPES, InjectError, Rules, SetState, parse_config
 
@@ -38,7 +40,7 @@ _LARGEST = (1 << 31) - 1
 class BlkdebugOptions(Options):
     """Options of ``blkdebug``. Rules are lists of groups: ``inject-error.0.event=l2_update``."""
 
-    config: str | None = option(None, help="file with more rules, in QEMU's ini form")
+    config: str | None = option(None, kind="file", help="file with more rules, in QEMU's ini form")
     align: int = option(0, kind="size", help="required alignment of requests (default: the image's own)")
     max_transfer: int = option(0, kind="size", help="longest read or write")
     opt_write_zero: int = option(0, kind="size", help="alignment of write-zeroes")
@@ -118,7 +120,7 @@ class BlkdebugDriver(FilterDriver):
         options = self.options
         errors, changes = [], []
         if options.config is not None:
-            groups = parse_config(await run_host_io(_read_text, options.config), options.config)
+            groups = parse_config(await run_opening(_read_text, options.config), options.config)
             errors = [InjectError.read(group, f"'{options.config}'") for group in groups["inject-error"]]
             changes = [SetState.read(group, f"'{options.config}'") for group in groups["set-state"]]
         self._check_limits()
@@ -261,8 +263,13 @@ class BlkdebugDriver(FilterDriver):
 def _read_text(filename: str) -> str:
     """The text of a configuration file. Blocks."""
     try:
-        with open(filename, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        with Found(filename) as found:
+            if not stat.S_ISREG(found.mode):
+                raise OptionError(
+                    f"the blkdebug configuration '{filename}' is {kind_name(found.mode)}, not a regular file."
+                )
+            with open(found.open(os.O_RDONLY), encoding="utf-8", errors="surrogateescape") as file:
+                return file.read()
     except OSError as exc:
         raise host_error(exc, filename, "read the blkdebug configuration") from exc
     except ValueError as exc:

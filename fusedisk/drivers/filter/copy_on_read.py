@@ -19,6 +19,7 @@ class CopyOnReadDriver(FilterDriver):
     """Passes everything through, reads with the copy-on-read flag."""
 
     name = "copy-on-read"
+    may_be_named = True
     child_specs = (ChildSpec("file", Role.FILTERED),)
     moves_bytes = True
 

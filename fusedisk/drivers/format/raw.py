@@ -40,6 +40,7 @@ class RawDriver(Driver):
 
     name = "raw"
     passes_status = True
+    may_be_named = True
     asks_before_waiting = True
     options_type = RawOptions
     create_options_type = RawCreateOptions

@@ -30,8 +30,9 @@ from fusedisk.block.limits import Limits
 from fusedisk.block.node import NodeConfig
 from fusedisk.core import image_locks
 from fusedisk.core.errors import FusediskError, HostError, NotSupportedError, OptionError, host_error
+from fusedisk.core.host_open import Found, kind_name
 from fusedisk.core.image_locks import ImageLocks
-from fusedisk.core.offload import run_host_io
+from fusedisk.core.offload import run_host_io, run_opening
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.protocol.direct_io import Alignment, find_alignment
 from fusedisk.drivers.protocol.host_file import INLINE_MAX, HostFile
@@ -82,6 +83,7 @@ class FileDriver(Driver):
     name = "file"
     prefixes = ("file",)
     is_protocol = True
+    may_be_named = True
     moves_bytes = True
     asks_before_waiting = True
     options_type: ClassVar[type[Options]] = FileOptions
@@ -116,7 +118,7 @@ class FileDriver(Driver):
         if not self.filename:
             raise OptionError(f"{self.name} needs the option 'filename', the path of the file.")
         config = self.node.config
-        file = await run_host_io(self._open_file, self.filename, config)
+        file = await run_opening(self._open_file, self.filename, config, unwanted=HostFile.close)
         try:
             self.locks = self._make_locks(file.fd, config)
         except BaseException:
@@ -135,18 +137,33 @@ class FileDriver(Driver):
                 self.file.close()
 
     def _open_file(self, path: str, config: NodeConfig) -> HostFile:
-        """Open ``path`` as ``config`` says and look at it; ``config`` is not changed. Blocks."""
-        self._check_kind(path)
-        read_only = config.read_only
-        flags = os.O_CLOEXEC | (os.O_DIRECT if config.cache_direct else 0)
+        """Open ``path`` as ``config`` says, if it leads to what this driver opens and the gate lets through; ``config``
+        is not changed. Blocks."""
+        with self._errors("open"):
+            found = self._find(path)
+        with found:
+            if config.reference is not None:
+                config.reference.check_file(found.fd)
+            self._check_kind(found.mode)
+            return self._open_found(found, config)
+
+    def _find(self, path: str) -> Found:
         try:
-            fd = self._open_descriptor(path, flags, read_only)
+            return Found(path)
+        except ValueError as exc:
+            raise OptionError(f"{self.filename!r} cannot be a path: {exc}.") from exc
+
+    def _open_found(self, found: Found, config: NodeConfig) -> HostFile:
+        read_only = config.read_only
+        flags = os.O_DIRECT if config.cache_direct else 0
+        try:
+            fd = self._open_descriptor(found, flags, read_only)
         except OSError as exc:
             if read_only or not config.auto_read_only or exc.errno not in _READ_ONLY_ERRORS:
                 self._refuse_open(exc, config)
             read_only = True
             try:
-                fd = self._open_descriptor(path, flags, read_only)
+                fd = self._open_descriptor(found, flags, read_only)
             except OSError as again:
                 self._refuse_open(again, config)
         try:
@@ -156,14 +173,8 @@ class FileDriver(Driver):
             os.close(fd)
             raise
 
-    def _check_kind(self, path: str) -> None:
-        """Raise unless ``path`` is something that this driver opens. Before the open, which can have effects or
-        wait for ever where it is not."""
-        with self._errors("open"):
-            try:
-                mode = os.stat(path).st_mode
-            except ValueError as exc:
-                raise OptionError(f"{self.filename!r} cannot be a path: {exc}.") from exc
+    def _check_kind(self, mode: int) -> None:
+        """Raise OptionError unless a file of that mode is something that this driver opens."""
         if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
             kind = "block" if stat.S_ISBLK(mode) else "character"
             raise OptionError(
@@ -174,9 +185,9 @@ class FileDriver(Driver):
             code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
             raise HostError(f"'{self.filename}' is {kind_name(mode)}, expected a regular file.", errno=code)
 
-    def _open_descriptor(self, path: str, flags: int, read_only: bool) -> int:
+    def _open_descriptor(self, found: Found, flags: int, read_only: bool) -> int:
         """Open for reading or for both. Blocks; raises OSError."""
-        return os.open(path, flags | (os.O_RDONLY if read_only else os.O_RDWR))
+        return found.open(flags | (os.O_RDONLY if read_only else os.O_RDWR))
 
     def _refuse_open(self, exc: OSError, config: NodeConfig) -> NoReturn:
         if exc.errno == errno.EINVAL and config.cache_direct:
@@ -231,8 +242,10 @@ class FileDriver(Driver):
             )
         if config.read_only == old.read_only and config.cache_direct == old.cache_direct:
             return None
-        # By way of the open descriptor: the path may lead to another file by now.
-        file = await run_host_io(self._open_file, f"/proc/self/fd/{self.file.fd}", config)
+        # By way of the open descriptor: the path may lead to another file by now. The gate has let this one through.
+        place = f"/proc/self/fd/{self.file.fd}"
+        granted = dataclasses.replace(config, reference=None)
+        file = await run_opening(self._open_file, place, granted, unwanted=HostFile.close)
         try:
             locks = self.locks.moved_to(file.fd) if self.locks is not None else None
         except BaseException:
@@ -373,6 +386,9 @@ class FileDriver(Driver):
             if length < os.fstat(self.file.fd).st_size < length + alignment.request:
                 os.ftruncate(self.file.fd, length)
         self._padded = False
+
+    def storage_descriptor(self) -> int | None:
+        return self.file.fd
 
     def host_descriptor(self) -> int | None:
         return self.file.fd if self.file.alignment is None else None
@@ -516,12 +532,3 @@ class FileDriver(Driver):
     @classmethod
     async def create_file(cls, filename: str, size: int, preallocation: str, nocow: bool) -> None:
         await create_regular_file(filename, size, preallocation, nocow)
-
-
-def kind_name(mode: int) -> str:
-    """What ``st_mode`` says a path is, for messages."""
-    if stat.S_ISDIR(mode):
-        return "a directory"
-    if stat.S_ISREG(mode):
-        return "a regular file"
-    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a character device"

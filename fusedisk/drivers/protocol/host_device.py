@@ -18,10 +18,11 @@ from fusedisk.block import permissions
 from fusedisk.block.extent import DATA, Extent
 from fusedisk.block.limits import Limits
 from fusedisk.core.errors import NotSupportedError, OptionError, host_error
+from fusedisk.core.host_open import Found, kind_name
 from fusedisk.core.image_locks import ImageLocks
 from fusedisk.core.offload import run_host_io
 from fusedisk.core.zeroes import ZEROES
-from fusedisk.drivers.protocol.file import FileDriver, kind_name
+from fusedisk.drivers.protocol.file import FileDriver
 from fusedisk.drivers.protocol.host_io import write_vector
 from fusedisk.drivers.protocol.hostcalls import (
     FALLOC_FL_KEEP_SIZE,
@@ -49,12 +50,11 @@ class HostDeviceDriver(FileDriver):
 
     # --- life -------------------------------------------------------------------------------------------
 
-    def _check_kind(self, path: str) -> None:
-        with self._errors("open"):
-            _check_block_device(path, self.filename)
+    def _check_kind(self, mode: int) -> None:
+        _check_block_device(mode, self.filename)
 
-    def _open_descriptor(self, path: str, flags: int, read_only: bool) -> int:
-        fd = super()._open_descriptor(path, flags, read_only)
+    def _open_descriptor(self, found: Found, flags: int, read_only: bool) -> int:
+        fd = super()._open_descriptor(found, flags, read_only)
         if not read_only and device_read_only(fd):  # the kernel lets it be opened, and fails every write
             os.close(fd)
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -121,19 +121,16 @@ class HostDeviceDriver(FileDriver):
         await run_host_io(_take_device, filename, size)
 
 
-def _check_block_device(path: str, filename: str) -> None:
-    try:
-        mode = os.stat(path).st_mode
-    except ValueError as exc:
-        raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
+def _check_block_device(mode: int, filename: str) -> None:
     if not stat.S_ISBLK(mode):
         raise OptionError(f"'{filename}' is {kind_name(mode)}, but 'host_device' opens block devices.")
 
 
 def _take_device(filename: str, size: int) -> None:
     try:
-        _check_block_device(filename, filename)
-        fd = os.open(filename, os.O_RDWR | os.O_CLOEXEC)
+        with Found(filename) as found:
+            _check_block_device(found.mode, filename)
+            fd = found.open(os.O_RDWR)
         try:
             room = device_size(fd)
             if size > room:
@@ -147,5 +144,7 @@ def _take_device(filename: str, size: int) -> None:
             os.fdatasync(fd)
         finally:
             os.close(fd)
+    except ValueError as exc:
+        raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
     except OSError as exc:
         raise host_error(exc, filename, "create") from exc

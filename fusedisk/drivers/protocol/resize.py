@@ -14,8 +14,9 @@ import stat
 from fusedisk.block import permissions
 from fusedisk.core import image_locks
 from fusedisk.core.errors import NotSupportedError, OptionError, host_error
+from fusedisk.core.host_open import Found, kind_name
 from fusedisk.core.image_locks import ImageLocks
-from fusedisk.core.offload import run_host_io
+from fusedisk.core.offload import run_host_io, run_opening
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.protocol.host_io import write_vector
 from fusedisk.drivers.protocol.hostcalls import fallocate, set_nocow
@@ -104,36 +105,46 @@ async def create_regular_file(filename: str, size: int, preallocation: str, noco
     does not stay when this fails. ``nocow`` switches copy-on-write off where the filesystem has it.
     """
     check_preallocation(preallocation, filename)
-    fd, created = await run_host_io(_open_new, filename)
+    fd, created = await run_opening(_open_new, filename, unwanted=lambda opened: _drop_new(filename, *opened))
     try:
         await run_host_io(_empty, fd, filename, size, nocow)
         await resize_file(fd, size, preallocation, filename)
     except BaseException:
-        if created:
-            with contextlib.suppress(OSError):
-                os.unlink(filename)
+        _drop_new(filename, fd, created)
         raise
-    finally:
-        os.close(fd)
+    os.close(fd)
+
+
+def _drop_new(filename: str, fd: int, created: bool) -> None:
+    """Close a file that is not to be after all, and take it away again if it is a new one."""
+    os.close(fd)
+    if created:
+        with contextlib.suppress(OSError):
+            os.unlink(filename)
 
 
 def _open_new(filename: str) -> tuple[int, bool]:
     """A descriptor for the file to create, and whether it was not there before."""
-    # O_NONBLOCK: a pipe of that name must not make us wait for its other end.
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
         try:
-            return os.open(filename, flags | os.O_EXCL, 0o644), True
+            return os.open(filename, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
         except FileExistsError:
-            fd = os.open(filename, flags, 0o644)
+            return _open_existing(filename), False
     except OSError as exc:
         raise host_error(exc, filename, "create") from exc
     except ValueError as exc:
         raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OptionError(f"'{filename}' exists and is not a regular file, so it cannot be replaced by one.")
-    return fd, False
+
+
+def _open_existing(filename: str) -> int:
+    with Found(filename) as found:
+        if stat.S_ISDIR(found.mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(found.mode):
+            raise OptionError(
+                f"'{filename}' is {kind_name(found.mode)}, so it is not replaced: expected a regular file or a new one."
+            )
+        return found.open(os.O_RDWR)
 
 
 def _empty(fd: int, filename: str, size: int, nocow: bool) -> None:

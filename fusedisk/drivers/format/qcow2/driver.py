@@ -72,6 +72,7 @@ class Qcow2Driver(ResizeDriver):
     """One open qcow2 image."""
 
     name = "qcow2"
+    may_be_named = True
     asks_before_waiting = True
     supports_backing = True
     compresses = True

@@ -35,7 +35,9 @@ def _encrypt_format() -> Any:
 
 
 def _key_file() -> Any:
-    return option(None, name="encrypt.key-file", help="file with the passphrase; - is standard input's first line")
+    return option(
+        None, kind="file", name="encrypt.key-file", help="file with the passphrase; - is standard input's first line"
+    )
 
 
 def _key_format() -> Any:
