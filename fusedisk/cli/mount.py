@@ -295,12 +295,14 @@ def _absolute(path: str | None) -> str | None:
 
 
 def _key_file(path: str | None) -> str | None:
-    if path == "-":
-        from fusedisk.crypto import secrets
+    if path is None:
+        return None
+    from fusedisk.crypto import secrets
 
-        secrets.from_standard_input()  # the daemon has none
-        return path
-    return _absolute(path)
+    path = path if path == "-" else os.path.abspath(path)
+    if secrets.can_be_read_once(path):
+        secrets.read_blocking(path, None)  # the daemon has neither our standard input nor our pipes
+    return path
 
 
 def check_request(request: MountRequest) -> None:

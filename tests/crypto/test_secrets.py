@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import threading
 from pathlib import Path
 
 import pytest
+import trio
 
 from fusedisk.core.errors import FusediskError, HostError, OptionError
 from fusedisk.crypto import luks, secrets
@@ -108,3 +111,28 @@ def test_bad_lines_are_refused(content: bytes) -> None:
     with pytest.raises(FusediskError) as caught:
         read_line(io.BytesIO(content))
     assert_sentence(caught.value, "The passphrase from standard input")
+
+
+def test_a_pipe_is_read_once_and_remembered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the daemon needs it after the command, and making an image after checking its options. A wait is told."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    told = threading.Event()
+    writer = threading.Thread(target=lambda: told.wait(60) and pipe.write_text(TEXT))
+    writer.start()
+    caplog.handler.emit = lambda record: told.set()  # type: ignore[method-assign]
+    try:
+        assert secrets.read_blocking(str(pipe), None) == TEXT.encode()
+    finally:
+        told.set()
+        writer.join()
+    pipe.unlink()
+    assert secrets.read_blocking(str(pipe), "raw") == TEXT.encode()
+
+
+async def test_waiting_for_a_pipe_can_be_given_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with trio.move_on_after(0) as scope:
+        await secrets.read(str(tmp_path / "pipe"), None)
+    assert scope.cancelled_caught
+    os.close(os.open(tmp_path / "pipe", os.O_RDWR))  # lets the thread go that was left behind

@@ -43,3 +43,16 @@ def test_a_key_from_standard_input(mounts: Mounts, tmp_path: Path) -> None:
     assert done.code == 0, done
     assert (on / "vm").read_bytes() == bytes(4 << 20)
     mounts.umount(on)
+
+
+def test_a_key_from_a_pipe_that_only_the_command_has(mounts: Mounts, tmp_path: Path) -> None:
+    """As the shell's ``<(command)`` gives it: the daemon has not got that descriptor."""
+    key, image = tmp_path / "key", tmp_path / "vm.qcow2"
+    key.write_text(PASSPHRASE)
+    options = f"encrypt.format=luks,encrypt.iter-time=10,encrypt.key-file={key}"
+    assert fusedisk("create", "-f", "qcow2", "-o", options, image, "4M").code == 0
+    on = mounts.directory()
+    done = fusedisk_process("mount", "--key-file", "/dev/stdin", image, on, stdin=PASSPHRASE)
+    assert done.code == 0, done
+    assert (on / "vm").read_bytes() == bytes(4 << 20)
+    mounts.umount(on)

@@ -61,8 +61,8 @@ async def _add(
         raise OptionError("encrypt.old-key-file was given, but encrypt.state=active only adds a passphrase.")
     if options.encrypt_new_key_file is None:
         raise OptionError("encrypt.state=active was given, but not encrypt.new-key-file, the passphrase to add.")
-    new = _passphrase(options.encrypt_new_key_file, options.encrypt_new_key_format)
-    present = read_passphrase(driver.options)
+    new = await secrets.read(options.encrypt_new_key_file, options.encrypt_new_key_format)
+    present = await read_passphrase(driver.options)
     if present is None:
         raise PassphraseError(
             f"'{filename}' is encrypted, and adding a passphrase needs one that opens it: name a file that holds it "
@@ -94,7 +94,7 @@ async def _remove(
     for name in ("encrypt.new-key-file", "encrypt.iter-time"):
         if name in options.encryption:
             raise OptionError(f"{name} was given, but encrypt.state=inactive only removes a passphrase.")
-    old = None if file is None else _passphrase(file, options.encrypt_old_key_format)
+    old = None if file is None else await secrets.read(file, options.encrypt_old_key_format)
     if slot is None and old is None:
         raise OptionError(
             "encrypt.state=inactive was given, but neither encrypt.old-key-file, the passphrase to remove, nor "
@@ -112,9 +112,3 @@ def _only(header: luks_layout.Header, slot: int) -> luks_layout.Header:
     """The header as if no other slot were in use."""
     slots = [dataclasses.replace(found, active=found.active and at == slot) for at, found in enumerate(header.slots)]
     return dataclasses.replace(header, slots=slots)
-
-
-def _passphrase(path: str, format: str | None) -> bytes:
-    if path == "-":
-        return secrets.from_standard_input()
-    return secrets.Secret(file=path, format=format or "raw").passphrase()

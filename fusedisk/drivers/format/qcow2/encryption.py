@@ -9,7 +9,6 @@ Source: docs/interop/qcow2.txt, "Full disk encryption header pointer", "crypt_me
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from fusedisk.block import io
@@ -58,7 +57,7 @@ class Encryption:
         self._cipher = self._cipher or other._cipher
 
     async def _make_cipher(self, options: EncryptionOptions) -> SectorCipher:
-        passphrase = read_passphrase(options)
+        passphrase = await read_passphrase(options)
         if passphrase is None:
             raise PassphraseError(
                 f"'{self._filename}' is encrypted, but no key was given: name a file that holds it (the option "
@@ -139,28 +138,22 @@ async def open_encryption(file: Node, header: Header, options: EncryptionOptions
     return Encryption(file, filename, parsed, start)
 
 
-def read_passphrase(options: EncryptionOptions) -> bytes | None:
+async def read_passphrase(options: EncryptionOptions) -> bytes | None:
     """What ``encrypt.key-file`` leads to; None without it."""
     path = options.encrypt_key_file
-    if path is None:
-        return None
-    if path == "-":
-        return secrets.from_standard_input()
-    return secrets.Secret(file=path, format=options.encrypt_key_format or "raw").passphrase()
+    return None if path is None else await secrets.read(path, options.encrypt_key_format)
 
 
 async def check_new(options: Qcow2CreateOptions) -> None:
-    """Raise what :func:`encrypt_new` would. A passphrase that can be read but once is left for that."""
+    """Raise what :func:`encrypt_new` would."""
     if options.encrypt_format is None:
         _refuse_leftovers(options)
         return
-    path = options.encrypt_key_file
-    if path is None:
+    if options.encrypt_key_file is None:
         raise OptionError("qcow2 encrypt.format is set, but encrypt.key-file, which names the passphrase, is not.")
     if options.encrypt_format != "aes":
         luks.check_options(luks_options(options))
-    if path == "-" or not os.path.exists(path) or os.path.isfile(path):
-        read_passphrase(options)
+    await read_passphrase(options)
 
 
 async def encrypt_new(image: Image, refcounts: Refcounts, options: Qcow2CreateOptions) -> None:
@@ -170,7 +163,7 @@ async def encrypt_new(image: Image, refcounts: Refcounts, options: Qcow2CreateOp
         _refuse_leftovers(options)
         return
     await check_new(options)
-    passphrase = read_passphrase(options)
+    passphrase = await read_passphrase(options)
     assert passphrase is not None
     refcounts.encrypted = True
     if options.encrypt_format == "aes":
