@@ -16,6 +16,7 @@ from fusedisk.block.node import Node
 from fusedisk.block.registry import Registry
 from fusedisk.block.snapshot import alone, no_progress
 from fusedisk.core.errors import NotSupportedError, PermissionConflictError
+from fusedisk.core.offload import run_opening
 from fusedisk.core.options import nest
 
 
@@ -38,7 +39,7 @@ async def amend_image(
     graph = Graph(drivers, gate, follow_backing=options.get("size") is not None)
     try:
         if key_file is not None:
-            spec = _with_key(spec, key_file, drivers)
+            spec = await run_opening(_with_key, spec, key_file, drivers)
         backend = await graph.open_backend(spec, writable=True, format=format)
         backend.name = backend.node.filename
         await amend_node(backend.node, options, force=force, progress=progress)

@@ -24,6 +24,7 @@ from fusedisk.block.opening import common_options
 from fusedisk.block.probing import probe
 from fusedisk.block.registry import Registry
 from fusedisk.core.errors import OptionError
+from fusedisk.core.offload import run_opening
 from fusedisk.core.options import nest
 
 MAX_FINDINGS = 1000
@@ -114,7 +115,7 @@ async def open_for_check(
 
     Raises HostError, LockConflictError, OptionError or, for a format that is only recognised, UnsupportedFeatureError.
     """
-    options = _format_options(spec, format, drivers)
+    options = await run_opening(_format_options, spec, format, drivers)
     config, _ = common_options(options, NodeConfig(read_only=not writable, force_share=force_share))
     driver_name, storage_options = _storage_options(options, drivers)
     graph = Graph(drivers, gate)

@@ -104,8 +104,6 @@ class Driver:
     asks_before_waiting: ClassVar[bool] = False
     """True if every place in this driver that can block calls :func:`fusedisk.core.at_once.refuse_to_wait` first. The
     core may then run a request without starting a task. Host I/O in worker threads does call it."""
-    may_be_named: ClassVar[bool] = False
-    """True if an image may name this driver in a reference: it opens local files, and has no effects beyond that."""
     supports_backing: ClassVar[bool] = False
     length_unit: ClassVar[int] = 1
     """A new length of the node must be a multiple of this, in bytes."""
@@ -137,6 +135,11 @@ class Driver:
         options can say it. The default is the ``file`` child's."""
         child = self.node.children.get("file")
         return child.node.exact_filename() if child else None
+
+    def may_be_named(self) -> bool:
+        """Whether an image may name this driver with these options in a reference: it opens local files at most, and
+        has no effects beyond that."""
+        return False
 
     def backing_reference(self) -> BackingReference | None:
         """The backing file that the header names. Format drivers with ``supports_backing``, after ``open``."""

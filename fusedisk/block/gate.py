@@ -102,7 +102,7 @@ class Reference:
         such as one with a passphrase: that is for the user to say."""
         if self.gate.allow_any:
             return
-        if not driver.may_be_named:
+        if not driver.may_be_named():
             self._refuse(f"uses the driver '{driver.name}'; images may name local files only")
         for name, field in driver.options.names().items():
             if field.metadata.get("kind") == "file" and getattr(driver.options, field.name) is not None:

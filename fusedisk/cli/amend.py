@@ -81,7 +81,7 @@ def command(
     from fusedisk.block.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
-    run_async(_amend, image, format, collect(options), force, key_file, gate, progress)
+    run_async(_amend, image, format, collect(options), force, key_file, gate, progress, writes=True)
 
 
 async def _amend(

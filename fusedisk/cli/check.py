@@ -57,9 +57,10 @@ def command(
     """
     if dry_run and repair is None:
         raise click.UsageError("--dry-run needs --repair.")
-    if force_share and repair is not None and not dry_run:
+    writes = repair is not None and not dry_run
+    if force_share and writes:
         raise click.UsageError("an image that another process may write to cannot be repaired.")
-    result, facts = run_async(_check, image, format, repair, dry_run, force_share, progress)
+    result, facts = run_async(_check, image, format, repair, dry_run, force_share, progress, writes=writes)
     if output == "json":
         print_json(facts | result.information())
     else:

@@ -88,7 +88,7 @@ def command(
     from fusedisk.block.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
-    created = run_async(_create, format, filename, given, gate, not unsafe, force, progress)
+    created = run_async(_create, format, filename, given, gate, not unsafe, force, progress, writes=True)
     if not quiet:
         _print_created(format, filename, created)
 

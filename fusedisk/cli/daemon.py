@@ -2,7 +2,8 @@
 
 Life: open the images, mount, be ready (a ``stat`` through the mount has been answered), serve until the mount is gone,
 flush and close everything. SIGTERM, SIGINT and SIGHUP unmount as soon as nobody uses the mount; SIGQUIT (what
-``fusedisk umount --force`` sends) flushes and ends at once.
+``fusedisk umount --force`` sends) flushes and ends at once. Whatever hangs, a daemon ends: by any of them before
+it has something to lose, by a second SIGQUIT later.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from typing import NoReturn
 
 import trio
 
 from fusedisk.block.gate import Gate
 from fusedisk.block.graph import Graph
 from fusedisk.cli.background import Report, notify_service_manager
+from fusedisk.cli.last_resort import SignalWatch, after_grace
 from fusedisk.cli.pid_file import PidFile
-from fusedisk.cli.running import run_async
 from fusedisk.core.errors import FusediskError, HostError, OptionError, host_error
 from fusedisk.core.inflate_pool import allow_processes
 from fusedisk.core.inflated_cache import inflated_capacity
@@ -40,6 +42,7 @@ from fusedisk.mount.settings import ServeSettings
 log = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_BUG = 1, 70
+_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
 _RETRY = 1.0
 """Seconds between attempts to unmount what is in use by something other than our own file handles."""
 _SWITCH_INTERVAL = 0.0002
@@ -66,7 +69,7 @@ class MountRequest:
 
 def run_daemon(request: MountRequest, report: Report) -> int:
     """Serve a mount until it is gone; returns the exit code. ``report`` hears once whether it came to be."""
-    return run_async(Daemon(request, report).run)
+    return trio.run(Daemon(request, report).run, restrict_keyboard_interrupt_to_checkpoints=True)
 
 
 class Daemon:
@@ -90,13 +93,16 @@ class Daemon:
         self._ending = False
         self._is_leaving = False
         """It tries to unmount."""
+        self._asked_to_end = self._asked_to_quit = False
+        self._watch: SignalWatch
 
     async def run(self) -> int:
         """Open, mount, serve, close; returns the exit code."""
         memory_pressure.prepare()
         sys.setswitchinterval(_SWITCH_INTERVAL)
         allow_processes(inflated_capacity())
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) as signals:
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            self._watch = SignalWatch(_SIGNALS, self._stuck)
             async with trio.open_nursery() as nursery:
                 self._helpers = nursery
                 nursery.start_soon(self._obey, signals, nursery.cancel_scope)
@@ -218,15 +224,55 @@ class Daemon:
         """Do what signals ask for."""
         async with trio.open_nursery() as nursery:
             async for number in signals:
+                self._watch.heard()
+                self._asked_to_end = True
                 if self.session is None:
+                    after_grace(self._give_up)
                     opening.cancel()
                 elif number == signal.SIGQUIT:
-                    await self._release_loop()
-                    await self._flush()
-                    self.session.stop()
+                    if self._asked_to_quit:
+                        self._give_up()
+                    self._asked_to_quit = True
+                    after_grace(self._tell_of_flushing)
+                    nursery.start_soon(self._quit, self.session)
                 elif not self._is_leaving:
                     self._is_leaving = True
                     nursery.start_soon(self._leave, self.session)
+
+    async def _quit(self, session: Session) -> None:
+        """Flush and end, although the mount is in use."""
+        await self._release_loop()
+        await self._flush()
+        session.stop()
+
+    def _stuck(self, number: int) -> None:
+        """The event loop did not take a signal. In another thread."""
+        if self.session is None or (number == signal.SIGQUIT and self._asked_to_quit):
+            self._give_up()
+        self._asked_to_quit = self._asked_to_quit or number == signal.SIGQUIT
+        self._tell_of_flushing()
+
+    def _tell_of_flushing(self) -> None:
+        log.warning(
+            "'%s' waits for the host to read or write its images; it ends when that is done, or at once and without "
+            "what is not written yet by another SIGQUIT.",
+            self.request.mountpoint,
+        )
+
+    def _give_up(self) -> NoReturn:
+        """End at once. In any thread."""
+        if self.session is None:
+            sentence = "the mount was stopped before it was ready, while it waited for a file that does not answer."
+        else:
+            sentence = f"'{self.request.mountpoint}' was ended before everything was written."
+        try:
+            self._fail(sentence)
+            self._tell(sentence)
+            if self.record is not None:
+                self._end_record(self.record)
+            logging.shutdown()
+        finally:
+            os._exit(EXIT_FAILED)
 
     async def _leave(self, session: Session) -> None:
         """Unmount as soon as nobody uses or covers the mount; say who does."""
@@ -282,6 +328,7 @@ class Daemon:
         if self.record is not None and self.session is not None:
             self.record.closing = True
             self._write_record(self.record)
+        notice = after_grace(self._tell_of_flushing) if self._asked_to_end else None
         try:
             await self.graph.close()
         except FusediskError as exc:
@@ -293,6 +340,8 @@ class Daemon:
             log.exception("a bug in fusedisk: closing the images failed")
             self._bug = True
             self._fail(f"closing the images failed: internal error: {type(exc).__name__}: {exc}")
+        if notice is not None:
+            notice.cancel()
         if self.session is not None:
             try:
                 await trio.to_thread.run_sync(self.session.close)

@@ -64,16 +64,16 @@ def command(
     if image.force_share:
         raise click.UsageError("the snapshots of an image that another process may write to cannot be changed.")
     if create is not None:
-        made = run_async(_create, image, create, progress)
+        made = run_async(_create, image, create, progress, writes=True)
         if output == "json":
             print_json(made)
             return
         text = f"Created snapshot {made['id']} ('{made['name']}') of '{image.image}'."
     elif apply is not None:
-        text = f"Applied snapshot {run_async(_apply, image, apply, progress)} to '{image.image}'."
+        text = f"Applied snapshot {run_async(_apply, image, apply, progress, writes=True)} to '{image.image}'."
     else:
         assert delete is not None
-        text = f"Deleted snapshot {run_async(_delete, image, delete, progress)} of '{image.image}'."
+        text = f"Deleted snapshot {run_async(_delete, image, delete, progress, writes=True)} of '{image.image}'."
     if not quiet:
         say(text)
 

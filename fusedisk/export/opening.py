@@ -18,6 +18,7 @@ from fusedisk.block.node import Node, NodeConfig
 from fusedisk.block.registry import Registry
 from fusedisk.core import paths
 from fusedisk.core.errors import HostError, OptionError
+from fusedisk.core.offload import run_opening
 from fusedisk.core.options import parse_bool, parse_json
 from fusedisk.export import overlay, views
 from fusedisk.export.export import Export, FileSettings
@@ -118,7 +119,7 @@ def _cannot_change(top: Node) -> bool:
 
 
 async def _open(graph: Graph, image: ImageRequest, settings: OpenSettings) -> Backend:
-    spec = absolute(image.spec, graph.drivers)
+    spec = await run_opening(absolute, image.spec, graph.drivers)
     if settings.key_file is not None:
         spec["encrypt"] = {"key-file": settings.key_file} | spec.get("encrypt", {})
     read_only = settings.read_only or parse_bool(spec.get("read-only", False), "option 'read-only'")

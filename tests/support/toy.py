@@ -76,7 +76,6 @@ class ToyDriver(Driver):
     """See the module."""
 
     name = "toy"
-    may_be_named = True
     supports_backing = True
     options_type = ToyOptions
     child_specs = (ChildSpec("file", Role.FILE),)
@@ -85,6 +84,9 @@ class ToyDriver(Driver):
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
         return 100 if head.startswith(MAGIC) else 0
+
+    def may_be_named(self) -> bool:
+        return True
 
     def backing_reference(self) -> BackingReference | None:
         return BackingReference(self.table.backing, None) if self.table.backing else None

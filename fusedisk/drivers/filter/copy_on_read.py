@@ -19,9 +19,11 @@ class CopyOnReadDriver(FilterDriver):
     """Passes everything through, reads with the copy-on-read flag."""
 
     name = "copy-on-read"
-    may_be_named = True
     child_specs = (ChildSpec("file", Role.FILTERED),)
     moves_bytes = True
+
+    def may_be_named(self) -> bool:
+        return True
 
     async def open(self) -> None:
         """Raises OptionError over a read-only node: there would be nowhere to keep what is read."""

@@ -40,7 +40,6 @@ class RawDriver(Driver):
 
     name = "raw"
     passes_status = True
-    may_be_named = True
     asks_before_waiting = True
     options_type = RawOptions
     create_options_type = RawCreateOptions
@@ -55,6 +54,10 @@ class RawDriver(Driver):
     def probe(cls, head: bytes, filename: str) -> int:
         """Anything can be raw, so every other format goes first."""
         return 1
+
+    def may_be_named(self) -> bool:
+        """By every image."""
+        return True
 
     def exact_filename(self) -> str | None:
         """The file's own name, unless only a window of it is shown."""

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from fusedisk.block.driver import MAY_UNMAP, Buffer, Driver
 from fusedisk.block.extent import DATA, ZERO, Extent
-from fusedisk.block.filenames import has_protocol
+from fusedisk.block.filenames import check_filename, has_protocol
 from fusedisk.block.limits import Limits
 from fusedisk.block.node import NodeConfig
 from fusedisk.core import image_locks
@@ -83,7 +83,6 @@ class FileDriver(Driver):
     name = "file"
     prefixes = ("file",)
     is_protocol = True
-    may_be_named = True
     moves_bytes = True
     asks_before_waiting = True
     options_type: ClassVar[type[Options]] = FileOptions
@@ -108,6 +107,9 @@ class FileDriver(Driver):
     def filename(self) -> str:
         """The path as given."""
         return str(self.options.filename)
+
+    def may_be_named(self) -> bool:
+        return True
 
     def exact_filename(self) -> str | None:
         return f"./{self.filename}" if has_protocol(self.filename) else self.filename
@@ -151,6 +153,7 @@ class FileDriver(Driver):
         try:
             return Found(path)
         except ValueError as exc:
+            check_filename(self.filename)
             raise OptionError(f"{self.filename!r} cannot be a path: {exc}.") from exc
 
     def _open_found(self, found: Found, config: NodeConfig) -> HostFile:

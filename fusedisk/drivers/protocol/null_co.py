@@ -46,6 +46,9 @@ class NullDriver(Driver):
             raise OptionError(f"'null-co:{filename}' names a file, and null-co has none: expected null-co://.")
         return {}
 
+    def may_be_named(self) -> bool:
+        return not self.options.given()
+
     def exact_filename(self) -> str | None:
         return None if self.options.given() else "null-co://"
 

@@ -72,7 +72,6 @@ class Qcow2Driver(ResizeDriver):
     """One open qcow2 image."""
 
     name = "qcow2"
-    may_be_named = True
     asks_before_waiting = True
     supports_backing = True
     compresses = True
@@ -95,6 +94,9 @@ class Qcow2Driver(ResizeDriver):
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
         return 100 if head[:4] == layout.MAGIC and int.from_bytes(head[4:8], "big") >= 2 else 0
+
+    def may_be_named(self) -> bool:
+        return True
 
     def backing_reference(self) -> BackingReference | None:
         header = self.image.header
