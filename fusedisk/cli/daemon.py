@@ -267,7 +267,7 @@ class Daemon:
             sentence = f"'{self.request.mountpoint}' was ended before everything was written."
         try:
             self._fail(sentence)
-            self._tell(sentence)
+            self._tell(HostError(sentence))
             if self.record is not None:
                 self._end_record(self.record)
             logging.shutdown()

@@ -24,6 +24,7 @@ import fusedisk
 from fusedisk.cli.entry import EXIT_INTERRUPTED, prepare_streams
 from fusedisk.cli.output import LineFormatter, flush, tell, tell_lines, write
 from fusedisk.cli.shells import COMPLETE_VARIABLE, completer
+from fusedisk.core import lock_holders
 from fusedisk.core.errors import FusediskError, NodeNotFoundError, OptionError
 
 COMMANDS = {
@@ -180,7 +181,19 @@ def run(args: Sequence[str]) -> int:
     return report_errors(flush) or code
 
 
+def mount_of_process(pid: int) -> str | None:
+    """The mount whose daemon a process is, in words; None where it is none."""
+    from fusedisk.mount import runtime
+
+    for record in runtime.records():
+        if record.pid == pid and record.alive:
+            attached = "" if record.loop is None else f", attached as {record.loop}"
+            return f"the mount at '{record.place}' (pid {pid}{attached})"
+    return None
+
+
 def _invoke(args: Sequence[str]) -> None:
+    lock_holders.describe_process[:] = [mount_of_process]
     if COMPLETE_VARIABLE in os.environ:
         _complete(os.environ[COMPLETE_VARIABLE])
         return

@@ -19,6 +19,7 @@ import fcntl
 import os
 import struct
 
+from fusedisk.core import lock_holders
 from fusedisk.core.errors import HostError, LockConflictError
 
 _USED_BASE = 100
@@ -124,13 +125,16 @@ class ImageLocks:
     def _test(self, perm: int, shared: int) -> None:
         for bit, name in enumerate(_NAMES):
             if perm & 1 << bit and _conflicts(self.fd, _UNSHARED_BASE + bit):
-                raise self._conflict(f'"{name}"')
+                raise self._conflict(f'"{name}"', _UNSHARED_BASE + bit)
         for bit, name in enumerate(_NAMES):
             if not shared & 1 << bit and _conflicts(self.fd, _USED_BASE + bit):
-                raise self._conflict(f'shared "{name}"')
+                raise self._conflict(f'shared "{name}"', _USED_BASE + bit)
 
-    def _conflict(self, what: str) -> LockConflictError:
-        return LockConflictError(f"Failed to get {what} lock: is another process using the image [{self.filename}]?")
+    def _conflict(self, what: str, byte: int) -> LockConflictError:
+        message = f"Failed to get {what} lock: is another process using the image [{self.filename}]?"
+        if (holder := lock_holders.holder(self.fd, byte)) is not None:
+            message += f" It is in use by {holder}."
+        return LockConflictError(message)
 
     def _release(self, surplus: set[int]) -> None:
         for byte in surplus:

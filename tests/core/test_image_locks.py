@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from fusedisk.block import permissions
+from fusedisk.core import lock_holders
 from fusedisk.core.errors import HostError, LockConflictError
 from fusedisk.core.image_locks import ImageLocks, supported
+from fusedisk.core.lock_holders import holder
 from tests.conftest import ToolError, qemu_img, qemu_io, require_tool, run_tool
 
 READ = permissions.CONSISTENT_READ
@@ -39,7 +43,7 @@ def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[ImageLocks]:
 
 
 @contextlib.contextmanager
-def held_by_qemu(image: Path, *options: str) -> Iterator[None]:
+def held_by_qemu(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """While the block runs, a qemu-io process has the image open."""
     process = subprocess.Popen(
         [require_tool("qemu-io"), *options, "-f", "qcow2", str(image)],
@@ -51,7 +55,7 @@ def held_by_qemu(image: Path, *options: str) -> Iterator[None]:
     try:
         answer = process.stdout.read(len("qemu-io> "))
         assert answer == b"qemu-io> ", answer
-        yield
+        yield process
     finally:
         process.stdin.close()
         process.stdout.close()
@@ -248,3 +252,46 @@ def test_two_processes_exclude_each_other(image: Path) -> None:
         assert 'Failed to get shared "write" lock' in contend(READ, SHARE_READERS)
         assert contend(READ, permissions.ALL) == "locked\n"
     assert contend(WRITE, SHARE_READERS) == "locked\n"
+
+
+def test_the_holder_is_named(image: Path) -> None:
+    """Another process is; what this process has locked itself is asked about as QEMU does."""
+    with held_by_qemu(image) as process, opened(image) as locks:
+        with pytest.raises(LockConflictError) as caught:
+            locks.check(WRITE, SHARE_READERS)
+        assert str(caught.value) == (
+            f'Failed to get "write" lock: is another process using the image [{image}]? It is in use by '
+            f"qemu-io (pid {process.pid})."
+        )
+        with pytest.raises(LockConflictError) as caught:
+            locks.check(READ, SHARE_READERS)
+        assert str(caught.value) == (
+            f'Failed to get shared "write" lock: is another process using the image [{image}]? It is in use by '
+            f"qemu-io (pid {process.pid})."
+        )
+
+
+def test_who_reads_only_is_not_taken_for_the_holder(image: Path) -> None:
+    """Several have the file open; the one whose lock is in the way is named."""
+    with held_by_qemu(image, "-U", "-r"), held_by_qemu(image) as process, opened(image) as locks:
+        assert holder(locks.fd, 101) is None, "without a lock of its own the file is not known"
+        locks.check(permissions.CONSISTENT_READ, permissions.ALL)
+        assert holder(locks.fd, 101) == f"qemu-io (pid {process.pid})"
+        assert holder(locks.fd, 202) is None
+
+
+def test_nobody_is_named_where_proc_does_not_tell(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held_by_qemu(image), opened(image) as locks:
+        monkeypatch.setattr(lock_holders, "_numbers", lambda directory: [])
+        with pytest.raises(LockConflictError) as caught:
+            locks.check(WRITE, SHARE_READERS)
+        assert str(caught.value) == f'Failed to get "write" lock: is another process using the image [{image}]?'
+
+
+def test_the_search_for_a_holder_ends(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count()
+    with held_by_qemu(image), opened(image) as locks:
+        locks.check(permissions.CONSISTENT_READ, permissions.ALL)
+        monkeypatch.setattr(lock_holders, "time", SimpleNamespace(monotonic=lambda: next(now)))
+        assert holder(locks.fd, 101) is None
+    assert next(now) < 5

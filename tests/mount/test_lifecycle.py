@@ -411,3 +411,16 @@ def _kill(process: psutil.Process) -> None:
 def _listed(on: Path) -> dict[str, object]:
     found = fusedisk_process("list", "--output", "json").json
     return next(mount for mount in found if mount["mountpoint"] == str(on))
+
+
+def test_the_mount_that_keeps_others_out_is_named(mounts: Mounts, tmp_path: Path) -> None:
+    image = make_qcow2(tmp_path / "vm.qcow2", MIB)
+    on = mounts.mount(image)
+    pid = daemon_of(on).pid
+    sentence = (
+        f'Failed to get "write" lock: is another process using the image [{image}]? It is in use by the mount at '
+        f"'{on}' (pid {pid})."
+    )
+    for command in (("snapshot", "-c", "x", image), ("mount", image, mounts.directory())):
+        done = fusedisk_process(*command)
+        assert (done.code, done.err) == (1, f"fusedisk: {sentence}\n")
