@@ -14,8 +14,9 @@ import pytest
 from fusedisk.block.backend import Backend
 from fusedisk.block.driver import MAY_UNMAP
 from fusedisk.block.extent import DATA
+from fusedisk.block.gate import Gate
 from fusedisk.block.graph import Graph
-from fusedisk.core.errors import FusediskError, LockConflictError, NoSpaceError, NotSupportedError
+from fusedisk.core.errors import FusediskError, GateError, LockConflictError, NoSpaceError, NotSupportedError
 from fusedisk.drivers.protocol import host_device, hostcalls
 from fusedisk.drivers.protocol.host_device import HostDeviceDriver
 from fusedisk.drivers.protocol.hostcalls import Geometry
@@ -209,3 +210,20 @@ async def test_create_wipes_the_head(device: Path, backing: Path) -> None:
     assert backing.read_bytes() == before
     await HostDeviceDriver.create_file(str(device), MIB, "off", False)
     assert backing.read_bytes() == bytes(512) + before[512:]
+
+
+async def test_an_image_on_a_device_has_no_directory_of_its_own(device: Path, tmp_path: Path) -> None:
+    """What else lies in /dev is none of its guest's business; the user may say which device is."""
+    base = tmp_path / "base"
+    base.write_bytes(b"secret".ljust(MIB))
+    with attached(base) as other:
+        run_tool("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", other, "-F", "raw", device, "1M")
+        graph = Graph(DRIVERS)
+        with pytest.raises(GateError) as caught:
+            await graph.open_backend(str(device))
+        assert str(caught.value).endswith(f"(allow it with --allow-path {other} if you trust the image).")
+        await graph.close()
+        graph = Graph(DRIVERS, Gate([str(other)]))
+        backend = await graph.open_backend(str(device))
+        assert await backend.read(0, 6) == b"secret"
+        await graph.close()
