@@ -259,6 +259,13 @@ async def test_a_file_that_cannot_be_so_large_is_not_emptied(tmp_path: Path) -> 
     assert (tmp_path / "old").read_bytes() == b"old"
 
 
+async def test_creating_through_a_link_makes_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("new")
+    await FileDriver.create_file(str(tmp_path / "link"), MIB, "off", False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "new").stat().st_size == MIB
+
+
 async def test_create_refusals(tmp_path: Path) -> None:
     async def refused(name: str, preallocation: str = "off") -> FusediskError:
         with pytest.raises(FusediskError) as caught:

@@ -21,7 +21,8 @@ import trio
 from fusedisk.block.create import create_image
 from fusedisk.block.gate import Gate
 from fusedisk.block.graph import Graph
-from fusedisk.core.errors import FusediskError
+from fusedisk.core import host_open
+from fusedisk.core.errors import FusediskError, GateError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img
 
@@ -259,3 +260,14 @@ async def test_a_pipe_in_the_place_of_an_image_never_keeps_who_opens_it_waiting(
             await _attack(home / "link", None)
         with swapper.watching(evil), trio.fail_after(60), contextlib.suppress(FusediskError):
             await create_image(DRIVERS, "raw", str(home / "link"), {"size": SIZE})
+
+
+async def test_without_proc_only_what_the_user_names_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = _prepare(tmp_path)
+    image = _overlay(home, "keep")
+    monkeypatch.setattr(host_open, "_OWN_DESCRIPTORS", "/nowhere")
+    assert await _attack(home / "keep", None) == bytes(512)
+    graph = Graph(DRIVERS)
+    with pytest.raises(GateError, match="as /proc is missing"):
+        await graph.open_backend(str(image))
+    assert not graph.nodes

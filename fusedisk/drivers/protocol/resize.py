@@ -137,7 +137,12 @@ def _open_new(filename: str) -> tuple[int, bool]:
 
 
 def _open_existing(filename: str) -> int:
-    with Found(filename) as found:
+    try:
+        found = Found(filename)
+    except FileNotFoundError:  # a symbolic link to what is not there yet
+        os.close(os.open(filename, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o644))
+        found = Found(filename)
+    with found:
         if stat.S_ISDIR(found.mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(found.mode):
