@@ -2,8 +2,8 @@
 
 Life: open the images, mount, be ready (a ``stat`` through the mount has been answered), serve until the mount is gone,
 flush and close everything. SIGTERM, SIGINT and SIGHUP unmount as soon as nobody uses the mount; SIGQUIT (what
-``fusedisk umount --force`` sends) flushes and ends at once. Whatever hangs, a daemon ends: by any of them before
-it has something to lose, by a second SIGQUIT later.
+``fusedisk umount --force`` sends) flushes and ends at once. Where a file hangs, a daemon ends all the same if it has
+nothing to lose, or says what it waits for.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Daemon:
         self._ending = False
         self._is_leaving = False
         """It tries to unmount."""
-        self._asked_to_end = self._asked_to_quit = False
+        self._asked_to_end = False
         self._watch: SignalWatch
 
     async def run(self) -> int:
@@ -227,13 +227,9 @@ class Daemon:
                 self._watch.heard()
                 self._asked_to_end = True
                 if self.session is None:
-                    after_grace(self._give_up)
+                    after_grace(self._late)
                     opening.cancel()
                 elif number == signal.SIGQUIT:
-                    if self._asked_to_quit:
-                        self._give_up()
-                    self._asked_to_quit = True
-                    after_grace(self._tell_of_flushing)
                     nursery.start_soon(self._quit, self.session)
                 elif not self._is_leaving:
                     self._is_leaving = True
@@ -242,29 +238,27 @@ class Daemon:
     async def _quit(self, session: Session) -> None:
         """Flush and end, although the mount is in use."""
         await self._release_loop()
+        after_grace(self._late)
         await self._flush()
         session.stop()
 
     def _stuck(self, number: int) -> None:
         """The event loop did not take a signal. In another thread."""
-        if self.session is None or (number == signal.SIGQUIT and self._asked_to_quit):
-            self._give_up()
-        self._asked_to_quit = self._asked_to_quit or number == signal.SIGQUIT
-        self._tell_of_flushing()
+        self._late()
 
-    def _tell_of_flushing(self) -> None:
+    def _late(self) -> None:
+        """Ending takes long: end at once where nothing is lost by that. In another thread."""
+        if self.session is None:
+            self._give_up("the mount was stopped before it was ready, while it waited for a file that does not answer.")
+        if not any(export.writable for export in self.exports):
+            self._give_up(f"'{self.request.mountpoint}' was ended while it waited for a file that does not answer.")
         log.warning(
-            "'%s' waits for the host to read or write its images; it ends when that is done, or at once and without "
-            "what is not written yet by another SIGQUIT.",
+            "'%s' still waits for the host to write to its images, and ends when that is done (SIGKILL ends it at "
+            "once, and loses what is not written yet).",
             self.request.mountpoint,
         )
 
-    def _give_up(self) -> NoReturn:
-        """End at once. In any thread."""
-        if self.session is None:
-            sentence = "the mount was stopped before it was ready, while it waited for a file that does not answer."
-        else:
-            sentence = f"'{self.request.mountpoint}' was ended before everything was written."
+    def _give_up(self, sentence: str) -> NoReturn:
         try:
             self._fail(sentence)
             self._tell(HostError(sentence))
@@ -328,7 +322,7 @@ class Daemon:
         if self.record is not None and self.session is not None:
             self.record.closing = True
             self._write_record(self.record)
-        notice = after_grace(self._tell_of_flushing) if self._asked_to_end else None
+        notice = after_grace(self._late) if self._asked_to_end else None
         try:
             await self.graph.close()
         except FusediskError as exc:

@@ -46,6 +46,7 @@ run_async(command, writes=sys.argv[1] == "writes")
 """
 
 DAEMON = """
+from types import SimpleNamespace
 from fusedisk.cli import daemon
 from fusedisk.export.opening import OpenSettings
 
@@ -59,6 +60,8 @@ class Daemon(daemon.Daemon):
         if sys.argv[1] == "opening":
             no_signals()
         self.session = Session()
+        self.exports = [SimpleNamespace(writable=sys.argv[2] == "writable", name="x")]
+        self._report = None
         if sys.argv[1] == "serving":
             no_signals()
         print("waits", flush=True)
@@ -70,9 +73,9 @@ request = daemon.MountRequest([], "/mountpoint", OpenSettings())
 sys.exit(trio.run(Daemon(request, lambda failure: print(failure, file=sys.stderr)).run))
 """
 
-FLUSHING = (
-    "fusedisk: '/mountpoint' waits for the host to read or write its images; it ends when that is done, or at once and "
-    "without what is not written yet by another SIGQUIT.\n"
+STILL_WRITING = (
+    "'/mountpoint' still waits for the host to write to its images, and ends when that is done (SIGKILL ends it at "
+    "once, and loses what is not written yet).\n"
 )
 
 
@@ -161,13 +164,18 @@ def test_a_daemon_whose_loop_hangs_before_it_serves_ends_on_a_signal(tmp_path: P
 
 
 @pytest.mark.parametrize("hanging", ["serving", "flushing"])
-def test_a_daemon_that_cannot_flush_says_so_and_ends_on_another_signal(tmp_path: Path, hanging: str) -> None:
-    program = Program(tmp_path, DAEMON, hanging)
+def test_a_daemon_that_cannot_flush_says_so(tmp_path: Path, hanging: str) -> None:
+    program = Program(tmp_path, DAEMON, hanging, "writable")
     program.send(signal.SIGQUIT)
-    if hanging == "flushing":
-        program.line()
-    assert program.told().endswith(FLUSHING.removeprefix("fusedisk: "))
+    assert program.told().endswith(STILL_WRITING)
+    program.send(signal.SIGKILL)
+    assert program.end() == (-signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize("hanging", ["serving", "flushing"])
+def test_a_daemon_that_has_nothing_to_lose_ends(tmp_path: Path, hanging: str) -> None:
+    program = Program(tmp_path, DAEMON, hanging, "read-only")
     program.send(signal.SIGQUIT)
     code, said = program.end()
     assert code == 1
-    assert "'/mountpoint' was ended before everything was written." in said
+    assert said == "'/mountpoint' was ended while it waited for a file that does not answer.\n"
