@@ -380,6 +380,8 @@ async def discard(node: Node, offset: int, length: int) -> None:
             await _check_probe(node, start, (ZEROES[: min(stop - start, PROBE_SIZE)],))
         step = max(node.limits.max_discard // unit * unit, unit)
         for position in range(start, stop, step):
+            if position > start:
+                await trio.lowlevel.checkpoint()
             with trio.CancelScope(shield=True):
                 await node.driver.discard(position, min(step, stop - position))
         node.written += 1

@@ -201,6 +201,8 @@ async def _zero_units(node: Node, offset: int, end: int, flags: int) -> None:
                 raise
             await _write_out_zeroes(node, offset, count, flags)
         offset += count
+        if offset < end:
+            await trio.lowlevel.checkpoint()
 
 
 async def _zero_edge(node: Node, offset: int, end: int, unit: int, flags: int) -> None:

@@ -283,8 +283,8 @@ async def test_a_compressed_cluster_becomes_one_with_all_subclusters(tmp_path: P
         # A part of a compressed cluster cannot be zeroes: it is written out, the rest of the request is not.
         await backend.write_zeroes(CLUSTER + 4 * SUB, 2 * CLUSTER)
         assert words(backend, 1)[1] == ALL_ALLOCATED
-        assert words(backend, 2) == (0, ALL_ZEROES)
-        assert words(backend, 3) == (0, subclusters(0, 4) << 32)
+        # What read as zeroes anyway stays as it is.
+        assert words(backend, 2) == words(backend, 3) == (0, 0)
         expected = b"\5" * 3 * SUB + b"n" + b"\5" * (CLUSTER - 3 * SUB - 1) + b"\6" * 4 * SUB
         expected += bytes(4 * CLUSTER - len(expected))
         assert await backend.read(0, 4 * CLUSTER) == expected

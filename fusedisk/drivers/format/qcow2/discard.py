@@ -1,22 +1,27 @@
 """Making whole clusters read as zeroes: write-zeroes and discard.
 
 The caller's request is serialised against all others over its guest range, so nothing in it is in flight, and
-host clusters may be freed. One L2 table is changed at a time under the image's mutex, so an interrupted request
-leaves a prefix done.
+host clusters may be freed. A part of one L2 table is changed at a time under the image's mutex, so an interrupted
+request leaves a prefix done.
+
+What reads as zeroes already and has no host cluster stays as it is: such a request makes no L2 table, changes no
+refcount, and does not prepare the image for writing. Whole stretches without L2 tables are passed over.
 
 What QEMU does, done here: version 3 uses zero entries; version 2 has none, so its clusters can only be
-dropped, and only where no backing file would show through.
+dropped, and only where no data of a backing file would show through.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Awaitable, Callable
 
 import trio
 
 from fusedisk.block import io
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
+from fusedisk.drivers.format.qcow2.backing import NO_BACKING, Backing
 from fusedisk.drivers.format.qcow2.cluster import Transform
 from fusedisk.drivers.format.qcow2.entries import (
     ALL_ALLOCATED,
@@ -26,47 +31,55 @@ from fusedisk.drivers.format.qcow2.entries import (
     SUBCLUSTERS,
     ZERO,
     compressed_references,
+    next_entry,
     plain_runs,
 )
 from fusedisk.drivers.format.qcow2.freed import Reason
 
-_SKIPS_AT_ONCE = 1024
-"""L1 entries without a table that one step skips."""
+_SKIPS_AT_ONCE = 1 << 16
+"""L1 entries without a table that one step skips at most."""
+_ENTRIES_AT_ONCE = 8192
+"""L2 entries that one step changes at most."""
+
+Prepare = Callable[[], Awaitable[None]]
+"""Called before the first change of the image."""
 
 
-async def write_zeroes(allocator: Allocator, offset: int, length: int, *, may_unmap: bool, has_backing: bool) -> None:
+async def _nothing_to_prepare() -> None:
+    """For an image that is prepared for writing."""
+
+
+async def write_zeroes(
+    allocator: Allocator, offset: int, length: int, *, may_unmap: bool, backing: Backing, prepare: Prepare
+) -> None:
     """Make whole clusters, or whole subclusters of one cluster, read as zeroes; ``length`` may end at the disk's end
     instead.
 
-    Their host space is kept unless ``may_unmap``. Raises NotSupportedError for version 2 with a backing file, and for
-    a part of a compressed cluster.
+    Their host space is kept unless ``may_unmap``. Raises NotSupportedError for version 2 where data of the backing file
+    would show through, and for a part of a compressed cluster.
     """
     if _is_part(allocator, offset, length):
-        await zero_subclusters(allocator, offset, length, may_unmap=may_unmap)
-    elif allocator.geometry.version < 3:
-        _check_no_backing(allocator, has_backing)
-        await change(allocator, offset, length, _unallocated, allocate=False)
-    elif may_unmap:
-        await change(allocator, offset, length, _plain_zero, allocate=True)
-    else:
-        await change(allocator, offset, length, _zero_in_place, allocate=True)
+        await zero_subclusters(allocator, offset, length, may_unmap=may_unmap, backing=backing, prepare=prepare)
+        return
+    transform = _plain_zero if may_unmap else _zero_in_place
+    if allocator.geometry.version < 3:
+        await _check_nothing_shows(allocator, offset, length, backing)
+        transform, backing = _unallocated, NO_BACKING
+    await change(allocator, offset, length, transform, backing=backing, prepare=prepare)
 
 
-async def discard(allocator: Allocator, offset: int, length: int, *, has_backing: bool) -> None:
+async def discard(allocator: Allocator, offset: int, length: int, *, backing: Backing, prepare: Prepare) -> None:
     """Give whole clusters back; they read as zeroes afterwards. ``length`` may end at the disk's end instead.
 
     With ``discard-no-unref`` the image keeps clusters that are its alone, for the same guest offsets, and only the host
-    gets the space. Raises NotSupportedError for version 2 with a backing file.
+    gets the space. Raises NotSupportedError for version 2 where data of the backing file would show through.
     """
+    keeps = allocator.keeps_discarded
+    transform = _kept_or_zero if keeps else _plain_zero
     if allocator.geometry.version < 3:
-        _check_no_backing(allocator, has_backing)
-        await change(allocator, offset, length, _unallocated, allocate=False)
-    elif has_backing:
-        transform = _kept_or_zero if allocator.keeps_discarded else _plain_zero
-        await change(allocator, offset, length, transform, allocate=True, discard_kept=allocator.keeps_discarded)
-    else:
-        transform = _kept_if_allocated if allocator.keeps_discarded else _zero_if_allocated
-        await change(allocator, offset, length, transform, allocate=False, discard_kept=allocator.keeps_discarded)
+        await _check_nothing_shows(allocator, offset, length, backing)
+        transform, backing, keeps = _unallocated, NO_BACKING, False
+    await change(allocator, offset, length, transform, backing=backing, prepare=prepare, discard_kept=keeps)
 
 
 def _is_part(allocator: Allocator, offset: int, length: int) -> bool:
@@ -75,8 +88,9 @@ def _is_part(allocator: Allocator, offset: int, length: int) -> bool:
     return bool(offset & mask or (end & mask and end != allocator.image.header.size))
 
 
-def _check_no_backing(allocator: Allocator, has_backing: bool) -> None:
-    if has_backing:
+async def _check_nothing_shows(allocator: Allocator, offset: int, length: int, backing: Backing) -> None:
+    end = offset + length
+    if await backing.zero_until(offset, end) < end:
         raise NotSupportedError(
             f"'{allocator.image.filename}' is qcow2 of version 2, which cannot hide its backing file behind zeroes; "
             f"version 3 (compat=1.1) can."
@@ -95,17 +109,14 @@ def _zero_in_place(entry: int) -> int:
     return ZERO if entry & COMPRESSED else entry | ZERO
 
 
-def _zero_if_allocated(entry: int) -> int:
-    return ZERO if entry else 0
-
-
 def _kept_or_zero(entry: int) -> int:
     ours = entry & COPIED and entry & OFFSET_MASK and not entry & COMPRESSED
     return entry | ZERO if ours else ZERO
 
 
-def _kept_if_allocated(entry: int) -> int:
-    return _kept_or_zero(entry) if entry else 0
+def _with_empty(transform: Transform, empty: int) -> Transform:
+    """``transform``, but for entries of 0, which become ``empty``."""
+    return lambda entry: transform(entry) if entry else empty
 
 
 async def change(
@@ -114,36 +125,56 @@ async def change(
     length: int,
     transform: Transform,
     *,
-    allocate: bool,
+    backing: Backing = NO_BACKING,
+    prepare: Prepare = _nothing_to_prepare,
     discard_kept: bool = False,
 ) -> None:
     """Replace the entries of whole clusters by ``transform(entry)`` and free what is no longer referred to.
 
-    ``allocate``: make L2 tables where there are none. ``discard_kept``: what is referred to still has no data; the
-    host gets its space.
+    Empty entries stay empty, but for those over a backing file: these become zero entries, in a new L2 table where
+    there is none, unless the backing file reads as zeroes for the whole of such a table. ``discard_kept``: what is
+    referred to still has no data; the host gets its space.
     """
-    geometry, l1 = allocator.geometry, allocator.image.l1
-    cluster = offset >> geometry.cluster_bits
-    end = geometry.clusters(offset + length)
-    while cluster < end:
-        l1_index = cluster >> geometry.l2_bits
-        table_end = min(end, l1_index + 1 << geometry.l2_bits)
-        worked = allocate or l1[l1_index] & OFFSET_MASK
-        if worked:
-            await allocator.committer.relieve()
-            async with allocator.image.mutex:
-                await _change_table(allocator, l1_index, cluster, table_end, transform, discard_kept=discard_kept)
-        if table_end < end and (worked or not l1_index % _SKIPS_AT_ONCE):
+    bits, l2_bits = allocator.geometry.cluster_bits, allocator.geometry.l2_bits
+    cluster, end = offset >> bits, allocator.geometry.clusters(offset + length)
+    covered = allocator.geometry.clusters(backing.end)
+    while (cluster := await _skip_empty(allocator, cluster, end, backing)) < end:
+        stop = min(end, (cluster >> l2_bits) + 1 << l2_bits, cluster + _ENTRIES_AT_ONCE)
+        if cluster < covered:
+            stop = min(stop, covered)
+        change_entry = _with_empty(transform, ZERO if cluster < covered else 0)
+        await _change_part(allocator, cluster, stop, change_entry, prepare, discard_kept=discard_kept)
+        cluster = stop
+        if cluster < end:
             # A large request must not keep everybody else from running.
             await trio.lowlevel.checkpoint()
-        cluster = table_end
 
 
-async def _change_table(
-    allocator: Allocator, l1_index: int, cluster: int, end: int, transform: Transform, *, discard_kept: bool
+async def _skip_empty(allocator: Allocator, cluster: int, end: int, backing: Backing) -> int:
+    """The first guest cluster from ``cluster`` on that has an L2 table, or needs one to hide the backing file; ``end``
+    if there is none before."""
+    geometry, l1 = allocator.geometry, allocator.image.l1
+    while cluster < end:
+        first, last = cluster >> geometry.l2_bits, (end - 1 >> geometry.l2_bits) + 1
+        used = next_entry(l1, first, min(last, first + _SKIPS_AT_ONCE))
+        stop = min(used << geometry.l2_bits, end)
+        if stop <= cluster:
+            return cluster
+        zero_end = await backing.zero_until(cluster << geometry.cluster_bits, stop << geometry.cluster_bits)
+        if zero_end < stop << geometry.cluster_bits:
+            return max(cluster, zero_end >> geometry.span_bits << geometry.l2_bits)
+        cluster = stop
+        if cluster < end:
+            await trio.lowlevel.checkpoint()
+    return end
+
+
+async def _change_part(
+    allocator: Allocator, cluster: int, end: int, transform: Transform, prepare: Prepare, *, discard_kept: bool
 ) -> None:
-    """Change entries of one L2 table."""
+    """Change entries of one L2 table, if any is to change."""
     geometry, clusters, words = allocator.geometry, allocator.clusters, allocator.geometry.entry_words
+    l1_index = cluster >> geometry.l2_bits
     base = l1_index << geometry.l2_bits
     part = slice((cluster - base) * words, (end - base) * words)
     table = await clusters.table_at(l1_index)
@@ -154,16 +185,18 @@ async def _change_table(
             raise await clusters.bad_entry(cluster + bad << geometry.cluster_bits, old[bad * words : (bad + 1) * words])
         if clusters.transformed(old, transform) == old:
             return
-    old = (await allocator.table_for_write(l1_index))[part]
-    new = clusters.transformed(old, transform)
-    differing = [i // words for i, word in enumerate(old) if word != new[i]]
-    if not differing:
-        return
-    first, last = differing[0], differing[-1] + 1
-    part = slice(first * words, last * words)
-    await _replace(allocator, l1_index, cluster - base + first, old[part], new[part])
-    if discard_kept and Reason.REQUEST in allocator.refcounts.pass_discard:
-        await _discard_kept(allocator, [new[i * words] for i in differing])
+    await prepare()
+    await allocator.committer.relieve()
+    async with allocator.image.mutex:
+        # Flags may be others than before: the table was perhaps copied just now.
+        old = (await allocator.table_for_write(l1_index))[part]
+        new = clusters.transformed(old, transform)
+        differing = [i // words for i, word in enumerate(old) if word != new[i]]
+        first, last = differing[0], differing[-1] + 1
+        part = slice(first * words, last * words)
+        await _replace(allocator, l1_index, cluster - base + first, old[part], new[part])
+        if discard_kept and Reason.REQUEST in allocator.refcounts.pass_discard:
+            await _discard_kept(allocator, [new[i * words] for i in differing])
 
 
 async def _discard_kept(allocator: Allocator, entries: list[int]) -> None:
@@ -176,7 +209,9 @@ async def _discard_kept(allocator: Allocator, entries: list[int]) -> None:
         await io.discard(space.edge.node, space.place(run.first << bits), run.clusters << bits)
 
 
-async def zero_subclusters(allocator: Allocator, offset: int, length: int, *, may_unmap: bool) -> None:
+async def zero_subclusters(
+    allocator: Allocator, offset: int, length: int, *, may_unmap: bool, backing: Backing, prepare: Prepare
+) -> None:
     """Make whole subclusters of one cluster read as zeroes; ``length`` may end at the disk's end instead. The cluster
     stays, unless ``may_unmap`` and nothing else of it has data.
 
@@ -188,21 +223,35 @@ async def zero_subclusters(allocator: Allocator, offset: int, length: int, *, ma
     asked = (1 << count) - 1 << first
     l1_index = offset >> geometry.span_bits
     index = offset >> geometry.cluster_bits & geometry.l2_mask
+    table = await allocator.clusters.table_at(l1_index)
+    old = table[2 * index : 2 * index + 2] if table is not None else array("Q", (0, 0))
+    if not any(old) and await backing.zero_until(offset, offset + length) == offset + length:
+        return
+    if await _zeroed(allocator, offset, old, asked, may_unmap=may_unmap) == old:
+        return
+    await prepare()
     await allocator.committer.relieve()
     async with allocator.image.mutex:
         old = (await allocator.table_for_write(l1_index))[2 * index : 2 * index + 2]
-        if allocator.clusters.find_bad(old) is not None:
-            raise await allocator.clusters.bad_entry(offset, old)
-        entry, bitmap = old
-        if entry & COMPRESSED:
-            raise NotSupportedError(
-                f"'{allocator.image.filename}' has a compressed cluster at {offset & ~geometry.cluster_mask}, "
-                "no part of which can be a zero subcluster."
-            )
-        bitmap = bitmap & ~asked | asked << SUBCLUSTERS
-        if may_unmap and not bitmap & ALL_ALLOCATED:
-            entry = 0
-        await _replace(allocator, l1_index, index, old, array("Q", (entry, bitmap)))
+        await _replace(
+            allocator, l1_index, index, old, await _zeroed(allocator, offset, old, asked, may_unmap=may_unmap)
+        )
+
+
+async def _zeroed(allocator: Allocator, offset: int, old: array[int], asked: int, *, may_unmap: bool) -> array[int]:
+    """The extended entry ``old`` with the subclusters in the bits of ``asked`` as zeroes."""
+    if allocator.clusters.find_bad(old) is not None:
+        raise await allocator.clusters.bad_entry(offset, old)
+    entry, bitmap = old
+    if entry & COMPRESSED:
+        raise NotSupportedError(
+            f"'{allocator.image.filename}' has a compressed cluster at {offset & ~allocator.geometry.cluster_mask}, "
+            "no part of which can be a zero subcluster."
+        )
+    bitmap = bitmap & ~asked | asked << SUBCLUSTERS
+    if may_unmap and not bitmap & ALL_ALLOCATED:
+        entry = 0
+    return array("Q", (entry, bitmap))
 
 
 async def _replace(allocator: Allocator, l1_index: int, index: int, old: array[int], new: array[int]) -> None:

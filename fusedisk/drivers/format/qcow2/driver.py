@@ -39,6 +39,7 @@ from fusedisk.core.zeroes import zero_fill
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocation
 from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
+from fusedisk.drivers.format.qcow2.backing import Backing
 from fusedisk.drivers.format.qcow2.base_record import check_base
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
@@ -412,12 +413,19 @@ class Qcow2Driver(ResizeDriver):
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self._zero_raw_data(offset, length, flags & MAY_UNMAP)
         await discard.write_zeroes(
-            self.allocator, offset, length, may_unmap=bool(flags & MAY_UNMAP), has_backing=self._has_backing
+            self.allocator,
+            offset,
+            length,
+            may_unmap=bool(flags & MAY_UNMAP),
+            backing=self.shows_through(),
+            prepare=self.prepare_writing,
         )
 
     async def discard(self, offset: int, length: int) -> None:
         await self._zero_raw_data(offset, length, MAY_UNMAP)
-        await discard.discard(self.allocator, offset, length, has_backing=self._has_backing)
+        await discard.discard(
+            self.allocator, offset, length, backing=self.shows_through(), prepare=self.prepare_writing
+        )
 
     async def _zero_raw_data(self, offset: int, length: int, flags: int) -> None:
         """Keep a raw data file the image of the disk that it is."""
@@ -426,10 +434,9 @@ class Qcow2Driver(ResizeDriver):
             await self.prepare_writing()
             await io.write_zeroes(self.image.data_file.node, offset, length, flags)
 
-    @property
-    def _has_backing(self) -> bool:
-        """Also where the backing file that the header names is not open: it must not show through later."""
-        return self.node.backing is not None or bool(self.image.header.backing_file)
+    def shows_through(self) -> Backing:
+        backing = self.node.backing
+        return Backing(backing.node if backing is not None else None, named=bool(self.image.header.backing_file))
 
     def _backing_length(self) -> int:
         backing = self.node.backing

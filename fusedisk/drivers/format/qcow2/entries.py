@@ -32,6 +32,8 @@ FIRST_CLUSTER = 1 << 55
 MAX_HOST_OFFSET = 1 << 56
 """Host offsets of clusters are below this."""
 
+_ZEROES_AT_ONCE = 4096
+_ZEROES = bytes(8 * _ZEROES_AT_ONCE)
 _SECTOR = 512
 _SWAP = sys.byteorder == "little"
 
@@ -133,6 +135,17 @@ def encode_table(table: array[int]) -> memoryview:
 def empty_table(entries: int) -> array[int]:
     """A table of zeroes."""
     return array("Q", [0]) * entries
+
+
+def next_entry(table: array[int], start: int, end: int) -> int:
+    """The index of the first entry that is not 0, from ``start`` on; ``end`` where there is none before."""
+    while start < end:
+        stop = min(start + _ZEROES_AT_ONCE, end)
+        part = table[start:stop].tobytes()
+        if not _ZEROES.startswith(part):
+            return start + (len(part) - len(part.lstrip(b"\0"))) // 8
+        start = stop
+    return end
 
 
 def plain_runs(entries: Iterable[int], geometry: Geometry) -> list[HostRun]:

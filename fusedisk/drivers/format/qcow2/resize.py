@@ -21,13 +21,16 @@ from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, O
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
-from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, Geometry, HostRun
+from fusedisk.drivers.format.qcow2.backing import Backing
+from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, Geometry, HostRun, next_entry
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.options import PREALLOCATIONS
 
 log = logging.getLogger(__name__)
 
 _SECTOR = 512
+_SKIPS_AT_ONCE = 1 << 16
+"""Empty L1 entries that one step skips at most."""
 
 
 async def set_size(allocator: Allocator, length: int) -> None:
@@ -107,16 +110,15 @@ async def grow_l1(allocator: Allocator, entries: int) -> None:
             allocator.refcounts.free([HostRun(old_offset >> geometry.cluster_bits, old_size)])
 
 
-async def clear_behind_end(allocator: Allocator, length: int, *, zero_new: bool) -> None:
+async def clear_behind_end(allocator: Allocator, length: int, backing: Backing) -> None:
     """Make what lies between the disk's end and ``length`` read as the new space of a growing disk must.
 
-    Old mappings there (VM state, leftovers of a shrink) go. ``zero_new``: hide a longer backing file.
+    Old mappings there (VM state, leftovers of a shrink) go. ``backing`` is what shall not show through.
     """
     size, geometry = allocator.image.header.size, allocator.geometry
     start = -(-size // geometry.cluster_size) * geometry.cluster_size
     if start < length:
-        transform = (lambda entry: ZERO) if zero_new else (lambda entry: 0)
-        await discard.change(allocator, start, length - start, transform, allocate=zero_new)
+        await discard.change(allocator, start, length - start, lambda entry: 0, backing=backing)
 
 
 async def drop_behind_end(allocator: Allocator, old_size: int) -> None:
@@ -126,13 +128,15 @@ async def drop_behind_end(allocator: Allocator, old_size: int) -> None:
     spans = -(-start // (1 << geometry.span_bits))
     first_whole = min(spans << geometry.span_bits, old_size)
     if start < first_whole:
-        await discard.change(allocator, start, first_whole - start, lambda entry: 0, allocate=False)
-    for l1_index in range(spans, l1_entries(allocator, old_size)):
+        await discard.change(allocator, start, first_whole - start, lambda entry: 0)
+    l1_index, end = spans, l1_entries(allocator, old_size)
+    while (l1_index := next_entry(allocator.image.l1, l1_index, min(end, l1_index + _SKIPS_AT_ONCE))) < end:
         if allocator.image.l1[l1_index] & OFFSET_MASK:
             await allocator.committer.relieve()
             async with allocator.image.mutex:
                 await _drop_table(allocator, l1_index)
-            await trio.lowlevel.checkpoint()
+        l1_index += 1
+        await trio.lowlevel.checkpoint()
 
 
 async def _drop_table(allocator: Allocator, l1_index: int) -> None:

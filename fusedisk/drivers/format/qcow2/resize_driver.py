@@ -8,6 +8,7 @@ from fusedisk.block import io, transfer
 from fusedisk.block.driver import ZERO_NEW, Buffer
 from fusedisk.block.extent import UNALLOCATED, Extent
 from fusedisk.core.zeroes import is_zero
+from fusedisk.drivers.format.qcow2.backing import NO_BACKING, Backing
 from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
 
 
@@ -16,6 +17,10 @@ class ResizeDriver(SnapshotDriver):
 
     async def _read_plain(self, extent: Extent, offset: int, buffer: Buffer) -> None:
         """Fill ``buffer`` with what an extent that is not compressed holds."""
+        raise NotImplementedError
+
+    def shows_through(self) -> Backing:
+        """What is read where the image has no data, as it is now."""
         raise NotImplementedError
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
@@ -40,7 +45,7 @@ class ResizeDriver(SnapshotDriver):
         allocator, old, size = self.allocator, self.image.header.size, self.image.geometry.cluster_size
         await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
         await self._zero_tail(zero_new)
-        await resize.clear_behind_end(allocator, length, zero_new=zero_new)
+        await resize.clear_behind_end(allocator, length, self.shows_through() if zero_new else NO_BACKING)
         if preallocation != "off":
             try:
                 await resize.preallocate(allocator, -(-old // size) * size, length, preallocation)

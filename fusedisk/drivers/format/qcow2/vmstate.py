@@ -105,4 +105,4 @@ async def drop(driver: VmStateImage, length: int) -> None:
     start = vmstate_offset(allocator)
     length = min(length, (len(allocator.image.l1) << allocator.geometry.span_bits) - start)
     if length > 0:
-        await discard.change(allocator, start, length, lambda entry: 0, allocate=False)
+        await discard.change(allocator, start, length, lambda entry: 0)
