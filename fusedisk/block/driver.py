@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from fusedisk.block import permissions
@@ -86,6 +87,9 @@ class BackingReference(NamedTuple):
 
     filename: str
     format: str | None
+
+
+NoReads = Callable[[], AbstractAsyncContextManager[None]]
 
 
 class Driver:
@@ -388,9 +392,9 @@ class Driver:
         everything as it was, and so does a crash at any instant."""
         raise self._keeps_none("internal snapshots")
 
-    async def apply_snapshot(self, id: str, progress: Progress) -> None:
-        """Let the disk hold what it held when the snapshot was made, which stays; the length may change. Raises
-        SnapshotNotFoundError."""
+    async def apply_snapshot(self, id: str, progress: Progress, no_reads: NoReads) -> None:
+        """Let the disk hold what it held when the snapshot was made, which stays; the length may change. Plain reads
+        run meanwhile, but not within ``no_reads()``, where the disk changes. Raises SnapshotNotFoundError."""
         raise self._keeps_none("internal snapshots")
 
     async def delete_snapshot(self, id: str, progress: Progress) -> None:

@@ -1,13 +1,15 @@
 """Internal snapshots of a node: what there is to say about one, and the door for making, applying and deleting them.
 
 A snapshot stands between requests: what was answered before is in it, what comes later is not. So these operations wait
-for every request in flight on the node, and hold back all that come after them.
+for every request in flight on the node, and hold back all that come after them. Plain reads go on meanwhile, as they
+find the same before and after; only while a snapshot is applied they wait for the moment when the disk changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
@@ -108,7 +110,7 @@ def list_snapshots(node: Node) -> list[SnapshotInfo]:
 async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
     """Keep what the disk holds now, see :meth:`fusedisk.block.driver.Driver.create_snapshot`."""
     node = snapshot_node(node)
-    async with alone(node, "snapshot"):
+    async with alone(node, "snapshot", lets_reads=True):
         return await node.driver.create_snapshot(snapshot, progress)
 
 
@@ -117,14 +119,13 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
     filters = list(_filters_over(node))
     node = snapshot_node(node)
     old = node.length
-    async with alone(node, "snapshot"):
+    async with alone(node, "snapshot", lets_reads=True) as request:
         size = next((found.disk_size for found in node.driver.list_snapshots() if found.id == id), old)
         if size != old:
             node.check_operation("resize")
             if not node.perm & permissions.RESIZE:
                 raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
-        await node.driver.apply_snapshot(id, progress)
-        node.length = await node.driver.length()
+        await node.driver.apply_snapshot(id, progress, partial(_no_reads, node, request))
     if node.length != old:
         for changed in (node, *reversed(filters)):
             changed.length = await changed.driver.length()
@@ -132,10 +133,22 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
             changed.graph.resized(changed)
 
 
+@asynccontextmanager
+async def _no_reads(node: Node, request: Request) -> AsyncIterator[None]:
+    """Nobody reads, so that the disk may change, its length included."""
+    await request.wait_for_reads(node)
+    try:
+        yield
+    finally:
+        node.length = await node.driver.length()
+        node.change_mapping()
+        request.let_reads_pass()
+
+
 async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Forget a snapshot, and give back the space that it alone had used."""
     node = snapshot_node(node)
-    async with alone(node, "snapshot"):
+    async with alone(node, "snapshot", lets_reads=True):
         await node.driver.delete_snapshot(id, progress)
 
 
@@ -170,16 +183,19 @@ def check_vmstate_range(offset: int, length: int) -> None:
 
 
 @asynccontextmanager
-async def alone(node: Node, operation: str) -> AsyncIterator[None]:
-    """No other request is in flight on the node, which must be writable; shielded from cancellation."""
+async def alone(node: Node, operation: str, *, lets_reads: bool = False) -> AsyncIterator[Request]:
+    """No other request is in flight on the node, which must be writable, but for plain reads that begin later where
+    ``lets_reads``; shielded from cancellation."""
     io.check_writable(node)
     node.check_operation(operation)
     request = Request(0, 1 << 63, True, serialising=True)
     request.enter(node)
     try:
         await request.wait_for_earlier(node)
+        if lets_reads:
+            request.let_reads_pass()
         with trio.CancelScope(shield=True):
-            yield
+            yield request
         node.written += 1
     except FusediskError as exc:
         exc.at(node.name, operation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ async def _move_snapshot_table(driver: Qcow2Driver, table: bytes) -> None:
         offset = await switch.new_table(table)
         switch.lose_table(header.snapshots_offset, image.snapshot_table_size)
         state = State(header.size, image.l1[:], header.l1_table_offset, header.nb_snapshots, offset)
-        await switch.commit(state, discard=False)
+        await switch.commit(state, contextlib.nullcontext, discard=False)
     except BaseException:
         switch.undo()
         raise

@@ -58,7 +58,7 @@ async def expand_zero_clusters(driver: Qcow2Driver, progress: Progress) -> None:
 async def _tables(driver: Qcow2Driver) -> list[_Table]:
     """All L2 tables, lowest first."""
     image, span_bits = driver.image, driver.image.geometry.span_bits
-    active = table_weights(image, image.l1, "its L1 table")
+    active = await table_weights(image, image.l1, "its L1 table")
     weights, guest_offsets = Counter(active), _guest_offsets(image.l1, span_bits)
     # Snapshots of a hostile image may all lead to one large L1 table, or to tables that overlap.
     places = Counter((shot.l1_table_offset, shot.l1_size) for shot in driver.snapshots)
@@ -67,7 +67,8 @@ async def _tables(driver: Qcow2Driver) -> list[_Table]:
     for snapshot in {(shot.l1_table_offset, shot.l1_size): shot for shot in driver.snapshots}.values():
         l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
         number = places[snapshot.l1_table_offset, snapshot.l1_size]
-        for offset, weight in table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}").items():
+        found = await table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
+        for offset, weight in found.items():
             weights[offset] += weight * number
         guest_offsets = _guest_offsets(l1, span_bits) | guest_offsets
         await trio.lowlevel.checkpoint()

@@ -7,7 +7,7 @@ written are pinned by their owner: they stay, even if there are more of them tha
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from typing import Generic, TypeVar
 
 import trio
@@ -112,6 +112,12 @@ class TableCache(Generic[Table]):
         """Forget a table: it was freed, or a write of it failed and only the file knows its content."""
         self._outdate(offset)
         self.tables.pop(offset, None)
+
+    def drop_all(self, offsets: Container[int]) -> None:
+        """Forget the tables at all these offsets, however many they are."""
+        for offset in [*self.tables, *self._loading]:
+            if offset in offsets:
+                self.drop(offset)
 
     def clear(self) -> None:
         """Forget all tables."""

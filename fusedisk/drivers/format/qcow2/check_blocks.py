@@ -99,7 +99,7 @@ class DiskRefcounts:
             block = await self.block(number)
             first = number * image.block_entries
             count = min(image.block_entries, clusters - first)
-            ones[first : first + count] = bytes([UNKNOWN]) * count if block is None else _are_one(block[:count])
+            ones[first : first + count] = bytes([UNKNOWN]) * count if block is None else are_one(block[:count])
         if ones:
             ones[0] = 0
         self.ones = ones
@@ -146,7 +146,7 @@ class DiskRefcounts:
             part = min(count, self.image.block_entries - index)
             if self.offset(number):
                 block = await self.block(number)
-                found += bytes([UNKNOWN]) * part if block is None else _are_one(block[index : index + part])
+                found += bytes([UNKNOWN]) * part if block is None else are_one(block[index : index + part])
             else:
                 found += bytes(part)
             first, count = first + part, count - part
@@ -157,7 +157,7 @@ _ONE = bytes([0, 1, *bytes(254)])
 _ZERO = bytes([1, *bytes(255)])
 
 
-def _are_one(values: array[int]) -> bytes:
+def are_one(values: array[int]) -> bytes:
     """A byte for each number: 1 where it is 1, 0 elsewhere."""
     planes = values.tobytes()
     lowest = 3 if _BIG_ENDIAN else 0

@@ -61,6 +61,9 @@ class Committer:
         self.refcounts = refcounts
         self.lazy_refcounts = lazy_refcounts
         self._committing = Mutex()
+        self._exclusive: trio.Event | None = None
+        """There while somebody is in :meth:`exclusive`; set once the file has all that was answered before. Nothing
+        is answered from then on that changes metadata."""
         self.max_freed = max(MAX_FREED_BYTES >> image.geometry.cluster_bits, 16)
         """Clusters that may wait for a commit to be used again."""
 
@@ -69,6 +72,12 @@ class Committer:
 
         Raises HostError where the file cannot be written; nothing is forgotten then, so that it may be tried again.
         """
+        while (settled := self._exclusive) is not None:
+            if not settled.is_set():
+                refuse_to_wait()
+                await settled.wait()
+            if self._exclusive is settled:
+                return
         if self._needed or self._committing.locked:
             refuse_to_wait()
             with trio.CancelScope(shield=True):
@@ -93,10 +102,21 @@ class Committer:
         themselves. What they free is counted down by the commit that ends this."""
         with trio.CancelScope(shield=True):
             async with self._committing, self.image.mutex:
-                await self.image.before_change(False)
+                self._exclusive = trio.Event()
+                try:
+                    await self.image.before_change(False)
+                    await self._commit(held=True)
+                    self._exclusive.set()
+                    yield
+                finally:
+                    self._exclusive.set()
+                    self._exclusive = None
                 await self._commit(held=True)
-                yield
-                await self._commit(held=True)
+
+    @property
+    def in_exclusive(self) -> bool:
+        """Whether somebody is in :meth:`exclusive`."""
+        return self._exclusive is not None
 
     async def settle(self) -> None:
         """Commit within :meth:`exclusive`, with a barrier behind it."""

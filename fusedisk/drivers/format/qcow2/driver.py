@@ -227,7 +227,7 @@ class Qcow2Driver(ResizeDriver):
         :mod:`.first_write`."""
         async with self.image.mutex:
             await self.refcounts.load()
-            self.image.place_l2()
+            self.image.l2_places = await self.image.sorted_l2(self.image.l1)
 
     async def prepare_writing(self) -> None:
         """Let the guest's data be changed, before any of it is, see :mod:`.first_write`."""
@@ -307,6 +307,8 @@ class Qcow2Driver(ResizeDriver):
     async def has_holes(self) -> bool:
         threshold = self._sparse_threshold
         if threshold is not None:
+            if self.committer.in_exclusive:
+                return True  # it is not known, and who holds the image may wait for readers
             # What is counted is in the file.
             await self.committer.commit()
             found = await uses_clusters(self.node.children["file"].node, self.image.header, threshold)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from fusedisk.drivers.format.qcow2.layout import EXTENDED_L2, Header
@@ -32,6 +32,8 @@ FIRST_CLUSTER = 1 << 55
 MAX_HOST_OFFSET = 1 << 56
 """Host offsets of clusters are below this."""
 
+ENTRIES_AT_ONCE = 1 << 14
+"""Entries that one step works on at most, before others run."""
 _ZEROES_AT_ONCE = 4096
 _ZEROES = bytes(8 * _ZEROES_AT_ONCE)
 _SECTOR = 512
@@ -146,6 +148,16 @@ def next_entry(table: array[int], start: int, end: int) -> int:
             return start + (len(part) - len(part.lstrip(b"\0"))) // 8
         start = stop
     return end
+
+
+def used_pieces(table: array[int]) -> Iterator[tuple[int, array[int]]]:
+    """A table in pieces that are not empty, each with the index of its first entry. Callers let others run between: a
+    table may have four million entries."""
+    for start in range(0, len(table), ENTRIES_AT_ONCE):
+        stop = min(start + ENTRIES_AT_ONCE, len(table))
+        first = next_entry(table, start, stop)
+        if first < stop:
+            yield first, table[first:stop]
 
 
 def plain_runs(entries: Iterable[int], geometry: Geometry) -> list[HostRun]:

@@ -11,10 +11,14 @@ requests to the storage's door is safe, as nothing below calls back into the ima
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Awaitable, Callable, Iterable
+
+import trio
 
 from fusedisk.block import io
 from fusedisk.block.child import Child
@@ -28,6 +32,7 @@ from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.cache import TableCache
 from fusedisk.drivers.format.qcow2.entries import (
     COPIED,
+    ENTRIES_AT_ONCE,
     FIRST_CLUSTER,
     OFFSET_MASK,
     ZERO,
@@ -35,12 +40,15 @@ from fusedisk.drivers.format.qcow2.entries import (
     empty_table,
     encode_table,
     swap_table,
+    used_pieces,
 )
 from fusedisk.drivers.format.qcow2.layout import Header
 
 log = logging.getLogger(__name__)
 
 MIN_L2_TABLES = 2
+_READ_AT_ONCE = 1 << 18
+"""Entries of a table: as many as the largest L2 table has."""
 INFLATED_BYTES = inflated_capacity()
 """Inflated clusters kept of each image."""
 SNAPSHOT_L2 = "snapshot's L2 table"
@@ -85,10 +93,15 @@ class DirtyTables:
 
 
 async def read_table(file: Node, offset: int, entries: int) -> array[int]:
-    """A table of 64-bit entries in ``file``."""
+    """A table of 64-bit entries in ``file``. Where it is long, others run meanwhile."""
     table = empty_table(entries)
-    await io.read(file, offset, memoryview(table).cast("B"))
-    swap_table(table)
+    for start in range(0, entries, _READ_AT_ONCE):
+        piece = table[start : start + _READ_AT_ONCE] if entries > _READ_AT_ONCE else table
+        await io.read(file, offset + 8 * start, memoryview(piece).cast("B"))
+        swap_table(piece)
+        if piece is not table:
+            table[start : start + len(piece)] = piece
+            await trio.lowlevel.checkpoint()
     return table
 
 
@@ -248,11 +261,25 @@ class Image:
         if self._guards_scattered:
             insort(self.scattered, offset)
 
-    def place_l2(self) -> None:
-        """Take the places of the L2 tables from the L1 table."""
+    async def sorted_l2(self, l1: array[int]) -> array[int]:
+        """The host offsets of the L2 tables that ``l1`` leads to, for :attr:`l2_places`. Others run meanwhile."""
         if not self._guards_scattered:
-            return
-        self.l2_places = array("Q", sorted(entry & OFFSET_MASK for entry in self.l1 if entry & OFFSET_MASK))
+            return array("Q")
+        runs: list[array[int]] = []
+        for _, piece in used_pieces(l1):
+            found = array("Q", sorted(filter(None, [entry & OFFSET_MASK for entry in piece])))
+            if runs and found and runs[-1][-1] <= found[0]:
+                runs[-1].extend(found)
+            elif found:
+                runs.append(found)
+            await trio.lowlevel.checkpoint()
+        if len(runs) < 2:
+            return runs[0] if runs else array("Q")
+        merged, rest = array("Q"), heapq.merge(*runs)
+        while part := array("Q", itertools.islice(rest, ENTRIES_AT_ONCE)):
+            merged.extend(part)
+            await trio.lowlevel.checkpoint()
+        return merged
 
     # --- corruption -------------------------------------------------------------------------------------
 

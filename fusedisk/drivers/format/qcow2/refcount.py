@@ -49,6 +49,7 @@ from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, Refco
 log = logging.getLogger(__name__)
 
 MIN_BLOCKS = 4
+_BLOCKS_AT_ONCE = 64
 
 
 class Refcounts:
@@ -144,10 +145,10 @@ class Refcounts:
             return run
         while True:
             first = await self._find(count, self._first_free if count == 1 else self._next_run)
-            missing = self._missing_block(first, count)
-            if missing is None:
+            missing = self._missing_blocks(first, count)
+            if not missing:
                 break
-            await self._add_block(missing)
+            await self._add_blocks(missing)
         await self._check_free(first, count)
         start, end = first << self.geometry.cluster_bits, first + count << self.geometry.cluster_bits
         fresh = not self.encrypted and start >= max(self._used_end, self.image.storage.node.length)
@@ -219,12 +220,13 @@ class Refcounts:
             self._full[block_index] = 1
         return (at, run) if run else (self.geometry.block_entries, 0)
 
-    def _missing_block(self, first: int, count: int) -> int | None:
+    def _missing_blocks(self, first: int, count: int) -> list[int]:
         per_block = self.geometry.block_entries
-        for block_index in range(first // per_block, (first + count - 1) // per_block + 1):
-            if block_index >= len(self.table) or not self.table[block_index]:
-                return block_index
-        return None
+        indices = range(first // per_block, (first + count - 1) // per_block + 1)
+        return [index for index in indices if not self._has_block(index)]
+
+    def _has_block(self, block_index: int) -> bool:
+        return block_index < len(self.table) and bool(self.table[block_index])
 
     async def _check_free(self, first: int, count: int) -> None:
         """Refuse to overwrite metadata, whatever the refcounts say."""
@@ -308,13 +310,13 @@ class Refcounts:
         """Change refcounts of neighbouring clusters whose blocks exist; returns the runs that dropped to zero."""
         per_block = self.geometry.block_entries
         freed: list[HostRun] = []
-        while deltas:
-            block_index, index = divmod(first, per_block)
-            part = deltas[: per_block - index]
+        done = 0
+        while done < len(deltas):
+            block_index, index = divmod(first + done, per_block)
+            part = deltas[done : done + per_block - index]
             base = block_index * per_block
             freed += [HostRun(base + at, run) for at, run in await self._add_in_block(block_index, index, part)]
-            first += len(part)
-            deltas = deltas[len(part) :]
+            done += len(part)
         return freed
 
     async def _add_in_block(self, block_index: int, index: int, deltas: list[int]) -> list[tuple[int, int]]:
@@ -400,6 +402,15 @@ class Refcounts:
         self.open_cluster = -1
 
     # --- growing ----------------------------------------------------------------------------------------
+
+    async def _add_blocks(self, indices: list[int]) -> None:
+        """Make progress towards the blocks for ``indices``; where there are many, others run meanwhile."""
+        for number, block_index in enumerate(indices, 1):
+            if not self._has_block(block_index):
+                await self._add_block(block_index)
+            if number % _BLOCKS_AT_ONCE == 0:
+                refuse_to_wait()
+                await trio.lowlevel.checkpoint()
 
     async def _add_block(self, block_index: int) -> None:
         """Make progress towards a block for ``block_index``: add it, or what it needs first."""

@@ -6,32 +6,36 @@ more, and what the active table led to once less; deleting one counts down, and 
 lead to gets its flags again. Each is one step from an old state to a new one, see :mod:`.snapshot_switch`: no crash
 leaves anything between, and an error changes nothing.
 
-No request is in flight on the node meanwhile (:mod:`fusedisk.block.snapshot`).
+No request but plain reads is in flight on the node meanwhile (:mod:`fusedisk.block.snapshot`); applying ends those,
+too, just before its step. The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and others run between.
 
 Source: docs/interop/qcow2.txt, "Snapshots".
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
 import trio
 
 from fusedisk.block.check import Progress
+from fusedisk.block.driver import NoReads
 from fusedisk.block.snapshot import SnapshotInfo
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.commit import Committer
-from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, empty_table, encode_table
+from fusedisk.drivers.format.qcow2.entries import COPIED, ENTRIES_AT_ONCE, OFFSET_MASK, empty_table
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
-from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, table_weights
-from fusedisk.drivers.format.qcow2.snapshot_switch import State, Switch
+from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, rewritten, table_weights
+from fusedisk.drivers.format.qcow2.snapshot_switch import NewTable, State, Switch
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots, next_id
 
 MAX_NAME = 255
@@ -85,11 +89,10 @@ async def create(driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress
     _check_names(driver, identity, name)
     async with _switching(driver) as switch:
         l1 = await _share_active(driver, switch, progress)
-        data = encode_table(l1)
         snapshot = Snapshot(
             raw_id=identity,
             raw_name=name,
-            l1_table_offset=await switch.new_table(data),
+            l1_table_offset=await switch.new_l1(l1),
             l1_size=len(l1),
             date_seconds=wanted.date // 10**9,
             date_nanoseconds=wanted.date % 10**9,
@@ -112,8 +115,9 @@ def _check_names(driver: SnapshotImage, identity: bytes, name: bytes) -> None:
         raise OptionError(f"'{driver.image.filename}' has a snapshot with the id '{identity.decode()}' already.")
 
 
-async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) -> None:
-    """Let the disk be what it was when ``snapshot`` was made, its size and VM state included.
+async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, no_reads: NoReads) -> None:
+    """Let the disk be what it was when ``snapshot`` was made, its size and VM state included. ``no_reads``: nobody
+    reads within it.
 
     Raises NotSupportedError for another size in version 2, ImageError if the snapshot's tables are invalid.
     """
@@ -125,23 +129,27 @@ async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) -
         )
     async with _switching(driver) as switch:
         l1 = await read_l1(image, snapshot)
-        new = table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
-        old = table_weights(image, image.l1, "its L1 table")
+        new = await table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
+        old = await table_weights(image, image.l1, "its L1 table")
         moved: dict[int, int] = {}
 
-        async def exchange(offset: int) -> None:
-            gained = new[offset] - old[offset]
-            if gained:
-                table = await L2Table.read(image, offset)
-                table.count(switch.gained if gained > 0 else switch.lost, abs(gained))
-                cleared = table.without_copied() if offset in new else None
-                if cleared is not None:
-                    moved[offset] = await switch.new_table(cleared, references=new[offset])
-            _count_table(switch, offset, (0 if offset in moved else new[offset]) - old[offset])
+        async def exchange(offsets: Sequence[int]) -> None:
+            cleared: list[NewTable] = []
+            for offset in offsets:
+                gained = new[offset] - old[offset]
+                data = None
+                if gained:
+                    table = await L2Table.read(image, offset)
+                    table.count(switch.gained if gained > 0 else switch.lost, abs(gained))
+                    data = table.without_copied() if offset in new else None
+                if data is not None:
+                    cleared.append(NewTable(offset, data, new[offset]))
+                _count_table(switch, offset, (0 if data is not None else new[offset]) - old[offset])
+            moved.update(await switch.new_tables(cleared))
 
-        await _each(sorted(new.keys() | old.keys()), exchange, progress)
-        l1 = array("Q", [_leads_to(moved.get(entry & OFFSET_MASK), entry, new) for entry in l1])
-        await _commit(driver, switch, snapshot.disk_size, l1, driver.snapshots, discard=True)
+        await _each(driver, itertools.chain(new, (offset for offset in old if offset not in new)), exchange, progress)
+        l1 = await rewritten(l1, lambda entry: _leads_to(moved.get(entry & OFFSET_MASK), entry, new))
+        await _commit(driver, switch, snapshot.disk_size, l1, driver.snapshots, discard=True, no_reads=no_reads)
 
 
 def _leads_to(moved: int | None, entry: int, weights: Counter[int]) -> int:
@@ -157,15 +165,16 @@ async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) 
     image = driver.image
     async with _switching(driver) as switch:
         l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
-        weights = table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
-        active = table_weights(image, image.l1, "its L1 table")
+        weights = await table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
+        active = await table_weights(image, image.l1, "its L1 table")
         total = len(weights) + len(active)
 
-        async def lose(offset: int) -> None:
-            (await L2Table.read(image, offset)).count(switch.lost, weights[offset])
-            _count_table(switch, offset, -weights[offset])
+        async def lose(offsets: Sequence[int]) -> None:
+            for offset in offsets:
+                (await L2Table.read(image, offset)).count(switch.lost, weights[offset])
+                _count_table(switch, offset, -weights[offset])
 
-        await _each(list(weights), lose, lambda done, _: progress(done, total))
+        await _each(driver, weights, lose, lambda done, _: progress(done, total))
         if snapshot.l1_size:
             switch.lose_table(snapshot.l1_table_offset, snapshot.l1_size * 8)
         flagged = await _flag_active(driver, switch, active, lambda done, _: progress(len(weights) + done, total))
@@ -184,42 +193,46 @@ async def _flag_active(driver: SnapshotImage, switch: Switch, active: Counter[in
             await trio.lowlevel.checkpoint()
     moved: dict[int, int] = {}
 
-    async def flag(offset: int) -> None:
-        if not ones.of(offset >> geometry.cluster_bits):
-            return  # shared, and so is all that it leads to
-        flagged = (await L2Table.read(image, offset)).with_copied(ones)
-        if flagged is not None:
-            moved[offset] = await switch.new_table(flagged)
-            _count_table(switch, offset, -active[offset])
+    async def flag(offsets: Sequence[int]) -> None:
+        flagged: list[NewTable] = []
+        for offset in offsets:
+            if not ones.of(offset >> geometry.cluster_bits):
+                continue  # shared, and so is all that it leads to
+            data = (await L2Table.read(image, offset)).with_copied(ones)
+            if data is not None:
+                flagged.append(NewTable(offset, data, 1))
+                _count_table(switch, offset, -active[offset])
+        moved.update(await switch.new_tables(flagged))
 
-    await _each(list(active), flag, progress)
-    l1 = array("Q")
-    for entry in image.l1:
+    def leads_to(entry: int) -> int:
         offset = entry & OFFSET_MASK
         owned = offset and ones.of(offset >> geometry.cluster_bits)
-        l1.append(moved.get(offset, offset) | (COPIED if owned else 0))
-    return l1
+        return moved.get(offset, offset) | (COPIED if owned else 0)
+
+    await _each(driver, active, flag, progress)
+    return await rewritten(image.l1, leads_to)
 
 
 async def _share_active(driver: SnapshotImage, switch: Switch, progress: Progress) -> array[int]:
     """Count everything that the active L1 table leads to once more, in L2 tables without COPIED flags; returns the L1
     table that leads to them."""
     image = driver.image
-    weights = table_weights(image, image.l1, "its L1 table")
+    weights = await table_weights(image, image.l1, "its L1 table")
     moved: dict[int, int] = {}
 
-    async def share(offset: int) -> None:
-        table = await L2Table.read(image, offset)
-        table.count(switch.gained, weights[offset])
-        cleared = table.without_copied()
-        if cleared is None:
-            _count_table(switch, offset, weights[offset])
-        else:
-            moved[offset] = await switch.new_table(cleared, references=2 * weights[offset])
-            _count_table(switch, offset, -weights[offset])
+    async def share(offsets: Sequence[int]) -> None:
+        cleared: list[NewTable] = []
+        for offset in offsets:
+            table = await L2Table.read(image, offset)
+            table.count(switch.gained, weights[offset])
+            data = table.without_copied()
+            if data is not None:
+                cleared.append(NewTable(offset, data, 2 * weights[offset]))
+            _count_table(switch, offset, weights[offset] if data is None else -weights[offset])
+        moved.update(await switch.new_tables(cleared))
 
-    await _each(list(weights), share, progress)
-    return array("Q", [moved.get(entry & OFFSET_MASK, entry & OFFSET_MASK) for entry in image.l1])
+    await _each(driver, weights, share, progress)
+    return await rewritten(image.l1, lambda entry: moved.get(entry & OFFSET_MASK, entry & OFFSET_MASK))
 
 
 def _count_table(switch: Switch, offset: int, change: int) -> None:
@@ -234,11 +247,15 @@ def _count_table(switch: Switch, offset: int, change: int) -> None:
         switch.changed_l2.add(offset)
 
 
-async def _each(offsets: Sequence[int], work: Callable[[int], Awaitable[None]], progress: Progress) -> None:
-    """Work on tables one after the other, and let others run between."""
-    for done, offset in enumerate(offsets):
-        progress(done, len(offsets))
-        await work(offset)
+async def _each(
+    driver: SnapshotImage, tables: Iterable[int], work: Callable[[Sequence[int]], Awaitable[None]], progress: Progress
+) -> None:
+    """Work on L2 tables, by host offset, a few at a time, and let others run between."""
+    offsets = array("Q", tables)
+    size = max(ENTRIES_AT_ONCE // driver.image.geometry.l2_entries, 1)
+    for start in range(0, len(offsets), size):
+        progress(start, len(offsets))
+        await work(offsets[start : start + size])
         await trio.lowlevel.checkpoint()
 
 
@@ -259,7 +276,14 @@ async def _switching(driver: SnapshotImage) -> AsyncIterator[Switch]:
 
 
 async def _commit(
-    driver: SnapshotImage, switch: Switch, size: int, l1: array[int], snapshots: list[Snapshot], *, discard: bool
+    driver: SnapshotImage,
+    switch: Switch,
+    size: int,
+    l1: array[int],
+    snapshots: list[Snapshot],
+    *,
+    discard: bool,
+    no_reads: NoReads = contextlib.nullcontext,
 ) -> None:
     """Switch to the new L1 table and list of snapshots."""
     image, header = driver.image, driver.image.header
@@ -271,12 +295,12 @@ async def _commit(
     state = State(
         size=size,
         l1=l1,
-        l1_offset=await switch.new_table(encode_table(l1)),
+        l1_offset=await switch.new_l1(l1),
         snapshots=len(snapshots),
         snapshots_offset=await switch.new_table(table),
     )
     try:
-        await switch.commit(state, discard=discard and Reason.SNAPSHOT in driver.refcounts.pass_discard)
+        await switch.commit(state, no_reads, discard=discard and Reason.SNAPSHOT in driver.refcounts.pass_discard)
     finally:
         if switch.done:
             driver.snapshots, image.snapshot_table_size = snapshots, len(table)

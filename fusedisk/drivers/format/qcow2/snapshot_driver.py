@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusedisk.block.driver import Driver
+from fusedisk.block.driver import Driver, NoReads
 from fusedisk.block.node import NodeConfig
 from fusedisk.block.snapshot import SnapshotInfo, find_snapshot
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError, SnapshotNotFoundError
@@ -104,7 +104,7 @@ class SnapshotDriver(Driver):
             await vmstate.drop(self, made.vm_state_size)
         return made
 
-    async def apply_snapshot(self, id: str, progress: Progress) -> None:
+    async def apply_snapshot(self, id: str, progress: Progress, no_reads: NoReads) -> None:
         if self.bitmaps.valid:
             raise NotSupportedError(
                 f"'{self.image.filename}' has {label(self.bitmaps.valid)}, which would not record what applying a "
@@ -112,7 +112,7 @@ class SnapshotDriver(Driver):
             )
         from fusedisk.drivers.format.qcow2 import snapshot
 
-        await snapshot.apply(self, self._snapshot(id), progress)
+        await snapshot.apply(self, self._snapshot(id), progress, no_reads)
 
     async def delete_snapshot(self, id: str, progress: Progress) -> None:
         from fusedisk.drivers.format.qcow2 import snapshot

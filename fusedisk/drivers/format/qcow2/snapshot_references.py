@@ -11,10 +11,13 @@ from __future__ import annotations
 import functools
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import or_
 
+import trio
+
 from fusedisk.core.errors import ImageError
+from fusedisk.drivers.format.qcow2.check_blocks import are_one
 from fusedisk.drivers.format.qcow2.check_counts import Counts
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,
@@ -22,27 +25,42 @@ from fusedisk.drivers.format.qcow2.entries import (
     OFFSET_MASK,
     Geometry,
     compressed_references,
+    empty_table,
     encode_table,
     swap_table,
+    used_pieces,
 )
 from fusedisk.drivers.format.qcow2.image import Image
 
 _STRIP = 512
 _CLEARED = bytes(byte & 0x7F for byte in range(256))
 """The first byte of an entry without its COPIED flag."""
-_FLAG = 0x80
+_ONE_TO_FLAG = bytes([0, 0x80, *bytes(254)])
 
 
-def table_weights(image: Image, l1: Sequence[int], what: str) -> Counter[int]:
-    """How many of the L1 entries lead to each L2 table, by its host offset, lowest first.
+async def table_weights(image: Image, l1: array[int], what: str) -> Counter[int]:
+    """How many of the L1 entries lead to each L2 table, by its host offset, in the order of the L1 table.
 
-    Raises ImageError for invalid entries; ``what`` names the table.
+    Raises ImageError for entries that cannot be; ``what`` names the table. Others run meanwhile.
     """
-    mask = image.geometry.cluster_mask
-    for index, entry in enumerate(l1):
-        if entry & L1_RESERVED or entry & OFFSET_MASK & mask:
+    bad = L1_RESERVED | OFFSET_MASK & image.geometry.cluster_mask
+    weights: Counter[int] = Counter()
+    for first, piece in used_pieces(l1):
+        if functools.reduce(or_, piece) & bad:
+            index, entry = next((at, entry) for at, entry in enumerate(piece, first) if entry & bad)
             raise _cannot_be(image, f"entry {index} of {what} is {entry:#018x}")
-    return Counter(sorted(entry & OFFSET_MASK for entry in l1 if entry & OFFSET_MASK))
+        weights.update(filter(None, [entry & OFFSET_MASK for entry in piece]))
+        await trio.lowlevel.checkpoint()
+    return weights
+
+
+async def rewritten(l1: array[int], change: Callable[[int], int]) -> array[int]:
+    """An L1 table with ``change(entry)`` in place of each entry but empty ones. Others run meanwhile."""
+    found = empty_table(len(l1))
+    for first, piece in used_pieces(l1):
+        found[first : first + len(piece)] = array("Q", [change(entry) if entry else 0 for entry in piece])
+        await trio.lowlevel.checkpoint()
+    return found
 
 
 def _cannot_be(image: Image, what: str) -> ImageError:
@@ -173,11 +191,7 @@ class Ones:
 
     def put(self, block_index: int, refcounts: array[int]) -> None:
         """The refcounts of one block."""
-        count = len(refcounts)
-        found = refcounts.count(1)
-        flags = bytes([_FLAG]) * count if found == count else bytes(count)
-        if found not in (0, count):
-            flags = bytes([_FLAG if refcount == 1 else 0 for refcount in refcounts])
+        flags = are_one(refcounts).translate(_ONE_TO_FLAG)
         if not block_index:
             flags = b"\0" + flags[1:]  # the header's cluster, to which no entry leads: unallocated ones seem to
         self._blocks[block_index] = flags

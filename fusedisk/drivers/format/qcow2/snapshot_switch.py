@@ -10,15 +10,17 @@ barrier.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import trio
 
 from fusedisk.block import io
+from fusedisk.block.driver import NoReads
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.check_blocks import BlockCodec
@@ -31,6 +33,8 @@ from fusedisk.drivers.format.qcow2.snapshot_sums import balance
 
 log = logging.getLogger(__name__)
 
+_BLOCKS_AT_ONCE = 256
+_L1_BYTES_AT_ONCE = 1 << 20
 _FIELDS = struct.Struct(">QIIQQIIQ")
 """What the header holds from the disk size to the snapshot table."""
 
@@ -43,6 +47,16 @@ class State(NamedTuple):
     l1_offset: int
     snapshots: int
     snapshots_offset: int
+
+
+class NewTable(NamedTuple):
+    """An L2 table for :meth:`Switch.new_tables`."""
+
+    old: int
+    """The host offset of the one that it replaces."""
+    data: bytearray
+    references: int
+    """How many L1 entries will lead to it."""
 
 
 class Switch:
@@ -70,26 +84,54 @@ class Switch:
 
     # --- collecting -------------------------------------------------------------------------------------
 
-    async def new_table(self, data: bytes | bytearray | memoryview, references: int = 1) -> int:
-        """Write a table to new clusters, to which ``references`` others will lead; returns its host offset, 0 where
-        there is nothing to write. Raises NoSpaceError or HostError, and ImageError for more references than refcounts
-        can count."""
+    async def new_table(self, data: bytes | bytearray | memoryview) -> int:
+        """Write a table to new clusters; returns its host offset, 0 where there is nothing to write. Raises
+        NoSpaceError or HostError."""
         if not data:
             return 0
         run = await self._allocate(self.geometry.clusters(len(data)))
-        if references > 1:
-            await self.refcounts.add(run.first, [references - 1] * run.clusters)
-            self._new |= dict.fromkeys(range(run.first, run.first + run.clusters), references)
         offset = run.first << self.geometry.cluster_bits
-        for number in range(run.clusters):
-            self.image.l2.drop(offset + (number << self.geometry.cluster_bits))
         padding = bytes(-len(data) % self.geometry.cluster_size)
         await self.image.put_new_table(offset, b"".join((data, padding)) if padding else data)
         return offset
 
-    async def _allocate(self, clusters: int) -> HostRun:
-        run = await self.refcounts.allocate(clusters, exact=True)
+    async def new_l1(self, l1: array[int]) -> int:
+        """Write an L1 table to new clusters, in pieces; returns its host offset, 0 for an empty one."""
+        if not l1:
+            return 0
+        run = await self._allocate(self.geometry.clusters(8 * len(l1)))
+        offset = run.first << self.geometry.cluster_bits
+        size = max(_L1_BYTES_AT_ONCE, self.geometry.cluster_size)
+        for start in range(0, run.clusters << self.geometry.cluster_bits, size):
+            piece = l1[start // 8 : (start + size) // 8]
+            piece.frombytes(bytes(-8 * len(piece) % self.geometry.cluster_size))
+            await self.image.put_new_table(offset + start, encode_table(piece))
+            await trio.lowlevel.checkpoint()
+        return offset
+
+    async def new_tables(self, tables: Sequence[NewTable]) -> dict[int, int]:
+        """Write L2 tables to new clusters; returns their host offsets by the old ones. Raises NoSpaceError or
+        HostError, and ImageError for more references than refcounts can count."""
+        bits = self.geometry.cluster_bits
+        places: dict[int, int] = {}
+        while tables:
+            run = await self._allocate(len(tables), exact=False)
+            part, tables = tables[: run.clusters], tables[run.clusters :]
+            more = [table.references - 1 for table in part]
+            if any(more):
+                await self.refcounts.add(run.first, more)
+                self._new |= zip(range(run.first, run.first + run.clusters), [1 + count for count in more], strict=True)
+            offset = run.first << bits
+            await self.image.put_new_table(offset, b"".join(table.data for table in part))
+            places |= {table.old: offset + (number << bits) for number, table in enumerate(part)}
+        return places
+
+    async def _allocate(self, clusters: int, *, exact: bool = True) -> HostRun:
+        """Clusters for tables, also where a part of :attr:`Image.l2` was before."""
+        run = await self.refcounts.allocate(clusters, exact=exact)
         self._new |= dict.fromkeys(range(run.first, run.first + run.clusters), 1)
+        bits = self.geometry.cluster_bits
+        self.image.l2.drop_all(range(run.first << bits, run.first + run.clusters << bits))
         return run
 
     def lose_table(self, offset: int, length: int) -> None:
@@ -139,14 +181,17 @@ class Switch:
         """Give new clusters to the blocks that change and to the refcount table, which loses the old ones, until
         that changes no other block. Returns the blocks' places by index, and the table's."""
         bits, per_block, header = self.geometry.cluster_bits, self.geometry.block_entries, self.image.header
-        touched = self.gained.touched(per_block) | self.lost.touched(per_block)
-        pending = {index for index in touched if self._changes(index)}
+        pending = await self._touched_blocks()
+        heapq.heapify(pending)
         places: dict[int, int] = {}
         table = await self._allocate(header.refcount_table_clusters)
         while True:
             while pending:
-                index = min(pending)
-                pending.remove(index)
+                index = heapq.heappop(pending)
+                if index in places:
+                    continue
+                if len(places) % _BLOCKS_AT_ONCE == 0:
+                    await trio.lowlevel.checkpoint()
                 old = self._block_offset(index)
                 if not old:
                     raise await self.image.corruption(
@@ -155,8 +200,7 @@ class Switch:
                 places[index] = (await self._allocate(1)).first << bits
                 self.lost.grow((old >> bits) + 1)
                 self.lost.add_run(old >> bits, 1)
-                home = (old >> bits) // per_block
-                pending |= {home} - places.keys()
+                heapq.heappush(pending, (old >> bits) // per_block)
             if table.clusters != header.refcount_table_clusters:
                 # It has grown meanwhile.
                 self.refcounts.free([table])
@@ -165,11 +209,21 @@ class Switch:
                 table = await self._allocate(header.refcount_table_clusters)
             first = header.refcount_table_offset >> bits
             homes = {cluster // per_block for cluster in range(first, first + table.clusters)}
-            pending = homes - places.keys()
+            pending = sorted(homes - places.keys())
             if not pending:
                 self.lost.grow(first + table.clusters)
                 self.lost.add_run(first, table.clusters)
                 return places, table.first << bits
+
+    async def _touched_blocks(self) -> list[int]:
+        """The blocks whose refcounts change, as far as was collected."""
+        per_block = self.geometry.block_entries
+        touched = sorted(self.gained.touched(per_block) | self.lost.touched(per_block))
+        found: list[int] = []
+        for start in range(0, len(touched), _BLOCKS_AT_ONCE):
+            found += filter(self._changes, touched[start : start + _BLOCKS_AT_ONCE])
+            await trio.lowlevel.checkpoint()
+        return found
 
     def _changes(self, block_index: int) -> bool:
         per_block = self.geometry.block_entries
@@ -178,8 +232,9 @@ class Switch:
 
     # --- switching --------------------------------------------------------------------------------------
 
-    async def commit(self, state: State, *, discard: bool) -> None:
-        """Let the file and memory be in the new state. ``discard``: give the host space back that nobody uses now.
+    async def commit(self, state: State, no_reads: NoReads, *, discard: bool) -> None:
+        """Let the file and memory be in the new state. Nobody reads within ``no_reads``. ``discard``: give the
+        host space back that nobody uses now.
 
         Raises what writing raises, with nothing changed, unless the image is fenced.
         """
@@ -200,10 +255,12 @@ class Switch:
         await image.put_new_table(table_offset, encode_table(table))
         # Blocks that only new clusters are in: in the old state these are leaks at worst.
         await refcounts.write_blocks()
+        l2_places = await image.sorted_l2(state.l1)
         await image.barrier()
-        await self._put_header(state, table_offset)
-        self._new.clear()
-        self._take(state, table, table_offset)
+        async with no_reads():
+            await self._put_header(state, table_offset)
+            self._new.clear()
+            self._take(state, table, table_offset, l2_places)
         try:
             await image.barrier()
         except BaseException as exc:
@@ -227,7 +284,7 @@ class Switch:
         )
         await self.image.put_header_fields(layout.SIZE_FIELD, fields)
 
-    def _take(self, state: State, table: array[int], table_offset: int) -> None:
+    def _take(self, state: State, table: array[int], table_offset: int, l2_places: array[int]) -> None:
         """Let memory be in the new state. Synchronous."""
         self.done = True
         image, header = self.image, self.image.header
@@ -236,10 +293,9 @@ class Switch:
         header.refcount_table_offset = table_offset
         header.nb_snapshots, header.snapshots_offset = state.snapshots, state.snapshots_offset
         image.l1[:] = state.l1
-        for offset in self.changed_l2:
-            image.l2.drop(offset)
+        image.l2.drop_all(self.changed_l2)
         image.inflated.clear()
-        image.place_l2()
+        image.l2_places = l2_places
         self.refcounts.take_over(table)
         image.place_fixed()
         image.mapping_changed()
