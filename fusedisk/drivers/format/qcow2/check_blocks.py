@@ -136,6 +136,12 @@ class DiskRefcounts:
         block = await self.block(number)
         return None if block is None else block[index]
 
+    async def is_known(self, cluster: int) -> bool:
+        """Whether a refcount can be read."""
+        if self.ones is not None and 0 < cluster < len(self.ones):
+            return self.ones[cluster] != UNKNOWN
+        return await self.get(cluster) is not None
+
     async def ones_of(self, first: int, count: int) -> bytes | bytearray:
         """:attr:`ones` of some neighbours, however large the file is."""
         if self.ones is not None and first + count <= len(self.ones):

@@ -6,6 +6,7 @@ are made when something in them is first referred to.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +19,16 @@ _TYPECODE = "I"
 _WIDTH = 4
 MOST = (1 << 32) - 1
 """A counter that arrives here stays here."""
+
+
+_RUN_AT_ONCE = 1 << 16
+"""Counters that one step of a run changes; arrays of at most so many are kept in memory."""
+
+
+@functools.lru_cache(maxsize=8)
+def _filled(value: int, count: int) -> array[int]:
+    """Counters that are all the same; not to be changed."""
+    return array(_TYPECODE, [value]) * count
 
 
 class Counts:
@@ -47,11 +58,11 @@ class Counts:
         while first < end:
             chunk = self._chunk(first >> self._chunk_bits)
             low = first & self._chunk_size - 1
-            high = min(low + end - first, self._chunk_size, len(chunk))
+            high = min(low + end - first, self._chunk_size, len(chunk), low + _RUN_AT_ONCE)
             first += high - low
             part = chunk[low:high]
-            if part == array(_TYPECODE, bytes(_WIDTH * len(part))):
-                chunk[low:high] = array(_TYPECODE, [min(weight, MOST)]) * len(part)
+            if part == _filled(0, len(part)):
+                chunk[low:high] = _filled(min(weight, MOST), len(part))
             else:
                 chunk[low:high] = array(_TYPECODE, [min(value + weight, MOST) for value in part])
 

@@ -6,6 +6,7 @@ is referred to.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from fusedisk.drivers.format.qcow2.check_counts import Counts
 from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region
 from fusedisk.drivers.format.qcow2.check_snapshots import SnapshotTable
 from fusedisk.drivers.format.qcow2.check_table import TableFindings, TableScanner
-from fusedisk.drivers.format.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK
+from fusedisk.drivers.format.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK, used_pieces
 
 _TABLES_BETWEEN_CHECKPOINTS = 64
 
@@ -114,26 +115,53 @@ class Walk:
             self._corrupt(f"{label}: {what}.", users)
         self.l1_tables.append(L1Table(region, label, active, users))
         entries = await self.image.read_table(self.image.inside(region))
-        for entry, times in Counter(filter(None, entries)).items():
-            weight = times * users
+        for _, piece in used_pieces(entries):
+            await self._read_l1_entries(label, piece, users, active=active)
+            await trio.lowlevel.checkpoint()
+
+    async def _read_l1_entries(self, label: str, piece: array[int], users: int, *, active: bool) -> None:
+        """Count what some L1 entries lead to, and look at each that is out of the ordinary."""
+        bits, ones, clusters = self.image.cluster_bits, self.disk.ones, self.counts.clusters
+        bad = L1_RESERVED | OFFSET_MASK & self.image.cluster_mask
+        plain: list[int] = []
+        for entry, times in Counter(filter(None, piece)).items():
             offset = entry & OFFSET_MASK
+            cluster = offset >> bits
             use = self.uses.setdefault(offset, TableUse())
-            use.weight += weight
-            use.active += weight if active else 0
-            wrong = ["reserved bits are set"] if entry & L1_RESERVED else []
-            wrong += self._scanner.count_region(offset, self.image.cluster_size, weight)
-            if offset & self.image.cluster_mask:
-                wrong.append("its offset is not a multiple of the cluster size")
-            for what in wrong:
-                self._corrupt(f"{label}, entry {entry:#x}: {what}.", weight)
+            use.weight += times * users
+            if entry & bad or times > 1 or cluster >= clusters:
+                await self._read_l1_entry(label, entry, times * users, active=active)
+                continue  # anything may be wrong with it
+            plain.append(cluster)
             if active:
-                self.active_entries += weight
-                self.active_wrong += weight if wrong else 0
-            if active and offset:
-                refcount = await self.disk.get(offset >> self.image.cluster_bits)
-                if refcount is not None and (refcount == 1) != bool(entry & COPIED):
-                    self.miscopied_l1 += weight
-                    self.result.note(f"{label}: COPIED is wrong in entry {entry:#x}, whose table has {refcount} users.")
+                use.active += users
+                self.active_entries += users
+                if ones is None or ones[cluster] != entry >> 63:
+                    await self._check_l1_copied(label, entry, users)  # most are not looked up
+        self.counts.add(plain, users)
+
+    async def _read_l1_entry(self, label: str, entry: int, weight: int, *, active: bool) -> None:
+        offset = entry & OFFSET_MASK
+        wrong = ["reserved bits are set"] if entry & L1_RESERVED else []
+        wrong += self._scanner.count_region(offset, self.image.cluster_size, weight)
+        if offset & self.image.cluster_mask:
+            wrong.append("its offset is not a multiple of the cluster size")
+        for what in wrong:
+            self._corrupt(f"{label}, entry {entry:#x}: {what}.", weight)
+        if active:
+            self.uses[offset].active += weight
+            self.active_entries += weight
+            self.active_wrong += weight if wrong else 0
+            await self._check_l1_copied(label, entry, weight)
+
+    async def _check_l1_copied(self, label: str, entry: int, weight: int) -> None:
+        offset = entry & OFFSET_MASK
+        if not offset:
+            return
+        refcount = await self.disk.get(offset >> self.image.cluster_bits)
+        if refcount is not None and (refcount == 1) != bool(entry & COPIED):
+            self.miscopied_l1 += weight
+            self.result.note(f"{label}: COPIED is wrong in entry {entry:#x}, whose table has {refcount} users.")
 
     async def _read_snapshots(self) -> None:
         if self.image.data_file and self.snapshots.entries:
@@ -168,7 +196,7 @@ class Walk:
             self.result.note(f"the L2 table at {offset:#x} could not be read: {exc}")
             return
         # QEMU looks at the flags of a table only if it knows the table's own refcount.
-        known = offset and await self.disk.get(offset >> self.image.cluster_bits) is not None
+        known = offset and await self.disk.is_known(offset >> self.image.cluster_bits)
         found = await self._scanner.scan(offset, raw, use.weight, copied=bool(use.active and known))
         if offset & self.image.cluster_mask or not offset:
             phantom = TableScanner(self.image, self.disk, self.phantoms, _ignore)
