@@ -18,7 +18,7 @@ import trio
 
 from fusedisk.block.check import Progress
 from fusedisk.core.errors import ImageError
-from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, encode_table
+from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, encode_table, used_pieces
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.snapshot import read_l1
 from fusedisk.drivers.format.qcow2.snapshot_references import table_weights
@@ -59,7 +59,7 @@ async def _tables(driver: Qcow2Driver) -> list[_Table]:
     """All L2 tables, lowest first."""
     image, span_bits = driver.image, driver.image.geometry.span_bits
     active = await table_weights(image, image.l1, "its L1 table")
-    weights, guest_offsets = Counter(active), _guest_offsets(image.l1, span_bits)
+    weights, guest_offsets = Counter(active), await _guest_offsets(image.l1, span_bits)
     # Snapshots of a hostile image may all lead to one large L1 table, or to tables that overlap.
     places = Counter((shot.l1_table_offset, shot.l1_size) for shot in driver.snapshots)
     if sum(size * 8 for _, size in places) > image.storage.node.length:
@@ -70,13 +70,20 @@ async def _tables(driver: Qcow2Driver) -> list[_Table]:
         found = await table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
         for offset, weight in found.items():
             weights[offset] += weight * number
-        guest_offsets = _guest_offsets(l1, span_bits) | guest_offsets
+        guest_offsets = await _guest_offsets(l1, span_bits) | guest_offsets
         await trio.lowlevel.checkpoint()
     return [_Table(offset, weights[offset], offset in active, guest_offsets[offset]) for offset in sorted(weights)]
 
 
-def _guest_offsets(l1: array[int], span_bits: int) -> dict[int, int]:
-    return {entry & OFFSET_MASK: index << span_bits for index, entry in enumerate(l1) if entry & OFFSET_MASK}
+async def _guest_offsets(l1: array[int], span_bits: int) -> dict[int, int]:
+    """What the first entry of each L2 table maps, by the table's host offset."""
+    found: dict[int, int] = {}
+    for first, piece in used_pieces(l1):
+        found |= {
+            entry & OFFSET_MASK: index << span_bits for index, entry in enumerate(piece, first) if entry & OFFSET_MASK
+        }
+        await trio.lowlevel.checkpoint()
+    return found
 
 
 def _cannot_be(image: Image, what: str) -> ImageError:

@@ -190,6 +190,7 @@ async def _flag_active(driver: SnapshotImage, switch: Switch, active: Counter[in
     for index, offset in enumerate(driver.refcounts.table):
         if offset:
             ones.put(index, await switch.new_refcounts(index))
+        if index % switch.blocks_at_once == 0:
             await trio.lowlevel.checkpoint()
     moved: dict[int, int] = {}
 

@@ -14,7 +14,7 @@ import heapq
 import logging
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import trio
@@ -25,7 +25,7 @@ from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.check_blocks import BlockCodec
 from fusedisk.drivers.format.qcow2.check_counts import Counts
-from fusedisk.drivers.format.qcow2.entries import HostRun, encode_table
+from fusedisk.drivers.format.qcow2.entries import ENTRIES_AT_ONCE, HostRun, encode_table
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow
@@ -34,6 +34,7 @@ from fusedisk.drivers.format.qcow2.snapshot_sums import balance
 log = logging.getLogger(__name__)
 
 _BLOCKS_AT_ONCE = 256
+_HOST_BLOCK = 4096
 _L1_BYTES_AT_ONCE = 1 << 20
 _FIELDS = struct.Struct(">QIIQQIIQ")
 """What the header holds from the disk size to the snapshot table."""
@@ -70,6 +71,8 @@ class Switch:
         self.geometry = image.geometry
         self.refcounts = refcounts
         self.codec = BlockCodec(self.geometry.refcount_bits)
+        self.blocks_at_once = max(ENTRIES_AT_ONCE // self.geometry.block_entries, 1)
+        """Refcount blocks that one step works on."""
         clusters = self.geometry.clusters(image.storage.node.length)
         self.gained = Counts(clusters)
         """References that clusters in use have more in the new state."""
@@ -241,13 +244,14 @@ class Switch:
         image, refcounts = self.image, self.refcounts
         places, table_offset = await self._place_blocks()
         freed: list[HostRun] = []
-        for index, offset in sorted(places.items()):
+        for number, (index, offset) in enumerate(sorted(places.items())):
             values = await self.new_refcounts(index)
             await image.announce("refblock_alloc_write_blocks")
             await image.put_new_table(offset, self.codec.encode(values))
             if discard:
                 freed += self._freed(index, values)
-            await trio.lowlevel.checkpoint()
+            if number % self.blocks_at_once == 0:
+                await trio.lowlevel.checkpoint()
         table = array("Q", refcounts.table)
         for index, offset in places.items():
             table[index] = offset
@@ -323,12 +327,27 @@ class Switch:
     async def _discard(self, runs: list[HostRun]) -> None:
         """Best effort: what was asked for is done."""
         bits, node = self.geometry.cluster_bits, self.image.storage.node
-        for run in runs:
-            start = run.first << bits
-            length = min(run.clusters << bits, node.length - start)
+        for run in _joined(runs):
+            start, end = run.first << bits, run.first + run.clusters << bits
+            if end - start < _HOST_BLOCK and start // _HOST_BLOCK == (end - 1) // _HOST_BLOCK:
+                continue  # hosts give back whole blocks only, and small clusters are many
+            length = min(end, node.length) - start
             try:
                 if length > 0:
                     await io.discard(node, start, length)
             except FusediskError as exc:
                 log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
                 return
+
+
+def _joined(runs: Iterable[HostRun]) -> Iterator[HostRun]:
+    """Sorted runs, neighbours as one."""
+    first = end = -1
+    for run in runs:
+        if run.first != end:
+            if end > first:
+                yield HostRun(first, end - first)
+            first = run.first
+        end = run.first + run.clusters
+    if end > first:
+        yield HostRun(first, end - first)
