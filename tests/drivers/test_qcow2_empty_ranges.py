@@ -46,12 +46,12 @@ def tables(backend: Backend) -> list[int]:
 
 
 def refuse_changes(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the image fail where it prepares for a change."""
+    """Let the image fail before its first change."""
 
-    async def fail() -> None:
+    async def fail(disk: bool) -> None:
         raise AssertionError("nothing was to change")
 
-    monkeypatch.setattr(driver_of(backend), "prepare_writing", fail)
+    monkeypatch.setattr(driver_of(backend).image, "before_change", fail)
 
 
 @pytest.mark.parametrize("request_", REQUESTS)

@@ -5,7 +5,7 @@ host clusters may be freed. A part of one L2 table is changed at a time under th
 request leaves a prefix done.
 
 What reads as zeroes already and has no host cluster stays as it is: such a request makes no L2 table, changes no
-refcount, and does not prepare the image for writing. Whole stretches without L2 tables are passed over.
+refcount, and is no first write. Whole stretches without L2 tables are passed over.
 
 What QEMU does, done here: version 3 uses zero entries; version 2 has none, so its clusters can only be
 dropped, and only where no data of a backing file would show through.
@@ -14,7 +14,6 @@ dropped, and only where no data of a backing file would show through.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -41,17 +40,8 @@ _SKIPS_AT_ONCE = 1 << 16
 _ENTRIES_AT_ONCE = 8192
 """L2 entries that one step changes at most."""
 
-Prepare = Callable[[], Awaitable[None]]
-"""Called before the first change of the image."""
 
-
-async def _nothing_to_prepare() -> None:
-    """For an image that is prepared for writing."""
-
-
-async def write_zeroes(
-    allocator: Allocator, offset: int, length: int, *, may_unmap: bool, backing: Backing, prepare: Prepare
-) -> None:
+async def write_zeroes(allocator: Allocator, offset: int, length: int, *, may_unmap: bool, backing: Backing) -> None:
     """Make whole clusters, or whole subclusters of one cluster, read as zeroes; ``length`` may end at the disk's end
     instead.
 
@@ -59,16 +49,16 @@ async def write_zeroes(
     would show through, and for a part of a compressed cluster.
     """
     if _is_part(allocator, offset, length):
-        await zero_subclusters(allocator, offset, length, may_unmap=may_unmap, backing=backing, prepare=prepare)
+        await zero_subclusters(allocator, offset, length, may_unmap=may_unmap, backing=backing)
         return
     transform = _plain_zero if may_unmap else _zero_in_place
     if allocator.geometry.version < 3:
         await _check_nothing_shows(allocator, offset, length, backing)
         transform, backing = _unallocated, NO_BACKING
-    await change(allocator, offset, length, transform, backing=backing, prepare=prepare)
+    await change(allocator, offset, length, transform, backing=backing)
 
 
-async def discard(allocator: Allocator, offset: int, length: int, *, backing: Backing, prepare: Prepare) -> None:
+async def discard(allocator: Allocator, offset: int, length: int, *, backing: Backing) -> None:
     """Give whole clusters back; they read as zeroes afterwards. ``length`` may end at the disk's end instead.
 
     With ``discard-no-unref`` the image keeps clusters that are its alone, for the same guest offsets, and only the host
@@ -79,7 +69,7 @@ async def discard(allocator: Allocator, offset: int, length: int, *, backing: Ba
     if allocator.geometry.version < 3:
         await _check_nothing_shows(allocator, offset, length, backing)
         transform, backing, keeps = _unallocated, NO_BACKING, False
-    await change(allocator, offset, length, transform, backing=backing, prepare=prepare, discard_kept=keeps)
+    await change(allocator, offset, length, transform, backing=backing, discard_kept=keeps)
 
 
 def _is_part(allocator: Allocator, offset: int, length: int) -> bool:
@@ -126,7 +116,6 @@ async def change(
     transform: Transform,
     *,
     backing: Backing = NO_BACKING,
-    prepare: Prepare = _nothing_to_prepare,
     discard_kept: bool = False,
 ) -> None:
     """Replace the entries of whole clusters by ``transform(entry)`` and free what is no longer referred to.
@@ -143,7 +132,7 @@ async def change(
         if cluster < covered:
             stop = min(stop, covered)
         change_entry = _with_empty(transform, ZERO if cluster < covered else 0)
-        await _change_part(allocator, cluster, stop, change_entry, prepare, discard_kept=discard_kept)
+        await _change_part(allocator, cluster, stop, change_entry, discard_kept=discard_kept)
         cluster = stop
         if cluster < end:
             # A large request must not keep everybody else from running.
@@ -170,7 +159,7 @@ async def _skip_empty(allocator: Allocator, cluster: int, end: int, backing: Bac
 
 
 async def _change_part(
-    allocator: Allocator, cluster: int, end: int, transform: Transform, prepare: Prepare, *, discard_kept: bool
+    allocator: Allocator, cluster: int, end: int, transform: Transform, *, discard_kept: bool
 ) -> None:
     """Change entries of one L2 table, if any is to change."""
     geometry, clusters, words = allocator.geometry, allocator.clusters, allocator.geometry.entry_words
@@ -185,7 +174,6 @@ async def _change_part(
             raise await clusters.bad_entry(cluster + bad << geometry.cluster_bits, old[bad * words : (bad + 1) * words])
         if clusters.transformed(old, transform) == old:
             return
-    await prepare()
     await allocator.committer.relieve()
     async with allocator.image.mutex:
         # Flags may be others than before: the table was perhaps copied just now.
@@ -210,7 +198,7 @@ async def _discard_kept(allocator: Allocator, entries: list[int]) -> None:
 
 
 async def zero_subclusters(
-    allocator: Allocator, offset: int, length: int, *, may_unmap: bool, backing: Backing, prepare: Prepare
+    allocator: Allocator, offset: int, length: int, *, may_unmap: bool, backing: Backing
 ) -> None:
     """Make whole subclusters of one cluster read as zeroes; ``length`` may end at the disk's end instead. The cluster
     stays, unless ``may_unmap`` and nothing else of it has data.
@@ -229,7 +217,6 @@ async def zero_subclusters(
         return
     if await _zeroed(allocator, offset, old, asked, may_unmap=may_unmap) == old:
         return
-    await prepare()
     await allocator.committer.relieve()
     async with allocator.image.mutex:
         old = (await allocator.table_for_write(l1_index))[2 * index : 2 * index + 2]

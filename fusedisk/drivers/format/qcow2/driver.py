@@ -420,14 +420,11 @@ class Qcow2Driver(ResizeDriver):
             length,
             may_unmap=bool(flags & MAY_UNMAP),
             backing=self.shows_through(),
-            prepare=self.prepare_writing,
         )
 
     async def discard(self, offset: int, length: int) -> None:
         await self._zero_raw_data(offset, length, MAY_UNMAP)
-        await discard.discard(
-            self.allocator, offset, length, backing=self.shows_through(), prepare=self.prepare_writing
-        )
+        await discard.discard(self.allocator, offset, length, backing=self.shows_through())
 
     async def _zero_raw_data(self, offset: int, length: int, flags: int) -> None:
         """Keep a raw data file the image of the disk that it is."""

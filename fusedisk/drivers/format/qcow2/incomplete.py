@@ -12,8 +12,18 @@ from array import array
 from collections.abc import Iterator
 from heapq import nlargest
 
+import trio
+
 from fusedisk.core.zeroes import is_zero
-from fusedisk.drivers.format.qcow2.entries import ALL_ALLOCATED, COMPRESSED, L1_RESERVED, OFFSET_MASK, ZERO, Geometry
+from fusedisk.drivers.format.qcow2.entries import (
+    ALL_ALLOCATED,
+    COMPRESSED,
+    L1_RESERVED,
+    OFFSET_MASK,
+    ZERO,
+    Geometry,
+    used_pieces,
+)
 from fusedisk.drivers.format.qcow2.image import Image
 
 log = logging.getLogger(__name__)
@@ -52,8 +62,11 @@ async def _find_missing(image: Image) -> int | None:
     end = image.storage.node.length
     missing = _missing_places(image)
     bad = L1_RESERVED | image.geometry.cluster_mask & OFFSET_MASK
-    entries = image.l1[: _used(image.l1)]
-    last = nlargest(_MAX_L2_TABLES, (entry & OFFSET_MASK for entry in entries if entry and not entry & bad))
+    last: list[int] = []
+    for _, piece in used_pieces(image.l1):
+        offsets = [entry & OFFSET_MASK for entry in piece if entry and not entry & bad]
+        last = nlargest(_MAX_L2_TABLES, last + offsets)
+        await trio.lowlevel.checkpoint()
     found = next((place for place in last if place in missing), None)
     if found is not None:
         return found
