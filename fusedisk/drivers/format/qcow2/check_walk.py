@@ -10,9 +10,8 @@ from array import array
 from collections import Counter
 from typing import NamedTuple
 
-import trio
-
 from fusedisk.block.check import CheckResult, Progress
+from fusedisk.core.alone import checkpoint
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2.check_bitmaps import TABLE_ENTRY_OFFSET, bitmap_directory, wrong_entry
 from fusedisk.drivers.format.qcow2.check_blocks import (
@@ -117,7 +116,7 @@ class Walk:
         entries = await self.image.read_table(self.image.inside(region))
         for _, piece in used_pieces(entries):
             await self._read_l1_entries(label, piece, users, active=active)
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
 
     async def _read_l1_entries(self, label: str, piece: array[int], users: int, *, active: bool) -> None:
         """Count what some L1 entries lead to, and look at each that is out of the ordinary."""
@@ -183,7 +182,7 @@ class Walk:
         for number, offset in enumerate(sorted(self.uses)):
             if number % _TABLES_BETWEEN_CHECKPOINTS == 0:
                 progress(number, len(self.uses))
-                await trio.lowlevel.checkpoint()
+                await checkpoint()
             if offset >= self.image.length:
                 continue  # reads as zeroes
             await self._scan_table(offset, self.uses[offset])

@@ -18,11 +18,10 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Awaitable, Callable, Iterable
 
-import trio
-
 from fusedisk.block import io
 from fusedisk.block.child import Child
 from fusedisk.block.node import Node
+from fusedisk.core.alone import checkpoint
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import CorruptImageError, FusediskError
 from fusedisk.core.inflated_cache import InflatedCache, inflated_capacity
@@ -101,7 +100,7 @@ async def read_table(file: Node, offset: int, entries: int) -> array[int]:
         swap_table(piece)
         if piece is not table:
             table[start : start + len(piece)] = piece
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
     return table
 
 
@@ -272,13 +271,13 @@ class Image:
                 runs[-1].extend(found)
             elif found:
                 runs.append(found)
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
         if len(runs) < 2:
             return runs[0] if runs else array("Q")
         merged, rest = array("Q"), heapq.merge(*runs)
         while part := array("Q", itertools.islice(rest, ENTRIES_AT_ONCE)):
             merged.extend(part)
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
         return merged
 
     # --- corruption -------------------------------------------------------------------------------------

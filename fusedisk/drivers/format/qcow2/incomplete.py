@@ -12,8 +12,7 @@ from array import array
 from collections.abc import Iterator
 from heapq import nlargest
 
-import trio
-
+from fusedisk.core.alone import checkpoint
 from fusedisk.core.zeroes import is_zero
 from fusedisk.drivers.format.qcow2.entries import (
     ALL_ALLOCATED,
@@ -66,7 +65,7 @@ async def _find_missing(image: Image) -> int | None:
     for _, piece in used_pieces(image.l1):
         offsets = [entry & OFFSET_MASK for entry in piece if entry and not entry & bad]
         last = nlargest(_MAX_L2_TABLES, last + offsets)
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
     found = next((place for place in last if place in missing), None)
     if found is not None:
         return found
