@@ -34,7 +34,7 @@ class Backing:
             try:
                 status = await chain_status(self._node, offset, min(end, self.end) - offset)
             except FusediskError:
-                return offset  # whoever reads it will be told
+                return offset  # reading it reports the error
             if not status.zero:
                 return offset
             offset += status.length

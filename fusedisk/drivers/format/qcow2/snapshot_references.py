@@ -41,7 +41,7 @@ _ONE_TO_FLAG = bytes([0, 0x80, *bytes(254)])
 async def table_weights(image: Image, l1: array[int], what: str) -> Counter[int]:
     """How many of the L1 entries lead to each L2 table, by its host offset, in the order of the L1 table.
 
-    Raises ImageError for entries that cannot be; ``what`` names the table. Others run meanwhile.
+    Raises ImageError for invalid entries; ``what`` names the table. Others run meanwhile.
     """
     bad = L1_RESERVED | OFFSET_MASK & image.geometry.cluster_mask
     weights: Counter[int] = Counter()
