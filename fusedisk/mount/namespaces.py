@@ -1,4 +1,5 @@
-"""Mount namespaces of other processes: what is mounted there, and how to get there. Blocks, and reads only /proc."""
+"""Namespaces of other processes: what is mounted there, how to get there, and our numbers of the processes there.
+Blocks, and reads only /proc."""
 
 from __future__ import annotations
 
@@ -41,6 +42,25 @@ def is_foreign(pid: int) -> bool:
     """Whether a process is known to live in another mount namespace."""
     found = of(pid)
     return found is not None and found != of()
+
+
+def proc_is_ours() -> bool:
+    """Whether /proc counts processes as we do: after ``unshare --pid`` without ``--mount-proc`` it does not."""
+    return os.readlink("/proc/self") == str(os.getpid())
+
+
+def pid_of(namespace: str, number: int) -> int | None:
+    """Our number of a process that has ``number`` in another PID namespace; None if we cannot see it."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and of(name, "pid") == namespace:
+            try:
+                with open(f"/proc/{name}/status") as file:
+                    numbers = next((line for line in file if line.startswith("NSpid:")), "")
+            except OSError:
+                continue
+            if numbers.split()[-1:] == [str(number)]:
+                return int(name)
+    return None
 
 
 def mountpoint_of(pid: int, device: str) -> str | None:

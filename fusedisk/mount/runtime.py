@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _ROOT_DIRECTORY = "/run/fusedisk"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
-_NOT_STORED = ("path", "owner", "place", "mounted", "foreign")
+_NOT_STORED = ("path", "owner", "place", "mounted", "hidden", "foreign")
 """Fields of a record that are no part of its file."""
 _CLOCK_TICK = 0.02
 """Seconds; how exactly the kernel tells when a process was started, and stamps files."""
@@ -70,6 +70,9 @@ class MountRecord:
     """``major:minor`` of the files of the mount, once it is there."""
     closing: bool = False
     """The mount is gone, and the daemon flushes and closes the images."""
+    pid_namespace: str = ""
+    """In which ``pid`` counts, as :func:`.namespaces.of` names it. A record that is read has our number of the
+    process, if it is one of ours."""
     path: str = ""
     """Where the record lies; not part of it."""
     owner: int = 0
@@ -78,14 +81,17 @@ class MountRecord:
     """Where the mount is now, as a directory above it may have been renamed; not part of it."""
     mounted: bool = dataclasses.field(default=False, compare=False)
     """Whether it is there; not part of it."""
+    hidden: bool = dataclasses.field(default=False, compare=False)
+    """Whether the daemon lives in a PID namespace that we cannot look into, so nobody here knows about it; not part of
+    the record."""
     foreign: bool = dataclasses.field(default=False, compare=False)
     """Whether it is there only in the mount namespace of its daemon, which is not ours; then ``place`` is meant there.
     Not part of it."""
 
     @property
     def alive(self) -> bool:
-        """Whether the daemon is there still."""
-        return self.started == process_started(self.pid)
+        """Whether the daemon still runs; assumed of a hidden one."""
+        return self.hidden or self.started == process_started(self.pid)
 
     @property
     def thrown_away(self) -> bool:
@@ -151,7 +157,7 @@ _TYPES: dict[type, dict[str, Any]] = {
 """What each field of a record's file must be."""
 
 
-def process_started(pid: int) -> str | None:
+def process_started(pid: int | str) -> str | None:
     """What tells a process from any other that had or will have its number; None where there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -262,7 +268,9 @@ def new_record(mountpoint: str, exports: list[ExportRecord]) -> MountRecord:
     other = _load(path, uid)
     if other is not None and other.alive:  # its directory was renamed, or it has not flushed everything yet
         path = f"{path.removesuffix('.json')}.{pid}.json"
-    return MountRecord(mountpoint, pid, process_started(pid) or "", exports, path=path, owner=uid)
+    namespace = namespaces.of(kind="pid") or ""
+    started = process_started("self") or ""
+    return MountRecord(mountpoint, pid, started, exports, pid_namespace=namespace, path=path, owner=uid)
 
 
 def file_identity(path: str | None) -> str | None:
@@ -277,8 +285,9 @@ def file_identity(path: str | None) -> str | None:
 
 
 def records() -> list[MountRecord]:
-    """All records that this user may see, by mountpoint."""
+    """All records that this user may see, by mountpoint, but for those of hidden daemons."""
     found = [record for place, uid in _directories() for record in _records_in(place, uid) if _belongs(record)]
+    found = [record for record in found if not record.hidden]
     _locate(found)
     return sorted(found, key=lambda record: record.place)
 
@@ -405,7 +414,19 @@ def _parse(content: Any, path: str, owner: int) -> MountRecord:
         texts = (*file.files, *file.files.values(), *file.written)
         if not all(isinstance(text, str) and "\0" not in text for text in texts):
             raise ValueError(f"the file '{file.name}' is made of files with invalid names")
+    _translate_pid(record)
     return record
+
+
+def _translate_pid(record: MountRecord) -> None:
+    """Let ``pid`` be our number of the process: in another PID namespace it has another one, or none."""
+    namespace = record.pid_namespace
+    if not namespaces.proc_is_ours():
+        record.hidden = True
+    elif namespace and namespace != namespaces.of(kind="pid"):
+        pid = namespaces.pid_of(namespace, record.pid)
+        record.hidden = pid is None
+        record.pid = pid or record.pid
 
 
 def _checked(kind: type, content: Any) -> dict[str, Any]:

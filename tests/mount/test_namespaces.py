@@ -62,6 +62,38 @@ def test_a_mount_in_a_private_namespace_is_told_as_such(mounts: Mounts, raw: Pat
         assert has_ended(daemon)
 
 
+@pytest.mark.parametrize("options", [["--mount-proc"], []])
+def test_a_list_in_another_pid_namespace_leaves_the_record_alone(mounts: Mounts, raw: Path, options: list[str]) -> None:
+    """The daemon has no number there, so nothing can be known about it."""
+    require_root()
+    on = mounts.mount(raw)
+    inside = ["unshare", "--pid", "--fork", *options, *process_command("list")]
+    done = subprocess.run(inside, env=process_environment(), capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("Nothing is mounted.\n", "")
+    assert _listed(daemon_of(on))["state"] == "serving"
+
+
+def test_a_mount_in_another_pid_namespace_is_known_by_our_number(mounts: Mounts, raw: Path) -> None:
+    on = mounts.directory()
+    inside = shlex.join([*process_command("mount", "-f", "raw", raw, on)])
+    script = f"unshare --pid --fork --mount-proc sh -c {shlex.quote(f'{inside} && echo done && exec sleep 600')}"
+    command = own_mounts(f"exec {script}")
+    require_root()
+    with subprocess.Popen(command, env=process_environment(), stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"done\n"
+            daemon = daemon_of(on)
+            assert daemon.pid in [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+            assert _listed(daemon)["state"] == "serving"
+            assert fusedisk_process("umount", "--force", on) == (0, "", "")
+            assert has_ended(daemon)
+        finally:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+
+
 def test_force_flushes_and_ends_a_mount_in_a_private_namespace(mounts: Mounts, raw: Path, tmp_path: Path) -> None:
     on = mounts.directory()
     script = tmp_path / "write.py"

@@ -186,7 +186,8 @@ def test_json_of_a_record_is_plain(tmp_path: Path) -> None:
     record = record_in(tmp_path)
     record.write()
     content = json.loads(Path(record.path).read_text())
-    assert content.keys() == {"mountpoint", "pid", "started", "exports", "error", "loop", "device", "closing"}
+    fields = {"mountpoint", "pid", "pid_namespace", "started", "exports", "error", "loop", "device", "closing"}
+    assert content.keys() == fields
 
 
 @pytest.mark.parametrize(
