@@ -113,14 +113,16 @@ def test_bad_lines_are_refused(content: bytes) -> None:
     assert_sentence(caught.value, "The passphrase from standard input")
 
 
-def test_a_pipe_is_read_once_and_remembered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pipe_is_read_once_and_remembered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the daemon needs it after the command, and making an image after checking its options. A wait is told."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     told = threading.Event()
     writer = threading.Thread(target=lambda: told.wait(60) and pipe.write_text(TEXT))
     writer.start()
-    caplog.handler.emit = lambda record: told.set()  # type: ignore[method-assign]
+    monkeypatch.setattr(caplog.handler, "emit", lambda record: told.set())
     try:
         assert secrets.read_blocking(str(pipe), None) == TEXT.encode()
     finally:

@@ -312,7 +312,7 @@ def test_options_of_create(tmp_path: Path) -> None:
         ("data_file=x.qcow2", "cannot be its own data file"),
     ):
         done = fusedisk_process("create", "-f", "qcow2", "-o", options, tmp_path / "x.qcow2", "4M")
-        assert done.code == 1
+        assert done.code == 2
         assert sentence in done.err
         assert not (tmp_path / "x.qcow2").exists()
         assert not (tmp_path / "d").exists()

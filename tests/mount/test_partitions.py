@@ -388,7 +388,7 @@ def test_a_disk_without_a_table(mounts: Mounts, tmp_path: Path, size: int, sente
 def test_names_are_unique(mounts: Mounts, image: Path, tmp_path: Path) -> None:
     other = make_qcow2(tmp_path / "vm.p1.qcow2", MIB)
     _, done = mounts.try_mount("--partitions", image, other)
-    assert done.code == 1
+    assert done.code == 2
     assert done.err.endswith(
         f"fusedisk: '{image} (partition 1)' and '{other}' would both be the file 'vm.p1', give one of them another "
         "name with name=.\n"

@@ -28,7 +28,7 @@ from fusedisk.block.extent import DATA, ZERO, Extent
 from fusedisk.block.filenames import check_filename, has_protocol
 from fusedisk.block.limits import Limits
 from fusedisk.block.node import NodeConfig
-from fusedisk.core import image_locks
+from fusedisk.core import image_locks, paths
 from fusedisk.core.errors import FusediskError, HostError, NotSupportedError, OptionError, host_error
 from fusedisk.core.host_open import Found, kind_name
 from fusedisk.core.image_locks import ImageLocks
@@ -152,6 +152,9 @@ class FileDriver(Driver):
     def _find(self, path: str) -> Found:
         try:
             return Found(path)
+        except FileNotFoundError:
+            paths.absolute(path)  # says so if the working directory is what is missing
+            raise
         except ValueError as exc:
             check_filename(self.filename)
             raise OptionError(f"{self.filename!r} cannot be a path: {exc}.") from exc

@@ -180,6 +180,8 @@ async def _change_part(
         old = (await allocator.table_for_write(l1_index))[part]
         new = clusters.transformed(old, transform)
         differing = [i // words for i, word in enumerate(old) if word != new[i]]
+        if not differing:  # another request was faster
+            return
         first, last = differing[0], differing[-1] + 1
         part = slice(first * words, last * words)
         await _replace(allocator, l1_index, cluster - base + first, old[part], new[part])
