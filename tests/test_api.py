@@ -95,7 +95,7 @@ async def test_extents_of_a_part(disk: fusedisk.Disk) -> None:
     assert [(entry.start, entry.length, entry.data, entry.depth) for entry in entries] == [(MIB + 512, 100, True, 1)]
     status = await disk.block_status(MIB, 4096)
     assert (status.length, status.data, status.depth) == (4096, True, 1)
-    with pytest.raises(OptionError, match="the map was to start at"):
+    with pytest.raises(OptionError, match="the start of the map is"):
         _ = [entry async for entry in disk.extents(5 * MIB)]
 
 

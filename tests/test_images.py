@@ -61,9 +61,9 @@ async def test_mapping(tmp_path: Path) -> None:
     assert len(entries) > 1
     (entry,) = await fusedisk.map(overlay, MIB, 512)
     assert (entry.start, entry.length) == (MIB, 512)
-    with pytest.raises(OptionError, match="disk ends at"):
+    with pytest.raises(OptionError, match="the disk's end at"):
         await fusedisk.map(overlay, 1 << 60)
-    with pytest.raises(OptionError, match="must not be negative"):
+    with pytest.raises(OptionError, match="expected 0 or more"):
         await fusedisk.map(overlay, 0, -1)
 
 

@@ -1,4 +1,4 @@
-"""A user of a graph: the root edge, and the place where every request in the system starts."""
+"""A user of a graph: the root edge, where every request in the system starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOST_TRIES_OFF = 1 << 12
 
 
 class Accounting:
-    """What went through a backend: operations, bytes and failures of each kind."""
+    """Counts the operations, bytes and failures of a backend."""
 
     __slots__ = ("bytes_read", "bytes_written", "discards", "failed", "flushes", "reads", "writes", "zeroes")
 
@@ -47,8 +47,11 @@ class Backend:
     """A block device as its user sees it: an export, a job, the library.
 
     Holds permissions on its root node, checks ranges, counts requests in flight so that the graph below can be drained
-    and changed, and turns write-through mode into FUA. Made by :meth:`Graph.attach`. Callers see to it that the offsets
-    of what they read and write are not negative.
+    and changed, and turns write-through mode into FUA. Made by :meth:`Graph.attach`. Callers must not pass negative
+    offsets to reads and writes.
+
+    Every request runs between ``_begin`` and ``_end``, which count it; ``hold`` and ``release`` do the same for work
+    that is no request. ``quiesce`` lets nothing new begin until ``resume``; ``wait_idle`` waits until the count is 0.
     """
 
     def __init__(self, graph: Graph, name: str, *, write_cache: bool = True) -> None:
@@ -61,15 +64,15 @@ class Backend:
         self.root: Child | None = None
         self.in_flight = 0
         self.quiesced = 0
-        """How many want no new request to start."""
+        """The number of callers of ``quiesce``; while it is not 0, no new request starts."""
         self.immediate = Immediate(self)
-        """The short way for what needs no waiting."""
+        """The short way for requests that need not wait."""
         self._resume: trio.Event | None = None
         self._idle: trio.Event | None = None
         self._tries_off = 0
-        """Writes that go to a task without a try to do them at once."""
+        """The number of writes that still skip the attempt to write without a task."""
         self._failed_tries = 0
-        """How many it was the last time."""
+        """How many skipped it after the last failed attempt."""
 
     @property
     def node(self) -> Node:
@@ -89,7 +92,7 @@ class Backend:
         return self.root is not None and bool(self.root.perm & permissions.WRITE)
 
     def warn_of_writing(self, way: str) -> None:
-        """Log what the first write to the disk will cost, where it costs something, and the ``way`` to avoid that."""
+        """If the first write to the disk has an extra cost, log the cost and the ``way`` to avoid it."""
         cost = snapshot.snapshot_node(self.node).driver.cost_of_writing() if self.writable else None
         if cost is not None:
             log.warning("%s; %s.", cost, way)
@@ -97,7 +100,7 @@ class Backend:
     # --- requests ---------------------------------------------------------------------------------------
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer``. Raises OutOfRangeError past the end."""
+        """Fill ``buffer`` from ``offset``. Raises OutOfRangeError past the end."""
         length = len(buffer)
         if self.immediate.read(offset, buffer):
             return
@@ -113,7 +116,7 @@ class Backend:
         self.accounting.bytes_read += length
 
     async def read(self, offset: int, length: int) -> bytearray:
-        """``length`` bytes from ``offset``. Raises OutOfRangeError past the end."""
+        """Return ``length`` bytes from ``offset``. Raises OutOfRangeError past the end."""
         if length > self.length - offset or length < 0:
             self.refuse(offset, length)
         buffer = _buffer(length)
@@ -121,7 +124,7 @@ class Backend:
         return buffer
 
     async def write(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
-        """Write all of ``data``. Raises OutOfRangeError past the end; ``fua``: it is on stable storage afterwards."""
+        """Write all of ``data``; with ``fua`` also to stable storage. Raises OutOfRangeError past the end."""
         buffer = memoryview(data).cast("B")
         if not fua and self.immediate.write(offset, buffer):
             return
@@ -137,7 +140,8 @@ class Backend:
         self.accounting.bytes_written += len(buffer)
 
     def write_now(self, offset: int, buffer: memoryview) -> bool:
-        """Write, if that takes no waiting. False: a part may be written, so the caller must write all of it again."""
+        """Write if that is possible without waiting. False: a part may be written, so the caller must write all of it
+        again."""
         if self.immediate.write(offset, buffer):
             return True
         if self._tries_off:
@@ -161,8 +165,8 @@ class Backend:
         return True
 
     async def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write whole clusters (or up to the disk's end), compressed. Raises NotSupportedError where the format or the
-        image cannot, OutOfRangeError for parts of clusters."""
+        """Write whole clusters (or up to the disk's end), compressed. Raises NotSupportedError if the format or the
+        image does not support that, OutOfRangeError for parts of clusters."""
         buffer = memoryview(data).cast("B")
         node = await self._begin(offset, len(buffer))
         try:
@@ -176,7 +180,7 @@ class Backend:
         self.accounting.bytes_written += len(buffer)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
-        """Make a range read as zeroes; ``may_unmap`` lets the space go."""
+        """Make a range read as zeroes; ``may_unmap`` allows to free its space."""
         node = await self._begin(offset, length)
         try:
             await io.write_zeroes(
@@ -193,7 +197,7 @@ class Backend:
         self.accounting.zeroes += 1
 
     async def discard(self, offset: int, length: int) -> None:
-        """The range's content no longer matters; it reads as before or as zeroes."""
+        """Give up the content of a range: afterwards it reads as before or as zeroes."""
         node = await self._begin(offset, length)
         try:
             await io.discard(node, offset, length)
@@ -205,7 +209,7 @@ class Backend:
         self.accounting.discards += 1
 
     async def preallocate(self, offset: int, length: int) -> None:
-        """Let a range have its space on the host; it reads as before."""
+        """Reserve host space for a range, which reads as before."""
         node = await self._begin(offset, length)
         try:
             await io.preallocate(node, offset, length)
@@ -216,13 +220,12 @@ class Backend:
             self._end()
 
     async def write_back(self) -> None:
-        """Let the drivers hand what they hold back to the OS, as far as a flush would, so that less is lost if the
-        process dies."""
+        """Make the drivers write their caches to the OS, so that less is lost if the process dies."""
         await self._run(_write_back)
 
     def written_outside(self) -> None:
-        """Somebody may have written to the host file of a plain node: there is something to flush, and the length may
-        be another."""
+        """Note that the host file of a plain node may have been written from outside: something may need a flush, and
+        the length may have grown."""
         node = self.node
         descriptor = node.driver.host_descriptor()
         length = os.fstat(descriptor).st_size if descriptor is not None else 0
@@ -238,15 +241,14 @@ class Backend:
             self.graph.resized(self.node)
 
     async def require_keys(self) -> None:
-        """Raise PassphraseError now, not at the first request, where the key of an encrypted node is missing or
-        wrong."""
+        """Raise PassphraseError now, not at the first request, if the key of an encrypted node is missing or wrong."""
         nodes = [self.node]
         for node in nodes:
             await node.driver.require_key()
             nodes += [child.node for child in node.children.values() if child.node not in nodes]
 
     async def flush(self) -> None:
-        """Put every write answered before on stable storage."""
+        """Put every write that was answered before this call on stable storage."""
         node = await self._begin(0, 0)
         try:
             await io.flush(node)
@@ -269,7 +271,7 @@ class Backend:
             self._end()
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
-        """Status of a prefix of the range through the whole chain."""
+        """Return the status of a prefix of the range, through the whole chain."""
         node = await self._begin(offset, length)
         try:
             async with status.tracked(node, offset, length):
@@ -282,27 +284,27 @@ class Backend:
     # --- internal snapshots -----------------------------------------------------------------------------
 
     def list_snapshots(self) -> list[SnapshotInfo]:
-        """What snapshots the disk's image holds."""
+        """Return the snapshots in the disk's image."""
         return snapshot.list_snapshots(self.node)
 
     async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
-        """Keep what the disk holds now; requests that come meanwhile wait. Its id is chosen where it is empty."""
+        """Make a snapshot of the disk as it is now; new requests wait meanwhile. An empty id means: choose one."""
         return await self._run(lambda node: snapshot.create_snapshot(node, wanted, progress))
 
     async def apply_snapshot(self, id: str, progress: Progress = no_progress) -> None:
-        """Let the disk hold what it held when the snapshot was made; its length may change."""
+        """Restore the disk's content from a snapshot; the length may change."""
         await self._run(lambda node: snapshot.apply_snapshot(node, id, progress))
 
     async def delete_snapshot(self, id: str, progress: Progress = no_progress) -> None:
-        """Forget a snapshot."""
+        """Delete a snapshot."""
         await self._run(lambda node: snapshot.delete_snapshot(node, id, progress))
 
     async def save_vmstate(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write to the state of a virtual machine that the next snapshot shall hold."""
+        """Write to the VM state that goes into the next snapshot."""
         await self._run(lambda node: snapshot.save_vmstate(node, offset, memoryview(data).cast("B")))
 
     async def load_vmstate(self, offset: int, length: int) -> bytearray:
-        """Read from the VM state that belongs to what the disk holds; zeroes where there is none."""
+        """Read from the VM state that belongs to the disk's content; zeroes if there is none."""
         snapshot.check_vmstate_range(offset, length)
         buffer = _buffer(length)
         await self._run(lambda node: snapshot.load_vmstate(node, offset, memoryview(buffer)))
@@ -320,12 +322,13 @@ class Backend:
             self._end()
 
     async def close(self) -> None:
-        """Flush, let go of the root node, and close what nobody else uses."""
+        """Flush, detach from the root node, and close the nodes that are unused then."""
         await self.graph.detach(self)
 
     # --- counting and quiescing -------------------------------------------------------------------------
 
     async def _begin(self, offset: int, length: int) -> Node:
+        """Count a request in and return the root node. Waits while quiesced. Raises OutOfRangeError, NoMediumError."""
         while self.quiesced:
             if self._resume is None:
                 self._resume = trio.Event()
@@ -344,7 +347,7 @@ class Backend:
             self._idle.set()
 
     def refuse(self, offset: int, length: int) -> NoReturn:
-        """A range is not on the disk: raises OutOfRangeError."""
+        """Raise OutOfRangeError for a range that is not on the disk. Never returns."""
         if offset < 0 or length < 0:
             raise OutOfRangeError(
                 f"a request for {length} bytes at {offset} of '{self.name}': neither number may be negative."
@@ -354,7 +357,7 @@ class Backend:
         )
 
     def hold(self) -> None:
-        """Count something as a request in flight until ``release``; not while quiesced."""
+        """Count some work as a request in flight until ``release``. Not allowed while quiesced."""
         self.in_flight += 1
 
     def release(self) -> None:
@@ -362,7 +365,7 @@ class Backend:
         self._end()
 
     def quiesce(self) -> None:
-        """Let no new request start until ``resume``; may be nested."""
+        """Start no new request until ``resume``; may be nested."""
         self.quiesced += 1
 
     async def wait_idle(self) -> None:
@@ -373,7 +376,7 @@ class Backend:
             await self._idle.wait()
 
     async def last_flush(self) -> None:
-        """Flush although quiesced, before the backend lets go; counted, so that the graph does not change meanwhile."""
+        """Flush although quiesced, before the backend detaches. Counted, so that the graph cannot change meanwhile."""
         self.in_flight += 1
         try:
             await io.flush(self.node)
@@ -394,7 +397,7 @@ class Backend:
 
 
 def _buffer(length: int) -> bytearray:
-    """Memory for a request. Raises HostError where there is not so much."""
+    """Return memory for a request. Raises HostError if there is not enough."""
     try:
         return bytearray(length)
     except MemoryError as exc:

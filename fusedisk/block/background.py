@@ -1,9 +1,9 @@
 """Work that a driver does ahead of requests, such as reading on for a sequential reader.
 
-Nothing in the graph waits for it in vain and nothing is changed under it, since it counts as a request: in flight at
-every user of the node, so draining, reopening and closing wait for it; and as a tracked read of the whole node, so
-resizes, snapshots and other serialising requests do. In return it looks at ``welcome`` after each small step, and ends
-when that says no.
+The work counts as a request, so the graph does not change under it. It is in flight at every user of the node, so
+draining, reopening and closing wait for it; and it is a tracked read of the whole node, so resizes, snapshots and
+other serialising requests wait too. In return it calls ``welcome`` after each small step, and ends when the answer is
+no.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _running = 0
 
 
 def running() -> int:
-    """How many works are under way in this process."""
+    """Return the number of works that run in this process."""
     return _running
 
 
 def start(node: Node, work: Work) -> bool:
-    """Start ``work`` in a task of its own, unless somebody waits for the node to be idle. Synchronous, called from
-    inside a request; tells whether it was started.
+    """Start ``work`` in a task of its own, unless another task waits for the node to be idle. Returns whether it was
+    started. Synchronous; call it from inside a request.
 
-    The work handles its own errors: any other is a bug, which is logged and costs nobody anything.
+    The work handles its own errors: any other is a bug, which is logged and has no other effect.
     """
     backends = node.backends()
     if not backends or not _welcome(node, backends):

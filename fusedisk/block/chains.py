@@ -1,4 +1,4 @@
-"""Where each range of a read-only backing chain leads, through all its layers: found from tables in memory."""
+"""Finds out where each range of a read-only backing chain leads, through all its layers, from tables in memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fusedisk.block.runs import RunMap
 from fusedisk.core.zeroes import zero_fill
 
 Fill = Callable[[int, Buffer], bool]
-"""Fills a buffer from a place."""
+"""Fills a buffer from an offset in its source."""
 
 _ALIGNMENT = 1 << 21
 """Lookups begin at a multiple of this, so that random reads of neighbours share them."""
 _LOOKAHEAD = 1 << 26
-"""Bytes that one lookup asks about at most."""
+"""The most bytes that one lookup covers."""
 _MOST_STEPS = 64
-"""Extents that one miss looks up at most."""
+"""The most extents that one miss looks up."""
 
 
 def learn(runs: RunMap[Fill], node: Node, offset: int, length: int) -> None:
-    """Find out where ``offset`` of a read-only chain leads, and what lies around it."""
+    """Add to ``runs`` where ``offset`` of a read-only chain leads, and the ranges around it."""
     position, end = offset & -_ALIGNMENT, offset + length
     empty: dict[Node, tuple[int, int]] = {}
     new: list[tuple[int, int, Fill, int]] = []
@@ -50,11 +50,11 @@ def learn(runs: RunMap[Fill], node: Node, offset: int, length: int) -> None:
 
 
 _Found = tuple[int, Fill, int]
-"""A length, what fills that much, and the place to give to it."""
+"""A length, the function that fills that much, and the source offset to pass to it."""
 
 
 def _run(offset: int, found: _Found) -> tuple[int, int, Fill, int]:
-    """What was found at ``offset``, as :class:`RunMap` takes it."""
+    """Return the result of :func:`_resolve` at ``offset`` in the form that :class:`RunMap` takes."""
     count, fill, place = found
     return offset, offset + count, fill, place - offset if fill is not fill_with_zeroes else 0
 
@@ -63,10 +63,10 @@ _NO_RANGE = (0, 0)
 
 
 def _resolve(node: Node, offset: int, length: int, empty: dict[Node, tuple[int, int]]) -> _Found | None:
-    """What fills a prefix of a range of a node; None where a layer's mapping is not in memory.
+    """Return what fills a prefix of a range of a node; None if a layer's mapping is not in memory.
 
-    ``empty``: ranges in which layers are known to hold nothing of their own; what is found out is added. So layers
-    above pieces that lie here and there are asked once, not for each piece.
+    ``empty`` holds a range of each layer that has no data of its own; new ones are added. So the upper layers are
+    asked once about a large hole, not for each scattered piece below it.
     """
     while True:
         room = node.length - offset
@@ -103,6 +103,6 @@ def _resolve(node: Node, offset: int, length: int, empty: dict[Node, tuple[int, 
 
 
 def fill_with_zeroes(place: int, buffer: Buffer) -> bool:
-    """What fills ranges that nothing holds."""
+    """Fill a range that no layer holds."""
     zero_fill(buffer)
     return True

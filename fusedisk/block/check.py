@@ -1,4 +1,4 @@
-"""Checking images: what is found, and how an image is opened for it.
+"""Checking images: the result of a check, and opening an image for it.
 
 A check looks at the storage of an image, not at its disk: neither backing files nor keys nor data files are needed, and
 an image that is marked dirty or corrupt opens like any other.
@@ -28,10 +28,10 @@ from fusedisk.core.offload import run_opening
 from fusedisk.core.options import nest
 
 MAX_FINDINGS = 1000
-"""Findings that are kept as sentences; all are counted."""
+"""The most findings that are kept as sentences; all are counted."""
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done, and how much there is to do as far as is known by then."""
+"""Called with the amount of work done, and the total as far as it is known by then."""
 
 
 class Repair(enum.Enum):
@@ -41,7 +41,7 @@ class Repair(enum.Enum):
     LEAKS = "leaks"
     """Give leaked space back; nothing else."""
     REFCOUNTS = "refcounts"
-    """Make writing safe: refcounts and what tells of them become right. Refused where anything else is wrong."""
+    """Make writing safe: correct the refcounts and the flags that depend on them. Refused if anything else is wrong."""
     ALL = "all"
     """Everything that is wrong."""
 
@@ -51,26 +51,26 @@ class CheckResult:
     """What a check found, counted as ``qemu-img check`` counts it. Clusters are the format's units of allocation."""
 
     check_errors: int = 0
-    """Things that could not be looked at."""
+    """Things that could not be checked."""
     corruptions: int = 0
     leaks: int = 0
-    """Clusters that are held and that nothing refers to."""
+    """Clusters in use to which nothing refers."""
     corruptions_fixed: int = 0
     leaks_fixed: int = 0
     image_end_offset: int = 0
-    """Host offset behind the last cluster in use; 0 where the format does not tell."""
+    """Host offset behind the last cluster in use; 0 if the format does not tell."""
     total_clusters: int = 0
     allocated_clusters: int = 0
     fragmented_clusters: int = 0
     compressed_clusters: int = 0
     findings: list[str] = dataclasses.field(default_factory=list)
-    """What was found, a sentence each; at most :data:`MAX_FINDINGS`."""
+    """The findings, a sentence each; at most :data:`MAX_FINDINGS`."""
     repairs: list[str] = dataclasses.field(default_factory=list)
-    """What repairing did or, where nothing was to be changed, what it would do."""
+    """What the repair did or, in a dry run, would do."""
 
     @property
     def clean(self) -> bool:
-        """Nothing was found, and everything was looked at."""
+        """Whether nothing was found and everything was checked."""
         return not (self.check_errors or self.corruptions or self.leaks)
 
     def note(self, sentence: str) -> None:
@@ -79,7 +79,7 @@ class CheckResult:
             self.findings.append(sentence)
 
     def information(self) -> dict[str, int]:
-        """The numbers by qemu-img's names; only ``check-errors`` is there when it is 0."""
+        """Return the numbers by qemu-img's names, without zeroes except for ``check-errors``."""
         numbers = {
             field.name.replace("_", "-"): getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -110,8 +110,8 @@ async def open_for_check(
     force_share: bool = False,
     gate: Gate | None = None,
 ) -> AsyncIterator[Checkable]:
-    """Open the storage of an image. ``spec`` and ``format`` are those of :meth:`Graph.open_backend`; the format is
-    found out by the first bytes where neither tells. ``force_share``: although another process writes to it.
+    """Open the storage of an image. ``spec`` and ``format`` are those of :meth:`Graph.open_backend`; if neither names
+    the format, it is detected. ``force_share`` opens it although another process writes to it.
 
     Raises HostError, LockConflictError, OptionError or, for a format that is only recognised, UnsupportedFeatureError.
     """
@@ -130,7 +130,7 @@ async def open_for_check(
 
 
 def _format_options(spec: str | Mapping[str, Any], format: str | None, drivers: Registry) -> dict[str, Any]:
-    """The options of the image's format node."""
+    """Return the options of the image's format node."""
     options: dict[str, Any]
     if format is not None:
         drivers.load_format(format)
@@ -145,9 +145,9 @@ def _format_options(spec: str | Mapping[str, Any], format: str | None, drivers: 
 
 
 def _storage_options(options: dict[str, Any], drivers: Registry) -> tuple[str | None, dict[str, Any]]:
-    """The format's driver, None where it is to be probed, and what to open below it.
+    """Return the format's driver, None if it must be probed, and the options of the storage below it.
 
-    A protocol driver stands for itself.
+    For a protocol driver, the node itself is the storage.
     """
     driver = options.pop("driver", None)
     if driver is not None and drivers.load(str(driver)).is_protocol:

@@ -26,10 +26,10 @@ class Child:
         self.parent = parent
         self.node = node
         self.owner = owner
-        """Who uses the node, for messages."""
+        """The name of the node's user, for messages."""
         self.implied = False
-        """The parent's image names the node itself, so that opening the parent opens it."""
+        """The parent's image names the node, so opening the parent opens it too (``implicit`` of ``open_child``)."""
         self.group: object | None = None
-        """Edges of one group are one user's, who knows what he does: they do not exclude each other."""
+        """Edges of one group belong to one user, such as a disk and its partitions, and do not exclude each other."""
         self.perm = 0
         self.shared = permissions.ALL

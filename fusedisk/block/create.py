@@ -1,8 +1,7 @@
 """Making a new image: the file first, then the format's own structures in it.
 
-A failure leaves no new file behind. An existing file is replaced only after the options were looked at, the
-data file, if that is a new one, is there, and the protocol driver has its locks. It keeps whatever a later failure left
-in it.
+A failure leaves no new file behind. An existing file is replaced only after the options are checked, a new data file
+exists, and the protocol driver has its locks. A failure later than that leaves it half-written.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ async def create_image(
     """Create an image and return its options as used.
 
     ``options`` are the format's creation options by name, as text or as values. ``size`` is in bytes or text such as
-    ``10G``, rounded up to whole sectors, and may be left out where there is a ``backing_file`` to take it from. That
-    one is named relative to the new image, stored as given, and needs ``backing_fmt``; ``check_backing`` False skips
-    looking at it. ``gate`` decides what the backing file may refer to. ``overwrite`` allows to replace what exists.
+    ``10G``, rounded up to whole sectors; without it, the size of the ``backing_file`` is used. That name is relative to
+    the new image, stored as given, and needs ``backing_fmt``; ``check_backing`` False skips opening the file. ``gate``
+    decides what the backing file may refer to. ``overwrite`` allows to replace an existing file.
 
     Raises OptionError for wrong options, ImageError and others for the backing file, WouldLoseDataError, HostError and
     LockConflictError for the file itself.
@@ -66,7 +65,7 @@ async def create_image(
             given.setdefault("size", await _look_at_backing(drivers, backing, target.filename, gate))
         elif "size" not in given:
             raise OptionError(
-                f"the new image '{filename}' needs a size, since its backing file is not to be looked at."
+                f"the new image '{filename}' needs a size, since its backing file is not opened to take it from."
             )
     if "size" not in given:
         raise OptionError(f"the new image '{filename}' needs a size, such as 10G.")
@@ -113,7 +112,7 @@ def _target(drivers: Registry, driver: type[Driver], filename: str) -> _Target:
 def _backing_options(
     drivers: Registry, driver: type[Driver], given: Mapping[str, Any], filename: str
 ) -> dict[str, Any] | None:
-    """Options that open the backing file, None where there is to be none. Raises OptionError for a contradiction."""
+    """Return options that open the backing file, None without one. Raises OptionError for a contradiction."""
     reference, format = given.get("backing_file"), given.get("backing_fmt")
     if reference is None:
         if format is not None:
@@ -138,7 +137,7 @@ def _backing_options(
 
 
 async def _look_at_backing(drivers: Registry, options: dict[str, Any], filename: str, gate: Gate | None) -> int:
-    """The backing file's size, once it is sure that it opens and does not stand on the file to be created."""
+    """Return the backing file's size. Raises an error if it does not open, or stands on the file to be created."""
     graph = Graph(drivers, gate)
     try:
         backend = await graph.open_backend(options, name="the new image")
@@ -168,12 +167,12 @@ def _identity(filename: str) -> tuple[int, int] | None:
 
 
 def whole_sectors(size: int) -> int:
-    """``size``, rounded up."""
+    """Return ``size`` rounded up to whole sectors."""
     return min((size + SECTOR - 1) // SECTOR * SECTOR, (1 << 63) - SECTOR)
 
 
 async def _write(drivers: Registry, driver: type[Driver], targets: list[_Target], options: CreateOptions) -> None:
-    """Make the files and let the format write into them; a file that is new does not stay when that fails."""
+    """Make the files and let the format write into them. After a failure the new files are removed."""
     nocow = bool(getattr(options, "nocow", False))
     made = []
     try:
@@ -190,7 +189,7 @@ async def _write(drivers: Registry, driver: type[Driver], targets: list[_Target]
 
 
 def _data_target(drivers: Registry, data_file: str, image: _Target) -> _Target:
-    """The external data file, whose name is relative to the image, as that of a backing file."""
+    """Return the external data file; its name is relative to the image, like that of a backing file."""
     parsed = parse_filename(resolve_reference(data_file, image.filename), drivers)
     name, place = parsed.get("driver"), parsed.get("filename")
     if not isinstance(name, str) or not isinstance(place, str) or parsed.keys() - {"driver", "filename"}:
@@ -217,7 +216,7 @@ async def _format(drivers: Registry, driver: type[Driver], targets: list[_Target
 
 
 def options_text(options: CreateOptions) -> str:
-    """``cluster_size=65536 compat=1.1``: what was used, for people; size and backing file are told elsewhere."""
+    """Return the options for people to read, as ``cluster_size=65536 compat=1.1``, without size and backing file."""
     apart = ("size", "backing_file", "backing_fmt")
     pairs = [(name, getattr(options, field.name)) for name, field in options.names().items() if name not in apart]
     return " ".join(f"{name}={_option_text(value)}" for name, value in pairs if value is not None)
@@ -228,7 +227,7 @@ def _option_text(value: object) -> str:
 
 
 def describe_options(kind: type[CreateOptions]) -> list[tuple[str, str]]:
-    """Name and help of every creation option, for ``-o help``."""
+    """Return name and help of every creation option, for ``-o help``."""
     described = []
     for name, field in kind.names().items():
         text = str(field.metadata.get("help", ""))

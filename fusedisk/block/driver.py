@@ -39,13 +39,13 @@ Buffer = memoryview
 """A C-contiguous memoryview of unsigned bytes."""
 
 MAY_UNMAP = 1
-"""write_zeroes: the space may be given back, as long as the range reads as zeroes."""
+"""write_zeroes: the space may be freed, as long as the range reads as zeroes."""
 NO_FALLBACK = 2
 """write_zeroes: raise NotSupportedError rather than write zeroes out at length."""
 FUA = 4
 """The request is on stable storage when it is answered."""
 COPY_ON_READ = 8
-"""Read: keep in this node what came from its backing file."""
+"""Read: store in this node what came from its backing file."""
 UNCHANGED = 16
 """Write: the range reads the same afterwards; needs only the *write unchanged* permission."""
 ZERO_NEW = 32
@@ -60,7 +60,7 @@ class Role(enum.Enum):
     FILE = "file"
     """The protocol-level storage of a format."""
     BACKING = "backing"
-    """Read where this layer has nothing."""
+    """Holds the data that this layer does not have."""
     DATA_FILE = "data-file"
     """Guest data of a format whose metadata lies in ``file``."""
     FILTERED = "filtered"
@@ -74,16 +74,16 @@ class ChildSpec(NamedTuple):
     role: Role
     required: bool = True
     option: str = ""
-    """The option that says what it is, where that is not ``name``."""
+    """The option that describes the child, if its name is not ``name``."""
 
     @property
     def option_name(self) -> str:
-        """The option's name, whatever it is."""
+        """The name of the option that describes the child."""
         return self.option or self.name
 
 
 class BackingReference(NamedTuple):
-    """A backing file as an image's header names it."""
+    """A backing file, as named in an image's header."""
 
     filename: str
     format: str | None
@@ -98,13 +98,13 @@ class Driver:
     name: ClassVar[str]
     """The driver's QMP name, such as ``qcow2``."""
     prefixes: ClassVar[tuple[str, ...]] = ()
-    """Protocol prefixes of file names it answers to, such as ``file`` in ``file:x``."""
+    """Its protocol prefixes in file names, such as ``file`` in ``file:x``."""
     is_protocol: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     passes_status: ClassVar[bool] = False
-    """True where every byte is the ``file`` child's, so that block status is the child's answer as it stands."""
+    """True if every byte is the ``file`` child's, so that block status is the child's answer unchanged."""
     moves_bytes: ClassVar[bool] = False
-    """True where the driver has ``preadv`` and ``pwritev``; otherwise the core asks ``map``."""
+    """True if the driver has ``preadv`` and ``pwritev``; otherwise the core calls ``map``."""
     asks_before_waiting: ClassVar[bool] = False
     """True if every place in this driver that can block calls :func:`fusedisk.core.at_once.refuse_to_wait` first. The
     core may then run a request without starting a task. Host I/O in worker threads does call it."""
@@ -115,7 +115,7 @@ class Driver:
     create_options_type: ClassVar[type[CreateOptions] | None] = None
     """None: images of this kind cannot be created."""
     amend_options_type: ClassVar[type[CreateOptions] | None] = None
-    """What can be changed later, every default None; None: nothing can."""
+    """The settings that can be changed later, each with the default None. None: no setting can be changed."""
     child_specs: ClassVar[tuple[ChildSpec, ...]] = ()
 
     def __init__(self, node: Node, options: Any) -> None:
@@ -126,44 +126,43 @@ class Driver:
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
-        """Score 0 to 100 for an image that starts with ``head`` (at least 512 bytes where it has them)."""
+        """Return a score from 0 to 100 for an image that starts with ``head`` (512 bytes, fewer if it is shorter)."""
         return 0
 
     @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
-        """Options from a file name with its prefix taken off. Protocol drivers."""
+        """Return options for a file name without its prefix. Protocol drivers."""
         return {"filename": filename}
 
     def exact_filename(self) -> str | None:
-        """A plain name that, given to ``open`` with this driver, opens the same thing; None where only
-        options can say it. The default is the ``file`` child's."""
+        """Return a plain name that opens the same thing with this driver; None if only options can describe it. The
+        default is the ``file`` child's."""
         child = self.node.children.get("file")
         return child.node.exact_filename() if child else None
 
     def may_be_named(self) -> bool:
-        """Whether an image may name this driver with these options in a reference: it opens local files at most, and
-        has no effects beyond that."""
+        """Whether an image's reference may name this driver with these options: it must open local files at most, and
+        have no other effects."""
         return False
 
     def backing_reference(self) -> BackingReference | None:
-        """The backing file that the header names. Format drivers with ``supports_backing``, after ``open``."""
+        """Return the backing file that the header names. Format drivers with ``supports_backing``, after ``open``."""
         return None
 
     # --- life -------------------------------------------------------------------------------------------
 
     async def backing_opened(self) -> None:
-        """Look at the backing file, which was attached as the image was opened. Formats with ``supports_backing``."""
+        """Called after the backing file of a newly opened image is attached. Formats with ``supports_backing``."""
 
     async def open(self) -> None:
         """Open with ``self.options`` and ``self.node.config``; children of ``child_specs`` are attached.
 
-        On failure everything this method acquired is released before it raises. Nothing may be written
-        unless the node is writable.
+        On failure it releases everything it acquired before it raises. It writes nothing unless the node is writable.
         """
 
     async def close(self) -> None:
-        """Flush internal caches to the children and release everything. Never fails half-way: what can be
-        released is released, then the first error is raised. No request is in flight."""
+        """Flush internal caches to the children and release everything. No request is in flight. An error does not
+        stop it half-way: it releases all it can, then raises the first error."""
 
     async def reopen_prepare(self, config: NodeConfig, options: Any) -> object:
         """Prepare for new settings without changing anything visible; returns state for commit or abort.
@@ -175,8 +174,8 @@ class Driver:
         return None
 
     def reopen_commit(self, state: object) -> None:
-        """Take the prepared settings; must not fail. ``node.config`` is already the new one, ``options``
-        is set by the caller after this."""
+        """Put the prepared settings into force; must not fail. ``node.config`` is already the new one; the caller sets
+        ``options`` afterwards."""
 
     def reopen_abort(self, state: object) -> None:
         """Drop the prepared settings; must not fail."""
@@ -188,11 +187,11 @@ class Driver:
         raise NotImplementedError
 
     def refresh_limits(self, limits: Limits) -> None:
-        """Fill in limits, which start as the merged limits of the children."""
+        """Fill in limits, which start as the defaults; a filter's start with its child's cluster size."""
 
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
-        """What this node needs of ``child`` and lets others do there, when its own parents together need
-        ``perm`` and let others do ``shared``. The default follows the child's role."""
+        """Return the permissions that this node needs on ``child`` and those that it shares there, if its own parents
+        together need ``perm`` and share ``shared``. The default follows the child's role."""
         if child.role is Role.FILTERED:
             return perm, shared
         if child.role is Role.BACKING:
@@ -220,67 +219,69 @@ class Driver:
     # --- data: drivers that move bytes ------------------------------------------------------------------
 
     async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        """Fill all buffers from ``offset``; what lies past the end reads as zeroes."""
+        """Fill all buffers from ``offset``; bytes past the end read as zeroes."""
         raise NotImplementedError
 
     async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
-        """Write all buffers at ``offset``, extending the node where they go past its end. ``flags`` may hold
-        UNCHANGED; FUA only if ``supports_fua``."""
+        """Write all buffers at ``offset``; writing past the end extends the node. ``flags`` may hold UNCHANGED, and FUA
+        if ``supports_fua``."""
         raise NotImplementedError
 
     supports_fua: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
-    """True where the driver has ``write_compressed``."""
+    """True if the driver has ``write_compressed``."""
 
-    # --- data: what is stored otherwise than the guest sees it ------------------------------------------
+    # --- data: stored in another form than the guest sees it (encryption) -------------------------------
 
     encodes = False
-    """Whether the core gives what it writes to ``encode`` first. Extents are SPECIAL then, and requests aligned to what
-    ``encode`` can take. Set by ``open``."""
+    """Whether the core passes all data through ``encode`` before it writes it. Extents are SPECIAL then, and requests
+    are aligned as ``encode`` needs it. Set by ``open``."""
 
     async def require_key(self) -> None:
-        """Raise PassphraseError where the data cannot be read for want of the right key."""
+        """Raise PassphraseError if the key that the data needs is missing or wrong."""
 
     def take_key(self, other: Driver) -> None:
-        """Use the key of another node, of the same kind and on the same image."""
+        """Use the key of ``other``, a driver of the same kind on the same image."""
 
     async def encode(self, offset: int, host_offset: int, data: bytes) -> Buffer:
-        """What to store at ``host_offset`` of the child for the guest's ``data`` at ``offset``; as long as that."""
+        """Encode the guest's ``data`` at ``offset`` for storing at ``host_offset`` of the child, in the same length."""
         raise NotImplementedError
 
-    # --- data: drivers that say where bytes lie ---------------------------------------------------------
+    # --- data: drivers that map guest offsets -----------------------------------------------------------
 
     async def map(self, offset: int, length: int) -> Extent:
-        """Status of a prefix of the range, as long a prefix as is cheap to say (neighbouring clusters that
-        continue each other count as one). Protocol drivers answer DATA or ZERO for block status only; their
-        DATA extents name no child. The default: all data, in the ``file`` child at the same offset."""
+        """Return the status of a prefix of the range, as long as is cheap to find out (adjacent clusters make one
+        extent). Protocol drivers answer DATA or ZERO, for block status only, and their DATA extents name no child. The
+        default: all data, in the ``file`` child at the same offset."""
         child = self.node.children.get("file")
         return Extent(DATA, length, child, offset, recurse=True)
 
     async def has_holes(self) -> bool:
-        """Whether data extents that say ``recurse`` may be holes of the child after all. Asked by block status only,
-        so it may take a long look at the image once; False makes block status take them as data.
+        """Whether data extents with ``recurse`` may be holes of the child. False: block status takes them as data
+        without looking. Only block status calls it, so it may scan the image once.
         """
         return True
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:
-        """Where to write a prefix of the range, allocating as needed.
+        """Return where to write a prefix of the range; allocate host space if needed.
 
-        Waits for allocations in flight over the same clusters. Space newly allocated is referenced nowhere
-        until ``publish``: a crash in between leaks it and nothing else.
+        The core asks again for the rest. If the answer carries an ``allocation``, the core writes the data and then
+        calls ``publish`` once, or ``abandon`` if the write failed. Until ``publish`` nothing on disk refers to the new
+        space: a crash leaks it, no more. Waits for allocations in flight over the same clusters. Not called for
+        drivers with ``moves_bytes``.
         """
         child = self.node.children.get("file")
         assert child is not None
         return WriteExtent(length, child, offset)
 
     async def publish(self, allocation: object) -> None:
-        """Make the written allocation visible. If it fails, the old mapping stays and the allocation is released
-        as by ``abandon``."""
+        """Make the written allocation visible. After an error the old mapping stays, and the allocation is released as
+        by ``abandon``."""
         raise NotImplementedError
 
     def abandon(self, allocation: object) -> None:
-        """The data could not be written: forget the allocation, wake who waited for it. Synchronous; may leak
-        host space, or keep it in memory for the next allocation."""
+        """Drop the allocation, whose data could not be written, and wake the requests that waited for it. Synchronous.
+        May leak host space, or keep it in memory for the next allocation."""
         raise NotImplementedError
 
     async def read_special(self, extent: Extent, offset: int, buffer: Buffer) -> None:
@@ -288,94 +289,99 @@ class Driver:
         raise NotImplementedError
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
-        """Replace whole clusters, or what is left up to the disk's end, by compressed ones. Serialised. Clusters that
-        do not get shorter are written as they are, those of zeroes need no space. Raises NotSupportedError, with
-        nothing changed, for images that cannot have compressed clusters."""
+        """Replace whole clusters (or up to the disk's end) with compressed ones. Serialised. Clusters that do not get
+        shorter are stored uncompressed, clusters of zeroes take no space. Raises NotSupportedError, with nothing
+        changed, for images that cannot have compressed clusters."""
         raise NotImplementedError
 
-    # --- data, without waiting: what is not answered goes through the door ------------------------------
+    # --- data, without waiting --------------------------------------------------------------------------
+    #
+    # The short way (``immediate``) and exports call these before they start a task. None of them waits; None or False
+    # sends the request through the door (``io``). Formats start with ``lookup`` and ``lookup_in_place``, drivers that
+    # move bytes with ``read_now`` and ``write_now``. A new driver needs none of them.
 
     def lookup(self, offset: int, length: int) -> Extent | None:
-        """The answer of ``map`` if that takes no I/O; otherwise None."""
+        """Return the answer of ``map`` if that takes no I/O; otherwise None."""
         return None
 
     def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
-        """The answer of ``map_write`` if that takes no I/O and changes nothing; otherwise None."""
+        """Return the answer of ``map_write`` if that takes no I/O and changes nothing; otherwise None."""
         return None
 
     def read_now(self, offset: int, buffer: Buffer) -> bool:
-        """What ``preadv`` does, if that does not wait. False: ``buffer`` may hold anything."""
+        """Read as ``preadv`` does, if that does not wait. False: ``buffer`` may hold anything."""
         return False
 
     def write_now(self, offset: int, buffer: Buffer) -> bool:
-        """What ``pwritev`` does, if that does not wait. False: a part may be written."""
+        """Write as ``pwritev`` does, if that does not wait. False: a part may be written."""
         return False
 
     def read_cached(self, offset: int, buffer: Buffer, extent: Extent | None = None) -> bool:
         """Fill ``buffer`` with the guest bytes at ``offset`` of a SPECIAL extent, if that does not wait. ``extent`` is
-        what ``lookup`` has just told of that range, if it was asked. False: ``buffer`` may hold anything."""
+        the answer of a ``lookup`` just before, if there was one. False: ``buffer`` may hold anything."""
         return False
 
     def cached_pieces(self, extent: Extent, offset: int) -> list[memoryview] | None:
-        """The guest bytes of the SPECIAL ``extent`` at ``offset``, as they lie in memory; None where some do not."""
+        """Return the guest bytes of the SPECIAL ``extent`` at ``offset`` without copying them; None unless all of them
+        are in memory."""
         return None
 
     def cached_source(self, extent: Extent, offset: int) -> tuple[Callable[[int, Buffer], bool], int] | None:
-        """What does :meth:`read_cached` for a range that begins where the SPECIAL ``extent`` does, at ``offset``, and
-        for how many bytes, until the mapping changes; None where there is no such thing."""
+        """Return a function that does :meth:`read_cached` for the range that begins with the SPECIAL ``extent`` at
+        ``offset``, and the length of that range. Valid until the mapping changes. None: there is no such function."""
         return None
 
     def resident_descriptor(self, offset: int, length: int) -> int | None:
-        """A descriptor of a host file that is this node byte by byte, if all of the range is in the host's page cache;
-        None: it is not, or nobody knows."""
+        """Return a descriptor of a host file with the same bytes as this node, if all of the range is in the host's
+        page cache; None if it is not, or if that is unknown."""
         return None
 
     def storage_descriptor(self) -> int | None:
-        """A descriptor of the host file that ``exact_filename`` names, None where there is none. It stays the driver's,
-        who may exchange it when the node is reopened. The default is the ``file`` child's."""
+        """Return a descriptor of the host file that ``exact_filename`` names, None if there is none. It belongs to the
+        driver, which may replace it when the node is reopened. The default is the ``file`` child's."""
         child = self.node.children.get("file")
         return child.node.driver.storage_descriptor() if child else None
 
     def host_descriptor(self) -> int | None:
-        """A descriptor of a host file that is this node byte by byte, so that others can access it directly; None where
-        there is no such file."""
+        """Return a descriptor of a host file with the same bytes as this node, for direct access; None if there is no
+        such file."""
         return None
 
     # --- other requests ---------------------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        """Make an aligned range read as zeroes without writing it out. Where ``zeroes_alignment`` is less than a
-        cluster, it is a range of whole clusters (or up to the disk's end) or a part of one. Serialised. Raises
-        NotSupportedError, with nothing changed, where it cannot; the core then writes zeroes. ``flags``: MAY_UNMAP, and
-        NO_FALLBACK, which asks to refuse rather than to be slow."""
+        """Make an aligned range read as zeroes without writing them. The range is whole clusters (or up to the disk's
+        end), or a part of one cluster if ``zeroes_alignment`` is smaller. Serialised. Raises NotSupportedError, with
+        nothing changed, if that is impossible; the core then writes zeroes. ``flags``: MAY_UNMAP, and NO_FALLBACK,
+        which asks to refuse rather than to be slow."""
         raise NotSupportedError(f"{self.name} has no write-zeroes operation.")
 
     async def preallocate(self, offset: int, length: int) -> None:
         """Reserve host space for whole clusters (or up to the disk's end), which read as before. Serialised. Raises
-        NotSupportedError, with nothing changed, where it cannot; the core then writes what is not allocated."""
+        NotSupportedError, with nothing changed, if that is impossible; the core then writes the unallocated parts."""
         raise NotSupportedError(f"{self.name} has no preallocation.")
 
     async def discard(self, offset: int, length: int) -> None:
-        """Give an aligned range back; it then reads as zeroes or as before, never as older data from a
-        backing file. Serialised. Raises NotSupportedError, with nothing changed, where it cannot."""
+        """Free an aligned range; it then reads as zeroes or as before, never as older data from a backing file.
+        Serialised. Raises NotSupportedError, with nothing changed, if that is impossible."""
         raise NotSupportedError(f"{self.name} has no discard operation.")
 
     async def flush_to_os(self) -> None:
-        """Hand all internal caches to the children, so that they survive the death of this process."""
+        """Write all internal caches to the children, so that the data survives the death of this process."""
 
     async def flush_to_disk(self) -> None:
-        """Put everything already handed to the OS on stable storage. Protocol drivers."""
+        """Put everything that the OS already has on stable storage. Protocol drivers."""
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
-        """Change the virtual length. No request is in flight on the node. ``preallocation`` is off, metadata,
-        falloc or full, and holds for the space added. Raises NotSupportedError where it cannot."""
+        """Change the virtual length. No request is in flight on the node. ``preallocation`` is off, metadata, falloc or
+        full, and applies to the space added. Raises NotSupportedError if that is impossible."""
         raise NotSupportedError(f"{self.name} images cannot be resized.")
 
     async def debug_event(self, event: str) -> None:
-        """A parent is about to do ``event`` (a name of QAPI's BlkdebugEvent) to this node.
+        """Learn that a parent is about to do ``event`` (a name of QAPI's BlkdebugEvent) to this node.
 
-        Filters pass it down to where somebody may be interested, everybody else ignores it. It may suspend, and does
-        not raise. Plain reads and overwrites have no events.
+        Filters pass it down, blkdebug acts on it, all other drivers ignore it. It may suspend, and does not raise.
+        Plain reads and overwrites have no events.
         """
         if self.is_filter:
             await self.node.children["file"].node.driver.debug_event(event)
@@ -383,30 +389,30 @@ class Driver:
     # --- internal snapshots -----------------------------------------------------------------------------
 
     def list_snapshots(self) -> list[SnapshotInfo]:
-        """The snapshots that the image holds, in the order of its table."""
+        """Return the image's snapshots, in the order of its table."""
         return []
 
     async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
-        """Keep what the disk holds, under the name, date and VM data of ``wanted``; its id is chosen where it is empty.
-        No request is in flight on the node, for this and all that follow. Returns what was made. An error leaves
-        everything as it was, and so does a crash at any instant."""
+        """Make a snapshot of the disk with the name, date and VM data of ``wanted`` and return it. An empty id means:
+        choose one. An error, or a crash at any instant, leaves everything as it was. As for all methods of this
+        section, no request is in flight on the node."""
         raise self._keeps_none("internal snapshots")
 
     async def apply_snapshot(self, id: str, progress: Progress, no_reads: NoReads) -> None:
-        """Let the disk hold what it held when the snapshot was made, which stays; the length may change. Plain reads
-        run meanwhile, but not within ``no_reads()``, where the disk changes. Raises SnapshotNotFoundError."""
+        """Restore the disk's content from a snapshot, which is kept; the length may change. Plain reads run meanwhile,
+        except within ``no_reads()``, where the disk changes. Raises SnapshotNotFoundError."""
         raise self._keeps_none("internal snapshots")
 
     async def delete_snapshot(self, id: str, progress: Progress) -> None:
-        """Forget a snapshot. Raises SnapshotNotFoundError."""
+        """Delete a snapshot. Raises SnapshotNotFoundError."""
         raise self._keeps_none("internal snapshots")
 
     async def save_vmstate(self, offset: int, data: Buffer) -> None:
-        """Write to the state of a virtual machine that the next snapshot shall hold."""
+        """Write to the VM state that goes into the next snapshot."""
         raise self._keeps_none("the state of a virtual machine")
 
     async def load_vmstate(self, offset: int, buffer: Buffer) -> None:
-        """Read from the VM state that belongs to what the disk holds; zeroes where there is none."""
+        """Read from the VM state that belongs to the disk's content; zeroes if there is none."""
         raise self._keeps_none("the state of a virtual machine")
 
     def _keeps_none(self, what: str) -> NotSupportedError:
@@ -415,15 +421,14 @@ class Driver:
     # --- settings ---------------------------------------------------------------------------------------
 
     async def amend(self, options: Any, progress: Progress, *, force: bool) -> None:
-        """Give the image the settings in ``options``, an ``amend_options_type``; the length may change. No request is
-        in flight on the node. What can be refused is refused with nothing changed. ``force``: although it may lose
-        data."""
+        """Change the image's settings to ``options``, an ``amend_options_type``; the length may change. No request is
+        in flight on the node. Refusals come before any change. ``force`` allows changes that may lose data."""
         raise NotImplementedError
 
     # --- information ------------------------------------------------------------------------------------
 
     async def allocated_size(self) -> int | None:
-        """Bytes that the node takes up on its host; the default is the children's sum without backing."""
+        """Return the bytes that the node takes up on its host; by default the sum of its children except backing."""
         sizes = [
             await child.node.driver.allocated_size()
             for child in self.node.children.values()
@@ -433,16 +438,16 @@ class Driver:
         return sum(known) if known else None
 
     def information(self) -> dict[str, Any]:
-        """Top-level keys of ``info --output=json`` that this driver adds, such as ``cluster-size``."""
+        """Return the top-level keys of ``info --output=json`` that this driver adds, such as ``cluster-size``."""
         return {}
 
     def specific_information(self) -> dict[str, Any] | None:
-        """The ``format-specific`` object's ``data``, as QMP spells its keys."""
+        """Return the ``data`` of the ``format-specific`` object, with QMP's keys."""
         return None
 
     def cost_of_writing(self) -> str | None:
-        """What the first write to the disk will cost apart from its bytes, a sentence without full stop that names the
-        image; None where nothing."""
+        """Return what the first write to the disk will cost apart from its own bytes: a sentence without its full stop
+        that names the image. None: nothing."""
         return None
 
     def has_zero_init(self) -> bool:
@@ -453,11 +458,11 @@ class Driver:
 
     @classmethod
     async def check(cls, file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
-        """Format drivers: check the image in ``file``, which nobody else writes to, and repair it, for which ``file``
-        is writable. What was repaired is looked at once more: the result is what is left. ``dry_run``: change nothing,
-        but tell what would be done.
+        """Format drivers: check the image in ``file``, which has no other writer, and repair what ``repair`` allows;
+        ``file`` is writable for that. A repaired image is checked again: the result says what is still wrong.
+        ``dry_run``: change nothing, but report what a repair would do.
 
-        Raises ImageError where the image cannot be made sense of, or cannot be repaired.
+        Raises ImageError if the image is beyond interpretation or beyond repair.
         """
         raise NotSupportedError(f"{cls.name} images cannot be checked.")
 
@@ -465,19 +470,19 @@ class Driver:
 
     @classmethod
     async def check_create(cls, options: Any, filename: str) -> None:
-        """Format drivers: raise what :meth:`create` would raise of the options alone, while a file that is to be
-        replaced still has its content."""
+        """Format drivers: raise what :meth:`create` would raise because of the options, before the content of an
+        existing file is replaced."""
 
     @classmethod
     async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
         """Format drivers: write an empty image into the open, writable, empty node ``file``, using
         :mod:`fusedisk.block.io`. ``options`` is an instance of ``create_options_type`` with its size filled in;
-        ``data_file`` is an empty node too, where the options have one."""
+        ``data_file`` is an empty node too, if the options name one."""
         raise NotSupportedError(f"{cls.name} images cannot be created.")
 
     @classmethod
     async def create_file(cls, filename: str, size: int, preallocation: str, nocow: bool) -> None:
-        """Protocol drivers: make an empty file of ``size`` bytes, replacing the content of what was there."""
+        """Protocol drivers: make an empty file of ``size`` bytes, replacing the content of an existing one."""
         raise NotSupportedError(f"{cls.name} cannot create files.")
 
 
@@ -489,7 +494,7 @@ def _backing_permissions(perm: int, shared: int) -> tuple[int, int]:
 
 
 class FilterDriver(Driver):
-    """A driver with one child of the same data and length; everything passes through unless overridden."""
+    """A driver with one child of the same data and length; passes everything on unless overridden."""
 
     is_filter = True
     passes_status = True

@@ -34,7 +34,7 @@ class PreparedPermissions:
             raise
 
     def commit(self) -> None:
-        """Put them in force."""
+        """Put the new permissions into force."""
         for edge, (perm, shared) in self._wanted.items():
             edge.perm, edge.shared = perm, shared
         for node, perm, shared in self._checked:
@@ -42,12 +42,12 @@ class PreparedPermissions:
             node.graph.changes += 1
 
     def abort(self) -> None:
-        """Forget them."""
+        """Drop the new permissions."""
         for node, _, _ in reversed(self._checked):
             node.driver.abort_permissions()
 
     def _cumulative(self, node: Node) -> tuple[int, int]:
-        """What all parents of ``node`` together need and share; raises where one refuses what another needs."""
+        """Return what all parents of ``node`` together need and share; raises if one refuses what another needs."""
         perm, shared = 0, permissions.ALL
         values = [(edge, *self._wanted.get(edge, (edge.perm, edge.shared))) for edge in node.parents]
         for edge, edge_perm, edge_shared in values:
@@ -66,12 +66,12 @@ class PreparedPermissions:
 
 
 def update_permissions(roots: Iterable[Node]) -> None:
-    """Recompute what every edge below ``roots`` needs and shares, and tell the drivers; all or nothing."""
+    """Recompute what every edge below ``roots`` needs and shares and inform the drivers; all or nothing."""
     PreparedPermissions(roots).commit()
 
 
 def _top_down(roots: Iterable[Node]) -> list[Node]:
-    """All nodes below ``roots``, parents before children."""
+    """Return ``roots`` and all nodes below them, parents before children."""
     order: list[Node] = []
     done: set[Node] = set()
     stack = [(node, False) for node in roots]

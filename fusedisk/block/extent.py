@@ -1,4 +1,4 @@
-"""Where the bytes of a guest range lie: what drivers answer and the core acts on.
+"""Where the bytes of a guest range lie: the drivers' answers, on which the core acts.
 
 Plain tuples: one is made for every lookup of the hot path.
 """
@@ -15,8 +15,8 @@ DATA = 0
 ZERO = 1
 """The range reads as zeroes; with a ``child`` the space at ``offset`` is reserved (preallocated zeroes)."""
 UNALLOCATED = 2
-"""This layer has nothing: look in the backing file, zeroes where there is none or it is shorter. With a ``child`` the
-space at ``offset`` is reserved, and block status tells so, as QEMU does."""
+"""This layer has nothing: the bytes come from the backing file, zeroes if there is none or it is shorter. With a
+``child`` the space at ``offset`` is reserved, and block status reports that, as QEMU does."""
 SPECIAL = 3
 """The driver must transform the bytes itself (``read_special``): compressed or encrypted clusters."""
 
@@ -24,22 +24,21 @@ SPECIAL = 3
 class Extent(NamedTuple):
     """The answer of ``Driver.map``: a prefix of the asked range with one status.
 
-    Valid only until the next ``await`` unless the range is held by a tracked request: whoever frees or moves
-    host space does it from a serialising request over the guest range, so a tracked reader or writer may rely
-    on its extents while it is tracked.
+    Valid only until the next ``await``, unless a tracked request holds the range: host space is freed and moved only
+    by serialising requests over the guest range, so a reader or writer may rely on its extents while it is tracked.
     """
 
     status: int
     length: int
-    """Bytes from the asked offset that this holds for; at least 1, at most what was asked."""
+    """The number of bytes that this holds for; at least 1, at most the length asked for."""
     child: Child | None = None
     offset: int = 0
     """Byte offset in ``child``."""
     recurse: bool = False
-    """Block status should ask ``child`` whether the bytes are a hole there (raw files, preallocation)."""
+    """Block status should ask ``child`` whether the bytes are a hole (raw files, preallocation)."""
     compressed: bool = False
     token: object = None
-    """The driver's own, for ``read_special``."""
+    """Private data of the driver for ``read_special``."""
 
 
 class WriteExtent(NamedTuple):
@@ -58,8 +57,8 @@ class WriteExtent(NamedTuple):
     copy_head: int = 0
     """Old guest bytes in front of the range that share its first new cluster."""
     copy_tail: int = 0
-    """Old guest bytes behind the range that share its last new cluster (clipped to the disk's end: the rest of the
-    cluster is the driver's to leave as zeroes)."""
+    """Old guest bytes behind the range that share its last new cluster, clipped to the disk's end. The driver leaves
+    the rest of the cluster as zeroes."""
 
 
 class BlockStatus(NamedTuple):
@@ -73,6 +72,6 @@ class BlockStatus(NamedTuple):
     depth: int = 0
     """How many backing steps below the asked node the answer comes from."""
     offset: int | None = None
-    """Host offset in ``filename`` where the bytes lie, if they lie there verbatim."""
+    """Host offset of the bytes in ``filename``, if they are stored there verbatim."""
     filename: str | None = None
     compressed: bool = False

@@ -1,4 +1,4 @@
-"""From what people type to options: ``json:{…}``, ``proto:rest``, dotted keys, plain paths."""
+"""Parses image names into options: ``json:{…}``, ``proto:rest``, dotted keys, plain paths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def has_protocol(filename: str) -> bool:
 
 
 def check_filename(filename: str) -> None:
-    """Raise OptionError for what can never be a file name."""
+    """Raise OptionError for text that cannot be a file name."""
     if not filename:
         raise OptionError("the file name is empty.")
     if "\0" in filename:
@@ -36,7 +36,7 @@ def check_filename(filename: str) -> None:
 
 
 def parse_filename(filename: str, drivers: Registry) -> dict[str, Any]:
-    """Options for a file name; a plain path gets the protocol driver that fits what it is.
+    """Return options for a file name; a plain path gets the protocol driver for its type of file.
 
     Raises OptionError for a protocol that no driver knows.
     """
@@ -55,7 +55,7 @@ def parse_filename(filename: str, drivers: Registry) -> dict[str, Any]:
 
 
 def protocol_of_path(path: str) -> str:
-    """``host_device`` for device nodes, ``file`` for everything else."""
+    """Return ``host_device`` for device nodes, ``file`` for all other paths."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -64,7 +64,7 @@ def protocol_of_path(path: str) -> str:
 
 
 def parse_argument(text: str) -> str | dict[str, Any]:
-    """An image argument of the command line: a file name, or options as dotted keys or JSON.
+    """Parse an image argument of the command line: a file name, or options as dotted keys or JSON.
 
     An existing file wins over options of the same spelling.
     """
@@ -81,10 +81,10 @@ def _exists(path: str) -> bool:
 
 
 def resolve_reference(reference: str, image: str | None) -> str:
-    """A file name that an image's header holds, made relative to the image's own place: where a symbolic link that
-    leads to the image lies, as for QEMU, or, if there is nothing of that name, where it leads to.
+    """Resolve a file name in an image's header relative to the image's directory. If the image is opened through a
+    symbolic link, that is the link's directory, as for QEMU; if the name does not exist there, that of its target.
 
-    Raises OptionError for a relative name where the image has no place of its own.
+    Raises OptionError for a relative name if the image has no directory of its own.
     """
     if reference.startswith("/") or has_protocol(reference):
         return reference

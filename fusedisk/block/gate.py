@@ -34,7 +34,7 @@ class Root:
     """A file that references may lead to, or a directory with everything below it."""
 
     path: str
-    """Where it lay when it was looked at, without symbolic links."""
+    """Its path when it was looked up, without symbolic links."""
     identity: Identity
 
     def holds(self, fd: int) -> bool:
@@ -76,7 +76,7 @@ class Gate:
             self.allow(path)
 
     def allow(self, path: str) -> None:
-        """The user named this file or directory; one that is missing allows nothing. Blocks."""
+        """Allow this file or directory, which the user named; a missing one allows nothing. Blocks."""
         with contextlib.suppress(OSError, ValueError):
             fd = os.open(path, _LOOK)
             try:
@@ -87,19 +87,19 @@ class Gate:
 
 @dataclasses.dataclass(slots=True, frozen=True)
 class Reference:
-    """What an image's header names, and what may be opened for its sake. Nodes that are opened for it carry it."""
+    """A file name in an image's header, and what it may open. Nodes opened because of it carry it."""
 
     gate: Gate
     image: str
     """The image, for messages."""
     text: str
-    """What the image says."""
+    """The name as the image has it."""
     home: Root | None
-    """The directory that the image lies in, None where it is no file of the host."""
+    """The image's directory, None if the image is not a file of the host."""
 
     def check_driver(self, driver: Driver) -> None:
-        """Raise GateError for a driver that images have no business with, and for options that have another file read,
-        such as one with a passphrase: that is for the user to say."""
+        """Raise GateError for a driver that images may not name, and for options that read another file, such as one
+        with a passphrase: only the user may set those."""
         if self.gate.allow_any:
             return
         if not driver.may_be_named():
@@ -109,7 +109,7 @@ class Reference:
                 self._refuse(f"sets the option '{name}', which is for the user to set")
 
     def check_node(self, name: str) -> None:
-        """Raise GateError: nodes that are open already are other people's disks, for all the image knows."""
+        """Raise GateError: an image may not use nodes that are open already, since they may be other people's disks."""
         if not self.gate.allow_any:
             self._refuse(f"uses the node '{name}'; images may name local files only")
 
@@ -136,8 +136,8 @@ class Reference:
 
 
 def home_of(fd: int | None) -> Root | None:
-    """The directory that the file behind a descriptor lies in; None where it lies in none any more, and for a device:
-    what else lies in ``/dev`` is none of its business. Blocks."""
+    """Return the directory of the file behind a descriptor. None if the file was removed, and for a device, which must
+    not lead to the other devices in ``/dev``. Blocks."""
     if fd is None or stat.S_ISBLK(os.fstat(fd).st_mode):
         return None
     with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ from fusedisk.core.errors import (
 log = logging.getLogger(__name__)
 
 EXCLUSIVE = permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
-"""What a writer shares: others may look, nobody may change."""
+"""What a writer shares: others may read, nobody else may write."""
 
 
 class Graph:
@@ -43,12 +43,13 @@ class Graph:
         self.drivers = drivers
         self.gate = gate or Gate()
         self.follow_backing = follow_backing
-        """Open the backing files that images name; without, each image is looked at alone."""
+        """Open the backing files that images name; if False, each image is opened alone."""
         self.look_only = look_only
-        """Open images for what their headers say, not for their disks, as far as they can be: no data file, no chain
-        behind a backing file that cannot be opened, and no word of a guessed format."""
+        """Open images to read their headers, not their disks. Data files stay closed, a chain ends without error at a
+        backing file that fails to open, and no guessed format is reported."""
         self.changes = 0
-        """Counts changes of edges, permissions and settings; what was worked out before one may no longer hold."""
+        """The number of changes to edges, permissions and settings; a change invalidates all that is derived from
+        them."""
         self.nodes: dict[str, Node] = {}
         self._backends: dict[Child, Backend] = {}
         self._counter = 0
@@ -69,8 +70,9 @@ class Graph:
         """Open an image and attach a user to it.
 
         ``spec`` is a file name (``json:…`` and ``proto:…`` included), or nested options. ``format`` forces the driver
-        of a file name. ``config`` are defaults that the options override, ``group`` is as for :meth:`open_node`.
-        Raises a FusediskError; then nothing stays open.
+        of a file name. ``config`` are defaults that the options override. Edges of one ``group`` do not exclude each
+        other, such as those of a disk and its partitions; see :meth:`open_node`. Raises a FusediskError; then nothing
+        stays open.
         """
         config = dataclasses.replace(config or NodeConfig(), read_only=not writable)
         node = await self.open_node(spec, config, format=format, group=group)
@@ -90,7 +92,7 @@ class Graph:
     ) -> Node:
         """Open a node and all below it. The caller attaches an edge, or sets ``owned``, before it next awaits.
 
-        Edges to nodes that ``spec`` refers to by name are of ``group``.
+        Edges to nodes that ``spec`` refers to by name belong to ``group``.
         """
         return await Opener(self, group).open(spec, config, format)
 
@@ -101,6 +103,7 @@ class Graph:
         return await Opener(self).open_child(parent, name, role, reference, implicit=implicit)
 
     def new_node(self, name: str | None, config: NodeConfig, explicit: frozenset[str], inherits: Node | None) -> Node:
+        """Register a node without a driver. ``name`` None makes one up. Raises OptionError for a name in use."""
         if name is None:
             self._counter += 1
             name = f"#block{self._counter}"
@@ -113,7 +116,7 @@ class Graph:
         return node
 
     async def start(self, node: Node) -> None:
-        """Run the driver's ``open``, then take its length and limits."""
+        """Run the driver's ``open``, then read its length and limits."""
         if node.config.reference is not None:
             node.config.reference.check_driver(node.driver)
         await node.driver.open()
@@ -130,7 +133,7 @@ class Graph:
 
     @staticmethod
     def refresh_limits(node: Node) -> None:
-        """Take the driver's limits anew."""
+        """Read the driver's limits again."""
         limits = type(node.limits)()
         storage = node.children.get("file")
         if storage is not None and node.driver.is_filter:
@@ -139,7 +142,7 @@ class Graph:
         node.limits = limits
 
     async def abandon(self, node: Node, cause: BaseException, *, opened: bool = True) -> None:
-        """Close what an opening that failed leaves behind; the first error is the one that counts."""
+        """Close what a failed opening leaves behind. Errors are only logged: ``cause`` is the one to report."""
         with shield():
             try:
                 await self.collect(node, opened=opened)
@@ -149,10 +152,13 @@ class Graph:
     # --- edges ------------------------------------------------------------------------------------------
 
     def attach_child(self, parent: Node, node: Node, name: str, role: Role, *, group: object | None = None) -> Child:
+        """Make ``node`` the child ``name`` of ``parent``. Raises OptionError or a permission error; then there is no
+        edge."""
         if name in parent.children:
             raise OptionError(f"node '{parent.name}' has a child '{name}' already.")
         if _reaches(node, parent):
             raise OptionError(f"node '{node.name}' cannot be below '{parent.name}': the graph would have a loop.")
+        # A parent with auto-read-only is only as writable as its storage.
         if parent.config.auto_read_only and node.config.read_only and role is not Role.BACKING:
             parent.config.read_only = True
         edge = Child(name, role, parent, node, f"node '{parent.name}'")
@@ -179,7 +185,8 @@ class Graph:
     ) -> Backend:
         """Attach a user to a node. Raises PermissionConflictError or LockConflictError; then nothing has changed.
 
-        The defaults need reading, and for ``writable`` writing and resizing, and share reading.
+        By default the user needs the read permission, with ``writable`` also write and resize. A writer lets others
+        read, a reader lets them do anything.
         """
         backend = Backend(self, name, write_cache=write_cache)
         edge = Child("root", None, None, node, f"'{name}'")
@@ -202,7 +209,10 @@ class Graph:
         return backend
 
     async def detach(self, backend: Backend) -> None:
-        """Flush and let go; what nobody uses any more is closed. Raises the first error, when all is released."""
+        """Flush, detach, and close the nodes that are unused then. Raises the first error after releasing everything.
+
+        Idempotent, and safe if two tasks detach the same backend.
+        """
         edge = backend.root
         if edge is None:
             return
@@ -212,7 +222,7 @@ class Graph:
         except BaseException:
             backend.resume()
             raise
-        if backend.root is None:  # somebody else closed it while we waited
+        if backend.root is None:  # another task closed it during the wait
             backend.resume()
             return
         with shield():
@@ -238,18 +248,18 @@ class Graph:
             raise failure
 
     def backend_of(self, edge: Child) -> Backend | None:
-        """The backend whose root edge this is."""
+        """Return the backend with this root edge."""
         return self._backends.get(edge)
 
     def node(self, name: str) -> Node:
-        """The node of that name; raises NodeNotFoundError."""
+        """Return the node of that name. Raises NodeNotFoundError."""
         found = self.nodes.get(name)
         if found is None:
             raise NodeNotFoundError(f"there is no node '{name}'.")
         return found
 
     def resized(self, node: Node) -> None:
-        """A node's length has changed: tell its users."""
+        """Tell the backends attached directly to ``node`` that its length has changed."""
         for edge in node.parents:
             backend = self._backends.get(edge)
             if backend is not None:
@@ -258,14 +268,14 @@ class Graph:
     # --- closing ----------------------------------------------------------------------------------------
 
     async def collect(self, node: Node, *, opened: bool = True) -> None:
-        """Close ``node`` if nobody uses it, and then whatever only it used. Raises the first error, at the end."""
+        """Close ``node`` if it is unused, then every node that only it used. Raises the first error, at the end."""
         failure: FusediskError | None = None
         queue = [(node, opened)]
         while queue:
             unused, started = queue.pop(0)
             if unused.parents or unused.owned or self.nodes.get(unused.name) is not unused:
                 continue
-            # From here on nobody can find it and attach to it, nor close it again.
+            # Out of the table, no other task can find the node, attach to it or close it again.
             del self.nodes[unused.name]
             for notify in list(unused.close_notifiers):
                 notify(unused)
@@ -313,13 +323,13 @@ class Graph:
 
     @contextlib.asynccontextmanager
     async def drained(self, *nodes: Node) -> AsyncIterator[None]:
-        """No request is in flight on any of ``nodes``, nor starts, while the block runs.
+        """Run the block while no request is in flight on any of ``nodes``.
 
         Stops the backends above and waits for their requests. Never use it from inside a request.
         """
         backends: list[Backend] = []
         try:
-            # Again and again, since somebody may attach while we wait.
+            # In a loop, since another backend may attach during the wait.
             while new := {backend: None for node in nodes for backend in node.backends() if backend not in backends}:
                 for backend in new:
                     backend.quiesce()
@@ -334,8 +344,8 @@ class Graph:
     async def replace(self, old: Node, new: Node) -> None:
         """Let every parent of ``old`` (but ``new`` itself) use ``new`` instead, under load.
 
-        ``old`` is closed if nobody else uses it. Raises OperationBlockedError where somebody forbids it, OptionError if
-        that would make a loop, PermissionConflictError if permissions do not fit; then nothing has changed.
+        ``old`` is closed if it is unused then. Raises OperationBlockedError if the operation is blocked, OptionError if
+        it would make a loop, PermissionConflictError if permissions conflict; then nothing has changed.
         """
         old.check_operation("replace")
         async with self.drained(old, new):
@@ -365,7 +375,7 @@ class Graph:
             new.parents.append(edge)
 
     async def insert_above(self, node: Node, options: dict[str, Any]) -> Node:
-        """Open a filter over ``node`` and put it between it and all its parents, under load. Returns the filter."""
+        """Open a filter and insert it between ``node`` and all its parents, under load. Returns the filter."""
         config = dataclasses.replace(
             node.config, detect_zeroes="off", copy_on_read=False, discard_unmap=True, reference=None
         )
@@ -379,14 +389,14 @@ class Graph:
         return above
 
     async def remove_filter(self, node: Node) -> None:
-        """Take a filter out: its parents use its child directly. The filter is closed."""
+        """Remove a filter: connect its parents to its child, then close it."""
         if not node.driver.is_filter:
-            raise OptionError(f"node '{node.name}' is {node.driver.name}, only filters can be taken out.")
+            raise OptionError(f"node '{node.name}' is {node.driver.name}, only filters can be removed.")
         await self.replace(node, node.children["file"].node)
 
 
 def _above(edge: Child) -> list[Node]:
-    """All nodes from which ``edge`` is reached."""
+    """Return all nodes from which ``edge`` can be reached."""
     found: dict[Node, None] = {}
     queue = [edge]
     while queue:
@@ -398,6 +408,7 @@ def _above(edge: Child) -> list[Node]:
 
 
 def _reaches(start: Node, wanted: Node) -> bool:
+    """Whether ``wanted`` is ``start`` or below it."""
     seen, queue = {start}, [start]
     while queue:
         node = queue.pop()

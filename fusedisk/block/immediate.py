@@ -1,13 +1,13 @@
-"""Requests that are answered at once: without waiting, without I/O but for one transfer from or to the page cache.
+"""Requests that are answered at once: without waiting, and with no I/O but one transfer from or to the page cache.
 
-A short way past the door (:mod:`.io`) for what takes nothing of what the door is for: everything aligned, nothing
-serialising, no hooks, no copy-on-read, mapping in memory, bytes in the page cache. Whatever else there is, the answer
-is False, and the caller goes through the door, which also finds the words for errors. As nothing here suspends, a
-request is finished before any other can begin, and need not be tracked.
+A short way past the door (:mod:`.io`) for requests that need nothing from it: everything is aligned, nothing is
+serialising, there are no hooks and no copy-on-read, the mapping is in memory and the bytes are in the page cache. In
+all other cases the answer is False, and the caller goes through the door, which also words the errors. Nothing here
+suspends, so a request is finished before any other can begin, and need not be tracked.
 
-What lies below the top layer of a read-only backing chain does not change as long as the graph does not, so where each
-range of it leads, through all layers, is remembered. So is, for small reads, where each 64 KiB of the top layer lead,
-until its mapping changes: what is read again takes one look into a table, whatever the depth of the chain.
+The layers of a read-only backing chain do not change while the graph does not, so where each range leads, through all
+layers, is remembered. For small reads this also remembers where each 64 KiB of the top layer lead, until its mapping
+changes: a second read takes one look into a table, however deep the chain is.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
     from fusedisk.block.backend import Backend
 
 _Place = tuple[Fill, int, int, Node | None]
-"""What fills a buffer, how much its places are more than the disk's offsets, where on the disk that ends, and the node
-that may have serialising requests."""
+"""The function that fills a buffer, its source offset minus the disk offset, the disk offset where that ends, and the
+node that may have serialising requests."""
 
 Lent = tuple[int, int, int]
 """A part of a host file: its descriptor, an offset and a length in bytes."""
 
 
 class Pieces(list[memoryview]):
-    """A range as it lies in our memory."""
+    """A range as views of our own memory."""
 
 
 _MOST_LENT = 16
-"""Parts of host files that one range may be made of."""
+"""The most parts of host files that one range may consist of."""
 
 _PLACE_BITS = 16
 _PLACE_SIZE = 1 << _PLACE_BITS
 MOST_PLACES = 1 << 15
-"""Kept of one disk: some 8 MiB."""
+"""Kept for one disk: some 8 MiB."""
 _REACH = 1 << 20
-"""Bytes from a place on that are looked up with it, at most: as far as they lead on, so do the places among them."""
-PAUSE = 1 << 19
-"""The same, at most, where that did not pay; each place shall be found several times."""
+"""The most bytes that one lookup covers; the places that fall into its extent are remembered with it."""
 STEADY = 64
-"""Reads without remembering places after a change of the mapping, at least."""
+"""After a change of the mapping, the least number of reads that remember no places."""
+PAUSE = 1 << 19
+"""The most such reads, if remembering does not pay: each place should be used several times."""
 
 _MOST_RUNS = 1 << 16
-"""Kept of one chain: some 20 MiB."""
+"""Kept for one chain: some 20 MiB."""
 
 
 class Immediate:
@@ -89,35 +89,35 @@ class Immediate:
         self._chains: dict[Node, RunMap[Fill]] = {}
         self._places: dict[int, _Place] = {}
         self._generation = -1
-        """Of the node's mapping, which the places come from."""
+        """The generation of the node's mapping that the places come from."""
         self._pause = 0
-        """Reads until places are remembered."""
+        """The number of reads until places are remembered again."""
         self._wait = STEADY
-        """Reads between a change of the mapping and the first place that is remembered."""
+        """The number of reads between a change of the mapping and the first place that is remembered."""
         self._since = 0
-        """Reads that there were when the first of the places was remembered."""
+        """The backend's count of reads when the first of the places was remembered."""
         self._looks = 0
-        """How often places were looked up since then."""
+        """The number of lookups for places since then."""
 
     def disable(self) -> None:
-        """Answer nothing from now on."""
+        """Send everything through the door from now on."""
         self._off = True
         self._changes = -1
 
     def takes_writes(self) -> bool:
-        """Whether a write that is not answered here may be tried without a task, by :func:`run_at_once`."""
+        """Whether a write that this cannot answer may be tried without a task, by :func:`run_at_once`."""
         if self._changes != self._graph.changes:
             self._look()
         return self._writes and self._asks and not self._detects
 
     def is_plain(self) -> bool:
-        """Whether nothing in the graph must see requests, apart from finding their places."""
+        """Whether the graph only maps requests: no node detects zeroes or has before-write hooks."""
         if self._changes != self._graph.changes:
             self._look()
         return self._reads and not self._detects and not any(each.before_write for each in _below(self._node))
 
     def read(self, offset: int, buffer: Buffer) -> bool:
-        """Fill ``buffer`` from ``offset``. False: it may hold anything."""
+        """Fill ``buffer`` from ``offset``. False: ``buffer`` may hold anything."""
         if self._changes != self._graph.changes:
             self._look()
         length = len(buffer)
@@ -146,9 +146,9 @@ class Immediate:
         return True
 
     def lend(self, offset: int, length: int) -> list[Lent] | Pieces | None:
-        """What :meth:`read` would read, as parts of host files that are in the host's page cache, or as pieces of our
-        memory, for who takes it from there in this very instant, and then tells :meth:`count_lent`. None where it does
-        not lie like that."""
+        """Return where the bytes of a range lie, as parts of host files in the host's page cache or as pieces of our
+        memory, so that the caller can send them without a copy and then call :meth:`count_lent`. Valid until the next
+        await. None: the bytes are elsewhere, use :meth:`read`."""
         if self._changes != self._graph.changes:
             self._look()
         backend = self._backend
@@ -161,13 +161,14 @@ class Immediate:
         return pieces or parts
 
     def count_lent(self, length: int) -> None:
-        """Count bytes that were sent from where they lie."""
+        """Count bytes that were sent from where :meth:`lend` found them."""
         accounting = self._backend.accounting
         accounting.reads += 1
         accounting.bytes_read += length
 
     def write(self, offset: int, data: Buffer) -> bool:
-        """Overwrite what has its place already. False: a part may be written, so the same is to be written again."""
+        """Overwrite space that is allocated already. False: a part may be written, so the caller must write all of it
+        again."""
         if self._changes != self._graph.changes:
             self._look()
         length = len(data)
@@ -189,7 +190,7 @@ class Immediate:
         return True
 
     def _look(self) -> None:
-        """Work out anew, after a change of the graph, what holds for all requests."""
+        """After a change of the graph, work out again which requests may use this way."""
         self._changes = self._graph.changes
         self._chains.clear()
         self._places.clear()
@@ -201,7 +202,7 @@ class Immediate:
             return
         self._node = node = root.node
         below = _below(node)
-        # With another writer of the image, the file must be asked each time.
+        # If the image has another writer, the file must be asked each time.
         self._reads = not any(each.config.copy_on_read or each.config.force_share for each in below)
         self._writes = self._reads and bool(root.perm & permissions.WRITE) and backend.write_cache
         self._detects = any(each.config.detect_zeroes != "off" for each in below)
@@ -245,7 +246,7 @@ class Immediate:
             buffer = buffer[count:]
 
     def _fill_below(self, node: Node, offset: int, buffer: Buffer, length: int) -> int:
-        """Fill a prefix from what backs ``node``; returns its length, 0 where that takes more."""
+        """Fill a prefix from the backing chain of ``node``; returns its length, 0 if this way cannot."""
         backing = node.children.get("backing")
         if backing is None:
             zero_fill(buffer)
@@ -275,7 +276,7 @@ class Immediate:
     # --- lending ----------------------------------------------------------------------------------------
 
     def _trace(self, node: Node, offset: int, length: int, parts: list[Lent], pieces: Pieces) -> bool:
-        """Add the parts that a range of ``node`` consists of, or the pieces if those are all of it."""
+        """Add the file parts that a range of ``node`` consists of, or pieces of memory if they cover all of it."""
         driver = node.driver
         if node.serialising or len(parts) >= _MOST_LENT:
             return False
@@ -303,7 +304,7 @@ class Immediate:
             length -= count
 
     def _trace_below(self, node: Node, offset: int, length: int, parts: list[Lent]) -> bool:
-        """Add the parts of what backs ``node``, if that is known already."""
+        """Add the parts of the backing chain of ``node``, if the chain's runs are known already."""
         backing = node.backing
         runs = self._chains.get(backing.node) if backing is not None else None
         end = offset + length
@@ -311,7 +312,7 @@ class Immediate:
             index = runs.find(offset)
             if index < 0 or len(parts) >= _MOST_LENT:
                 return False
-            # What fills a buffer from a file is a method of its driver.
+            # A target that reads from a file is a method of its driver.
             driver = getattr(runs.targets[index], "__self__", None)
             stop = min(runs.ends[index], end)
             if not isinstance(driver, Driver) or not driver.moves_bytes:
@@ -324,8 +325,7 @@ class Immediate:
     # --- places of small reads --------------------------------------------------------------------------
 
     def _outdate(self) -> None:
-        """The mapping has changed: forget all places. Where they come to nothing, wait longer each time before there
-        are new ones."""
+        """Forget all places after a change of the mapping. If they did not pay, wait longer before making new ones."""
         if self._places:
             self._wait = STEADY if self._pay() else min(2 * self._wait + 1, PAUSE)
         self._places.clear()
@@ -333,17 +333,17 @@ class Immediate:
         self._pause = max(self._pause, self._wait)
 
     def _pay(self) -> bool:
-        """Whether there were several reads for each time that places were looked up."""
+        """Whether there were several reads for each lookup of places."""
         return self._backend.accounting.reads - self._since >= 4 * self._looks
 
     def _remember(self, offset: int) -> None:
-        """Keep where the part of the disk around ``offset`` leads, if that is to one place."""
+        """Remember where the 64 KiB of the disk around ``offset`` lead, if they lead to one place."""
         places = self._places
         if not places:
             self._since = self._backend.accounting.reads
             self._looks = 0
         elif len(places) >= MOST_PLACES:
-            # Where most reads found no place, the disk is too large for them.
+            # If most reads found no place, the disk is too large for remembering.
             self._pause = 0 if self._pay() else PAUSE
             places.clear()
             return
@@ -360,7 +360,7 @@ class Immediate:
             return
         self._looks += 1
         places[first] = place
-        # Where the look ended before its extent may have, the last one gets its own: reads there may go on behind it.
+        # If the lookup was cut off at its limit, the last place gets a lookup of its own: its extent may be longer.
         for other in range(first + 1, (start + extent.length >> _PLACE_BITS) - (extent.length == _REACH)):
             position = other << _PLACE_BITS
             if position + _PLACE_SIZE > place[2]:
@@ -370,8 +370,8 @@ class Immediate:
             places[other] = place
 
     def _place(self, extent: Extent, start: int, position: int) -> _Place | None:
-        """Where the disk leads at ``position`` inside an extent that begins at ``start``; None where that takes more
-        than tables in memory."""
+        """Return where the disk leads at ``position`` inside an extent that begins at ``start``; None if tables in
+        memory do not tell."""
         node = self._node
         status, count, child, place, _, _, _ = extent
         end = start + count
@@ -388,7 +388,7 @@ class Immediate:
             return fill_with_zeroes, 0, end, None
         runs = self._chains.get(backing.node)
         if runs is None:
-            return _NOWHERE  # it may change, and become longer
+            return _NOWHERE  # the backing chain may change and grow
         if position >= backing.node.length:
             return fill_with_zeroes, 0, end, None
         index = runs.find(position)
@@ -407,7 +407,7 @@ class Immediate:
                 return False
             node.written += 1
             if offset + length > node.length:
-                # An image grows with the clusters that were allocated behind its end.
+                # An image file grows when clusters beyond its end are written.
                 node.length = offset + length
             return True
         if offset + length > node.length:
@@ -437,7 +437,7 @@ def _lend(driver: Driver, offset: int, length: int, parts: list[Lent]) -> bool:
 
 
 def _below(node: Node) -> list[Node]:
-    """``node`` and everything that it stands on."""
+    """Return ``node`` and all nodes below it."""
     found = {node: None}
     queue = [node]
     while queue:
@@ -449,4 +449,4 @@ def _below(node: Node) -> list[Node]:
 
 
 _NOWHERE: _Place = (fill_with_zeroes, 0, 0, None)
-"""The place of what has none that could be remembered."""
+"""Stands for a place that cannot be remembered: no read fits into it."""

@@ -1,4 +1,4 @@
-"""What an image is: the keys and values of ``qemu-img info --output=json`` (QAPI's ImageInfo)."""
+"""Information about an image: the keys and values of ``qemu-img info --output=json`` (QAPI's ImageInfo)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fusedisk.core.errors import FusediskError, OptionError
 
 
 async def image_information(node: Node) -> dict[str, Any]:
-    """One image, without what lies below it; values are JSON's.
+    """Return the information about one image, without its backing files, as JSON values.
 
-    Raises the driver's errors for what has to be asked of the host.
+    Raises the driver's errors from system calls.
     """
     driver = node.driver
     information: dict[str, Any] = {
@@ -33,7 +33,8 @@ async def image_information(node: Node) -> dict[str, Any]:
 
 
 async def chain_information(node: Node) -> tuple[list[dict[str, Any]], FusediskError | None]:
-    """The image and each of its backing files, from the top down, and why the next one is not open, if there is one."""
+    """Return the information about the image and each of its backing files, from the top down, and the error that kept
+    the next one from being opened, if any."""
     chain = [await image_information(node)]
     while (below := _below_filters(node)).backing is not None:
         node = below.backing.node
@@ -48,7 +49,7 @@ def _below_filters(node: Node) -> Node:
 
 
 def _backing_information(node: Node) -> dict[str, Any]:
-    """What the image's header says about its backing file, whether or not that is there."""
+    """Return the header's data about the backing file, whether or not that file exists."""
     reference = node.driver.backing_reference() if node.driver.supports_backing else None
     if reference is None:
         return {}
@@ -60,5 +61,5 @@ def _backing_information(node: Node) -> dict[str, Any]:
     try:
         information["full-backing-filename"] = resolve_reference(reference.filename, place)
     except OptionError:
-        pass  # a relative name of an image that has no place of its own
+        pass  # a relative name in an image without a directory of its own
     return information

@@ -44,9 +44,9 @@ _COPY_CHUNK = 1 << 20
 
 
 async def read(node: Node, offset: int, buffer: Buffer, flags: int = 0) -> None:
-    """Fill ``buffer`` from ``offset``. Past the node's end there are zeroes.
+    """Fill ``buffer`` from ``offset``. Bytes past the node's end read as zeroes.
 
-    Raises the driver's FusediskError with the place attached.
+    Raises the driver's FusediskError, with node and range attached.
     """
     length = len(buffer)
     if not length:
@@ -89,7 +89,7 @@ def _copy_request(node: Node, offset: int, length: int) -> Request:
 
 
 async def _copy_on_read(node: Node, request: Request, offset: int, buffer: Buffer) -> None:
-    """Read, and keep whole clusters that came from below. Holds the clusters by its serialising request."""
+    """Read, and store whole clusters that came from the backing file. The serialising request holds the clusters."""
     if node.config.read_only or node.backing is None or node.fenced is not None:
         await transfer.read(node, offset, buffer)
         return
@@ -121,9 +121,9 @@ async def _copy_on_read(node: Node, request: Request, offset: int, buffer: Buffe
 async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int = 0) -> None:
     """Write all buffers, one after the other, at ``offset``.
 
-    Nodes whose driver moves bytes grow where the write goes past their end; others raise OutOfRangeError.
-    ``flags`` may hold COMPRESSED, for whole clusters (or up to the disk's end); raises NotSupportedError where the
-    driver does not compress. Raises the driver's FusediskError with the place attached.
+    A write past the end extends nodes whose driver moves bytes; others raise OutOfRangeError. ``flags`` may hold
+    COMPRESSED, for whole clusters (or up to the disk's end); raises NotSupportedError if the driver does not compress.
+    Raises the driver's FusediskError, with node and range attached.
     """
     length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
     if not length:
@@ -163,7 +163,7 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
             await transfer.write(node, offset, buffers, flags)
         _wrote(node, end)
     except FusediskError as exc:
-        node.written += 1  # all of it may be there, and somebody may find that and go on with it
+        node.written += 1  # the data may be written all the same, so a flush must not skip it
         exc.at(node.name, "write", offset, length)
         raise
     finally:
@@ -175,13 +175,13 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
 async def _write_compressed(node: Node, offset: int, buffers: Sequence[Buffer], length: int, flags: int) -> None:
     if not node.driver.compresses:
         raise NotSupportedError(
-            f"'{node.filename}' cannot take compressed writes: {node.driver.name} does not compress."
+            f"'{node.filename}' does not support compressed writes: {node.driver.name} does not compress."
         )
     end, unit = offset + length, node.limits.cluster_size
     if offset % unit or end > node.length or (end % unit and end != node.length):
         raise OutOfRangeError(
-            f"A compressed write of {length} bytes at {offset} was asked of '{node.filename}', expected whole "
-            f"clusters of {unit} bytes, or up to the disk's end at {node.length}."
+            f"A compressed write to '{node.filename}' has {length} bytes at {offset}, expected whole clusters of "
+            f"{unit} bytes, or up to the disk's end at {node.length}."
         )
     request = Request(offset, -(-end // unit) * unit, True, serialising=True)
     request.enter(node)
@@ -227,18 +227,18 @@ async def write_unaligned(node: Node, offset: int, buffers: Sequence[Buffer], le
 
 
 def _check_end(node: Node, end: int, what: str, *, also_files: bool = False) -> None:
-    """Raise OutOfRangeError where ``what`` ends behind the node's end: before a request waits for others, and again
-    after that, since they may have made the node shorter. Files grow, unless ``also_files``."""
+    """Raise OutOfRangeError if ``what`` goes past the node's end. Call it before a request waits for others and again
+    afterwards, since they may have made the node shorter. Files grow, so they pass, unless ``also_files``."""
     if end > node.length and (also_files or not (node.driver.moves_bytes or node.driver.is_filter)):
         raise OutOfRangeError(f"{what} up to {end} goes past the end of '{node.filename}' at {node.length}.")
 
 
 def check_writable(node: Node, flags: int = 0) -> None:
-    """Raise the error of a write to a node that takes none. ``flags``: UNCHANGED, or 0."""
+    """Raise an error if the node does not accept writes. ``flags``: UNCHANGED, or 0."""
     if node.closed:
         raise NoMediumError(f"Node '{node.name}' is closed.")
     if node.fenced is not None:
-        raise CorruptImageError(f"'{node.filename}' takes no writes since corruption was found: {node.fenced}")
+        raise CorruptImageError(f"'{node.filename}' accepts no writes since corruption was found: {node.fenced}")
     if node.config.read_only:
         raise ReadOnlyError(f"'{node.filename}' is open read-only, a write needs it writable.")
     wanted = permissions.WRITE | permissions.WRITE_UNCHANGED if flags & UNCHANGED else permissions.WRITE
@@ -253,12 +253,13 @@ def _wrote(node: Node, end: int) -> None:
 
 
 def _guarding_request(end: int, align: int) -> Request:
-    """For a change of the bytes that are probed: they all count, so nobody else may change any of them meanwhile."""
+    """Return the request for a change of the probed bytes. It covers all of them, so that no other request changes
+    them meanwhile."""
     return Request(0, (max(end, PROBE_SIZE) + align - 1) & -align, True, serialising=True)
 
 
 async def _check_probe(node: Node, offset: int, buffers: Sequence[Buffer]) -> None:
-    """Refuse to let a guessed raw image become, by what a guest writes, an image of another format."""
+    """Refuse a guest's write that would make a guessed raw image look like another format."""
     head = bytearray(PROBE_SIZE)
     await transfer.read(node, 0, memoryview(head))
     written = b"".join(buffers)[: PROBE_SIZE - offset]
@@ -273,7 +274,7 @@ async def _check_probe(node: Node, offset: int, buffers: Sequence[Buffer]) -> No
 
 
 async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> None:
-    """Make a range read as zeroes, compactly where the driver can, by writing where it cannot.
+    """Make a range read as zeroes: compactly if the driver can, otherwise by writing zeroes.
 
     ``flags``: MAY_UNMAP, NO_FALLBACK (raises NotSupportedError rather than write at length), FUA.
     """
@@ -311,7 +312,7 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
 
 
 async def preallocate(node: Node, offset: int, length: int) -> None:
-    """Let a range have its space on the host; it reads as before. A driver that cannot reserve it gets it written."""
+    """Reserve host space for a range, which reads as before. If the driver cannot reserve it, write the range."""
     if not length:
         return
     check_writable(node, UNCHANGED)
@@ -338,7 +339,8 @@ async def preallocate(node: Node, offset: int, length: int) -> None:
 
 
 async def _write_unallocated(node: Node, position: int, stop: int) -> None:
-    """Write what the top layer has no data for, as it reads. The caller holds the range."""
+    """Write the parts of a range that the top layer has no data for, with the bytes that they read as. The caller holds
+    the range."""
     while position < stop:
         length = min(stop - position, _COPY_CHUNK)
         extent = await node.driver.map(position, length)
@@ -351,7 +353,7 @@ async def _write_unallocated(node: Node, position: int, stop: int) -> None:
 
 
 async def discard(node: Node, offset: int, length: int) -> None:
-    """Give a range back, as far as the node's settings and driver can; the rest is left as it is."""
+    """Free a range, as far as the node's settings and driver allow; the rest stays as it is."""
     check_writable(node, 0)
     if not node.config.discard_unmap:
         return
@@ -400,8 +402,8 @@ async def discard(node: Node, offset: int, length: int) -> None:
 async def flush(node: Node) -> None:
     """Put every write answered before this call on stable storage.
 
-    First the driver's caches to the OS, then the children, then the OS's to the disk; ``cache.no-flush`` leaves the
-    last step out.
+    First the driver's caches go to the OS, then the children are flushed, then the OS's cache goes to the disk;
+    ``cache.no-flush`` skips the last step.
     """
     if node.closed:
         raise NoMediumError(f"Node '{node.name}' is closed.")
@@ -429,7 +431,7 @@ async def _flush_to_disk(node: Node) -> None:
     if node.flushed >= written or node.config.cache_no_flush:
         return
     async with node.flush_mutex:
-        # Whoever held the mutex may have flushed our writes as well.
+        # The previous holder of the mutex may have flushed our writes as well.
         written = max(written, node.written)
         if node.flushed < written:
             await node.driver.flush_to_disk()
@@ -440,8 +442,8 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
     """Change the node's virtual length.
 
     New space reads as zeroes, also where a longer backing file has data. ``preallocation``: off, metadata, falloc or
-    full, for the space added. Raises NotSupportedError where the driver cannot, OperationBlockedError where
-    somebody forbids it.
+    full, for the space added. Raises NotSupportedError if the driver cannot resize, OperationBlockedError if resizing
+    is blocked.
     """
     if not 0 <= length < 1 << 63:
         raise OutOfRangeError(f"'{node.filename}' cannot be {length} bytes long, expected 0 to 2^63 - 1.")

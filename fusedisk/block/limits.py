@@ -6,7 +6,7 @@ from __future__ import annotations
 class Limits:
     """Limits of one node, in bytes. Drivers fill them in ``refresh_limits``; the request path obeys.
 
-    Source: the header's ``BlockLimits`` and ``request_alignment``.
+    They are those of QEMU's ``BlockLimits`` (block_int-common.h).
     """
 
     __slots__ = (
@@ -25,15 +25,14 @@ class Limits:
         """Every read and write the driver sees starts and ends on this; the core does the rest by
         read-modify-write. A power of two."""
         self.memory_alignment = 1
-        """Buffers should start on this (O_DIRECT); a driver copes with others at the price of a copy."""
+        """Buffers should start on this (O_DIRECT); for others a driver makes a copy."""
         self.max_transfer = 1 << 30
-        """Most bytes in one read or write."""
+        """The most bytes in one read or write."""
         self.zeroes_alignment = 1
-        """``write_zeroes`` reaches the driver only for whole units of this, the core writes the edges."""
+        """``write_zeroes`` reaches the driver for whole units of this only; the core writes the edges."""
         self.max_write_zeroes = 1 << 40
         self.discard_alignment = 1
         """Discards are narrowed to whole units of this; the edges are dropped."""
         self.max_discard = 1 << 40
         self.cluster_size = 0
-        """The format's unit of allocation; 0 where there is none. Serialising requests and copy-on-read
-        widen to it."""
+        """The format's unit of allocation, 0 if there is none. Serialising requests and copy-on-read widen to it."""

@@ -1,6 +1,6 @@
-"""The map of a disk: its block status from end to end, neighbours that continue each other told as one.
+"""The map of a disk: its block status from end to end, with adjacent ranges merged.
 
-The entries are those of ``qemu-img map`` (QAPI's MapEntry), and so is the rule for what continues what.
+The entries are those of ``qemu-img map`` (QAPI's MapEntry), and so is the rule for merging them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fusedisk.core.alone import checkpoint
 from fusedisk.core.errors import OptionError
 
 _LOOKUPS_AT_ONCE = 64
-"""Lookups after which other tasks get their turn: a map of a fragmented image takes long."""
+"""The number of lookups after which other tasks get their turn: a map of a fragmented image takes long."""
 
 
 class MapEntry(NamedTuple):
@@ -29,24 +29,24 @@ class MapEntry(NamedTuple):
     zero: bool
     """It reads as zeroes."""
     data: bool
-    """There are bytes for it on the host."""
+    """It has bytes on the host."""
     offset: int | None
-    """Where in ``filename`` they lie, if they lie there as they are; None for compressed ones."""
+    """Their offset in ``filename`` if they are stored there verbatim; None for compressed ones."""
     filename: str | None
     compressed: bool
 
 
 async def map_entries(backend: Backend, start: int = 0, length: int | None = None) -> AsyncGenerator[MapEntry, None]:
-    """Entries that cover ``[start, start + length)`` without gaps, up to the disk's end.
+    """Yield entries that cover ``[start, start + length)`` without gaps, up to the disk's end.
 
-    One entry is held at a time, whatever the size of the disk. Raises OptionError for a start past the end, and for a
+    Holds one entry at a time, whatever the size of the disk. Raises OptionError for a start past the end, and for a
     negative length.
     """
     if length is not None and length < 0:
-        raise OptionError(f"the length of the map is {length}, but it must not be negative.")
+        raise OptionError(f"the length of the map is {length}, expected 0 or more.")
     end = backend.length if length is None else min(start + length, backend.length)
     if not 0 <= start <= backend.length:
-        raise OptionError(f"the map was to start at {start}, but the disk ends at {backend.length}.")
+        raise OptionError(f"the start of the map is {start}, expected 0 to the disk's end at {backend.length}.")
     current: MapEntry | None = None
     offset = start
     lookups = 0
@@ -81,7 +81,7 @@ def _entry(start: int, status: BlockStatus) -> MapEntry:
 
 
 def _continues(first: MapEntry, second: MapEntry) -> bool:
-    """Whether ``second``, which follows on the disk, is told together with ``first``."""
+    """Whether ``second``, which follows on the disk, merges with ``first``."""
     if first[2:6] != second[2:6] or first[7:] != second[7:]:
         return False
     if first.offset is None or second.offset is None:

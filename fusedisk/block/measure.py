@@ -1,4 +1,4 @@
-"""How much space an image would take: what measuring tells, and what of a disk a new image must hold."""
+"""How much space an image would take: the result of measuring, and how much of a disk a new image must hold."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ class Measurement(NamedTuple):
     """Sizes of a file, in bytes."""
 
     required: int
-    """What the image takes at first, with the data that it is to hold."""
+    """The size of the new image with its data."""
     fully_allocated: int
-    """What it takes once everything was written."""
+    """The size once every cluster has been written."""
     bitmaps: int | None = None
-    """What persistent bitmaps take on top; None where either side cannot have any."""
+    """The additional size of persistent bitmaps; None if either side cannot have any."""
 
     def information(self) -> dict[str, int]:
-        """The numbers by qemu-img's names (QAPI's BlockMeasureInfo)."""
+        """Return the numbers by qemu-img's names (QAPI's BlockMeasureInfo)."""
         bitmaps = {"bitmaps": self.bitmaps} if self.bitmaps is not None else {}
         return {**bitmaps, "required": self.required, "fully-allocated": self.fully_allocated}
 
 
 def round_up(value: int, unit: int) -> int:
-    """The next multiple of ``unit``."""
+    """Return ``value`` rounded up to a multiple of ``unit``."""
     return -(-value // unit) * unit
 
 
 async def clusters_with_data(backend: Backend, cluster_size: int, progress: Progress = no_progress) -> int:
-    """Bytes in the clusters of this size that have data anywhere in the chain; zeroes count for nothing."""
+    """Return the bytes in clusters of this size that have data anywhere in the chain; zeroes do not count."""
     total = covered = 0
     async for entry in map_entries(backend):
         end = entry.start + entry.length
@@ -48,6 +48,6 @@ async def clusters_with_data(backend: Backend, cluster_size: int, progress: Prog
 
 
 def measure_raw(size: int) -> Measurement:
-    """A raw image of ``size`` bytes: holes take space too, as far as its length goes."""
+    """Measure a raw image of ``size`` bytes; its holes count as length."""
     length = round_up(size, SECTOR)
     return Measurement(length, length)

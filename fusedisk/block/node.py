@@ -32,7 +32,7 @@ class NodeConfig:
 
     read_only: bool = True
     auto_read_only: bool = False
-    """Fall back to read-only where the file cannot be opened for writing."""
+    """Fall back to read-only if the file cannot be opened for writing."""
     force_share: bool = False
     """Take no image locks and accept other writers; read-only nodes only."""
     cache_direct: bool = False
@@ -40,15 +40,15 @@ class NodeConfig:
     cache_no_flush: bool = False
     """Ignore flushes to disk: fast and unsafe."""
     discard_unmap: bool = False
-    """Hand discards on; otherwise they are dropped."""
+    """Pass discards on; otherwise they are dropped."""
     detect_zeroes: str = "off"
-    """off, on (zero writes become write-zeroes) or unmap (and may give the space back)."""
+    """off, on (writes of zeroes become write-zeroes) or unmap (they may also free the space)."""
     copy_on_read: bool = False
     reference: Reference | None = None
-    """What an image says that the node is opened for; None where the user names it. The gate asks for it."""
+    """The reference in an image's header for which the node is opened; None if the user names it. Used by the gate."""
 
     def given(self, fields: Iterable[str]) -> dict[str, Any]:
-        """Some of the settings as QMP's nested options."""
+        """Return these fields as QMP's nested options."""
         options: dict[str, Any] = {}
         for field in fields:
             value = getattr(self, field)
@@ -61,7 +61,7 @@ class NodeConfig:
         return options
 
     def inherited(self, role: Role) -> NodeConfig:
-        """What a child starts from when the options say nothing else."""
+        """Return the default settings for a child of this node."""
         if role is Role.BACKING:
             return dataclasses.replace(
                 self,
@@ -77,8 +77,11 @@ class NodeConfig:
 class Node:
     """One node: a driver, its settings, its edges and its requests in flight.
 
-    Made by :class:`~fusedisk.block.graph.Graph` only. Lives as long as it has a parent edge or is owned by
-    name.
+    Only :class:`~fusedisk.block.graph.Graph` makes nodes. A node lives while it has a parent edge or is ``owned``.
+
+    It has three names. ``exact_filename()`` is a plain file name, None if only options can describe the node.
+    ``options_filename()`` is always a ``json:`` name with all options. ``filename``, for messages, is the first of the
+    two that exists; ``printable_name`` is the shortest one that opens the same thing again.
     """
 
     driver: Driver
@@ -90,7 +93,7 @@ class Node:
         self.children: dict[str, Child] = {}
         self.parents: list[Child] = []
         self.owned = False
-        """Kept by name without any parent (QMP's blockdev-add)."""
+        """Stays open without a parent, under its name (QMP's blockdev-add)."""
         self.inherits_from: Node | None = None
         self.explicit: frozenset[str] = frozenset()
         """Fields of ``config`` that the options set; the others follow ``inherits_from``."""
@@ -101,20 +104,21 @@ class Node:
         self.backing_overridden = False
         """The backing child differs from what the header says."""
         self.missing_backing: FusediskError | None = None
-        """Why the backing file is not open, in a graph that only looks at images."""
+        """Why the backing file is not open, in a ``look_only`` graph."""
         self.length = 0
         self.limits = Limits()
         self.fenced: str | None = None
-        """Why the node takes no more writes, once corruption was met."""
+        """Why the node accepts no more writes; set when corruption is found."""
         self.closed = False
         self.generation = 0
-        """Changes with every change of mapping; what was resolved at another generation is stale."""
+        """Changes with every change of mapping; results from another generation are stale."""
         self.written = 0
-        """Counts completed writes; ``flushed`` is its value at the last flush to disk."""
+        """The number of completed writes; ``flushed`` is its value at the last flush to disk."""
         self.flushed = 0
         self.flush_mutex = Mutex()
         self.tracked: dict[Request, None] = {}
         self.serialising = 0
+        """The number of tracked requests that are serialising; the short ways are closed while there are any."""
         self.before_write: list[BeforeWrite] = []
         self.close_notifiers: list[Callable[[Node], None]] = []
         self.blockers: dict[str, list[str]] = {}
@@ -123,7 +127,7 @@ class Node:
 
     @property
     def backing(self) -> Child | None:
-        """The backing edge, if there is one."""
+        """The backing edge, None without one."""
         return self.children.get("backing")
 
     @property
@@ -139,13 +143,13 @@ class Node:
     ) -> Child:
         """Open and attach a child from inside ``Driver.open``.
 
-        ``implicit`` marks a reference that the image makes itself: it goes through the gate and is resolved
-        relative to the image.
+        ``implicit``: the reference comes from the image itself, so it goes through the gate and is resolved relative
+        to the image.
         """
         return await self.graph.open_child(self, name, role, reference, implicit=implicit)
 
     def backends(self) -> list[Backend]:
-        """All backends through which requests reach this node."""
+        """Return all backends whose requests reach this node."""
         found: dict[Backend, None] = {}
         seen = {self}
         queue = [self]
@@ -162,29 +166,30 @@ class Node:
     # --- state ------------------------------------------------------------------------------------------
 
     def change_mapping(self) -> None:
-        """What was resolved on this node before no longer holds."""
+        """Invalidate everything resolved on this node so far."""
         self.generation += 1
 
     def fence(self, reason: str) -> None:
-        """Take no more writes: ``reason`` is a sentence that says what is corrupt."""
+        """Accept no more writes. ``reason`` is a whole sentence about what is corrupt."""
         if self.fenced is None:
             self.fenced = reason
             log.error("%s: %s No more writes are accepted.", self.filename, reason)
             self.change_mapping()
 
     def block_operation(self, operation: str, reason: str) -> None:
-        """Forbid a named operation such as ``resize`` until ``unblock_operation`` with the same reason."""
+        """Forbid an operation such as ``resize`` until ``unblock_operation`` is called with the same reason, which is a
+        sentence without its full stop."""
         self.blockers.setdefault(operation, []).append(reason)
 
     def unblock_operation(self, operation: str, reason: str) -> None:
-        """Take back one ``block_operation``."""
+        """Undo one ``block_operation``."""
         reasons = self.blockers[operation]
         reasons.remove(reason)
         if not reasons:
             del self.blockers[operation]
 
     def check_operation(self, operation: str) -> None:
-        """Raise OperationBlockedError if somebody forbids ``operation``; the message gives the reason."""
+        """Raise OperationBlockedError, with the reason, if ``operation`` is forbidden."""
         reasons = self.blockers.get(operation)
         if reasons:
             raise OperationBlockedError(f"Node '{self.name}' cannot do {operation} now: {reasons[0]}.")
@@ -192,16 +197,16 @@ class Node:
     # --- names ------------------------------------------------------------------------------------------
 
     def exact_filename(self) -> str | None:
-        """A plain file name that leads to the same bytes, None where only options can say it."""
+        """Return a plain file name that leads to the same bytes, None if only options can describe the node."""
         return self.driver.exact_filename()
 
     @property
     def filename(self) -> str:
-        """For messages: the plain name, else ``json:`` options."""
+        """The name for messages: the plain name, else ``json:`` options."""
         return self.exact_filename() or self.options_filename()
 
     def full_options(self) -> dict[str, Any]:
-        """Nested options that open this node again, children included."""
+        """Return nested options that open this node again, children included."""
         options: dict[str, Any] = {"driver": self.driver.name, **self.driver.options.given()}
         options |= self.config.given(sorted(self.explicit))
         if not self.name.startswith("#"):
@@ -215,12 +220,12 @@ class Node:
         return options
 
     def options_filename(self) -> str:
-        """``json:{...}``: :meth:`full_options` as a file name."""
+        """Return :meth:`full_options` as a file name, ``json:{...}``."""
         return "json:" + json.dumps(_without_names(self.full_options()))
 
     @property
     def printable_name(self) -> str:
-        """A name that opens the same thing: plain where probing leads to the same driver, ``json:`` otherwise."""
+        """A name that opens the same thing: plain if probing finds the same driver, ``json:`` otherwise."""
         exact = self.exact_filename()
         options = self.full_options()
         if exact is None or options.keys() - {"driver", "file", "filename", "node-name"}:
@@ -234,7 +239,7 @@ class Node:
 
 
 def _without_names(options: dict[str, Any]) -> dict[str, Any]:
-    """Node names are unique in a graph, so a name to open again must not carry them."""
+    """Remove node names: they are unique in a graph, so they would stop the same options from opening again."""
     return {
         key: _without_names(value) if isinstance(value, dict) else value
         for key, value in options.items()

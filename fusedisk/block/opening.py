@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class Opener:
-    """Opens nodes into a graph. Whatever fails, nothing of it stays open."""
+    """Opens nodes into a graph. After a failure nothing stays open."""
 
     def __init__(self, graph: Graph, group: object | None = None) -> None:
         self.graph = graph
         self.group = group
-        """Of the edges to nodes that options refer to by name."""
+        """The group of the edges to nodes that options refer to by name."""
         self.drivers = graph.drivers
 
     async def open(self, spec: str | Mapping[str, Any], config: NodeConfig, format: str | None) -> Node:
-        """See :meth:`Graph.open_node`."""
+        """Open the node that ``spec`` and ``format`` describe, with all below it; see :meth:`Graph.open_node`."""
         options: dict[str, Any]
         if format is not None:
             self.drivers.load_format(format)
@@ -61,11 +61,13 @@ class Opener:
                 self.graph.gate.allow(value)
 
     async def _open_chain(self, options: dict[str, Any], config: NodeConfig, inherits: Node | None) -> Node:
-        """Open a node, then its backing files one after the other: chains may be long, so no recursion."""
+        """Open a node, then its backing files in a loop: a chain may be too long for recursion."""
         top, backing = await self.open_one(options, config, inherits)
         node, seen = top, dict[Identity | None, Node]()
         try:
+            # One step down the chain each time, until an image has no backing file.
             while (below := await self._backing_options(node, backing)) is not None:
+                # Before the file is opened: the image above holds its lock, which would fail first.
                 seen = seen or _images_above(top)
                 found = _refuse_loop(_named_file(below[0]), seen)
                 overlay = node
@@ -73,18 +75,20 @@ class Opener:
                 seen[found] = node
                 await overlay.driver.backing_opened()
         except BaseException as exc:
+            # The images so far are all that a look at the headers needs.
             if self.graph.look_only and isinstance(exc, FusediskError):
                 node.missing_backing = exc
                 return top
+            # Otherwise close them: every node of the chain hangs on the top one.
             await self.graph.abandon(top, exc)
             raise
         return top
 
     async def _backing_options(self, node: Node, given: Any) -> tuple[Any, Reference | None] | None:
-        """Options of the backing child to open for ``node``, and the reference that they come from if that is the
-        image's own; None where it has no backing child.
+        """Return the options of the backing child to open for ``node``, and the reference if they come from the image.
+        None: there is no backing child to open.
 
-        ``given`` is what the options of ``node`` say, ... where they say nothing.
+        ``given`` is the user's ``backing`` option of ``node``: None, a node name or options; ``...`` if it is not set.
         """
         if not node.driver.supports_backing or node.backing is not None:
             return None
@@ -105,7 +109,7 @@ class Opener:
         return options, origin
 
     async def _follow(self, node: Node, text: str) -> tuple[dict[str, Any], Reference]:
-        """Options for what the image ``node`` refers to as ``text``, and what the gate needs to know."""
+        """Return options for the file that the image ``node`` refers to as ``text``, and the reference for the gate."""
         place = self._place(node)
 
         def look() -> tuple[dict[str, Any], Reference]:
@@ -130,10 +134,10 @@ class Opener:
         return below, deeper
 
     async def _open_guarded(self, node: Node, given: dict[str, Any], config: NodeConfig) -> tuple[Node, Any]:
-        """Open a backing file; failures name the image that wants it."""
+        """Open a backing file; errors name the image that refers to it."""
         try:
             return await self.open_one(given, config, node)
-        except GateError:  # it names the image
+        except GateError:  # names the image already
             raise
         except FusediskError as exc:
             if isinstance(exc, OptionError) and not node.backing_overridden:  # the image says so, not the user
@@ -142,14 +146,14 @@ class Opener:
             raise
 
     def _existing(self, name: str, config: NodeConfig) -> Node:
-        """The open node that options of a node with ``config`` refer to by name."""
+        """Return the open node ``name``, to which the options of a node with ``config`` refer."""
         if config.reference is not None:
             config.reference.check_node(name)
         return self.graph.node(name)
 
     @staticmethod
     def _place(node: Node) -> str | None:
-        """The local file whose directory relative references of ``node`` start from."""
+        """Return the local file whose directory is the base for relative references of ``node``."""
         storage = node.children.get("file")
         return storage.node.exact_filename() if storage else node.exact_filename()
 
@@ -178,15 +182,15 @@ class Opener:
         return edge
 
     def _protocol_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Give storage options without a driver the protocol that their file name asks for."""
+        """Add the protocol driver that the file name asks for to storage options without a driver."""
         filename = options.get("filename")
         if not isinstance(filename, str):
             raise OptionError("options of a 'file' child need a 'driver' or a 'filename'.")
         return parse_filename(filename, self.drivers) | {k: v for k, v in options.items() if k != "filename"}
 
     async def open_one(self, options: dict[str, Any], config: NodeConfig, inherits: Node | None) -> tuple[Node, Any]:
-        """Open one node with its file-like children, not its backing file. Returns it and the user's ``backing``
-        option, ... where there is none."""
+        """Open one node with all its children but the backing file. Returns it and the user's ``backing`` option,
+        ``...`` if it is not set."""
         options = dict(options)
         config, explicit = common_options(options, config)
         name = _string(options, "node-name")
@@ -231,7 +235,7 @@ class Opener:
         name: str | None,
         backing: Any,
     ) -> tuple[Node, Any]:
-        """Open the storage, look at its bytes, and open the format that they show over it."""
+        """Open the storage, detect the format from its bytes, and open that over it."""
         given = _child(options, "file")
         if given is None:
             raise OptionError("an image needs the option 'driver', 'file' or 'filename'.")
@@ -273,7 +277,7 @@ def _backing_trouble(node: Node, exc: FusediskError) -> str:
 
 
 def _images_above(node: Node | None) -> dict[Identity | None, Node]:
-    """By the identity of its file, ``node`` and each image for whose sake it is being opened."""
+    """Return ``node`` and each image above for which it is being opened, by the identity of its file."""
     found: dict[Identity | None, Node] = {}
     while node is not None:
         found[_file_identity(node.exact_filename())] = node
@@ -282,20 +286,18 @@ def _images_above(node: Node | None) -> dict[Identity | None, Node]:
 
 
 def _refuse_loop(name: str | None, seen: dict[Identity | None, Node]) -> Identity | None:
-    """What tells the file of that name from others. Raises ImageError where it is that of an image above.
+    """Return the identity of the file. Raises ImageError if it is the file of an image above.
 
-    Before it is opened, as the image above has it locked.
+    Call it before the file is opened, since the image above holds its lock.
     """
     found = _file_identity(name)
     if found is not None and found in seen:
-        raise ImageError(
-            f"the backing chain of '{seen[found].filename}' comes back to '{name}', a chain must end somewhere."
-        )
+        raise ImageError(f"the backing chain of '{seen[found].filename}' is circular: it comes back to '{name}'.")
     return found
 
 
 def _named_file(options: Any) -> str | None:
-    """The local file that options for an image name, None where they name none."""
+    """Return the local file that options for an image name, None if they name none."""
     while isinstance(options, Mapping):
         if isinstance(filename := options.get("filename"), str):
             return filename
@@ -304,7 +306,7 @@ def _named_file(options: Any) -> str | None:
 
 
 def _file_identity(filename: str | None) -> Identity | None:
-    """What tells that two names lead to the same file."""
+    """Return device and inode number, which are equal if two names lead to the same file."""
     if filename is None:
         return None
     try:
@@ -314,7 +316,7 @@ def _file_identity(filename: str | None) -> Identity | None:
 
 
 def _harmless(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that an image gives in a reference: it may neither take names nor say what is opened for writing."""
+    """Return the options of an image's reference without those reserved to the user: node names and write access."""
     return {
         key: _harmless(value) if isinstance(value, dict) else value
         for key, value in options.items()
@@ -323,7 +325,7 @@ def _harmless(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _string(options: dict[str, Any], name: str) -> str | None:
-    """Take a string out of ``options``; None where it is not there."""
+    """Remove a string from ``options`` and return it; None if it is missing."""
     value = options.pop(name, None)
     if value is not None and not isinstance(value, str):
         raise OptionError(f"option '{name}' is a {type(value).__name__}, expected a string.")
@@ -333,7 +335,7 @@ def _string(options: dict[str, Any], name: str) -> str | None:
 
 
 def _child(options: dict[str, Any], name: str) -> str | dict[str, Any] | None:
-    """Take what describes a child out of ``options``; None where it is not there."""
+    """Remove the description of a child from ``options`` and return it; None if it is missing."""
     value = options.pop(name, None)
     if value is not None and not isinstance(value, (str, dict)):
         raise OptionError(f"option '{name}' is a {type(value).__name__}, expected the name of a node or its options.")
@@ -341,8 +343,8 @@ def _child(options: dict[str, Any], name: str) -> str | dict[str, Any] | None:
 
 
 def common_options(options: dict[str, Any], defaults: NodeConfig) -> tuple[NodeConfig, frozenset[str]]:
-    """Take the options that every node has out of ``options``. Returns the settings, and the names of the fields of
-    NodeConfig that the options set. Raises OptionError."""
+    """Remove the options that every node has from ``options``. Returns the settings, and the fields of NodeConfig that
+    the options set. Raises OptionError."""
     found: dict[str, Any] = {}
     for key in ("read-only", "auto-read-only", "force-share", "copy-on-read"):
         if key in options:

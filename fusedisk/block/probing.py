@@ -1,4 +1,4 @@
-"""Finding out an image's format by its bytes, where nobody says it."""
+"""Detecting an image's format from its bytes, if it is not given."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fusedisk.core.errors import UnsupportedFeatureError
 log = logging.getLogger(__name__)
 
 RAW = "raw"
-"""The format of what no other driver knows."""
+"""The format of an image that no other driver recognises."""
 
 
 async def probe(drivers: Registry, storage: Node, above: Node | None = None) -> type[Driver]:
-    """Return the driver for the image in ``storage``, which is opened for the sake of ``above`` if that is given.
+    """Return the driver for the image in ``storage``, which is opened as a child of ``above`` if that is given.
 
-    Reads the first bytes, and the last ones where the first show nothing. Raises UnsupportedFeatureError, which names
-    the format and the way out, for an image that is known not to be raw.
+    Reads the first bytes, and the last ones if the first show nothing. Raises UnsupportedFeatureError, which names the
+    format and a way out, for an image that is known not to be raw.
     """
     head = await _read(storage, 0, io.PROBE_SIZE)
     name = drivers.probe(head, storage.filename)
@@ -44,9 +44,9 @@ async def _read(storage: Node, offset: int, length: int) -> bytes:
 
 
 def tell_guess(storage: Node, above: Node | None = None) -> None:
-    """Say once that ``storage`` was only guessed to be raw.
+    """Warn once that ``storage`` was only guessed to be raw.
 
-    Not of block devices, nor of what is no file at all: they hold a disk as a rule, so the guess surprises nobody.
+    Block devices and nodes without a file get no warning: they usually hold a disk, so the guess is no surprise.
     """
     if os.path.isfile(storage.filename):
         role = f", the backing file of '{above.filename}'," if _names_backing(above) else ""
@@ -56,12 +56,12 @@ def tell_guess(storage: Node, above: Node | None = None) -> None:
 
 
 def _names_backing(above: Node | None) -> TypeGuard[Node]:
-    """Whether the header of ``above`` is what leads to the image, as its backing file."""
+    """Whether the header of ``above`` names the image as its backing file."""
     return above is not None and above.driver.supports_backing and not above.backing_overridden
 
 
 def _as_raw(above: Node | None) -> str:
-    """How to say that an image is raw."""
+    """Return the advice how to declare an image raw."""
     if above is None:
         return "say --format raw"
     if _names_backing(above):

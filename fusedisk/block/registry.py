@@ -1,4 +1,4 @@
-"""Finding drivers: by name, by protocol prefix, by probing. The table itself is the drivers package's."""
+"""Finding drivers by name, by protocol prefix and by probing. The table itself is in the drivers package."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Registry:
 
     @property
     def names(self) -> list[str]:
-        """All drivers, in the table's order."""
+        """The names of all drivers, in the table's order."""
         return list(self._table)
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Those that are image formats."""
+        """The names of the image formats."""
         return self._probed
 
     def load(self, name: str) -> type[Driver]:
-        """The driver class. Raises OptionError for an unknown name."""
+        """Return the driver class. Raises OptionError for an unknown name."""
         driver = self._loaded.get(name)
         if driver is None:
             place = self._table.get(name)
@@ -44,17 +44,17 @@ class Registry:
         return driver
 
     def load_format(self, name: str) -> type[Driver]:
-        """The driver class of an image format that the user names. Raises OptionError for anything else."""
+        """Return the driver class of an image format. Raises OptionError for any other name."""
         if name not in self._table or (driver := self.load(name)).is_protocol or driver.is_filter:
             raise OptionError(f"there is no image format '{name}', known are {', '.join(self.formats)}.")
         return driver
 
     def by_prefix(self, prefix: str) -> type[Driver] | None:
-        """The driver for ``prefix:…`` file names."""
+        """Return the driver for ``prefix:…`` file names."""
         name = self.prefixes.get(prefix)
         return self.load(name) if name else None
 
     def probe(self, head: bytes, filename: str) -> str:
-        """The format whose driver scores highest for an image that starts with ``head``; the first wins a tie."""
+        """Return the format with the highest score for an image that starts with ``head``; the first wins a tie."""
         scores = {name: self.load(name).probe(head, filename) for name in self._probed}
         return max(scores, key=lambda name: scores[name])

@@ -1,4 +1,4 @@
-"""Giving the disk of an image that nobody uses another size."""
+"""Resizing the disk of an image that is not in use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ async def resize_image(
     """Open the image that ``spec`` and ``format`` name (as :meth:`Graph.open_backend` takes them) and resize its disk.
 
     ``size`` is in bytes, or text such as ``10G``, ``+1G`` or ``-512M``, rounded up to whole sectors; ``shrink`` allows
-    to lose what lies behind it. ``working`` gets both sizes, and is entered while the disk is resized. Returns both.
+    to lose the data behind it. ``working`` is called with the old and the new size and entered while the disk is
+    resized. Returns both sizes.
 
     Raises WouldLoseDataError, OptionError, and what opening and :meth:`Backend.truncate` raise.
     """
@@ -60,7 +61,7 @@ async def resize_image(
 
 
 def new_size(size: int | str, old: int) -> int:
-    """The size in whole sectors that ``size`` means for a disk of ``old`` bytes. Raises OptionError."""
+    """Return the size in whole sectors that ``size`` means for a disk of ``old`` bytes. Raises OptionError."""
     text = str(size)
     if not text.startswith(("+", "-")) or isinstance(size, int):
         return whole_sectors(parse_size(size))

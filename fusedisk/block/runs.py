@@ -1,6 +1,6 @@
-"""A sorted map from disjoint runs of a disk to whatever fills each of them.
+"""A sorted map from disjoint runs of a disk to the target that fills each of them.
 
-For mappings that do not change: a run never contradicts one that is there, so adding only fills gaps.
+For mappings that do not change: a new run never contradicts an existing one, so adding only fills gaps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _Target = TypeVar("_Target")
 
 
 class RunMap(Generic[_Target]):
-    """Runs ``[start, end)`` in bytes, each with a target and how much its places are more than the disk's offsets."""
+    """Runs ``[start, end)`` in bytes, each with a target and a delta: target offset minus disk offset."""
 
     __slots__ = ("_limit", "deltas", "ends", "starts", "targets")
 
     def __init__(self, limit: int) -> None:
-        """``limit``: how many runs are kept; one more, and all are forgotten."""
+        """``limit``: the most runs that are kept; adding one more forgets all of them."""
         self._limit = limit
         self.starts: list[int] = []
         self.ends: list[int] = []
@@ -29,12 +29,12 @@ class RunMap(Generic[_Target]):
         return len(self.starts)
 
     def find(self, offset: int) -> int:
-        """The index of the run that holds ``offset``; -1 where none does."""
+        """Return the index of the run that holds ``offset``, -1 if there is none."""
         index = bisect_right(self.starts, offset) - 1
         return index if index >= 0 and offset < self.ends[index] else -1
 
     def add(self, start: int, end: int, target: _Target, delta: int) -> None:
-        """Let what is not known yet of ``[start, end)`` lead to ``target`` at its offset plus ``delta``."""
+        """Map the unknown parts of ``[start, end)`` to ``target``, at the disk's offset plus ``delta``."""
         if len(self.starts) >= self._limit:
             self.clear()
         index = bisect_right(self.starts, start)
@@ -51,8 +51,8 @@ class RunMap(Generic[_Target]):
             index += 1
 
     def add_all(self, runs: Sequence[tuple[int, int, _Target, int]]) -> None:
-        """The same for several, in the order of their starts and none over another. Where nothing is known among them,
-        each list is moved once and not for each run."""
+        """Add several runs, sorted by start and without overlap. If they fall into one gap, each list is moved once,
+        not for each run."""
         joined: list[tuple[int, int, _Target, int]] = []
         for run in runs:
             start, end, target, delta = run
@@ -63,7 +63,7 @@ class RunMap(Generic[_Target]):
             second, last = joined[1], joined[-1]
             index = bisect_right(self.starts, joined[0][0])
             if index == bisect_right(self.starts, last[1] - 1) and (not index or self.ends[index - 1] <= second[0]):
-                # The first and the last one may continue what is there.
+                # The first and the last run may continue existing ones.
                 self.add(*joined[0])
                 index = bisect_right(self.starts, second[0])
                 starts, ends, targets, deltas = zip(*joined[1:-1], strict=True)
@@ -76,8 +76,8 @@ class RunMap(Generic[_Target]):
             self.add(*run)
 
     def _insert(self, index: int, start: int, end: int, target: _Target, delta: int) -> int:
-        """Put a run into the gap before ``index``, as a part of its neighbours where it continues them; returns the
-        index of what was behind the gap."""
+        """Insert a run into the gap before ``index``, or extend the neighbours that it continues. Returns the index of
+        the run behind the gap."""
         before, behind = index - 1, index
         joins_before = before >= 0 and self.ends[before] == start and self._leads(before, target, delta)
         joins_behind = behind < len(self.starts) and self.starts[behind] == end and self._leads(behind, target, delta)

@@ -1,8 +1,8 @@
-"""Internal snapshots of a node: what there is to say about one, and the door for making, applying and deleting them.
+"""Internal snapshots of a node: their data, and the door for making, applying and deleting them.
 
-A snapshot stands between requests: what was answered before is in it, what comes later is not. So these operations wait
-for every request in flight on the node, and hold back all that come after them. Plain reads go on meanwhile, as they
-find the same before and after; only while a snapshot is applied they wait for the moment when the disk changes.
+A snapshot lies between requests: it holds every write answered before, and none that comes later. So these operations
+wait for every request in flight on the node, and hold back all later ones. Plain reads go on meanwhile, since they
+find the same bytes before and after; only for the moment when an applied snapshot changes the disk they wait.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ class SnapshotInfo(NamedTuple):
     """One internal snapshot."""
 
     id: str
-    """Unique in the image. In ids and names, what is no UTF-8 stands as surrogates, as in file names."""
+    """Unique in the image. Bytes of ids and names that are not UTF-8 become surrogates, as in file names."""
     name: str
     """Need not be unique."""
     date: int
     """When it was made: nanoseconds since 1970 (UTC)."""
     vm_clock: int = 0
-    """Nanoseconds that the guest had run."""
+    """Nanoseconds for which the guest had run."""
     vm_state_size: int = 0
-    """Bytes; 0 where it holds the disk only."""
+    """Bytes; 0 if it holds the disk only."""
     disk_size: int = 0
     """Bytes."""
     icount: int | None = None
-    """Instructions that the guest had executed, where somebody counted."""
+    """Instructions that the guest had executed, if they were counted."""
 
     def information(self) -> dict[str, Any]:
-        """As ``qemu-img info --output=json`` prints it."""
+        """Return the keys and values that ``qemu-img info --output=json`` prints."""
         information = {
             "vm-clock-nsec": self.vm_clock % 10**9,
             "name": _as_text(self.name),
@@ -59,12 +59,12 @@ class SnapshotInfo(NamedTuple):
 
 
 def _as_text(name: str) -> str:
-    """A name that may hold any bytes, as a text that any program can read."""
+    """Return a name, which may hold any bytes, as valid text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def find_snapshot(snapshots: Sequence[SnapshotInfo], id_or_name: str, filename: str) -> SnapshotInfo:
-    """The first snapshot of that id, else the first of that name. Raises SnapshotNotFoundError."""
+    """Return the first snapshot with that id, else the first with that name. Raises SnapshotNotFoundError."""
     by_id = (found for found in snapshots if found.id == id_or_name)
     by_name = (found for found in snapshots if found.name == id_or_name)
     found = next(by_id, None) or next(by_name, None)
@@ -76,7 +76,7 @@ def find_snapshot(snapshots: Sequence[SnapshotInfo], id_or_name: str, filename: 
 def find_snapshot_by(
     snapshots: Sequence[SnapshotInfo], filename: str, *, id: str | None = None, name: str | None = None
 ) -> SnapshotInfo:
-    """The first snapshot of that id and that name, as far as they are given. Raises SnapshotNotFoundError."""
+    """Return the first snapshot with that id and that name, whichever are given. Raises SnapshotNotFoundError."""
     for found in snapshots:
         if id in (None, found.id) and name in (None, found.name) and (id, name) != (None, None):
             return found
@@ -85,37 +85,37 @@ def find_snapshot_by(
 
 
 def no_progress(done: int, total: int) -> None:
-    """For those who do not want to know."""
+    """Ignore progress."""
 
 
 def snapshot_node(node: Node) -> Node:
-    """The node that keeps the snapshots of the disk: ``node``, or what the filters over it stand on."""
+    """Return the node that holds the disk's snapshots: ``node``, or the first node below its filters."""
     while node.driver.is_filter:
         node = node.children["file"].node
     return node
 
 
 def _filters_over(node: Node) -> Iterator[Node]:
-    """The filters from ``node`` down to the one that stands on its :func:`snapshot_node`."""
+    """Yield the filters from ``node`` down to its :func:`snapshot_node`."""
     while node.driver.is_filter:
         yield node
         node = node.children["file"].node
 
 
 def list_snapshots(node: Node) -> list[SnapshotInfo]:
-    """The snapshots in the order of the image's table."""
+    """Return the snapshots in the order of the image's table."""
     return snapshot_node(node).driver.list_snapshots()
 
 
 async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
-    """Keep what the disk holds now, see :meth:`fusedisk.block.driver.Driver.create_snapshot`."""
+    """Make a snapshot of the disk as it is now, see :meth:`fusedisk.block.driver.Driver.create_snapshot`."""
     node = snapshot_node(node)
     async with alone(node, "snapshot", lets_reads=True):
         return await node.driver.create_snapshot(snapshot, progress)
 
 
 async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
-    """Let the disk hold what it held when the snapshot was made, its length included."""
+    """Restore the disk's content and length from a snapshot."""
     filters = list(_filters_over(node))
     node = snapshot_node(node)
     old = node.length
@@ -135,7 +135,7 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
 
 @asynccontextmanager
 async def _no_reads(node: Node, request: Request) -> AsyncIterator[None]:
-    """Nobody reads, so that the disk may change, its length included."""
+    """Hold back reads while the disk and its length change."""
     await request.wait_for_reads(node)
     try:
         yield
@@ -146,14 +146,14 @@ async def _no_reads(node: Node, request: Request) -> AsyncIterator[None]:
 
 
 async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
-    """Forget a snapshot, and give back the space that it alone had used."""
+    """Delete a snapshot and free the space that only it used."""
     node = snapshot_node(node)
     async with alone(node, "snapshot", lets_reads=True):
         await node.driver.delete_snapshot(id, progress)
 
 
 async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
-    """Write to the state of a virtual machine that the next snapshot shall hold."""
+    """Write to the VM state that goes into the next snapshot."""
     check_vmstate_range(offset, len(data))
     node = snapshot_node(node)
     async with alone(node, "save-vmstate"):
@@ -161,7 +161,7 @@ async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
 
 
 async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
-    """Read from the state of the virtual machine that belongs to what the disk holds; zeroes where there is none."""
+    """Read from the VM state that belongs to the disk's content; zeroes if there is none."""
     check_vmstate_range(offset, len(buffer))
     node = snapshot_node(node)
     request = Request(0, 1 << 63, False)
@@ -177,15 +177,15 @@ async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
 
 
 def check_vmstate_range(offset: int, length: int) -> None:
-    """Raise OutOfRangeError for what no VM state can have."""
+    """Raise OutOfRangeError for a range that no VM state can have."""
     if offset < 0 or length < 0 or offset + length > _MAX_VMSTATE:
-        raise OutOfRangeError(f"VM state has no {length} bytes at {offset}: expected 0 to 2^56.")
+        raise OutOfRangeError(f"VM state cannot have {length} bytes at {offset}: expected 0 to 2^56.")
 
 
 @asynccontextmanager
 async def alone(node: Node, operation: str, *, lets_reads: bool = False) -> AsyncIterator[Request]:
-    """No other request is in flight on the node, which must be writable, but for plain reads that begin later where
-    ``lets_reads``; shielded from cancellation."""
+    """Run the block with no other request in flight on the node, shielded from cancellation. ``lets_reads`` lets plain
+    reads begin meanwhile. Raises an error if the node is not writable."""
     io.check_writable(node)
     node.check_operation(operation)
     request = Request(0, 1 << 63, True, serialising=True)
@@ -201,6 +201,6 @@ async def alone(node: Node, operation: str, *, lets_reads: bool = False) -> Asyn
         exc.at(node.name, operation)
         raise
     finally:
-        # What failed half-way may have changed it too.
+        # A failure half-way may have changed the mapping too.
         node.change_mapping()
         request.leave(node)

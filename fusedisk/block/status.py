@@ -1,4 +1,4 @@
-"""Block status: where a range's data lies, along a chain, as ``qemu-img map`` tells it."""
+"""Block status: where a range's data lies, along a chain, as ``qemu-img map`` reports it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fusedisk.block.transfer import check_extent
 
 @asynccontextmanager
 async def tracked(node: Node, offset: int, length: int) -> AsyncIterator[None]:
-    """Be seen as a read of the range, so that who changes a whole image, as applying a snapshot and resizing do, comes
-    before or after. On the image and all filters above it: those who change it enter at the image."""
+    """Count as a read of the range, so that operations that change a whole image, such as applying a snapshot or
+    resizing, run before or after. Tracked on all filters and the image below them: those operations enter at the
+    image."""
     requests: dict[Request, Node] = {}
     try:
         while True:
@@ -32,7 +33,7 @@ async def tracked(node: Node, offset: int, length: int) -> AsyncIterator[None]:
 
 
 async def chain_status(node: Node, offset: int, length: int, base: Node | None = None) -> BlockStatus:
-    """Status of a prefix of ``[offset, offset + length)``, read through the backing chain down to ``base`` (exclusive).
+    """Return the status of a prefix of ``[offset, offset + length)``, through the chain down to ``base`` (exclusive).
 
     The prefix has one status throughout, but need not be the longest such. An empty range has an empty answer.
     """
@@ -49,7 +50,7 @@ async def chain_status(node: Node, offset: int, length: int, base: Node | None =
             return await _layer_status(layer, extent, offset, depth)
         below = _next_layer(layer)
         if below is None or below is base or offset >= below.length:
-            # The zeroes behind a shorter backing file belong to the overlay that reaches past it.
+            # The zeroes behind a shorter backing file belong to the overlay that goes past its end.
             allocated = below is None and not layer.driver.supports_backing
             reserved = (extent.offset, extent.child.node.filename) if extent.child is not None else (None, None)
             return BlockStatus(length, False, True, allocated, depth, *reserved)
@@ -64,7 +65,7 @@ def _next_layer(node: Node) -> Node | None:
 
 
 async def _layer_status(layer: Node, extent: Extent, offset: int, depth: int) -> BlockStatus:
-    """What an allocated extent says, with the holes of the file below it where that is known."""
+    """Return the status of an allocated extent, with the holes of the file below it if they are known."""
     length = extent.length
     if extent.status == SPECIAL:
         return BlockStatus(length, True, False, True, depth, compressed=extent.compressed)
@@ -89,7 +90,7 @@ async def _layer_status(layer: Node, extent: Extent, offset: int, depth: int) ->
 
 
 async def is_allocated_above(top: Node, base: Node | None, offset: int, length: int) -> tuple[bool, int]:
-    """Whether a layer from ``top`` down to ``base`` (exclusive) holds a prefix of the range, and how long that is.
+    """Whether a layer from ``top`` down to ``base`` (exclusive) holds a prefix of the range, and the prefix's length.
 
     ``[offset, offset + length)`` starts before the end of ``top`` and is not empty.
     """
@@ -97,7 +98,7 @@ async def is_allocated_above(top: Node, base: Node | None, offset: int, length: 
     length = min(length, top.length - offset)
     while layer is not None and layer is not base:
         if offset >= layer.length:
-            # A shorter layer hides what lies below it: these zeroes are its own.
+            # Behind its end a shorter layer hides all layers below: these zeroes are its own.
             return True, length
         extent = await layer.driver.map(offset, min(length, layer.length - offset))
         check_extent(layer, extent, length)

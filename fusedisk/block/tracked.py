@@ -1,10 +1,10 @@
-"""Requests in flight on a node, and who waits for whom.
+"""Requests in flight on a node, and which of them wait for which.
 
 A request is entered when it arrives and leaves when it is answered. Two overlapping requests conflict if at
 least one of them is *serialising* (read-modify-write, write-zeroes, discard, compressed write, copy-on-read,
 resize): the one that came later waits for the earlier. Waiting only ever looks back, so there is no deadlock.
 
-A long serialising request that does not change what is read until its end (a snapshot) lets plain reads pass.
+A long serialising request that changes nothing for readers until its end (a snapshot) lets plain reads pass.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Request:
         self.write = write
         self.serialising = serialising
         self.lets_reads = False
-        """Serialising, but not against plain reads."""
+        """Serialising, except against plain reads."""
         self.waiting = False
-        """It waits for another one."""
+        """Waits for another request now."""
         self._done: trio.Event | None = None
 
     def enter(self, node: Node) -> None:
-        """Be seen by every later request."""
+        """Become visible to every later request."""
         node.tracked[self] = None
         if self.serialising:
             node.serialising += 1
 
     def leave(self, node: Node) -> None:
-        """Forget the request and wake who waited for it. Synchronous."""
+        """Forget the request and wake the requests that waited for it. Synchronous."""
         del node.tracked[self]
         if self.serialising:
             node.serialising -= 1
@@ -64,13 +64,13 @@ class Request:
                 self.waiting = False
 
     async def wait_for_reads(self, node: Node) -> None:
-        """Let no more reads pass, and wait for those that did. Everything else waits for this request already."""
+        """Stop letting reads pass, and wait for those that did. All other requests wait for this one already."""
         self.lets_reads = False
         while (other := self._passing_read(node)) is not None:
             await other._ended()
 
     def let_reads_pass(self) -> None:
-        """Let plain reads pass, also those that wait. Synchronous."""
+        """Let plain reads pass, including those that already wait. Synchronous."""
         self.lets_reads = True
         self._wake()
 

@@ -25,13 +25,13 @@ class DriverBug(RuntimeError):
 
 
 def check_extent(node: Node, extent: Extent | WriteExtent, length: int) -> None:
-    """Assert what a driver answered for a range of ``length`` bytes."""
+    """Raise DriverBug unless a driver's answer fits a range of ``length`` bytes."""
     if not 0 < extent.length <= length:
         raise DriverBug(f"{node.driver.name} answered {extent.length} of {length} bytes on '{node.name}'")
 
 
 async def read(node: Node, offset: int, buffer: Buffer) -> None:
-    """Fill ``buffer``; what lies past the node's end reads as zeroes."""
+    """Fill ``buffer``; bytes past the node's end read as zeroes."""
     driver = node.driver
     if driver.moves_bytes:
         limit = node.limits.max_transfer
@@ -74,7 +74,7 @@ async def _read_extent(node: Node, offset: int, buffer: Buffer) -> int:
         layer = backing.node
         length = min(count, layer.length - offset)
         if layer.driver.moves_bytes or layer.config.copy_on_read or not layer.config.read_only:
-            # Requests of others may free or change what this layer maps: be seen by them.
+            # Other requests may free or change this layer's data, so the read must be tracked on it.
             await io.read(layer, offset, buffer[:length])
             return length
 
@@ -100,7 +100,7 @@ async def _write_bytes(node: Node, offset: int, buffers: Sequence[Buffer], flags
         await node.driver.pwritev(offset, buffers, flags)
         return
     if len(buffers) > 1 and node.limits.request_alignment > 1:
-        # Aligned together, not one by one.
+        # Only their sum is aligned, not each buffer.
         buffers = (memoryview(b"".join(buffers)),)
     for buffer in buffers:
         for start in range(0, len(buffer), limit):
@@ -144,7 +144,7 @@ async def _write_extent(node: Node, offset: int, buffer: Buffer, flags: int) -> 
             driver.abandon(allocation)
         raise
     if allocation is not None:
-        # The data is down: from here on stopping half-way could leave the image's tables and our view of them apart.
+        # The data is written. A cancellation from here on could leave the tables on disk and in memory different.
         with nullcontext() if is_at_once() else trio.CancelScope(shield=True):
             await driver.publish(allocation)
     return count
@@ -157,7 +157,7 @@ async def _old_bytes(node: Node, offset: int, length: int) -> Buffer:
 
 
 async def write_or_zero(node: Node, offset: int, buffer: Buffer, flags: int) -> None:
-    """Write, or write-zeroes where ``buffer`` is all zeroes and the driver can do it compactly."""
+    """Write ``buffer``, by write-zeroes if it holds only zeroes."""
     if is_zero(buffer):
         await write_zeroes(node, offset, len(buffer), flags)
     else:
@@ -165,8 +165,8 @@ async def write_or_zero(node: Node, offset: int, buffer: Buffer, flags: int) -> 
 
 
 async def write_zeroes(node: Node, offset: int, length: int, flags: int) -> None:
-    """Zero a range: whole units by the driver, the edges by writing (or by widening to a unit that reads as zeroes
-    anyway). The caller's request is serialising over whole units."""
+    """Zero a range: whole units by the driver, the edges by writing (or with their whole unit, if the rest of it reads
+    as zeroes already). The caller's request is serialising over whole units."""
     unit = max(node.limits.zeroes_alignment, node.limits.request_alignment)
     end = offset + length
     if unit == 1:
@@ -183,7 +183,7 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int) -> None
 
 
 async def _zero_units(node: Node, offset: int, end: int, flags: int) -> None:
-    """Zero whole units, by the driver: whole clusters, or a part of one."""
+    """Let the driver zero whole units: whole clusters, or a part of one."""
     limits = node.limits
     unit = max(limits.zeroes_alignment, limits.request_alignment)
     cluster = max(limits.cluster_size, unit)
@@ -218,7 +218,7 @@ async def _zero_edge(node: Node, offset: int, end: int, unit: int, flags: int) -
 
 
 async def _reads_zero(node: Node, offset: int, end: int) -> bool:
-    """Whether the layers of the chain say, without reading data, that a range is zero."""
+    """Whether the mappings of the chain show, without reading data, that a range is zero."""
     while offset < end:
         status, length, layer = UNALLOCATED, end - offset, node
         while status == UNALLOCATED:

@@ -184,5 +184,5 @@ async def test_a_fenced_node_is_read_but_not_written(graph: Graph) -> None:
         with pytest.raises(CorruptImageError) as caught:
             await backend.write(0, b"x")
         assert str(caught.value) == (
-            "'memory:file1' takes no writes since corruption was found: the L2 table points at the header."
+            "'memory:file1' accepts no writes since corruption was found: the L2 table points at the header."
         )

@@ -237,7 +237,7 @@ async def test_permissions_that_do_not_fit_change_nothing(graph: Graph) -> None:
 
 async def test_only_filters_are_taken_out(graph: Graph) -> None:
     async with memory_backend(graph, Store(100), **{"node-name": "m"}) as backend:
-        with pytest.raises(OptionError, match=r"^node 'm' is memory, only filters can be taken out\.$"):
+        with pytest.raises(OptionError, match=r"^node 'm' is memory, only filters can be removed\.$"):
             await graph.remove_filter(backend.node)
 
 

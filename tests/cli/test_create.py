@@ -139,7 +139,10 @@ def test_a_size_of_ones_own_over_a_backing_file(tmp_path: Path) -> None:
         (["-b", "none.raw", "-F", "raw", "x", "1M"], "none.raw': No such file or directory"),
         (["-b", "base.raw", "-F", "qcow2", "x", "1M"], "the backing file cannot be used: "),
         (["-b", "base.raw", "-F", "vhdy", "x", "1M"], "there is no image format 'vhdy'"),
-        (["-u", "-b", "none.raw", "-F", "raw", "x"], "needs a size, since its backing file is not to be looked at."),
+        (
+            ["-u", "-b", "none.raw", "-F", "raw", "x"],
+            "needs a size, since its backing file is not opened to take it from.",
+        ),
         (["-b", "x", "-F", "raw", "x", "1M"], "the new image 'x' cannot be its own backing file."),
         (["-u", "-b", "./x", "-F", "raw", "x", "1M"], "the new image 'x' cannot be its own backing file."),
         (

@@ -113,7 +113,7 @@ def test_a_start_behind_the_end_is_refused(tmp_path: Path) -> None:
     image = make_sparse_raw(tmp_path / "x.raw", MIB)
     for output in ("human", "json"):
         done = fusedisk("map", "-f", "raw", "-s", "2M", "--output", output, image)
-        assert done == (2, "", "fusedisk: the map was to start at 2097152, but the disk ends at 1048576.\n")
+        assert done == (2, "", "fusedisk: the start of the map is 2097152, expected 0 to the disk's end at 1048576.\n")
 
 
 @pytest.mark.parametrize("where", [["-s", "4M"], ["-s", "4M", "-l", "512"], ["-s", "1M", "-l", "0"], ["-l", "0"]])

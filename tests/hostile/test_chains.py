@@ -66,15 +66,14 @@ async def test_an_image_that_backs_itself(tmp_path: Path) -> None:
     error = await _refused(_overlay(tmp_path / "self.qcow2", "self.qcow2"))
     assert isinstance(error, ImageError)
     assert str(error) == (
-        f"the backing chain of '{tmp_path}/self.qcow2' comes back to '{tmp_path}/self.qcow2', "
-        "a chain must end somewhere."
+        f"the backing chain of '{tmp_path}/self.qcow2' is circular: it comes back to '{tmp_path}/self.qcow2'."
     )
 
 
 async def test_two_images_that_back_each_other(tmp_path: Path) -> None:
     _overlay(tmp_path / "a.qcow2", "b.qcow2")
     _overlay(tmp_path / "b.qcow2", "a.qcow2")
-    assert "a chain must end somewhere" in str(await _refused(tmp_path / "a.qcow2"))
+    assert "is circular" in str(await _refused(tmp_path / "a.qcow2"))
 
 
 async def test_a_long_loop_entered_from_outside(tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ async def test_a_loop_by_json_names(tmp_path: Path, wrapper: str) -> None:
 async def test_a_loop_by_links(tmp_path: Path) -> None:
     _overlay(tmp_path / "a.qcow2", "link.qcow2")
     (tmp_path / "link.qcow2").symlink_to("a.qcow2")
-    assert "a chain must end somewhere" in str(await _refused(tmp_path / "a.qcow2"))
+    assert "is circular" in str(await _refused(tmp_path / "a.qcow2"))
 
 
 async def test_a_backing_file_elsewhere_needs_leave(tmp_path: Path) -> None:

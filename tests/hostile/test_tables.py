@@ -103,7 +103,7 @@ async def _write_is_refused(damaged: bytes, guest: int, *words: str) -> None:
             with pytest.raises(CorruptImageError) as caught:
                 await backend.write(guest + part, b"x" * length)
             assert_sentence(caught.value, "memory:disk", *words)
-            with pytest.raises(CorruptImageError, match="takes no writes since corruption was found"):
+            with pytest.raises(CorruptImageError, match="accepts no writes since corruption was found"):
                 await backend.write(DATA + 8 * CLUSTER, b"y")
             await backend.read(20 * CLUSTER, CLUSTER)
             await backend.close()
