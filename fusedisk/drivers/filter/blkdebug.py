@@ -106,7 +106,7 @@ class BlkdebugDriver(FilterDriver):
     @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
         """``CONFIG:IMAGE``, where CONFIG may be empty."""
-        # The table names this module, too.
+        # Imported here: the drivers' table imports this module.
         from fusedisk.drivers.table import DRIVERS
 
         config, colon, image = filename.partition(":")
@@ -116,7 +116,7 @@ class BlkdebugDriver(FilterDriver):
         return options | {"config": config} if config else options
 
     async def open(self) -> None:
-        """Raises OptionError for invalid rules, HostError where the configuration file cannot be read."""
+        """Read the rules. Raises OptionError for invalid ones, HostError if the configuration file is unreadable."""
         options = self.options
         errors, changes = [], []
         if options.config is not None:
@@ -164,7 +164,7 @@ class BlkdebugDriver(FilterDriver):
     # --- events and breakpoints -------------------------------------------------------------------------
 
     async def debug_event(self, event: str) -> None:
-        """Arm rules, then wait at a breakpoint for the event if there is one."""
+        """Arm rules, then wait at the breakpoints for the event, at one after the other."""
         self.rules.happen(event)
         for breakpoint in [item for item in self._breakpoints if item[0] == event]:
             self._breakpoints.remove(breakpoint)
@@ -223,7 +223,7 @@ class BlkdebugDriver(FilterDriver):
             await trio.lowlevel.checkpoint()
         kind = NoSpaceError if rule.errno in (errno.ENOSPC, errno.EDQUOT) else HostError
         raise kind(
-            f"A {iotype} of '{self.node.filename}' failed as blkdebug was told: {os.strerror(rule.errno)}",
+            f"A {iotype} of '{self.node.filename}' failed on purpose (blkdebug rule): {os.strerror(rule.errno)}",
             errno=rule.errno,
         )
 
@@ -246,7 +246,7 @@ class BlkdebugDriver(FilterDriver):
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self.debug_event("pwritev_zero")
         await self._check("write-zeroes", offset, length)
-        # Without the fallback below, so that the writes that it leads to are seen here as well.
+        # NO_FALLBACK: if the child cannot zero, the core writes zeroes through this node, so the rules see the writes.
         await io.write_zeroes(self.filtered.node, offset, length, flags | NO_FALLBACK)
 
     async def discard(self, offset: int, length: int) -> None:

@@ -90,8 +90,8 @@ class _RuleOptions(Options):
 
     @classmethod
     def read(cls, given: object, owner: str) -> Any:
-        """Parse one rule. Raises OptionError where it is no group of options, names no event, or has a number that
-        cannot be."""
+        """Parse one rule. Raises OptionError if it is not a group of options, names no event, or has an invalid
+        number."""
         if not isinstance(given, Mapping):
             raise OptionError(f"{owner} is '{given}', expected a group of options.")
         rule = cls.parse(given, owner)

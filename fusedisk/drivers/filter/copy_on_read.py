@@ -1,7 +1,8 @@
-"""``copy-on-read``: sets the copy-on-read flag on reads, so that the node below keeps what its backing file answered.
+"""``copy-on-read``: sets the copy-on-read flag on reads, so that the node below stores the data of its backing file.
 
-Concurrent requests are safe: the node below serialises such reads over whole clusters. Source: QAPI's
-BlockdevOptionsCor.
+The ``copy-on-read`` option that every node has does the same for that node; the filter can be inserted and removed
+while the disk is in use. Concurrent requests are safe: the node below turns such reads into serialising requests over
+whole clusters. Source: QAPI's BlockdevOptionsCor.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fusedisk.core.errors import OptionError
 
 
 class CopyOnReadDriver(FilterDriver):
-    """Passes everything through, reads with the copy-on-read flag."""
+    """Passes everything through and sets the copy-on-read flag on reads."""
 
     name = "copy-on-read"
     child_specs = (ChildSpec("file", Role.FILTERED),)
@@ -26,17 +27,17 @@ class CopyOnReadDriver(FilterDriver):
         return True
 
     async def open(self) -> None:
-        """Raises OptionError over a read-only node: there would be nowhere to keep what is read."""
+        """Raise OptionError over a read-only node, which cannot store what is read."""
         below = self.filtered.node
         if below.config.read_only:
             raise OptionError(f"copy-on-read writes into '{below.filename}', which is open read-only.")
 
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
-        """What the parents need, and to write what reads the same."""
+        """Need what the parents need, and the *write unchanged* permission."""
         return perm | permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED, shared | permissions.WRITE_UNCHANGED
 
     async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        """Read and keep."""
+        """Read with the copy-on-read flag."""
         for buffer in buffers:
             await io.read(self.filtered.node, offset, buffer, COPY_ON_READ)
             offset += len(buffer)

@@ -49,7 +49,7 @@ class Inflater:
 
     async def run(self, run: Run, where: list[Where], *, threads: int = len(os.sched_getaffinity(0))) -> None:
         """Finish a run of pieces that lie there, in that order, by host offset, on up to ``threads`` threads or
-        processes. Raises what reading raises; data that does not inflate is told by :attr:`Run.errors`."""
+        processes. Raises what reading raises; data that does not inflate is reported in :attr:`Run.errors`."""
         content, errors = None, {}
         try:
             content, failed = await self._inflated(_spans(where), run.size, min(threads, len(where)))

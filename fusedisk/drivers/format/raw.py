@@ -1,7 +1,7 @@
 """``raw``: the bytes of the file as they are, or a window of them.
 
-On disk: nothing of its own. Concurrent requests are safe since there is no state; overlapping ones are ordered by
-the node below. Source: QAPI's BlockdevOptionsRaw.
+It stores nothing on disk and has no state, so concurrent requests are safe; the node below orders overlapping ones.
+Source: QAPI's BlockdevOptionsRaw.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ class RawDriver(Driver):
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
-        """Anything can be raw, so every other format goes first."""
+        """Return the lowest score: any file can be raw, so every other format goes first."""
         return 1
 
     def may_be_named(self) -> bool:
-        """By every image."""
+        """Any image may name it."""
         return True
 
     def exact_filename(self) -> str | None:
-        """The file's own name, unless only a window of it is shown."""
+        """Return the file's name, None for a window of it."""
         return None if self._windowed else super().exact_filename()
 
     async def open(self) -> None:
-        """Check the window. Raises OptionError where it does not lie in the file."""
+        """Check the window. Raises OptionError unless it lies in the file."""
         storage = self.node.children["file"].node
         size = self.options.size
         if self._offset > storage.length or (size is not None and self._offset + size > storage.length):
@@ -74,7 +74,7 @@ class RawDriver(Driver):
             )
 
     async def reopen_prepare(self, config: Any, options: Any) -> object:
-        """Another window is fine as long as it lies in the file."""
+        """Accept a new window if it lies in the file."""
         storage = self.node.children["file"].node
         size = storage.length - options.offset if options.size is None else options.size
         if size < 0 or options.offset + size > storage.length:
@@ -95,38 +95,38 @@ class RawDriver(Driver):
         return self.node.children["file"].node.length - self._offset
 
     def refresh_limits(self, limits: Limits) -> None:
-        """A window that starts between the file's blocks makes the file do the aligning; nothing to add."""
+        """Add nothing: the file node aligns the requests that the window shifts off its blocks."""
 
     async def map(self, offset: int, length: int) -> Extent:
-        """All data, shifted by the window's start."""
+        """Return all data, shifted by the window's start."""
         return self.lookup(offset, length)
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:
-        """Where the bytes are read from."""
+        """Return the same place as ``map``: writes never allocate."""
         return self.lookup_in_place(offset, length)
 
     def lookup(self, offset: int, length: int) -> Extent:
-        """All data, shifted by the window's start."""
+        """Return all data, shifted by the window's start."""
         return Extent(DATA, length, self.node.children["file"], offset + self._offset, recurse=True)
 
     def lookup_in_place(self, offset: int, length: int) -> WriteExtent:
-        """Where the bytes are read from."""
+        """Return the same place as ``lookup``: writes never allocate."""
         return WriteExtent(length, self.node.children["file"], offset + self._offset)
 
     def host_descriptor(self) -> int | None:
-        """The file's, unless only a window of it is shown."""
+        """Return the file's descriptor, None for a window of it."""
         return None if self._windowed else self.node.children["file"].node.driver.host_descriptor()
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        """Passed on to the file child."""
+        """Pass the request to the file, shifted."""
         await io.write_zeroes(self.node.children["file"].node, offset + self._offset, length, flags)
 
     async def preallocate(self, offset: int, length: int) -> None:
-        """Passed on to the file child."""
+        """Pass the request to the file, shifted."""
         await io.preallocate(self.node.children["file"].node, offset + self._offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
-        """Passed on to the file child."""
+        """Pass the request to the file, shifted."""
         await io.discard(self.node.children["file"].node, offset + self._offset, length)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
@@ -138,10 +138,10 @@ class RawDriver(Driver):
         await io.truncate(self.node.children["file"].node, length + self._offset, preallocation, flags)
 
     def has_zero_init(self) -> bool:
-        """Passed on to the file child."""
+        """Return the file's answer."""
         return self.node.children["file"].node.driver.has_zero_init()
 
     @classmethod
     async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
-        """An image of ``size`` bytes."""
+        """Make an image of ``size`` bytes."""
         await io.truncate(file, options.size, options.preallocation)

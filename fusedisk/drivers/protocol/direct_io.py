@@ -1,7 +1,7 @@
-"""O_DIRECT transfers: alignment found out, unaligned buffers copied through an aligned one.
+"""O_DIRECT transfers: detects the alignment, and copies unaligned buffers through an aligned one.
 
-Plain blocking functions for worker threads; all raise OSError. Offsets and total lengths are aligned to the
-file's request alignment already (the request path sees to it), addresses and single buffers need not be.
+Plain blocking functions for worker threads; all raise OSError. The request path has aligned offsets and total lengths
+to the file's request alignment; addresses and single buffers need not be aligned.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Alignment(NamedTuple):
 
 
 def find_alignment(fd: int) -> Alignment | None:
-    """The alignment of a file or block device opened with O_DIRECT, as the kernel says or as reads show; None
-    where even page-sized reads are refused."""
+    """Return the alignment for a file or block device opened with O_DIRECT, from the kernel or by trying reads; None if
+    even page-sized reads fail."""
     told = direct_io_alignment(fd)
     if told is not None:
         return Alignment(*told)
@@ -74,7 +74,7 @@ _release_buffer.restype = None
 
 
 def address_of(view: memoryview) -> int:
-    """Where a view's bytes lie in memory; read-only views too."""
+    """Return the address of a view's bytes; works for read-only views too."""
     buffer = _PyBuffer()
     _get_buffer(view, buffer, 0)
     try:
@@ -84,7 +84,7 @@ def address_of(view: memoryview) -> int:
 
 
 def is_aligned(buffers: Sequence[memoryview], alignment: Alignment) -> bool:
-    """Whether the kernel takes the buffers as they are."""
+    """Whether the buffers are aligned enough for the kernel."""
     return all(not len(view) % alignment.request and not address_of(view) % alignment.memory for view in buffers)
 
 

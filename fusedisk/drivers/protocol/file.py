@@ -95,7 +95,7 @@ class FileDriver(Driver):
     _can_punch = True
     _can_zero_range = True
     _flush_failure: OSError | None = None
-    """The first failed flush: the kernel may have dropped what it could not write, so no later flush may succeed."""
+    """The error of the first failed flush: the kernel may have dropped unwritten data, so later flushes fail too."""
     _padded = False
     """The file may be longer than the node, by less than the alignment."""
     _extending = 0
@@ -139,8 +139,8 @@ class FileDriver(Driver):
                 self.file.close()
 
     def _open_file(self, path: str, config: NodeConfig) -> HostFile:
-        """Open ``path`` as ``config`` says, if it leads to what this driver opens and the gate lets through; ``config``
-        is not changed. Blocks."""
+        """Open ``path`` as ``config`` says, if the driver can open that kind of file and the gate allows it. Does not
+        change ``config``. Blocks."""
         with self._errors("open"):
             found = self._find(path)
         with found:
@@ -157,7 +157,7 @@ class FileDriver(Driver):
             raise
         except ValueError as exc:
             check_filename(self.filename)
-            raise OptionError(f"{self.filename!r} cannot be a path: {exc}.") from exc
+            raise OptionError(f"{self.filename!r} is not a valid path: {exc}.") from exc
 
     def _open_found(self, found: Found, config: NodeConfig) -> HostFile:
         read_only = config.read_only
@@ -180,7 +180,7 @@ class FileDriver(Driver):
             raise
 
     def _check_kind(self, mode: int) -> None:
-        """Raise OptionError unless a file of that mode is something that this driver opens."""
+        """Raise OptionError unless this driver opens files of that mode."""
         if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
             kind = "block" if stat.S_ISBLK(mode) else "character"
             raise OptionError(
@@ -201,7 +201,7 @@ class FileDriver(Driver):
         raise host_error(exc, self.filename, "open") from exc
 
     def _alignment(self, fd: int) -> Alignment:
-        """What O_DIRECT asks for. Blocks; raises OSError or NotSupportedError."""
+        """Return the alignment that O_DIRECT needs. Blocks; raises OSError or NotSupportedError."""
         found = find_alignment(fd)
         if found is None:
             raise self._no_direct_io()
@@ -230,7 +230,7 @@ class FileDriver(Driver):
         return None
 
     def _tell_writer(self, fd: int) -> None:
-        """Say once that what is read may change meanwhile, unless the image is only looked at."""
+        """Warn once that the data may change during reads, unless only headers are read."""
         with self._errors("lock"):
             if not self.node.graph.look_only and image_locks.is_written(fd):
                 log.warning(
@@ -333,7 +333,7 @@ class FileDriver(Driver):
             return False
         length = len(buffer)
         if file.nowait_reads and length <= INLINE_MAX:
-            # What read_inline does, for most reads, without what it takes for the others.
+            # A copy of the common case of read_inline, since this is the hottest path.
             try:
                 if os.preadv(file.fd, (buffer,), offset, os.RWF_NOWAIT) == length:
                     return True
@@ -356,7 +356,7 @@ class FileDriver(Driver):
         return False
 
     def _grew_in_part(self) -> None:
-        """After a write that was not finished: what it left behind the node's end does not read as zeroes."""
+        """Note that an unfinished write left bytes behind the node's end that do not read as zeroes."""
         if self.file.alignment is None:
             with contextlib.suppress(OSError):
                 self.node.length = max(self.node.length, os.fstat(self.file.fd).st_size)
@@ -366,8 +366,8 @@ class FileDriver(Driver):
 
     @contextlib.contextmanager
     def _extension(self, end: int) -> Iterator[None]:
-        """Around a request that ends at ``end``, in a worker thread: with O_DIRECT it may leave the file longer
-        than the node."""
+        """Run a request that ends at ``end`` in a worker thread. With O_DIRECT it may leave the file longer than the
+        node."""
         if self.file.alignment is None or end <= self.node.length:
             yield
             return
@@ -379,10 +379,10 @@ class FileDriver(Driver):
             self._extending -= 1
 
     def _cut_padding(self) -> None:
-        """Take off what alignment added behind the node's end.
+        """Cut off the bytes that alignment added behind the node's end.
 
-        The node's length says what is meant only while no request extends the file; the last one of several leaves
-        the padding to the next flush.
+        The node's length is exact only while no request extends the file, so after several extending requests the
+        padding stays until the next flush.
         """
         alignment = self.file.alignment
         if not self._padded or self._extending or alignment is None:
@@ -412,8 +412,8 @@ class FileDriver(Driver):
             if exc.errno == errno.EINVAL:  # the filesystem does not tell
                 return Extent(DATA, length, None, offset)
             raise host_error(exc, self.filename, "look for holes in") from exc
-        # What was data may be a hole a moment later: somebody punched one, or the filesystem is writing back what had
-        # no place yet. Data is never wrong.
+        # Data may turn into a hole at any moment: another process punches one, or the filesystem writes back delayed
+        # allocations. The answer "data" is never wrong.
         return Extent(DATA, min(length, (max(hole - offset, 1) + unit - 1) & -unit), None, offset)
 
     # --- other requests ---------------------------------------------------------------------------------
@@ -461,15 +461,15 @@ class FileDriver(Driver):
         fallocate(self.file.fd, FALLOC_FL_ZERO_RANGE, offset, length)
 
     def _free_range(self, offset: int, length: int) -> None:
-        """Give a range's space back. Blocks; raises OSError."""
+        """Free a range's space. Blocks; raises OSError."""
         fallocate(self.file.fd, _PUNCH, offset, length)
 
     def _reserve_range(self, offset: int, length: int) -> None:
-        """Give space to the holes of a range. Blocks; raises OSError."""
+        """Allocate space for the holes of a range. Blocks; raises OSError."""
         fallocate(self.file.fd, FALLOC_FL_KEEP_SIZE, offset, length)
 
     async def _change_range(self, fn: Callable[[int, int], None], offset: int, length: int) -> None:
-        """Run one of the above in a worker; what the host does not have becomes NotSupportedError."""
+        """Run one of the functions above in a worker; raises NotSupportedError if the host does not support it."""
         try:
             await run_host_io(fn, offset, length)
         except OSError as exc:
@@ -504,7 +504,7 @@ class FileDriver(Driver):
             await resize_file(self.file.fd, length, preallocation, self.filename)
 
     def _grow_now(self, length: int) -> bool:
-        """Make the file longer by a hole, if that should take no waiting."""
+        """Extend the file by a hole, if that is possible without waiting."""
         start = time.perf_counter()
         if not self.file.pace.is_quick(start):
             return False

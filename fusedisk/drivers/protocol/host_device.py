@@ -39,7 +39,7 @@ from fusedisk.drivers.protocol.hostcalls import (
 )
 
 _HEAD = 512
-"""Bytes at the start of a device that a new image replaces, so that nobody takes it for what was there before."""
+"""The bytes at the start of a device that a new image replaces, so that the old content is no longer recognised."""
 
 
 class HostDeviceDriver(FileDriver):
@@ -78,7 +78,7 @@ class HostDeviceDriver(FileDriver):
         return Extent(DATA, length, None, offset)
 
     def _punch_hole(self, offset: int, length: int) -> None:
-        # Done only where the device zeroes by itself, and then it may give the space back.
+        # Works only if the device itself can zero, and then it may free the space.
         fallocate(self.file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
     def _zero_range(self, offset: int, length: int) -> None:
@@ -145,6 +145,6 @@ def _take_device(filename: str, size: int) -> None:
         finally:
             os.close(fd)
     except ValueError as exc:
-        raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
+        raise OptionError(f"{filename!r} is not a valid path: {exc}.") from exc
     except OSError as exc:
         raise host_error(exc, filename, "create") from exc

@@ -1,7 +1,7 @@
 """An open host file and the cheapest way to reach its bytes.
 
-What is in the page cache is read in the trio thread; what would wait goes to a worker thread, for which the
-hop costs far more than the copy. Why, with the numbers: ``docs/adr/0002-inline-host-writes.md``.
+Bytes in the page cache are read in the trio thread. Calls that would wait go to a worker thread; the hop there costs
+far more than a copy. The numbers are in ``docs/adr/0002-inline-host-writes.md``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fusedisk.drivers.protocol.host_io import read_vector, total_length, write_v
 from fusedisk.drivers.protocol.hostcalls import cached_pages, lives_in_memory
 
 INLINE_MAX = 1 << 20
-"""Longest transfer that the trio thread makes itself, in bytes: a copy of about 150 microseconds, which is what
-it spends on handing the copy to a worker."""
+"""The longest transfer in the trio thread, in bytes: a copy of about 150 microseconds, as long as handing it to a
+worker takes."""
 
 
 class Pace:
-    """Whether calls that should be quick have been so lately.
+    """Keeps track of whether calls that should be quick have been quick lately.
 
     After a slow one, calls go to threads for a pause, which doubles, up to a second, each time the first call
     after it is slow again.
@@ -81,7 +81,7 @@ class HostFile:
         self._tells_residency = True
         self._probe = bytearray(1)
         self._reading = 0
-        """Worker threads that read: their pages, and what is read ahead, are in the cache before their content is."""
+        """The number of worker threads that read: pages appear in the cache before their content does."""
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -89,7 +89,7 @@ class HostFile:
         os.close(fd)
 
     def read_inline(self, buffers: Sequence[memoryview], offset: int) -> Sequence[memoryview]:
-        """Fill the buffers as far as that does not wait; returns what is left to read."""
+        """Fill the buffers as far as that does not wait; returns the rest."""
         if self.nowait_reads:
             if total_length(buffers) > INLINE_MAX:
                 return buffers
@@ -109,7 +109,7 @@ class HostFile:
         return buffers
 
     def write_inline(self, buffers: Sequence[memoryview], offset: int) -> Sequence[memoryview]:
-        """Write the buffers as far as that should not wait; returns what is left to write."""
+        """Write the buffers as far as that should not wait; returns the rest."""
         if self.alignment is not None or total_length(buffers) > INLINE_MAX:
             return buffers
         if self.nowait_writes:

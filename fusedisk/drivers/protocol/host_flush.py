@@ -26,7 +26,7 @@ from fusedisk.core.offload import run_host_io
 from fusedisk.drivers.protocol.hostcalls import system_call
 
 _MOST = 64
-"""Flushes under way at once that there is room for at least; more may go to threads."""
+"""The least number of simultaneous flushes that have room; more may go to threads."""
 _FDSYNC = 3
 _RESFD = 1
 
@@ -66,13 +66,13 @@ class _Event(ctypes.Structure):
 
 
 def _destroy(number: int, context: ctypes.c_ulong) -> None:
-    """Give a context back. After a fork the child has none to give back."""
+    """Destroy a context. A child of fork has none to destroy."""
     with contextlib.suppress(OSError):
         system_call(number, context)
 
 
 class _Flushes:
-    """The flushes of one trio run. Raises OSError where there is no AIO."""
+    """The flushes of one trio run. Raises OSError if there is no AIO."""
 
     def __init__(self, calls: tuple[int, int, int, int]) -> None:
         setup, destroy, self._submit, self._get_events = calls
@@ -81,12 +81,12 @@ class _Flushes:
         self._context = context
         self._last = 0
         self._results: dict[int, int] = {}
-        """What has ended, by number, for the task that began it."""
+        """The results of finished flushes by number, for the tasks that began them."""
         self._events = (_Event * _MOST)()
         weakref.finalize(self, _destroy, destroy, context)
 
     def begin(self, fd: int) -> tuple[int, int]:
-        """Begin to flush; returns the number of the flush, and what is readable when it has ended. Raises OSError."""
+        """Begin a flush; returns its number, and a descriptor that is readable when it has ended. Raises OSError."""
         event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._last += 1
         request = _Request(data=self._last, opcode=_FDSYNC, fd=fd, flags=_RESFD, event_fd=event_fd)
@@ -107,7 +107,7 @@ class _Flushes:
         return self._results.pop(number)
 
     def _collect(self) -> int:
-        """Take some of the events that are there; returns how many."""
+        """Collect some of the events that are ready; returns how many."""
         count = system_call(self._get_events, self._context, ctypes.c_long(0), ctypes.c_long(_MOST), self._events, None)
         for event in self._events[:count]:
             self._results[event.data] = event.result
@@ -120,7 +120,7 @@ def _of_run() -> trio.lowlevel.RunVar[_Flushes | None]:
 
 
 def _flushes() -> _Flushes | None:
-    """Those of this trio run; None where there is no AIO."""
+    """Return the flushes of this trio run; None if there is no AIO."""
     try:
         return _of_run().get()
     except LookupError:
@@ -136,14 +136,14 @@ def _flushes() -> _Flushes | None:
 
 
 async def flush_file(fd: int) -> None:
-    """fdatasync(2), without stopping the trio thread; whoever is cancelled waits for it. Raises OSError."""
+    """Run fdatasync(2) without stopping the trio thread; a cancelled caller waits for its end. Raises OSError."""
     refuse_to_wait()
     flushes = _flushes()
     if flushes is not None:
         try:
             number, event_fd = flushes.begin(fd)
         except OSError:
-            pass  # what is wrong with the file, fdatasync says as well
+            pass  # fdatasync reports the same error of the file
         else:
             with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(event_fd)

@@ -17,14 +17,14 @@ IOV_MAX = 1024
 
 
 def total_length(buffers: Sequence[memoryview]) -> int:
-    """Bytes in all buffers."""
+    """Return the number of bytes in all buffers."""
     if len(buffers) == 1:
         return len(buffers[0])
     return sum(map(len, buffers))
 
 
 def remaining(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
-    """The buffers without their first ``done`` bytes; empty ones are dropped."""
+    """Return the buffers without their first ``done`` bytes and without empty ones."""
     rest = []
     for view in buffers:
         if done >= len(view):

@@ -54,7 +54,7 @@ class NullDriver(Driver):
 
     async def open(self) -> None:
         if self.options.latency_ns < 0:
-            raise OptionError(f"null-co option 'latency-ns' is {self.options.latency_ns}, it cannot be negative.")
+            raise OptionError(f"null-co option 'latency-ns' is {self.options.latency_ns}, expected 0 or more.")
         self._length = self.options.size
         self._latency = self.options.latency_ns / 1e9
 

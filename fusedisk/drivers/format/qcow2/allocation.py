@@ -4,14 +4,14 @@ publishing.
 Why concurrent requests are safe
 --------------------------------
 1. Everything here runs under the image's mutex, except :meth:`Allocator.abandon`, which is synchronous.
-2. An allocation is *in flight* from ``map_write`` until ``publish`` or ``abandon``. Others that want to write
-   its guest clusters wait, since the rest of the clusters is being copied. Nobody holds the mutex while it
-   waits for an allocation, and nobody who holds an allocation waits for another, so there is no deadlock.
-3. Copying a cluster on write never drops a refcount to zero under a reader: what is not COPIED although its
+2. An allocation is *in flight* from ``map_write`` until ``publish`` or ``abandon``. Other writes to its guest clusters
+   wait, since the rest of the clusters is being copied. A request that waits for an allocation holds neither the mutex
+   nor an allocation, so there is no deadlock.
+3. Copying a cluster on write never drops a refcount to zero under a reader: a cluster that is not COPIED although its
    refcount is one (an interrupted snapshot deletion leaves that) is taken over in place. Compressed clusters
    are the exception, so their readers look at the entry again after reading (:mod:`.compressed`).
 
-Metadata changes in memory; :mod:`.commit` orders what the file gets.
+Metadata changes in memory; :mod:`.commit` writes it in a safe order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fusedisk.drivers.format.qcow2.space import Space
 
 
 class Allocation:
-    """Guest clusters that a write request has host clusters for, but that the L2 table does not show yet."""
+    """New host clusters of a write request that are not in the L2 table yet."""
 
     __slots__ = ("_done", "count", "first", "fresh", "host", "old", "owned")
 
@@ -58,7 +58,7 @@ class Allocation:
         await self._done.wait()
 
     def finish(self) -> None:
-        """Wake who waited."""
+        """Wake the requests that waited."""
         if self._done is not None:
             self._done.set()
 
@@ -74,7 +74,7 @@ class Allocator:
         space: Space,
         backing_length: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``backing_length``: how long the backing file is now, 0 without one."""
+        """``backing_length`` returns the current length of the backing file, 0 without one."""
         self.clusters = clusters
         self.refcounts = refcounts
         self.space = space
@@ -87,9 +87,7 @@ class Allocator:
         self._in_flight: list[Allocation] = []
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:
-        """Where to write a prefix of the range, allocating; see
-        :meth:`fusedisk.block.driver.Driver.map_write`.
-        """
+        """Return where to write a prefix of the range; allocate. See :meth:`fusedisk.block.driver.Driver.map_write`."""
         await self.committer.relieve()
         while True:
             async with self.image.mutex:
@@ -99,7 +97,7 @@ class Allocator:
             await conflict.wait()
 
     def _in_flight_at(self, offset: int, length: int) -> tuple[Allocation | None, int]:
-        """The allocation in flight over the first cluster, or how many bytes lie in front of the next."""
+        """Return the allocation in flight over the first cluster, or the number of bytes before the next one."""
         first = offset >> self.geometry.cluster_bits
         for allocation in self._in_flight:
             if allocation.first <= first < allocation.first + allocation.count:
@@ -160,7 +158,7 @@ class Allocator:
             )
 
     async def _is_ours(self, entry: int) -> bool:
-        """Whether nobody but this L2 entry refers to its host cluster."""
+        """Whether only this L2 entry refers to its host cluster."""
         if entry & COPIED:
             return True
         host = entry & OFFSET_MASK
@@ -170,7 +168,7 @@ class Allocator:
         return refcount == 1
 
     async def _adopt(self, offset: int, length: int, entry: int) -> WriteExtent:
-        """Mark a cluster as ours that is, but was not marked, and overwrite it in place."""
+        """Set the missing COPIED flag of a cluster that is ours alone, and overwrite the cluster in place."""
         geometry = self.geometry
         index = offset >> geometry.cluster_bits & geometry.l2_mask
         await self.image.put_l2_entries(offset >> geometry.span_bits, index, array("Q", [entry | COPIED]))
@@ -179,7 +177,7 @@ class Allocator:
         return WriteExtent(count, self.clusters.edge, self.space.place((entry & OFFSET_MASK) + inside))
 
     async def _count_new(self, table: array[int], index: int, end: int) -> int:
-        """How many entries from ``index`` on need a new host cluster; the first does."""
+        """Return how many entries from ``index`` on need a new host cluster; the first does."""
         at = index + 1
         while at < end:
             entry = table[at]
@@ -192,15 +190,15 @@ class Allocator:
         return at - index
 
     async def _register(self, offset: int, length: int, allocation: Allocation, start: int, end: int) -> WriteExtent:
-        """Put an allocation in flight and say what to write there: the guest range from ``start`` to ``end``, which is
-        what its clusters will hold.
+        """Put an allocation in flight. Its clusters will hold the guest range from ``start`` to ``end``; the answer
+        tells how much of that to copy.
 
-        Where zeroes surround what is written and the host clusters read as zeroes, there is nothing to copy.
+        Nothing is copied if the written part is surrounded by zeroes and the host clusters read as zeroes.
         """
         size = self.image.header.size
         base = allocation.host - (allocation.first << self.geometry.cluster_bits)
         if end > size and not allocation.fresh:
-            # Behind the disk's end there are zeroes, also for whoever lets the disk grow later.
+            # Bytes behind the disk's end must be zeroes, since the disk may grow later.
             behind = max(size, start)
             try:
                 await self.space.zero(base + behind, end - behind)
@@ -219,7 +217,7 @@ class Allocator:
         return WriteExtent(stop - offset, self.clusters.edge, self.space.place(base + offset), allocation, head, tail)
 
     def _reads_as_zeroes(self, allocation: Allocation, index: int, offset: int) -> bool:
-        """Whether what is copied of the first or last cluster, from guest ``offset`` on, is known to be zero."""
+        """Whether the part to copy of the first or last cluster, from guest ``offset`` on, is known to be zero."""
         entry = allocation.old[index]
         if entry & COMPRESSED:
             return False
@@ -228,7 +226,7 @@ class Allocator:
         return not entry & OFFSET_MASK and self.backing_length() <= offset
 
     def abandon(self, allocation: Allocation) -> None:
-        """The data could not be written: nothing refers to the clusters, so the next allocations take them."""
+        """Return the clusters, whose data could not be written, to the next allocation. Nothing refers to them."""
         self._in_flight.remove(allocation)
         self._take_back(allocation)
         allocation.finish()
@@ -238,7 +236,7 @@ class Allocator:
             self.space.keep(HostRun(allocation.host >> self.geometry.cluster_bits, allocation.count))
 
     async def publish(self, allocation: Allocation) -> None:
-        """Let the L2 table refer to written clusters, and drop the references to what they replace."""
+        """Make the L2 table refer to the written clusters, and drop the references to what they replace."""
         geometry = self.geometry
         try:
             await self.image.mutex.acquire()
@@ -257,7 +255,7 @@ class Allocator:
             allocation.finish()
 
     async def replaceable(self, offset: int) -> array[int]:
-        """The numbers of the L2 entry for a guest offset, in a table that may be changed. Under the mutex. Raises
+        """Return the L2 entry for a guest offset, in a table that may be changed. Under the mutex. Raises
         CorruptImageError, after fencing the image, if the entry is invalid."""
         geometry = self.geometry
         table = await self.table_for_write(offset >> geometry.span_bits)
@@ -267,9 +265,9 @@ class Allocator:
         return words
 
     async def replace(self, offset: int, words: array[int]) -> None:
-        """Put an entry in place of that of the guest cluster at ``offset``, and drop what the old one refers to.
+        """Replace the entry of the guest cluster at ``offset``, and drop what the old one refers to.
 
-        The caller's request is serialised against all others over the cluster, so none of it is in flight.
+        The caller's request is serialised against all others over the cluster, so no allocation is in flight there.
         """
         geometry = self.geometry
         async with self.image.mutex:
@@ -279,17 +277,16 @@ class Allocator:
             self.refcounts.free_entries(old[:1])
 
     def _new_entries(self, allocation: Allocation) -> array[int]:
-        """The L2 entries that replace the old ones."""
+        """Return the L2 entries that replace the old ones."""
         size, first = self.geometry.cluster_size, allocation.host | COPIED
         return array("Q", range(first, first + allocation.count * size, size))
 
     # --- L2 tables --------------------------------------------------------------------------------------
 
     async def table_for_write(self, l1_index: int) -> array[int]:
-        """The L2 table of an L1 entry, cached and not shared with a snapshot: allocated or copied where it
-        must be.
+        """Return the L2 table of an L1 entry, cached and not shared with a snapshot; allocate or copy it if needed.
 
-        Under the mutex. To be used before the next await.
+        Under the mutex. For use before the next await.
         """
         image, geometry = self.image, self.geometry
         await image.before_change(l1_index << geometry.span_bits < image.header.size)
@@ -307,7 +304,7 @@ class Allocator:
                 return await image.l2.load(offset)
         copy = table[:] if table is not None else empty_table(geometry.l2_words)
         if max(copy) & COPIED:
-            # What a shared table refers to is shared as well, whatever it says.
+            # Clusters of a shared table are shared as well, whatever their flags say.
             copy[:: geometry.entry_words] = array("Q", [item & ~COPIED for item in geometry.descriptors(copy)])
         run = await self.refcounts.allocate(1)
         offset = run.first << geometry.cluster_bits
@@ -323,7 +320,7 @@ class Allocator:
 
 
 def _owned_zeroes(table: array[int], index: int, end: int, cluster_size: int) -> int:
-    """How many preallocated zero clusters from ``index`` on are known to be ours and neighbours in the file."""
+    """Return how many preallocated zero clusters from ``index`` on are known to be ours and adjacent in the file."""
     entry = table[index]
     at = index + 1
     if entry & COPIED:

@@ -1,8 +1,8 @@
 """Changing the settings of an existing image.
 
-Whatever can be known to be impossible is refused before anything changes. Then one change follows the other, in QEMU's
-order: to version 3 first, to version 2 last, so that what only version 3 can do is done between. Each is safe against
-crashes by itself, and leaves an image that every program can read; after each the driver reads the image anew.
+Impossible changes are refused before anything changes, as far as they can be known. Then the changes are made one by
+one, in QEMU's order: to version 3 first, to version 2 last, so that changes that need version 3 come between. Each is
+crash-safe and leaves an image that every program can read; after each the driver reads the image again.
 
 No request is in flight on the node meanwhile (:mod:`fusedisk.block.amend`).
 """
@@ -58,7 +58,7 @@ def _part(progress: Progress, number: int, changes: int, done: int, total: int) 
 
 
 async def _changes(driver: Qcow2Driver, options: Qcow2AmendOptions, *, force: bool) -> list[Change]:
-    """What is to be done, in order; all is checked."""
+    """Return the checked changes, in order."""
     header = driver.image.header
     version = options.version or header.version
     _check_version(driver, options, version)
@@ -120,7 +120,7 @@ async def _change_width(driver: Qcow2Driver, bits: int, progress: Progress) -> N
 async def _change_lazy(driver: Qcow2Driver, lazy: bool, progress: Progress) -> None:
     header = driver.image.header
     features = header.compatible_features & ~layout.LAZY_REFCOUNTS | (layout.LAZY_REFCOUNTS if lazy else 0)
-    # The refcounts in the file are right, whoever postponed them: everything is committed.
+    # The refcounts in the file are right, also with lazy refcounts, since everything is committed.
     async with changing(driver):
         await driver.image.put_header_fields(_COMPATIBLE_FIELD, features.to_bytes(8, "big"))
         await driver.image.barrier()
@@ -131,7 +131,7 @@ async def _change_lazy(driver: Qcow2Driver, lazy: bool, progress: Progress) -> N
 
 @dataclasses.dataclass(slots=True, frozen=True)
 class _References:
-    """What the header says about other files."""
+    """The header's references to other files."""
 
     backing_file: str
     backing_format: str | None

@@ -28,7 +28,7 @@ Range = tuple[int, int]
 
 
 class _Area(NamedTuple):
-    """What a header writes to the first cluster."""
+    """The bytes of a header in the first cluster."""
 
     head: bytes
     """Fields and extensions, from the start of the file."""
@@ -79,7 +79,7 @@ async def put_header(image: Image, header: Header) -> None:
 
 
 def _area(header: Header, filename: str, name_offset: int | None = None) -> _Area:
-    """What a header writes; the name goes behind the extensions, unless it is told where."""
+    """Lay out a header; the name goes behind the extensions, unless an offset is given."""
     header = dataclasses.replace(header)
     encoded = layout.encode_header_area(header, filename)
     end, name = header.backing_file_offset or len(encoded), os.fsencode(header.backing_file)
@@ -106,7 +106,7 @@ def _collides(area: _Area, in_use: list[Range], present: bytes) -> bool:
 
 
 def _between(header: Header, filename: str, new: _Area, old: list[Range], present: bytes) -> _Area:
-    """A header that may follow what is there, and be followed by ``new`` if there is room for that."""
+    """Return a header that may follow the existing one, and be followed by ``new`` if there is room for that."""
     kept = [extension for extension in header.extensions if extension.type != layout.EXTENSION_FEATURE_NAMES]
     header = dataclasses.replace(header, extensions=kept)
     old_end, new_end = max(end for _, end in old), max(end for _, end in new.ranges())

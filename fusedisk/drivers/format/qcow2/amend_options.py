@@ -1,4 +1,4 @@
-"""What of a qcow2 image can be changed once it is there."""
+"""The settings of an existing qcow2 image that can be changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changing what an open driver takes for constant: it reads the image anew behind each such change."""
+"""Changes settings that an open driver takes for constant: the driver reads the image again after each change."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def changing(driver: Qcow2Driver) -> AsyncIterator[None]:
-    """Hold everybody off, with all of memory's changes in the file; whatever comes of it, the driver then agrees with
-    the file.
+    """Run the block with all changes in the file and no other request; the driver agrees with the file afterwards.
 
-    After an error nobody knows which of the header's states the file has, so memory is thrown away: what it alone had
-    are refcounts of clusters that nothing refers to.
+    After an error the file may have either state of the header, so all state in memory is thrown away. That loses only
+    refcounts of clusters that nothing refers to.
     """
     await driver.committer.finish()
     try:

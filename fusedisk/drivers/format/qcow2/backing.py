@@ -1,4 +1,4 @@
-"""What shows through an image where it has no data of its own: the backing file, or zeroes."""
+"""The content of an image where it has no data of its own: the backing file, or zeroes."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What an overlay knows of its backing file: whether that was changed since the overlay holds something.
+"""Detects a backing file that was changed after its overlay got data.
 
 A base that is changed under its overlay makes a broken disk of both, and nothing in the format shows it. So the first
-write to an empty overlay takes note of its base, in a header extension that other programs keep and ignore; whatever is
-added later stands on that. ``commit`` empties an overlay, so the first write after one takes note anew.
+write to an empty overlay records the state of its base in a header extension, which other programs keep and ignore.
+``commit`` empties an overlay, so the first write after it records the base again.
 
-Told is only what is certain. A copy of the files has another time, but also another inode, so the time counts for the
-same inode only; sizes always count. Overlays without a note say nothing, as times alone would give false alarms after
-each copy or restored backup. Bases on block devices have neither size nor time of their own, and are not noted.
+Only certain changes are reported. A copy of the files has another time, but also another inode, so the time counts for
+the same inode only; sizes always count. Overlays without a record are not judged, as times alone would give false
+alarms after each copy or restored backup. Bases on block devices have neither size nor time, and are not recorded.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _DIRTY_TRACKING = 1
 
 
 class InvalidDirectoryError(ValueError):
-    """The directory says what no directory can; the text goes on after "its directory of bitmaps"."""
+    """The directory is invalid; the text continues "its directory of bitmaps"."""
 
 
 @dataclasses.dataclass(slots=True)

@@ -56,7 +56,7 @@ async def resizing(driver: ResizeDriver) -> AsyncIterator[None]:
 
 
 async def _fit_all(driver: ResizeDriver, bitmaps: list[Bitmap]) -> None:
-    """Best effort: what was asked for is done."""
+    """Ignore errors, since the resize itself is done."""
     fit: list[Bitmap] = []
     try:
         for bitmap in bitmaps if driver.image.writable else ():

@@ -1,7 +1,7 @@
 """Tables of one kind (L2 tables, refcount blocks), bounded in bytes, each loaded whole.
 
-``load`` may run concurrently; those who want the same table share one read. Tables that are changed and not yet
-written are pinned by their owner: they stay, even if there are more of them than the cache shall hold.
+``load`` may run concurrently; callers that want the same table share one read. Tables that are changed and not yet
+written are pinned by their owner: they stay, even if they exceed the size of the cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Loading:
     def __init__(self) -> None:
         self.done: trio.Event | None = None
         self.stale = False
-        """The table was written or freed meanwhile: what was read must not be kept."""
+        """The table was written or freed meanwhile, so the result of the read must not be cached."""
 
 
 class TableCache(Generic[Table]):
@@ -68,9 +68,9 @@ class TableCache(Generic[Table]):
         return table
 
     async def load(self, offset: int) -> Table:
-        """The table at ``offset``, read if it is not cached. Does not suspend where it is.
+        """Return the table at ``offset``, read if it is not cached. Does not suspend if it is.
 
-        Whoever wants to rely on the table uses it before the next await. Raises what the read raises.
+        The table is reliable only until the next await. Raises what the read raises.
         """
         while True:
             table = self.get(offset)
@@ -102,7 +102,7 @@ class TableCache(Generic[Table]):
         return table
 
     def put(self, offset: int, table: Table) -> None:
-        """Keep what was just read or written as the content of the table at ``offset``."""
+        """Cache ``table``, which was just read or written, as the table at ``offset``."""
         self._outdate(offset)
         self.tables[offset] = table
         self.tables.move_to_end(offset)
@@ -138,7 +138,7 @@ class TableCache(Generic[Table]):
             del self.tables[victim]
 
     def _victim(self) -> int | None:
-        """The table that was not used for longest and may go; never the one that was used last."""
+        """Return the least recently used table that may go; never the one that was used last."""
         last = next(reversed(self.tables))
         for offset in self.tables:
             if offset != last and not self.is_pinned(offset):

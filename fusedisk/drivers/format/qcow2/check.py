@@ -1,4 +1,4 @@
-"""``check``: look, repair what was found where that is asked for, and look again."""
+"""``check``: analyse the image, repair it if that is asked for, and analyse it again."""
 
 from __future__ import annotations
 

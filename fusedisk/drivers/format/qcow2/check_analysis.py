@@ -30,12 +30,12 @@ from fusedisk.drivers.format.qcow2.entries import HostRun
 
 
 class Analysis:
-    """What one look at an image found. Numbers are of clusters or entries."""
+    """The findings of one look at an image. Numbers count clusters or entries."""
 
     def __init__(
         self, image: CheckedImage, snapshots: SnapshotTable, reserved: Sequence[HostRun] = (), *, whole: int = WHOLE
     ) -> None:
-        """``reserved``: clusters that count as used once more, since something is about to refer to them."""
+        """``reserved``: clusters with one reference more, which is about to be made."""
         self.image = image
         self.snapshots = snapshots
         self.reserved = reserved
@@ -56,11 +56,11 @@ class Analysis:
         """The refcount structure cannot be repaired where it is."""
         self.miscopied = 0
         self.end = 0
-        """Behind the last cluster in use."""
+        """The cluster behind the last one in use."""
         self._whole = whole
 
     async def run(self, progress: Progress) -> None:
-        """Look. Raises ImageError or HostError where that cannot be done."""
+        """Analyse the image. Raises ImageError or HostError if that is impossible."""
         await self.disk.load(whole=self._whole)
         await self.walk.run(progress)
         for run in self.reserved:
@@ -73,13 +73,13 @@ class Analysis:
 
     @property
     def broken(self) -> int:
-        """What is wrong in tables and headers, apart from refcounts and COPIED flags."""
+        """The number of faults in tables and headers, without refcounts and COPIED flags."""
         return self.walk.corruptions + self.walk.found.corruptions
 
     def is_shared(self, table: L1Table, index: int) -> bool:
         """Whether something else is in the cluster of an L1 table's entry, too."""
         cluster = table.region.offset + 8 * index >> self.image.cluster_bits
-        # The place and the length of a snapshot's table are as likely to be wrong as what seems to be in it.
+        # The offset and the length of a snapshot's table are as likely to be wrong as its entries.
         phantoms = self.walk.phantoms[cluster] if table.active else 0
         return self.counts[cluster] - phantoms > table.users
 
@@ -146,7 +146,7 @@ class Analysis:
         return found if found is not None else array("I", bytes(4 * count))
 
     def _clip(self, first: int, wanted: array[int]) -> None:
-        """References beyond what the refcounts' width can count are corruptions, and cannot be asked for."""
+        """Count references beyond what the refcounts' width allows as corruptions, and limit ``wanted`` to it."""
         maximum = self.image.refcount_maximum
         if self.image.refcount_bits > 16 or (maximum == 0xFFFF and _fit_16_bits(wanted)) or max(wanted) <= maximum:
             return
@@ -192,7 +192,7 @@ def _fit_16_bits(values: array[int]) -> bool:
 async def analyse(
     image: CheckedImage, snapshots: SnapshotTable, progress: Progress, reserved: Sequence[HostRun] = ()
 ) -> Analysis:
-    """Look at an image, see :class:`Analysis`."""
+    """Return the analysis of an image, see :class:`Analysis`."""
     analysis = Analysis(image, snapshots, reserved)
     await analysis.run(progress)
     return analysis

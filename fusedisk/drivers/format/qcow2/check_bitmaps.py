@@ -1,4 +1,4 @@
-"""What the persistent bitmaps of an image take up.
+"""The clusters that the persistent bitmaps of an image take up.
 
 Source: docs/interop/qcow2.txt, "Bitmaps".
 """

@@ -22,7 +22,7 @@ MOST = (1 << 32) - 1
 
 
 _RUN_AT_ONCE = 1 << 16
-"""Counters that one step of a run changes; arrays of at most so many are kept in memory."""
+"""The most counters that one step of a run changes; arrays of at most this length are reused."""
 
 
 @functools.lru_cache(maxsize=8)

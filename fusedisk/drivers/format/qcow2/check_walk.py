@@ -1,7 +1,7 @@
-"""Walking everything that an image's metadata refers to: the references are counted, and what cannot be is found.
+"""Walks everything that an image's metadata refers to, counts the references and reports invalid entries.
 
-A table that several L1 entries lead to (snapshots share most of theirs) is looked at once and counted as often as it
-is referred to.
+A table that several L1 entries lead to (snapshots share most of theirs) is read once and counted as often as it is
+referred to.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class L1Table(NamedTuple):
     label: str
     active: bool
     users: int
-    """Of the disk and the snapshots, how many have it."""
+    """How many of the disk and its snapshots share this table."""
 
 
 class TableUse:
@@ -59,12 +59,12 @@ class Walk:
         self.disk = disk
         self.counts = counts
         self.phantoms = counts.empty()
-        """References through L1 entries that are not cluster-aligned, and those of what looks like a table there."""
+        """References through L1 entries that are not cluster-aligned, and those of whatever lies there."""
         self.result = CheckResult()
         """Collects findings, and errors of reading."""
         self.found = TableFindings()
         self.corruptions = 0
-        """What is wrong outside of L2 tables, but for refcount blocks."""
+        """Corruptions outside of L2 tables and refcount blocks; :class:`.check_analysis.Analysis` adds them all up."""
         self.block_corruptions = 0
         """Wrong entries of the refcount table."""
         self.rebuild = False
@@ -130,7 +130,7 @@ class Walk:
             use.weight += times * users
             if entry & bad or times > 1 or cluster >= clusters:
                 await self._read_l1_entry(label, entry, times * users, active=active)
-                continue  # anything may be wrong with it
+                continue  # the rest of the loop is for plain entries
             plain.append(cluster)
             if active:
                 use.active += users
@@ -223,7 +223,7 @@ class Walk:
             for entry in entries:
                 if wrong_entry(image, entry):
                     raise ImageError(
-                        f"'{image.filename}' cannot be checked: the table of a bitmap at {region.offset} has the entry "
+                        f"'{image.filename}' cannot be checked: the table of a bitmap at {region.offset} has the "
                         f"invalid entry {entry:#x}."
                     )
                 if offset := entry & TABLE_ENTRY_OFFSET:

@@ -1,9 +1,8 @@
-"""Mapping of guest clusters: what the active L1 and L2 tables say, without changing it.
+"""Mapping of guest clusters: looks up the active L1 and L2 tables, without changing them.
 
 Why this is safe beside requests that change the mapping: lookups take no lock, use a table between two awaits
 only, and tables change between awaits only. A cluster that may be overwritten in place (COPIED) is answered
-without a lock too: whoever would free or move it does so from a request that is serialised against all others
-over the same guest range.
+without a lock too: only a request that is serialised against all others over the same guest range frees or moves it.
 
 Source: docs/interop/qcow2.txt, "Cluster mapping".
 """
@@ -22,10 +21,10 @@ from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MAS
 from fusedisk.drivers.format.qcow2.image import Image
 
 MAX_SPARSE_TABLES = 4096
-"""L1 entries without a table that one lookup answers at most."""
+"""The most L1 entries without a table that one lookup covers."""
 
 Transform = Callable[[int], int]
-"""From an L2 entry to what it shall become: unallocated or zeroes, with or without its host cluster."""
+"""Turns an L2 entry into its replacement: unallocated or zeroes, with or without its host cluster."""
 
 _new = tuple.__new__
 
@@ -38,10 +37,10 @@ class Guard(Protocol):
     fixed_end: int
 
     def occupied_at(self, start: int, length: int) -> str | None:
-        """The name of the metadata that a host range touches."""
+        """Return the name of the metadata that a host range touches."""
 
     def fixed_at(self, start: int, length: int) -> str | None:
-        """The same, of metadata that does not move."""
+        """The same for metadata that does not move."""
 
 
 class ClusterMap:
@@ -51,7 +50,7 @@ class ClusterMap:
         geometry = image.geometry
         self.image = image
         self.guard: Guard = image
-        """Tells what no guest data may lie over."""
+        """Knows the host ranges that must not hold guest data."""
         self.edge = image.storage
         self._l1 = image.l1
         self._tables = image.l2.tables
@@ -64,12 +63,12 @@ class ClusterMap:
         self._bad = geometry.l2_bad
         self._unusual = geometry.l2_bad | COMPRESSED | bits.ZERO
         self.recurse = False
-        """Whether clusters may be holes in the file that block status should ask for."""
+        """Whether clusters may be holes in the file, which block status should look for."""
 
     # --- looking up -------------------------------------------------------------------------------------
 
     def lookup(self, offset: int, length: int) -> Extent | None:
-        """The extent at ``offset`` if that takes no I/O; None where the L2 table is not cached or the entry is
+        """Return the extent at ``offset`` if that takes no I/O; None if the L2 table is not cached or the entry is
         corrupt.
         """
         l2_offset = self._l1[offset >> self._span_bits] & OFFSET_MASK
@@ -91,8 +90,8 @@ class ClusterMap:
         return _new(Extent, (DATA, length, self.edge, host + inside, self.recurse, False, None))
 
     def _run(self, table: array[int], index: int, inside: int, length: int, step: int) -> int:
-        """How many of ``length`` bytes lie in entries that continue the one at ``index``, each ``step`` more than
-        the one before it."""
+        """Return how many of ``length`` bytes lie in entries that continue the one at ``index``, each ``step`` more
+        than the one before it."""
         covered = self._cluster_size - inside
         expected = table[index]
         for entry in table[index + 1 : index + (inside + length + self._cluster_mask >> self._cluster_bits)]:
@@ -103,7 +102,7 @@ class ClusterMap:
         return min(covered, length)
 
     def _unusual_extent(self, table: array[int], index: int, offset: int, length: int) -> Extent | None:
-        """The extent of an entry that is not plain data; None where it is corrupt."""
+        """Return the extent of an entry that is not plain data; None if it is corrupt."""
         entry = table[index]
         inside = offset & self._cluster_mask
         if entry & COMPRESSED:
@@ -118,7 +117,7 @@ class ClusterMap:
         return Extent(ZERO, count, self.edge, host + inside) if host else Extent(ZERO, count)
 
     def _compressed_extent(self, entries: array[int], inside: int, length: int) -> Extent:
-        """The extent of a compressed cluster and of what follows it, as far as that is compressed. Its token is their
+        """Return the extent of a compressed cluster and of the compressed ones that follow it. Its token is their
         entries."""
         if not (min(entries) >= COMPRESSED and max(entries) < COPIED):  # the short way for most
             for count, entry in enumerate(entries):
@@ -130,7 +129,7 @@ class ClusterMap:
         return Extent(SPECIAL, length, self.edge, place, False, True, entries)
 
     def _without_table(self, offset: int, length: int) -> Extent:
-        """An extent over all neighbouring spans that have no L2 table."""
+        """Return an extent over all adjacent L1 entries without an L2 table."""
         l1, span_bits = self._l1, self._span_bits
         index = offset >> span_bits
         stop = min(offset + length - 1 >> span_bits, index + MAX_SPARSE_TABLES)
@@ -139,9 +138,7 @@ class ClusterMap:
         return Extent(UNALLOCATED, min(length, (index + 1 << span_bits) - offset))
 
     async def map(self, offset: int, length: int) -> Extent:
-        """The extent at ``offset``. Raises CorruptImageError, after fencing the image, for entries that
-        cannot be.
-        """
+        """Return the extent at ``offset``. Raises CorruptImageError, after fencing the image, for invalid entries."""
         while True:
             extent = self.lookup(offset, length)
             if extent is not None:
@@ -150,7 +147,7 @@ class ClusterMap:
             await self.check_entry(offset)
 
     async def table_at(self, l1_index: int) -> array[int] | None:
-        """The L2 table of an L1 entry, to be used before the next await; None where there is none."""
+        """Return the L2 table of an L1 entry, for use before the next await; None if there is none."""
         while True:
             entry = self._l1[l1_index]
             offset = entry & OFFSET_MASK
@@ -165,16 +162,14 @@ class ClusterMap:
                 return table
 
     async def check_entry(self, offset: int) -> None:
-        """Raise CorruptImageError, after fencing the image, if the cached L2 entry for a guest offset cannot
-        be.
-        """
+        """Raise CorruptImageError, after fencing the image, if the cached L2 entry for a guest offset is invalid."""
         table = self._tables.get(self._l1[offset >> self._span_bits] & OFFSET_MASK)
         entry = table[offset >> self._cluster_bits & self._l2_mask] if table is not None else 0
         if not entry & COMPRESSED and entry & self._bad:
             raise await self.bad_entry(offset, array("Q", [entry]))
 
     async def bad_entry(self, offset: int, words: array[int]) -> CorruptImageError:
-        """Fence the image for an L2 entry, whose numbers are ``words``; returns the error to raise."""
+        """Fence the image because of an invalid L2 entry, ``words``; returns the error to raise."""
         entry = words[0]
         return await self.image.corruption(
             f"the L2 entry for guest offset {offset & ~self._cluster_mask} is {entry:#018x}, expected a multiple of "
@@ -182,41 +177,44 @@ class ClusterMap:
         )
 
     def find_bad(self, words: array[int]) -> int | None:
-        """The index of the first invalid one of some L2 entries; None if all are valid."""
+        """Return the index of the first invalid L2 entry; None if all are valid."""
         for entry in set(words):
             if entry & self._bad and not entry & COMPRESSED:
                 return words.index(entry)
         return None
 
     def transformed(self, words: array[int], transform: Transform) -> array[int]:
-        """Some L2 entries, each replaced by what ``transform`` makes of it."""
+        """Return L2 entries with ``transform`` applied to each."""
         known = {entry: transform(entry) for entry in set(words)}
         return array("Q", map(known.__getitem__, words))
 
     def with_bitmaps(self, entries: array[int], words: array[int]) -> array[int]:
-        """Put new descriptors into L2 entries and keep the bitmaps of the old ones, ``words``: what had no
-        data still has none."""
+        """Combine new L2 entries with the subcluster bitmaps of the old ones, ``words``: subclusters without data stay
+        without."""
         return entries
 
     def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
-        """Where to overwrite a prefix of the range without changing the mapping; None where that takes more
-        than a look.
+        """Return where to overwrite a prefix of the range without changing the mapping; None if that needs I/O, an
+        allocation or an error message.
         """
         l1_entry = self._l1[offset >> self._span_bits]
         l2_offset = l1_entry & OFFSET_MASK
         table = self._tables.get(l2_offset)
+        # The table is not in memory, or shared with a snapshot.
         if table is None or not l1_entry & COPIED:
             return None
         self._touch(l2_offset)
         index = offset >> self._cluster_bits & self._l2_mask
         entry = table[index]
         host = entry & OFFSET_MASK
+        # The cluster is shared, unallocated, zero, compressed or invalid.
         if not entry & COPIED or not host or entry & self._unusual:
             return None
+        # Go on as far as the host clusters are adjacent.
         inside = offset & self._cluster_mask
         if inside + length > self._cluster_size:
             length = self._run(table, index, inside, length, self._cluster_size)
-        # As occupied_at() says, but nearly always without a call.
+        # Refuse to overwrite metadata: the same test as occupied_at(), but nearly always without a call.
         image, end = self.guard, host + inside + length
         scattered, l2_places = image.scattered, image.l2_places
         block, l2 = bisect_left(scattered, host), bisect_left(l2_places, host)
@@ -225,6 +223,7 @@ class ClusterMap:
             or (block < len(scattered) and scattered[block] < end)
             or (host < image.fixed_end and image.fixed_at(host, end - host))
         ):
+            # Metadata somewhere in the run: answer for the first cluster alone if that one is free of it.
             length = min(length, self._cluster_size - inside)
             if image.occupied_at(host, self._cluster_size):
                 return None

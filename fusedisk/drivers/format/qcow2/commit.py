@@ -1,4 +1,4 @@
-"""Bringing changed metadata to the file, in an order that a power cut cannot break.
+"""Writes changed metadata to the file, in an order that a power cut cannot break.
 
 One commit, each step after the one before it, barriers being host flushes:
 
@@ -12,11 +12,11 @@ So nothing in the file ever refers to a cluster whose refcount or data the file 
 while the file may still refer to it. Dying between any two writes, or losing any of those since the last barrier,
 leaks clusters at worst.
 
-The image's mutex is held for the writes and not for the barriers, so that others allocate meanwhile. What they change
-belongs to the next commit; two commits never run at once.
+The image's mutex is held for the writes and not for the barriers, so that other requests allocate meanwhile. Their
+changes belong to the next commit; two commits never run at once.
 
-With lazy refcounts step 1 leaves the refcounts out: the dirty bit, durable before the first commit, tells whoever
-opens the image after a crash to count again. See docs/explanation/durability.md.
+With lazy refcounts step 1 leaves the refcounts out: the dirty bit, durable before the first commit, makes the next
+program that opens the image after a crash count again. See docs/explanation/durability.md.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 
 MAX_FREED_BYTES = 64 << 20
-"""Host space that waits for a commit to be used again, before one is made for its sake."""
+"""The amount of freed host space that triggers a commit, so that it can be used again."""
 
 
 class _Plan(NamedTuple):
-    """What one commit brings to the file."""
+    """The writes of one commit."""
 
     l1: set[int]
     l2: dict[int, tuple[int, int]]
@@ -62,15 +62,15 @@ class Committer:
         self.lazy_refcounts = lazy_refcounts
         self._committing = Mutex()
         self._exclusive: trio.Event | None = None
-        """There while somebody is in :meth:`exclusive`; set once the file has all that was answered before. Nothing
-        is answered from then on that changes metadata."""
+        """Exists while a task is in :meth:`exclusive`; set once the file has all changes answered before. From then on
+        no change of metadata is answered."""
         self.max_freed = max(MAX_FREED_BYTES >> image.geometry.cluster_bits, 16)
-        """Clusters that may wait for a commit to be used again."""
+        """The most freed clusters that may wait for a commit."""
 
     async def commit(self) -> None:
-        """Bring everything that was changed before this call to the file, but do not wait for the disk.
+        """Write everything that was changed before this call to the file, without waiting for the disk.
 
-        Raises HostError where the file cannot be written; nothing is forgotten then, so that it may be tried again.
+        Raises HostError if the file cannot be written; nothing is forgotten then, so that it may be tried again.
         """
         while (settled := self._exclusive) is not None:
             if not settled.is_set():
@@ -85,7 +85,7 @@ class Committer:
                     await self._commit(held=False)
 
     async def relieve(self) -> None:
-        """Commit where memory holds a lot. Not under the mutex."""
+        """Commit if memory holds many changes. Not under the mutex."""
         image, refcounts = self.image, self.refcounts
         tables = image.l2.capacity
         if (
@@ -115,7 +115,7 @@ class Committer:
 
     @property
     def in_exclusive(self) -> bool:
-        """Whether somebody is in :meth:`exclusive`."""
+        """Whether a task is in :meth:`exclusive`."""
         return self._exclusive is not None
 
     async def settle(self) -> None:
@@ -149,14 +149,14 @@ class Committer:
         return self.lazy_refcounts and self.image.header.version >= 3
 
     async def set_dirty_bit(self) -> None:
-        """Let whoever opens the image after a crash count its references again; durable. Under the mutex; nothing in
-        images of version 2, which have no such bit."""
+        """Set the dirty bit, durably, so that references are counted again after a crash. Under the mutex. Does nothing
+        for images of version 2, which have no such bit."""
         header = self.image.header
         if header.version >= 3 and not header.incompatible_features & layout.DIRTY:
             await self._put_incompatible(header.incompatible_features | layout.DIRTY)
 
     async def clear_dirty_bit(self) -> None:
-        """The refcounts in the file are right again. Under the mutex."""
+        """Clear the dirty bit, now that the refcounts in the file are right. Under the mutex."""
         header = self.image.header
         if header.incompatible_features & layout.DIRTY:
             await self.image.barrier()
@@ -214,7 +214,7 @@ class Committer:
                 await refcounts.drop(plan.freed)
 
     async def _prepare(self, held: bool) -> _Plan:
-        """Write refcounts, and take the rest as it is now."""
+        """Write refcounts, and take a snapshot of the dirty tables for the other steps."""
         dirty = self.image.dirty
         new_blocks: list[int] = []
         if self.lazy and not held and self.refcounts.dirty_blocks <= self.refcounts.blocks.capacity:
@@ -244,7 +244,7 @@ class Committer:
             yield "l1_update", image.header.l1_table_offset + 8 * first, encode_table(image.l1[first:end])
 
     def _restore(self, plan: _Plan) -> None:
-        """The file may have any part of it: all of it must be written again."""
+        """Mark all changes of a failed commit as dirty again, since any part of them may be in the file."""
         dirty = self.image.dirty
         dirty.l1 |= plan.l1
         for offset, (first, end) in plan.l2.items():
@@ -255,7 +255,7 @@ class Committer:
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring numbers, as first and the one behind the last."""
+    """Yield runs of adjacent numbers, as the first and the one behind the last."""
     first = end = -1
     for number in sorted(numbers):
         if number != end:

@@ -1,13 +1,13 @@
 """Reading compressed clusters: raw deflate with a window of 4 KiB, or zstd.
 
-Clusters inflate whole and are kept for a while, many of a run at a time, ahead of those who read sequentially. Whoever
-wants a cluster that somebody else is inflating waits for that. Once they have no more room, the first look at a small
-part of a cluster gets no more than it needs (:mod:`fusedisk.core.glances`).
+Clusters are inflated whole, many of a run at a time, ahead of sequential readers, and are cached for a while. A reader
+of a cluster that is being inflated waits for that. When the cache is full, the first read of a small part of a cluster
+inflates no more than it needs (:mod:`fusedisk.core.glances`).
 
-Why this is safe beside writers: rewriting a compressed cluster frees its host clusters while others may be reading
-them. Before they can be used again the cache is told (:mod:`fusedisk.core.inflated_cache`): then it keeps nothing that
-was read of them, and the reader resolves the guest offset anew. Content is taken from the cache in the same instant in
-which the L2 entry is looked at, or is that of a load that was under way in that instant.
+Why this is safe beside writers: rewriting a compressed cluster frees its host clusters while other requests may be
+reading them. Before they can be used again, the cache drops their content (:mod:`fusedisk.core.inflated_cache`) and
+discards loads of them that are under way, whose readers then resolve the guest offset again. Content comes from the
+cache in the same instant in which the L2 entry is read, or from a load that was under way in that instant.
 
 Source: docs/interop/qcow2.txt, "Compressed Clusters Descriptor" and "Compression type".
 """
@@ -175,7 +175,7 @@ class CompressedReader:
         try:
             content = self._inflater.inflate(data, self._size)
         except InflateError:
-            return None  # read says what it is
+            return None  # read raises the error
         self._glances.whole(entry)
         self._cache.keep(entry, content)
         return content
@@ -189,13 +189,13 @@ class CompressedReader:
     # --- ahead of requests ------------------------------------------------------------------------------
 
     def _notice(self, offset: int, length: int) -> None:
-        """Somebody reads here: go ahead of them if they read sequentially."""
+        """Note a read, and start to inflate ahead if it is a part of a sequential one."""
         wanted = self._readahead.notice(offset, offset + length, self.image.header.size)
         if not wanted:
             return
         pool = inflate_pool()
         tasks = (pool.parallel(self._size) if pool is not None else 0) or AHEAD_THREADS
-        # Those that are at work come back for more only when they are done.
+        # Running tasks take more work only when they are done.
         tasks = min(tasks, self._ahead + -(-wanted // AHEAD_BATCH))
         while self._ahead < tasks and background.start(self.node, self._go_ahead):
             self._ahead += 1
@@ -209,13 +209,13 @@ class CompressedReader:
                 await self._inflater.run(*begun, threads=1)
             self._readahead.forget()
         except FusediskError:
-            # Whoever really wants to read there meets it again.
+            # A reader that really needs this cluster gets the error again.
             self._readahead.forget()
         finally:
             self._ahead -= 1
 
     def _begin_wanted(self) -> tuple[Run, list[Where]] | None:
-        """Clusters that readers will want next; None where nothing is wanted."""
+        """Start a run with the clusters that sequential readers need next; None if there are none."""
         new: dict[int, None] = {}
         while not new and (stream := self._readahead.wanted()) is not None:
             room = AHEAD_BATCH
@@ -236,7 +236,8 @@ class CompressedReader:
     # --- inflating --------------------------------------------------------------------------------------
 
     def _begin(self, entries: Iterable[int], *, asked: bool) -> tuple[Run, list[Where]]:
-        """A run of clusters that are neither there nor on their way, and where they lie."""
+        """Start a run with those of the clusters that are neither cached nor being inflated; returns also where they
+        lie."""
         where = sorted(self.image.geometry.compressed_ranges(entries))
         return self._cache.begin((entry for _, _, entry in where), self._size, asked=asked), where
 

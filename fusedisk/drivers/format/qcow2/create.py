@@ -89,7 +89,7 @@ def _check_version_2(options: Qcow2CreateOptions) -> None:
 
 
 async def check(options: Qcow2CreateOptions, filename: str) -> None:
-    """Raise what :func:`create` would of the options alone."""
+    """Raise what :func:`create` would raise because of the options."""
     header = new_header(options)
     resize.check_l1(filename, header, _length(options))
     if _encrypts(options):
@@ -135,7 +135,7 @@ async def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None
     if data_file is not None:
         await io.truncate(data_file, length)
         if options.data_file_raw and preallocation == "off":
-            # Whoever reads the raw file also sees what has no entry.
+            # A program that reads the raw file also sees the unallocated ranges.
             preallocation = "metadata"
     if preallocation != "off":
         await resize.preallocate(allocator, 0, length, preallocation)

@@ -4,8 +4,8 @@ The caller's request is serialised against all others over its guest range, so n
 host clusters may be freed. A part of one L2 table is changed at a time under the image's mutex, so an interrupted
 request leaves a prefix done.
 
-What reads as zeroes already and has no host cluster stays as it is: such a request makes no L2 table, changes no
-refcount, and is no first write. Whole stretches without L2 tables are passed over.
+Ranges that read as zeroes already and have no host cluster stay as they are: such a request makes no L2 table, changes
+no refcount, and is no first write. Whole stretches without L2 tables are skipped.
 
 What QEMU does, done here: version 3 uses zero entries; version 2 has none, so its clusters can only be
 dropped, and only where no data of a backing file would show through.
@@ -36,9 +36,9 @@ from fusedisk.drivers.format.qcow2.entries import (
 from fusedisk.drivers.format.qcow2.freed import Reason
 
 _SKIPS_AT_ONCE = 1 << 16
-"""L1 entries without a table that one step skips at most."""
+"""The most L1 entries without a table that one step skips."""
 _ENTRIES_AT_ONCE = 8192
-"""L2 entries that one step changes at most."""
+"""The most L2 entries that one step changes."""
 
 
 async def write_zeroes(allocator: Allocator, offset: int, length: int, *, may_unmap: bool, backing: Backing) -> None:
@@ -135,7 +135,7 @@ async def change(
         await _change_part(allocator, cluster, stop, change_entry, discard_kept=discard_kept)
         cluster = stop
         if cluster < end:
-            # A large request must not keep everybody else from running.
+            # A large request must not keep other tasks from running.
             await trio.lowlevel.checkpoint()
 
 
@@ -176,7 +176,7 @@ async def _change_part(
             return
     await allocator.committer.relieve()
     async with allocator.image.mutex:
-        # Flags may be others than before: the table was perhaps copied just now.
+        # Read again: the table may have been copied just now, with other flags.
         old = (await allocator.table_for_write(l1_index))[part]
         new = clusters.transformed(old, transform)
         differing = [i // words for i, word in enumerate(old) if word != new[i]]
@@ -192,7 +192,7 @@ async def _change_part(
 async def _discard_kept(allocator: Allocator, entries: list[int]) -> None:
     """Give the host the space of clusters that only entries of zeroes refer to.
 
-    At once: who discards may find zeroes there however early the power goes.
+    Immediately, without waiting for a commit: the guest discarded them, so zeroes after a power cut are fine.
     """
     bits, space = allocator.geometry.cluster_bits, allocator.space
     for run in plain_runs(entries, allocator.geometry):

@@ -61,7 +61,7 @@ from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new
 log = logging.getLogger(__name__)
 
 SECTOR = 512
-"""What encryption works on, in bytes."""
+"""The unit of encryption and of image lengths, in bytes."""
 
 if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult, Progress, Repair
@@ -88,7 +88,8 @@ class Qcow2Driver(ResizeDriver):
     _compressing: CompressedWriter | None = None
     _end_was_checked = False
     _sparse_threshold: int | None = None
-    """Clusters in use that would make data extents possible holes of the file; None once that is known."""
+    """The number of clusters in use from which data extents may be holes of the file (:mod:`.sparse`); None once
+    ``has_holes`` has decided."""
 
     # --- recognising and naming -------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Qcow2Driver(ResizeDriver):
         self.refcounts = Refcounts(image)
         self.committer = Committer(image, self.refcounts)
         if header.crypt_method or self.options.encrypt_key_file is not None:
-            # Not with the rest: few images are encrypted.
+            # Imported here: few images are encrypted.
             from fusedisk.drivers.format.qcow2.encryption import open_encryption
 
             self.encryption = await open_encryption(edge.node, header, self.options, node.filename)
@@ -161,7 +162,7 @@ class Qcow2Driver(ResizeDriver):
         self.first_write.note_base = check_base(self)
 
     async def _open_data_file(self, header: Header) -> Child | None:
-        """The child that guest data lies in, if that is not ``file``."""
+        """Return the child for guest data, None if that is ``file``."""
         node = self.node
         given = node.children.get("data-file")
         if not header.has_data_file:
@@ -184,7 +185,7 @@ class Qcow2Driver(ResizeDriver):
             raise
 
     def _take_options(self, options: Qcow2Options) -> None:
-        """What may change while the image is open."""
+        """Apply the options that may change while the image is open."""
         lazy = options.lazy_refcounts
         if lazy is None:
             lazy = bool(self.image.header.compatible_features & layout.LAZY_REFCOUNTS)
@@ -199,8 +200,8 @@ class Qcow2Driver(ResizeDriver):
         self.refcounts.pass_discard = frozenset(reason for reason, passes in wanted.items() if passes)
 
     async def _repair_refcounts(self, file: Node) -> Header:
-        """Make writing safe after a writer that did not close the image; see docs/adr/0021. Raises ImageError where
-        that takes more than refcounts."""
+        """Make writing safe after a writer that did not close the image; see docs/adr/0021. Raises ImageError if more
+        than refcounts is wrong."""
         from fusedisk.block.check import Repair
         from fusedisk.block.snapshot import no_progress
         from fusedisk.drivers.format.qcow2.check import check
@@ -223,14 +224,13 @@ class Qcow2Driver(ResizeDriver):
         return await read_header(file, filename)
 
     async def _load_refcounts(self) -> None:
-        """What allocating needs. Nothing of the image changes before the first write that needs it, see
-        :mod:`.first_write`."""
+        """Load what allocating needs. The image changes only with the first write, see :mod:`.first_write`."""
         async with self.image.mutex:
             await self.refcounts.load()
             self.image.l2_places = await self.image.sorted_l2(self.image.l1)
 
     async def prepare_writing(self) -> None:
-        """Let the guest's data be changed, before any of it is, see :mod:`.first_write`."""
+        """Prepare the image for the first change of guest data, see :mod:`.first_write`."""
         if not self.first_write.disk:
             refuse_to_wait()
             async with self.image.mutex:
@@ -294,7 +294,7 @@ class Qcow2Driver(ResizeDriver):
         if extent is None:
             extent = await self.clusters.map(offset, length)
         if self.encodes and extent.child is not None and not extent.compressed:
-            # Block status tells no places of what is encrypted.
+            # Encrypted bytes are not readable on the host, so block status reports no offset.
             return extent._replace(status=SPECIAL) if extent.status == DATA else Extent(extent.status, extent.length)
         return extent
 
@@ -308,8 +308,8 @@ class Qcow2Driver(ResizeDriver):
         threshold = self._sparse_threshold
         if threshold is not None:
             if self.committer.in_exclusive:
-                return True  # it is not known, and who holds the image may wait for readers
-            # What is counted is in the file.
+                return True  # unknown, but a commit would wait for a task that may itself wait for readers
+            # Refcounts are counted in the file, so it must have all of them.
             await self.committer.commit()
             found = await uses_clusters(self.node.children["file"].node, self.image.header, threshold)
             self.clusters.recurse, self._sparse_threshold = found, None
@@ -333,14 +333,14 @@ class Qcow2Driver(ResizeDriver):
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         if self._compressing is None:
-            # Not with the rest, nor what reads them: few images have compressed clusters.
+            # Imported here, like the reader: few images have compressed clusters.
             from fusedisk.drivers.format.qcow2.compress import CompressedWriter
 
             self._compressing = CompressedWriter(self.node, self.allocator, self._drop)
         await self._compressing.write(offset, data)
 
     async def _drop(self, offset: int, length: int) -> None:
-        """Make whole clusters zero clusters."""
+        """Turn whole clusters into zero clusters."""
         with trio.CancelScope(shield=True):
             await self.write_zeroes(offset, length, MAY_UNMAP)
 
@@ -358,7 +358,7 @@ class Qcow2Driver(ResizeDriver):
                 await self._read_plain(extent, offset, buffer[:done])
             if done == len(buffer):
                 return
-            # What follows was rewritten meanwhile.
+            # The clusters behind it were rewritten meanwhile.
             offset += done
             buffer = buffer[done:]
             extent = await self.map(offset, len(buffer))
@@ -403,7 +403,7 @@ class Qcow2Driver(ResizeDriver):
         head, end = offset % SECTOR, offset + len(buffer)
         whole = buffer
         if head or end % SECTOR:
-            # As a backing file, below a format that aligns nothing.
+            # Used as a backing file below a format that does not align its reads.
             whole = memoryview(bytearray(head + len(buffer) + -end % SECTOR))
         await io.read(extent.child.node, extent.offset - head, whole)
         await self.encryption.decrypt(offset - head, extent.offset - head, whole)
@@ -427,7 +427,7 @@ class Qcow2Driver(ResizeDriver):
         await discard.discard(self.allocator, offset, length, backing=self.shows_through())
 
     async def _zero_raw_data(self, offset: int, length: int, flags: int) -> None:
-        """Keep a raw data file the image of the disk that it is."""
+        """Zero the range in a raw external data file too, which must match the disk byte for byte."""
         if self.image.header.has_raw_data_file:
             assert self.image.data_file is not None
             await self.prepare_writing()
@@ -450,8 +450,8 @@ class Qcow2Driver(ResizeDriver):
         await amend(self, options, progress, force=force)
 
     async def reload(self) -> None:
-        """Take everything from the file anew, and forget what memory had. No request is in flight. An image that
-        cannot be read again is fenced."""
+        """Read everything from the file again and forget all cached state. No request is in flight. If that fails, the
+        image is fenced."""
         self.first_write.end()
         self._compressed, before = None, self.encryption
         try:
@@ -485,7 +485,7 @@ class Qcow2Driver(ResizeDriver):
         return self.bitmaps.cost_of_writing()
 
     def has_zero_init(self) -> bool:
-        # A preallocated image's clusters are as the file's are.
+        # The clusters of a preallocated image read as the file does.
         preallocated = bool(self.image.l1) and bool(self.image.l1[0] & OFFSET_MASK)
         if self.encodes:
             return not preallocated
@@ -515,5 +515,5 @@ class Qcow2Driver(ResizeDriver):
 
 
 def _nothing(offset: int, length: int) -> WriteExtent | None:
-    """Until writing is prepared no write is answered without a look."""
+    """Answer no write without waiting, until writing is prepared."""
     return None

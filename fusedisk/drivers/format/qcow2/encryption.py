@@ -2,7 +2,7 @@
 
 Clusters are stored as ciphertext, sector by sector of 512 bytes; compressed ones are not. LUKS numbers sectors by their
 offset in the host file, so a cluster that moves is encrypted anew; the legacy AES numbers them by guest offset. A host
-cluster that was never written is no zeroes to the guest.
+cluster that was never written does not read as zeroes to the guest.
 
 Source: docs/interop/qcow2.txt, "Full disk encryption header pointer", "crypt_method".
 """
@@ -31,7 +31,7 @@ INLINE_SIZE = 128 << 10
 
 
 class Encryption:
-    """The encryption of one open image. Who only looks at metadata needs no key: ``unlock`` comes before data."""
+    """The encryption of one open image. Metadata needs no key; call ``unlock`` before data is read or written."""
 
     def __init__(self, file: Node, filename: str, luks_header: luks_layout.Header | None, start: int) -> None:
         """``luks_header`` lies at ``start`` in ``file``; without one it is the legacy AES."""

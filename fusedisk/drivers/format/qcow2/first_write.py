@@ -1,9 +1,9 @@
-"""What must be in the file before anything else in it changes: promises of the image that we would break are taken
-back first, and durably. An image that is open for writing and only read is not touched.
+"""The first change of an image: promises in its header that our writes would break are withdrawn first, durably. An
+image that is open for writing but only read is not touched.
 
-There are two steps, since most of what changes an image leaves the guest's data as they are (snapshots, settings, VM
-state): *anything* clears the autoclear bits of features that we do not know, the *disk* marks the bitmaps that track
-writes as in use. An empty overlay also takes note of its base before it gets data (:mod:`.base_record`).
+There are two steps, since many changes leave the guest's data as they are (snapshots, settings, VM state): *any* first
+change clears the autoclear bits of unknown features, the first change of the *disk* marks the bitmaps that track writes
+as in use. An empty overlay also records its base before it gets data (:mod:`.base_record`).
 
 Source: docs/interop/qcow2.txt, "Header" (autoclear features) and "Bitmaps".
 """
@@ -23,7 +23,7 @@ class FirstWrite:
     """The first writes to one image; everything here runs under its mutex."""
 
     def __init__(self, image: Image, bitmaps: Bitmaps, tell: Callable[[bool], None]) -> None:
-        """``tell`` is called with whether the guest's data may change without asking here."""
+        """``tell`` is called with True when guest data may change without asking here, with False when not."""
         self._image = image
         self._bitmaps = bitmaps
         self._tell = tell
@@ -62,11 +62,11 @@ class FirstWrite:
             header.autoclear_features = kept
 
     def renew(self) -> None:
-        """There may be valid bitmaps again. Synchronous."""
+        """Note that there may be valid bitmaps again. Synchronous."""
         self.disk = False
         self._tell(False)
 
     def end(self) -> None:
-        """The next change is a first one again. Synchronous."""
+        """Treat the next change as a first one again. Synchronous."""
         self.begun = self._image.writable = False
         self.renew()

@@ -1,4 +1,4 @@
-"""What waits to be free: references that memory has lost, and the file perhaps not yet."""
+"""Clusters that wait to be freed: memory has lost the references, but perhaps not the file."""
 
 from __future__ import annotations
 

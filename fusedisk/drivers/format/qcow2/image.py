@@ -1,12 +1,11 @@
 """The state of one open image that all its parts share, and the only place that changes its metadata.
 
-Changes of the L1 table and of L2 tables are made in memory; :mod:`.commit` brings them to the file in the order that
-a power cut asks for, and refcounts with them (:mod:`.refcount`). What is written at once: whole tables into clusters
-that nothing refers to, and fields of the header, around which the caller puts barriers. See
-docs/explanation/durability.md.
+The L1 table and L2 tables change in memory; :mod:`.commit` writes the changes, and refcounts with them
+(:mod:`.refcount`), in an order that survives a power cut. Written at once are whole tables into unreferenced clusters,
+and fields of the header, around which the caller puts barriers. See docs/explanation/durability.md.
 
-Everything that changes metadata holds ``mutex``; those who only look at it need not. Holding it across
-requests to the storage's door is safe, as nothing below calls back into the image.
+Code that changes metadata holds ``mutex``; code that only reads it need not. Holding the mutex across requests to the
+storage's door is safe, as nothing below calls back into the image.
 """
 
 from __future__ import annotations
@@ -47,32 +46,32 @@ log = logging.getLogger(__name__)
 
 MIN_L2_TABLES = 2
 _READ_AT_ONCE = 1 << 18
-"""Entries of a table: as many as the largest L2 table has."""
+"""The number of entries that one step reads: those of the largest L2 table."""
 INFLATED_BYTES = inflated_capacity()
-"""Inflated clusters kept of each image."""
+"""The most bytes of inflated clusters kept for each image."""
 SNAPSHOT_L2 = "snapshot's L2 table"
-"""What the overlap checks call it."""
+"""Its name in the overlap checks."""
 
 
 BeforeChange = Callable[[bool], Awaitable[None]]
 
 
 async def _no_preparation(disk: bool) -> None:
-    """For an image that is being made."""
+    """Do nothing, for an image that is being created."""
 
 
 class DirtyTables:
-    """What of the L1 and L2 tables the file does not have yet."""
+    """The changes of L1 and L2 tables that are not in the file yet."""
 
     def __init__(self) -> None:
         self.l1: set[int] = set()
-        """Indices of entries."""
+        """Indices of changed entries."""
         self.l2: dict[int, tuple[int, int]] = {}
-        """For each L2 table, by host offset, the first entry that is changed and the one behind the last."""
+        """For each L2 table, by host offset, the range of changed entries: the first, and the one behind the last."""
         self.on_their_way: frozenset[int] = frozenset()
-        """L2 tables with entries that are about to be written."""
+        """L2 tables with entries that are being written."""
         self.ordered = False
-        """Whether anything before must be durable before these entries are."""
+        """Whether something written earlier must be on disk before these entries are."""
 
     def __bool__(self) -> bool:
         return bool(self.l1 or self.l2)
@@ -82,17 +81,17 @@ class DirtyTables:
         return offset in self.l2 or offset in self.on_their_way
 
     def touch_l2(self, offset: int, first: int, end: int) -> None:
-        """Entries from ``first`` to ``end`` were changed."""
+        """Note that the entries from ``first`` to ``end`` were changed."""
         low, high = self.l2.get(offset, (first, end))
         self.l2[offset] = min(low, first), max(high, end)
 
     def forget_l2(self, offset: int) -> None:
-        """The table is gone."""
+        """Drop the changes of a table that is gone."""
         self.l2.pop(offset, None)
 
 
 async def read_table(file: Node, offset: int, entries: int) -> array[int]:
-    """A table of 64-bit entries in ``file``. Where it is long, others run meanwhile."""
+    """Read a table of 64-bit entries from ``file``. Other tasks run between steps if it is long."""
     table = empty_table(entries)
     for start in range(0, entries, _READ_AT_ONCE):
         piece = table[start : start + _READ_AT_ONCE] if entries > _READ_AT_ONCE else table
@@ -107,9 +106,8 @@ async def read_table(file: Node, offset: int, entries: int) -> array[int]:
 class Image:
     """One open image.
 
-    ``storage`` is the edge to the node that holds it, and may be moved to another node while the image is
-    open. ``fence`` stops writes once corruption is found, ``mapping_changed`` is called after every change of
-    what guest offsets lead to.
+    ``storage`` is the edge to the node that holds it, which may be moved to another node while the image is open.
+    ``fence`` stops writes once corruption is found, ``mapping_changed`` is called after every change of the mapping.
     """
 
     def __init__(
@@ -129,34 +127,34 @@ class Image:
         self.mapping_changed = mapping_changed
         self.overlap_check = overlap_check
         self.writable = False
-        """It was prepared for changes (see :mod:`.first_write`), and nothing has ended them since."""
+        """Prepared for changes (see :mod:`.first_write`), and not closed for them since."""
         self.corrupt = False
         """Corruption was found."""
         self.before_change: BeforeChange = _no_preparation
-        """Awaited under the mutex before anything in the file changes; True where that may be the guest's data."""
+        """Awaited under the mutex before anything in the file changes; called with True if guest data may change."""
         self.geometry = Geometry(header)
         self.mutex = Mutex()
         self.data_file: Child | None = None
-        """Where guest data lies, if not here."""
+        """The external file for guest data, None if the image holds the data itself."""
         self.barriers = True
-        """False where nobody cares about power cuts: an image that is being created."""
+        """False if a power cut does not matter: for an image that is being created."""
         self.dirty = DirtyTables()
         self.l1: array[int] = array("Q")
         """Grows in place and is never replaced."""
         self.l2: TableCache[array[int]] = TableCache(self._read_l2, self.geometry.cluster_size, MIN_L2_TABLES)
         self.l2.is_pinned = self.dirty.pins
         self.inflated = InflatedCache(INFLATED_BYTES)
-        """Content of compressed clusters by L2 entry; an entry that loses a reference goes."""
+        """Content of compressed clusters by L2 entry; removed when the entry loses a reference."""
         self.fixed: list[tuple[int, int, str]] = []
-        """Host ranges with their names that no guest data may ever lie in."""
+        """Host ranges that must never hold guest data, with the names of the metadata in them."""
         self.fixed_end = 0
-        """Nothing of ``fixed`` lies at or behind this."""
+        """The end of the last range in ``fixed``."""
         self.snapshot_table_size = 0
         """Bytes."""
         self.bitmap_directory_size = 0
         """Bytes."""
         self.snapshot_tables: dict[int, str] = {}
-        """Host offsets of clusters that hold tables of snapshots, with what to call them."""
+        """Host offsets of clusters that hold tables of snapshots, with their names."""
         self.scattered: array[int] = array("Q")
         """Host offsets of the clusters that hold refcount blocks or ``snapshot_tables``, sorted. For writing only."""
         self.l2_places: array[int] = array("Q")
@@ -166,7 +164,7 @@ class Image:
     # --- reading ----------------------------------------------------------------------------------------
 
     async def read(self, offset: int, length: int) -> bytearray:
-        """Bytes of the storage; zeroes past its end."""
+        """Return bytes of the storage; zeroes past its end."""
         data = bytearray(length)
         await self.read_into(offset, memoryview(data))
         return data
@@ -180,7 +178,7 @@ class Image:
         self.l1 = await self.read_table(self.header.l1_table_offset, self.header.l1_size)
 
     async def read_table(self, offset: int, entries: int) -> array[int]:
-        """A table of 64-bit entries."""
+        """Read a table of 64-bit entries."""
         return await read_table(self.storage.node, offset, entries)
 
     async def _read_l2(self, offset: int) -> array[int]:
@@ -192,16 +190,19 @@ class Image:
         return table
 
     def encode_l2(self, table: array[int], first: int = 0, end: int | None = None) -> memoryview:
-        """The bytes of a part of an L2 table."""
+        """Return a part of an L2 table as bytes."""
         entries = table[first:end]
         if self.data_file is not None and not first and entries[0] & OFFSET_MASK == FIRST_CLUSTER:
             entries[0] &= ~FIRST_CLUSTER
         return encode_table(entries)
 
-    # --- fixed places -----------------------------------------------------------------------------------
+    # --- where metadata lies ----------------------------------------------------------------------------
+    #
+    # ``fixed_at`` knows the metadata that the header leads to; ``metadata_at`` adds refcount blocks and the snapshots'
+    # tables; ``occupied_at`` adds the L2 tables of the disk.
 
     def place_fixed(self) -> None:
-        """Take the places of the fixed metadata from the header."""
+        """Record where the fixed metadata lies, from the header."""
         header, size = self.header, self.geometry.cluster_size
         places = [
             (0, size, "header"),
@@ -221,7 +222,7 @@ class Image:
         self.fixed_end = max((end for _, end, _ in self.fixed), default=0)
 
     def fixed_at(self, start: int, length: int) -> str | None:
-        """The name of the fixed metadata that a host range touches."""
+        """Return the name of the fixed metadata that a host range touches."""
         end = start + length
         for low, high, what in self.fixed:
             if start < high and low < end:
@@ -229,7 +230,7 @@ class Image:
         return None
 
     def metadata_at(self, start: int, length: int) -> str | None:
-        """The name of the metadata other than L2 tables, which snapshots share, that a host range touches."""
+        """Return the name of the metadata that a host range touches, except L2 tables, which snapshots share."""
         what = self._scattered_at(start, length)
         return what if what not in (None, SNAPSHOT_L2) else self.fixed_at(start, length)
 
@@ -240,7 +241,7 @@ class Image:
         return None
 
     def occupied_at(self, start: int, length: int) -> str | None:
-        """The name of the metadata that a host range touches, L2 tables included."""
+        """Return the name of the metadata that a host range touches, L2 tables included."""
         at = bisect_left(self.l2_places, start)
         if at < len(self.l2_places) and self.l2_places[at] < start + length:
             return "L2 table"
@@ -251,17 +252,17 @@ class Image:
         return self.overlap_check in ("cached", "all")
 
     def place_blocks(self, blocks: Iterable[int]) -> None:
-        """Take the places of the refcount blocks, and of the snapshots' tables."""
+        """Record where the refcount blocks and the snapshots' tables lie."""
         if self._guards_scattered:
             self.scattered = array("Q", sorted({*filter(None, blocks), *self.snapshot_tables}))
 
     def place_block(self, offset: int) -> None:
-        """There is a new refcount block."""
+        """Record where a new refcount block lies."""
         if self._guards_scattered:
             insort(self.scattered, offset)
 
     async def sorted_l2(self, l1: array[int]) -> array[int]:
-        """The host offsets of the L2 tables that ``l1`` leads to, for :attr:`l2_places`. Others run meanwhile."""
+        """Return the sorted offsets of the L2 tables of ``l1``, for :attr:`l2_places`. Other tasks run meanwhile."""
         if not self._guards_scattered:
             return array("Q")
         runs: list[array[int]] = []
@@ -296,7 +297,7 @@ class Image:
         return CorruptImageError(message)
 
     async def _mark_corrupt(self) -> None:
-        """Best effort: the error that is about to be raised matters more."""
+        """Set the corrupt bit. A failure is only logged: the error that is about to be raised matters more."""
         header = self.header
         if header.version < 3 or header.incompatible_features & layout.CORRUPT:
             return
@@ -309,7 +310,7 @@ class Image:
     # --- writing metadata -------------------------------------------------------------------------------
 
     async def announce(self, event: str) -> None:
-        """Tell the storage what is about to be done to it; see :meth:`fusedisk.block.driver.Driver.debug_event`."""
+        """Tell the storage about an event, see :meth:`fusedisk.block.driver.Driver.debug_event`."""
         await self.storage.node.driver.debug_event(event)
 
     async def _write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -320,7 +321,7 @@ class Image:
         await self._write(offset, data)
 
     async def put_bytes(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write a part of a table; the order is the caller's business."""
+        """Write a part of a table; the caller is responsible for the order."""
         await self._write(offset, data)
 
     def put_l1_entry(self, index: int, entry: int) -> None:
@@ -337,8 +338,8 @@ class Image:
         self.mapping_changed()
 
     async def put_new_l2(self, offset: int, table: array[int]) -> None:
-        """Write an L2 table into a cluster that nothing refers to yet: what is answered before the next commit has its
-        place on the host, should that be full by then."""
+        """Write an L2 table into a cluster that nothing refers to yet, so that its space is reserved on the host: the
+        commit must not fail on a full disk after the write was answered."""
         await self.announce("l2_alloc_write")
         await self.put_new_table(offset, self.encode_l2(table))
         self.l2.put(offset, table)
@@ -347,8 +348,8 @@ class Image:
         """Change L2 entries, in memory, from entry ``index`` on in the table that the L1 entry leads to. An extended
         entry is two numbers in ``entries``.
 
-        ``ordered``: refcounts or data that were written before must be durable before these entries are; not so where
-        entries only lose something.
+        ``ordered``: refcounts or data written earlier must be on disk before these entries are. Not needed for entries
+        that only lose a reference.
         """
         offset = self.l1[l1_index] & OFFSET_MASK
         table = await self.l2.load(offset)
@@ -362,8 +363,8 @@ class Image:
     async def put_header_fields(self, position: int, data: bytes) -> None:
         """Change neighbouring fields of the header.
 
-        If the write fails the header is read back: where it holds the new fields all is well, where it holds
-        the old ones the error is raised, and where neither can be told the image is fenced.
+        If the write fails, the header is read back: with the new fields in it all is well, with the old ones the error
+        is raised, otherwise the image is fenced.
         """
         old = await self.read(position, len(data))
         try:
@@ -388,7 +389,7 @@ class Image:
             await io.write(self.storage.node, offset, (ZEROES[:length],))
 
     async def barrier(self) -> None:
-        """Everything written so far is on the disk before anything that is written from now on."""
+        """Flush, so that everything written so far is on disk before anything written later."""
         if self.barriers:
             if self.data_file is not None:
                 await io.flush(self.data_file.node)
@@ -397,8 +398,8 @@ class Image:
     # --- the L1 table -----------------------------------------------------------------------------------
 
     async def put_l1_table(self, offset: int, entries: int) -> None:
-        """Move the active L1 table, which has no changes that the file lacks, filled up with zeroes, to new clusters
-        whose refcounts the file has, and let the header refer to it.
+        """Move the active L1 table, padded with zeroes, to new clusters and make the header refer to it. All changes of
+        the table, and the clusters' refcounts, must be in the file already.
         """
         table = self.l1 + empty_table(entries - len(self.l1))
         await self.announce("l1_grow_write_table")

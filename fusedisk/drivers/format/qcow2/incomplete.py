@@ -28,13 +28,13 @@ from fusedisk.drivers.format.qcow2.image import Image
 log = logging.getLogger(__name__)
 
 _MAX_BLOCKS = 8
-"""Refcount blocks to read at most: those at the end of the table may be empty."""
+"""The most refcount blocks to read: those at the end of the table may be empty."""
 _MAX_L2_TABLES = 64
-"""L2 tables to read at most."""
+"""The most L2 tables to read."""
 
 
 async def warn_if_incomplete(image: Image) -> None:
-    """Say once that a part of the image is missing. Raises the errors of reading the file."""
+    """Warn once if a part of the image is missing. Raises the errors of reading the file."""
     place = await _find_missing(image)
     if place is not None:
         log.warning(
@@ -57,7 +57,7 @@ async def warn_if_incomplete(image: Image) -> None:
 
 
 async def _find_missing(image: Image) -> int | None:
-    """The host offset of a table or of data that should lie past the end of the file, None where there is no sign."""
+    """Return the host offset of a table or of data that should lie past the end of the file, None without any sign."""
     end = image.storage.node.length
     missing = _missing_places(image)
     bad = L1_RESERVED | image.geometry.cluster_mask & OFFSET_MASK
@@ -80,15 +80,15 @@ async def _find_missing(image: Image) -> int | None:
 
 
 def _missing_places(image: Image) -> range:
-    """The host offsets behind the file's end that the refcount table can count. What lies further on, as other entries
-    that are impossible, was never written but is corrupt, which is told when it is met."""
+    """Return the host offsets behind the file's end that the refcount table can count. Entries that lead further, like
+    other invalid entries, are corruption and are reported when they are met."""
     header, geometry = image.header, image.geometry
     clusters = header.refcount_table_size() // 8 * geometry.block_entries
     return range(image.storage.node.length, clusters << geometry.cluster_bits)
 
 
 async def _end_of_use(image: Image) -> int:
-    """One more than the host offset of the last cluster with a refcount, 0 where there is none."""
+    """Return one more than the host offset of the last cluster with a refcount, 0 if there is none."""
     header, geometry = image.header, image.geometry
     table = await image.read_table(header.refcount_table_offset, header.refcount_table_size() // 8)
     end = _used(table)
@@ -104,12 +104,12 @@ async def _end_of_use(image: Image) -> int:
 
 
 def _used(table: array[int]) -> int:
-    """How many entries a table has up to its last one that is not zero."""
+    """Return how many entries a table has up to its last one that is not zero."""
     return -(-_length_in_use(memoryview(table).cast("B")) // table.itemsize)
 
 
 def _length_in_use(data: memoryview) -> int:
-    """Bytes up to the last one that is not zero. Halving takes a few microseconds, where ``rstrip`` takes 150."""
+    """Return the length up to the last byte that is not zero. Halving takes a few microseconds, ``rstrip`` 150."""
     low, high = 0, len(data)
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""What ``info`` tells of a qcow2 image alone, with QMP's names."""
+"""The information that ``info`` shows for qcow2 images only, with QMP's names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The qcow2 header, its extensions, and what must hold before anything it says is believed. Bytes only, no
-I/O.
+"""The qcow2 header, its extensions, and the checks that they must pass before they are used. Bytes only, no I/O.
 
 Source: docs/interop/qcow2.txt, "Header", "Header extensions", "Feature name table".
 """

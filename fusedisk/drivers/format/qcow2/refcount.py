@@ -2,10 +2,10 @@
 
 Everything here but :meth:`Refcounts.keep` runs under the image's mutex.
 
-Blocks change in memory. What memory has of them may be written at any time: references are counted before they are
-made, and what is freed is counted down only when the file has lost the reference (:meth:`Refcounts.take_freed`), so
-that until then nobody gets the clusters either. A new block is written when it is made, so that it has its place on the
-host, and before the table refers to it, with a barrier between.
+Blocks change in memory, and may be written at any time: references are counted before they are made, and freed clusters
+are counted down only when the file has lost the reference (:meth:`Refcounts.take_freed`), so they are not allocated
+before. A new block is written when it is made, which reserves its space on the host, and before the table refers to
+it, with a barrier between.
 
 Searching is first fit. Two cursors keep it short: nothing is free before ``_first_free``, and nothing before
 ``_next_run`` was a run long enough for the last multi-cluster request. Blocks known to be full are skipped
@@ -63,27 +63,27 @@ class Refcounts:
         self.blocks.is_pinned = self._is_dirty
         self.table: array[int] = array("Q")
         self.pass_discard: frozenset[Reason] = frozenset()
-        """For what reasons of freeing the host space is given back to the host."""
+        """The reasons of freeing for which the space is given back to the host."""
         self.encrypted = False
-        """Zeroes of the file are no zeroes of the guest's."""
+        """Guest data is encrypted, so new clusters of zeroes do not read as zeroes to the guest."""
         self._full = bytearray()
-        """For each table entry, 1 where its block is known to have no free cluster."""
+        """For each table entry, 1 if its block is known to have no free cluster."""
         self._first_free = 0
         self._next_run = 0
         self._used_end = 0
-        """Clusters at or behind this host offset were not given out since the image was opened."""
+        """No cluster at or behind this host offset was allocated since the image was opened."""
         self.open_cluster = -1
-        """The cluster behind whose last compressed data there is room for more; -1 where there is none."""
+        """The cluster with room for more compressed data behind its last; -1 if there is none."""
         self._kept: list[HostRun] = []
-        """Clusters with a refcount of one that nothing refers to."""
+        """Clusters that were returned unused: their refcount is one, but nothing refers to them."""
         self._dirty: dict[int, tuple[int, int]] = {}
-        """For each block that was changed, by host offset, the first such byte and the one behind the last."""
+        """For each changed block, by host offset, the changed bytes: the first, and the one behind the last."""
         self._unhooked: dict[int, int] = {}
-        """Entries of ``table`` that the file's does not have yet."""
+        """Entries of ``table`` that are not in the file's table yet."""
         self._freed: list[Freed | ExternalRange] = []
-        """References that memory has lost, but the file perhaps not."""
+        """References that memory has lost, but perhaps not the file."""
         self.freed_clusters = 0
-        """How many clusters wait in there."""
+        """The number of clusters in ``_freed``."""
 
     async def load(self) -> None:
         """Read the refcount table. Raises ImageError for invalid entries."""
@@ -113,7 +113,7 @@ class Refcounts:
     # --- looking ----------------------------------------------------------------------------------------
 
     async def get(self, cluster: int) -> int:
-        """The refcount of a host cluster."""
+        """Return the refcount of a host cluster."""
         block_index, index = divmod(cluster, self.geometry.block_entries)
         offset = self.table[block_index] if block_index < len(self.table) else 0
         if not offset:
@@ -121,7 +121,7 @@ class Refcounts:
         return self.codec.get(await self.blocks.load(offset), index)
 
     async def last_used(self) -> int:
-        """The last host cluster with a refcount."""
+        """Return the last host cluster with a refcount."""
         per_block = self.geometry.block_entries
         for block_index in range(len(self.table) - 1, -1, -1):
             if offset := self.table[block_index]:
@@ -133,12 +133,11 @@ class Refcounts:
     # --- allocating -------------------------------------------------------------------------------------
 
     async def allocate(self, count: int, *, exact: bool = False) -> HostRun:
-        """Give out at least one and at most ``count`` neighbouring clusters, exactly ``count`` where
-        ``exact``. Their refcounts are one afterwards, in memory; a commit brings that to the file before anything that
-        refers to them.
+        """Allocate adjacent clusters: at least one and at most ``count``, with ``exact`` exactly ``count``. Their
+        refcounts become one, in memory; a commit writes that before anything that refers to them.
 
-        Raises NoSpaceError or HostError, with nothing but possibly leaked clusters changed, and
-        CorruptImageError where the refcounts would have it overwrite metadata.
+        Raises NoSpaceError or HostError, with at most leaked clusters changed, and CorruptImageError if the refcounts
+        call metadata free.
         """
         await self.image.announce("cluster_alloc")
         if self._kept and (run := self._take_kept(count, exact)):
@@ -161,9 +160,7 @@ class Refcounts:
         return HostRun(first, count, fresh)
 
     def keep(self, run: HostRun) -> None:
-        """Take back clusters of :meth:`allocate` to which nothing was made to refer, for the next allocation.
-        Synchronous.
-        """
+        """Take back unused clusters from :meth:`allocate`, for the next allocation. Synchronous."""
         self._kept.append(run)
 
     def _take_kept(self, count: int, exact: bool) -> HostRun | None:
@@ -176,25 +173,32 @@ class Refcounts:
         return HostRun(first, min(count, length))
 
     def release_kept(self) -> None:
-        """Free what :meth:`keep` holds."""
+        """Free the clusters that :meth:`keep` took back."""
         kept, self._kept = self._kept, []
         self.free(kept)
 
     async def _find(self, count: int, cluster: int) -> int:
-        """The first of ``count`` free neighbours, the first such run from ``cluster`` on."""
+        """Return the first cluster of the first run of ``count`` free ones from ``cluster`` on.
+
+        ``start`` and ``have`` are the first cluster and the length of the run found so far, which may span blocks.
+        """
         per_block = self.geometry.block_entries
         start = have = 0
         while have < count:
             block_index, index = divmod(cluster, per_block)
+            # Past the table: all clusters are free.
             if block_index >= len(self.table):
                 break
             offset = self.table[block_index]
+            # No block: all clusters of its range are free.
             if not offset:
                 at, run = index, min(count - have, per_block - index)
+            # A full block: start again at the next one that is not known to be full.
             elif self._full[block_index]:
                 following = self._full.find(0, block_index)
                 cluster, have = (following if following >= 0 else len(self.table)) * per_block, 0
                 continue
+            # Any other block: continue the run from its first cluster, or search it for a new one.
             else:
                 block = await self.blocks.load(offset)
                 if have:
@@ -205,6 +209,7 @@ class Refcounts:
                 start = block_index * per_block + at
             have += run
             cluster = block_index * per_block + at + run
+            # Too short, and it ends inside the block: search on behind it.
             if have < count and at + run < per_block:
                 have = 0
         first = start if have else cluster
@@ -243,8 +248,8 @@ class Refcounts:
     def free(
         self, runs: Sequence[HostRun], *, references: dict[int, int] | None = None, reason: Reason = Reason.OTHER
     ) -> None:
-        """Lower refcounts once the file has lost the references: by one in ``runs``, by what ``references`` says for
-        single clusters, lowest first.
+        """Lower refcounts once the file has lost the references: by one in ``runs``, and for single clusters by the
+        numbers in ``references``, whose keys must be in ascending order.
         """
         discard = reason in self.pass_discard
         freed = [Freed(run.first, [-1] * run.clusters, discard) for run in runs]
@@ -257,7 +262,7 @@ class Refcounts:
         self.freed_clusters += sum(item.clusters for item in freed)
 
     def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
-        """:meth:`free` for what L2 entries refer to."""
+        """Call :meth:`free` for the clusters that L2 entries refer to."""
         for entry in entries:
             if entry & COMPRESSED:
                 self.image.inflated.drop(entry)
@@ -270,8 +275,8 @@ class Refcounts:
         self.freed_clusters += item.clusters
 
     def take_freed(self) -> list[Freed | ExternalRange]:
-        """What was freed so far, to be given to :meth:`drop` when the file has lost these references, or back to
-        :meth:`put_back` where that fails."""
+        """Remove and return what was freed so far. Pass it to :meth:`drop` when the file has lost these references, or
+        to :meth:`put_back` if that fails."""
         freed, self._freed, self.freed_clusters = self._freed, [], 0
         return freed
 
@@ -281,9 +286,9 @@ class Refcounts:
         self.freed_clusters += sum(item.clusters for item in freed)
 
     async def drop(self, freed: list[Freed | ExternalRange]) -> None:
-        """Lower refcounts, which lets the clusters be used again.
+        """Lower the refcounts, after which the clusters can be allocated again.
 
-        A failure leaks the clusters and is logged only, as what the caller wanted is done.
+        A failure leaks the clusters and is only logged, since the caller's work is done.
         """
         bits = self.geometry.cluster_bits
         for item in freed:
@@ -301,9 +306,7 @@ class Refcounts:
                 log.warning("%s: clusters are leaked: %s", self.image.filename, exc)
 
     async def _release_host_range(self, offset: int, length: int) -> None:
-        """Give freed clusters back to the host. Under the mutex, so that nobody can have allocated them
-        again.
-        """
+        """Give freed clusters back to the host. Under the mutex, so that they are not allocated again meanwhile."""
         await io.discard(self.image.storage.node, offset, length)
 
     async def add(self, first: int, deltas: list[int]) -> list[HostRun]:
@@ -359,12 +362,12 @@ class Refcounts:
 
     @property
     def dirty_blocks(self) -> int:
-        """How many blocks the file does not have as memory has them."""
+        """The number of blocks that differ from the file."""
         return len(self._dirty)
 
     @property
     def dirty(self) -> bool:
-        """Whether the file lacks anything."""
+        """Whether any change is not in the file."""
         return bool(self._dirty or self._unhooked)
 
     async def write_blocks(self) -> list[int]:
@@ -382,7 +385,7 @@ class Refcounts:
         return sorted(self._unhooked)
 
     async def hook_up(self, indices: list[int]) -> None:
-        """Let the file's table refer to new blocks, which are durable."""
+        """Write the table entries of new blocks, which must be on disk already."""
         for index in indices:
             if index in self._unhooked:
                 await self.image.announce("refblock_alloc_hookup")
@@ -392,7 +395,7 @@ class Refcounts:
                 del self._unhooked[index]
 
     def take_over(self, table: array[int]) -> None:
-        """The file has ``table`` now; what its blocks are at other places than before, the file has too."""
+        """Adopt a new refcount table that is already in the file, together with its moved blocks."""
         for offset in set(self.table) - set(table):
             self._dirty.pop(offset, None)
             self.blocks.drop(offset)
@@ -404,7 +407,7 @@ class Refcounts:
     # --- growing ----------------------------------------------------------------------------------------
 
     async def _add_blocks(self, indices: list[int]) -> None:
-        """Make progress towards the blocks for ``indices``; where there are many, others run meanwhile."""
+        """Make progress towards the blocks for ``indices``. Other tasks run meanwhile if there are many."""
         for number, block_index in enumerate(indices, 1):
             if not self._has_block(block_index):
                 await self._add_block(block_index)
@@ -413,7 +416,8 @@ class Refcounts:
                 await trio.lowlevel.checkpoint()
 
     async def _add_block(self, block_index: int) -> None:
-        """Make progress towards a block for ``block_index``: add it, or what it needs first."""
+        """Make progress towards a block for ``block_index``: add it, or first a block or a table that it needs. Call it
+        until the block exists."""
         await self.image.announce("refblock_alloc")
         per_block = self.geometry.block_entries
         cluster = await self._find(1, self._first_free)
@@ -438,7 +442,7 @@ class Refcounts:
         self.blocks.put(offset, block)
 
     async def _grow_table(self, block_index: int) -> None:
-        """Move the refcount table to a larger place, so that it has an entry for ``block_index`` and covers
+        """Move the refcount table to a larger space, with an entry for ``block_index`` and enough blocks to count
         itself.
         """
         refuse_to_wait()
@@ -496,7 +500,7 @@ class Refcounts:
         content[position : position + len(data)] = data
 
     def _new_table_size(self, block_index: int) -> tuple[int, int]:
-        """Clusters of the new table, and new blocks so that they cover the table and themselves."""
+        """Return how many clusters the new table takes, and how many new blocks count the table and themselves."""
         size, per_block = self.geometry.cluster_size, self.geometry.block_entries
         old_entries = len(self.table)
         blocks = 1

@@ -9,9 +9,9 @@ follow them.** What could be read before reads the same afterwards:
    a COPIED flag, a subcluster that is said to be both data and zeroes stays data).
 2. An entry that leads nowhere, since its offset is no cluster's or lies behind the end of the file, could not be read,
    or read as zeroes. It becomes *zeroes* where the version has that (3), else *unallocated*; an L1 entry becomes empty.
-3. If the cluster of an L2 table is also used for something else, its content decides: if most of its entries are
-   invalid as L2 entries, and none leads to a cluster of its own, it is no L2 table. The L1 entry is removed,
-   and the cluster is not touched. Neither is a part of an L1 table that is also used for something else.
+3. If the cluster of an L2 table is also used for something else, its content decides: it is no L2 table if most of its
+   entries are invalid as L2 entries and none leads to an otherwise unused cluster. Then the L1 entry is removed. The
+   cluster is not touched, and neither is a part of an L1 table that is also used for something else.
 4. A cluster with more references than its refcount can count is copied for those that are too many.
 5. An entry of the snapshot table goes only if its L1 table cannot be in the file; texts and times of the others stay.
 6. A part of a persistent bitmap that is not in the file says that everything has changed, so that a backup copies too
@@ -19,8 +19,8 @@ follow them.** What could be read before reads the same afterwards:
 7. If the active L1 table itself is not in the file, or is very probably something else, nothing is repaired: all that
    the guest wrote would be given up. The same holds for a LUKS header, and for an L1 table so long that it runs into
    other tables: what looks wrong in it may be right there.
-8. Where LUKS is used, clusters are not copied, since they could not be decrypted in another place: what rule 4 is for
-   stays as it is, and is told.
+8. With LUKS, clusters are not copied, since they could not be decrypted at another offset: clusters as in rule 4 stay
+   as they are, and are reported.
 9. Nothing is repaired where something could not be read: what it refers to would be given up.
 
 Freed clusters are not discarded: until they are used again, their content is still there to be looked at.
@@ -31,9 +31,8 @@ Dying at any point leaves an image that is not worse than it was; each step is f
 
 1. entries are mended where they are (references only vanish: at worst clusters are leaked);
 2. copies and new tables are written into clusters that nothing refers to and that lie behind everything in use;
-3. refcounts that are too low are raised, those of the new clusters included; where a refcount block is missing or
-   cannot be, a whole new refcount structure is written into free clusters and becomes active by one write to the
-   header;
+3. refcounts that are too low are raised, those of the new clusters included; if a refcount block is missing or
+   invalid, a whole new refcount structure is written into free clusters and becomes active by one write to the header;
 4. entries and header are switched to the copies, whose refcounts are there by now;
 5. refcounts that are too high are lowered, as nothing refers to those clusters any more;
 6. COPIED flags are corrected, as refcounts are exact by now;
@@ -56,13 +55,13 @@ from fusedisk.drivers.format.qcow2.repair_moves import plan_moves
 from fusedisk.drivers.format.qcow2.repair_refcounts import lower_refcounts, raise_refcounts
 
 _MAX_ROUNDS = 6
-"""Mending may show what was hidden (a table that was dropped shared clusters with others), but soon no more."""
+"""Mending may uncover further faults (a dropped table shared clusters with others), but it converges quickly."""
 
 _BAD_BITS = layout.DIRTY | layout.CORRUPT
 
 
 def plan(analysis: Analysis, repair: Repair) -> list[str]:
-    """What :func:`repair` would do, a sentence each; empty where there is nothing to do."""
+    """Return what :func:`repair` would do, a sentence each; empty if there is nothing to do."""
     done = []
     recounts = repair is not Repair.LEAKS
     if repair is Repair.ALL:
@@ -87,13 +86,13 @@ def plan(analysis: Analysis, repair: Repair) -> list[str]:
 
 
 def _wrong_entries(analysis: Analysis) -> tuple[int, int]:
-    """How many entries of tables are wrong, and how many of the snapshot table: what is not about refcounts."""
+    """Return how many entries of tables and how many of the snapshot table are wrong, refcounts aside."""
     snapshots = analysis.snapshots.dropped + analysis.snapshots.shortened + analysis.incomplete_snapshots
     return analysis.broken + analysis.overflows, snapshots
 
 
 async def repair(analysis: Analysis, repair: Repair, progress: Progress) -> CheckResult:
-    """Repair an image; returns what a further look found, with the numbers of what was repaired.
+    """Repair an image. Returns the result of checking it again, with the numbers of repairs.
 
     Raises ImageError, with nothing changed, where that cannot be done.
     """
@@ -136,7 +135,7 @@ def _check_repairable(analysis: Analysis, repair: Repair) -> None:
 
 
 def _hopeless(analysis: Analysis) -> str | None:
-    """Why repairing everything would give up more than it saves; None where it would not."""
+    """Return why repairing everything would lose more than it saves; None if it would not."""
     image, walk, l1 = analysis.image, analysis.walk, analysis.image.l1_region
     if analysis.leaks and walk.active_wrong == walk.active_entries > 1:
         return (
@@ -175,7 +174,7 @@ async def _repair_leaks(analysis: Analysis, progress: Progress) -> CheckResult:
 
 
 async def _repair_all(analysis: Analysis, progress: Progress, *, mends: bool) -> CheckResult:
-    """``mends``: entries too, not only refcounts."""
+    """Repair refcounts and, with ``mends``, entries too."""
     image, snapshots = analysis.image, analysis.snapshots
     leaks, corruptions = analysis.leaks, analysis.result.corruptions - analysis.miscopied
     for _ in range(_MAX_ROUNDS if mends else 0):
@@ -199,7 +198,7 @@ async def _repair_all(analysis: Analysis, progress: Progress, *, mends: bool) ->
 
 
 async def _repair_once(analysis: Analysis, progress: Progress) -> bool:
-    """Mend entries, then move what has to be moved; returns whether there was anything to do."""
+    """Mend entries, then move what has to be moved. Returns whether there was anything to do."""
     image = analysis.image
     mended = await mend_tables(analysis)
     if mended:
@@ -215,7 +214,7 @@ async def _repair_once(analysis: Analysis, progress: Progress) -> bool:
 
 
 async def _clear_unknown_autoclear(image: CheckedImage) -> None:
-    """Unknown features whose data we change, or whose clusters we take for leaks, become invalid."""
+    """Invalidate unknown features: their data may have changed, and their clusters count as leaks."""
     header = image.header
     known = header.autoclear_features & KNOWN_AUTOCLEAR
     if known != header.autoclear_features:

@@ -30,6 +30,6 @@ async def mend_bitmaps(analysis: Analysis) -> bool:
 
 
 def _mended_entry(image: CheckedImage, entry: int) -> int:
-    """What is not in the file could have had any bit: a backup then copies too much, never too little."""
+    """Set all bits of a part that is not in the file: a backup then copies too much, never too little."""
     offset = entry & TABLE_ENTRY_OFFSET
     return TABLE_ENTRY_ONES if offset and not image.has_region(offset, image.cluster_size) else entry

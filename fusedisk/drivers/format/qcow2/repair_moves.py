@@ -17,11 +17,11 @@ _SNAPSHOT_FIELDS = 60
 
 @dataclasses.dataclass(slots=True)
 class Moves:
-    """What goes where."""
+    """The moves and changes of one round."""
 
     image: CheckedImage
     next_cluster: int
-    """Nothing lies at or behind it."""
+    """The first cluster behind everything in use."""
     reserved: list[HostRun] = dataclasses.field(default_factory=list)
     copies: list[tuple[Region, int]] = dataclasses.field(default_factory=list)
     """What to copy, and to which host offset."""
@@ -43,7 +43,7 @@ class Moves:
         return self.reserved[-1].first << self.image.cluster_bits
 
     async def write_copies(self) -> None:
-        """Write everything that nothing refers to yet."""
+        """Write the copies, to which nothing refers yet."""
         image = self.image
         for source, target in self.copies:
             await image.write(target, await image.read(*source))
@@ -57,14 +57,14 @@ class Moves:
         await image.flush()
 
     async def switch(self) -> None:
-        """Refer to the copies."""
+        """Make entries and header refer to the copies."""
         for offset, content in self.switches:
             await self.image.write(offset, content)
         await self.image.flush()
 
 
 async def plan_moves(analysis: Analysis) -> Moves:
-    """What has to be moved now. Copying tables comes first: what they refer to is looked at in a later round."""
+    """Return what has to be moved now. Tables are copied first; what they refer to is left to a later round."""
     image = analysis.image
     moves = Moves(image, max(image.clusters, analysis.counts.end()))
     _rewrite_snapshots(analysis, moves)
@@ -147,7 +147,7 @@ async def _copy_clusters(analysis: Analysis, crowded: dict[int, int], moves: Mov
 
 
 def _region(image: CheckedImage, entry: int) -> Region | None:
-    """Where an entry's cluster is; None where it has none."""
+    """Return the host offset of an entry's cluster; None if it has none."""
     if entry & COMPRESSED:
         return image.compressed_region(entry)
     return Region(entry & OFFSET_MASK, image.cluster_size) if entry & OFFSET_MASK else None

@@ -15,7 +15,7 @@ _ENTRIES_IN_WHOLE_BYTES = 8
 
 
 async def raise_refcounts(analysis: Analysis) -> None:
-    """No refcount is lower than the references afterwards. The analysis is out of date then."""
+    """Raise refcounts that are lower than the references. The analysis is out of date then."""
     if _needs_rebuild(analysis):
         await _Rebuild(analysis).run()
     elif analysis.too_low:
@@ -24,14 +24,14 @@ async def raise_refcounts(analysis: Analysis) -> None:
 
 
 async def lower_refcounts(analysis: Analysis) -> None:
-    """No refcount is higher than the references afterwards. The analysis is out of date then."""
+    """Lower refcounts that are higher than the references. The analysis is out of date then."""
     if analysis.leaks:
         await _change(analysis, min)
         await analysis.image.flush()
 
 
 def _needs_rebuild(analysis: Analysis) -> bool:
-    """Whether the refcount structure cannot stay where it is."""
+    """Whether the refcount structure must be moved."""
     if analysis.rebuild or analysis.walk.block_corruptions:
         return True
     image, region = analysis.image, analysis.image.refcount_table_region
@@ -42,7 +42,7 @@ def _needs_rebuild(analysis: Analysis) -> bool:
 
 
 async def _change(analysis: Analysis, choose: Callable[[int, int], int]) -> None:
-    """Let each refcount be what ``choose`` makes of it and the references."""
+    """Set each refcount to what ``choose`` returns for it and the references."""
     image, disk = analysis.image, analysis.disk
     size, end = image.block_entries, analysis.counts.end()
     for number in range(min(-(-end // size), len(disk.table))):
@@ -91,7 +91,7 @@ class _Rebuild:
         await self._activate(table_cluster << self.image.cluster_bits, clusters)
 
     def _cover(self, numbers: Iterable[int]) -> None:
-        """Let there be blocks of these numbers, and those that count the blocks themselves."""
+        """Add the blocks with these numbers, and the blocks that count them."""
         size = self.image.block_entries
         pending = list(numbers)
         heapify(pending)

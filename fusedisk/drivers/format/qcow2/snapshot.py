@@ -1,13 +1,17 @@
 """Internal snapshots: making, applying and deleting them.
 
-A snapshot is an L1 table of its own. Making one counts everything that the active L1 table leads to once more, so none
-of it may be overwritten in place any longer (its COPIED flags go); applying one counts what the snapshot leads to once
-more, and what the active table led to once less; deleting one counts down, and what only the active table is left to
-lead to gets its flags again. Each is one step from an old state to a new one, see :mod:`.snapshot_switch`: no crash
-leaves anything between, and an error changes nothing.
+A snapshot is an L1 table of its own.
 
-No request but plain reads is in flight on the node meanwhile (:mod:`fusedisk.block.snapshot`); applying ends those,
-too, just before its step. The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and others run between.
+* Making one adds a reference to everything that the active L1 table leads to. So nothing of it may be overwritten in
+  place any longer: its COPIED flags are cleared.
+* Applying one adds a reference to everything that the snapshot leads to, and removes one from everything that the
+  active table led to.
+* Deleting one removes its references. Clusters that only the active table still leads to get their flags again.
+
+Each is one step from an old state to a new one, see :mod:`.snapshot_switch`: a crash leaves one of the two, and an
+error changes nothing. Only plain reads are in flight on the node meanwhile (:mod:`fusedisk.block.snapshot`); applying
+holds back those, too, just before its step. The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and
+other tasks run between.
 
 Source: docs/interop/qcow2.txt, "Snapshots".
 """
@@ -39,11 +43,11 @@ from fusedisk.drivers.format.qcow2.snapshot_switch import NewTable, State, Switc
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots, next_id
 
 MAX_NAME = 255
-"""Bytes; QEMU cuts longer ones off."""
+"""Bytes; QEMU truncates longer names."""
 
 
 class SnapshotImage(Protocol):
-    """What of the driver is needed here."""
+    """The part of the driver that is needed here."""
 
     image: Image
     refcounts: Refcounts
@@ -116,8 +120,7 @@ def _check_names(driver: SnapshotImage, identity: bytes, name: bytes) -> None:
 
 
 async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, no_reads: NoReads) -> None:
-    """Let the disk be what it was when ``snapshot`` was made, its size and VM state included. ``no_reads``: nobody
-    reads within it.
+    """Restore the disk from ``snapshot``, its size and VM state included. No reads run within ``no_reads``.
 
     Raises NotSupportedError for another size in version 2, ImageError if the snapshot's tables are invalid.
     """
@@ -153,7 +156,7 @@ async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, n
 
 
 def _leads_to(moved: int | None, entry: int, weights: Counter[int]) -> int:
-    """The active L1 entry for one of a snapshot."""
+    """Return the active L1 entry for one of a snapshot."""
     offset = entry & OFFSET_MASK
     if moved is None:
         return offset  # and shared with the snapshot
@@ -183,8 +186,8 @@ async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) 
 
 
 async def _flag_active(driver: SnapshotImage, switch: Switch, active: Counter[int], progress: Progress) -> array[int]:
-    """Give what only the active L1 table leads to in the new state its COPIED flags, in copies of the L2 tables that
-    change; returns the L1 table that leads to them."""
+    """Set the COPIED flags of what only the active L1 table leads to in the new state, in copies of the L2 tables that
+    change. Returns the L1 table for these copies."""
     image, geometry = driver.image, driver.image.geometry
     ones = Ones(geometry)
     for index, offset in enumerate(driver.refcounts.table):
@@ -215,8 +218,8 @@ async def _flag_active(driver: SnapshotImage, switch: Switch, active: Counter[in
 
 
 async def _share_active(driver: SnapshotImage, switch: Switch, progress: Progress) -> array[int]:
-    """Count everything that the active L1 table leads to once more, in L2 tables without COPIED flags; returns the L1
-    table that leads to them."""
+    """Add a reference to everything that the active L1 table leads to, in L2 tables without COPIED flags. Returns the
+    L1 table for these."""
     image = driver.image
     weights = await table_weights(image, image.l1, "its L1 table")
     moved: dict[int, int] = {}
@@ -237,7 +240,8 @@ async def _share_active(driver: SnapshotImage, switch: Switch, progress: Progres
 
 
 def _count_table(switch: Switch, offset: int, change: int) -> None:
-    """Count L1 entries that lead to an L2 table in the new state and did not before, or the other way round."""
+    """Count a change in the number of L1 entries that lead to an L2 table. Raises ImageError for a table outside of the
+    file."""
     counts = switch.gained if change > 0 else switch.lost
     if change and counts.add([offset >> switch.geometry.cluster_bits], abs(change)):
         raise ImageError(
@@ -251,7 +255,7 @@ def _count_table(switch: Switch, offset: int, change: int) -> None:
 async def _each(
     driver: SnapshotImage, tables: Iterable[int], work: Callable[[Sequence[int]], Awaitable[None]], progress: Progress
 ) -> None:
-    """Work on L2 tables, by host offset, a few at a time, and let others run between."""
+    """Work on L2 tables, by host offset, a few at a time; other tasks run between."""
     offsets = array("Q", tables)
     size = max(ENTRIES_AT_ONCE // driver.image.geometry.l2_entries, 1)
     for start in range(0, len(offsets), size):
@@ -262,7 +266,7 @@ async def _each(
 
 @asynccontextmanager
 async def _switching(driver: SnapshotImage) -> AsyncIterator[Switch]:
-    """A new state to be made, with everything of the old one in the file."""
+    """Begin a new state, with all changes of the old one in the file."""
     if driver.image.header.has_data_file:
         raise NotSupportedError(
             f"'{driver.image.filename}' keeps its data in another file, which cannot hold internal snapshots."

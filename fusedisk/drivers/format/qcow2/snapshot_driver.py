@@ -1,4 +1,4 @@
-"""What a qcow2 node does with internal snapshots and VM state: the driver's methods for them."""
+"""The driver's methods for internal snapshots and VM state."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SnapshotDriver(Driver):
     # --- opening ----------------------------------------------------------------------------------------
 
     async def load_snapshots(self) -> None:
-        """Read the snapshot table, and where the options name a snapshot let the disk be that. Raises ImageError."""
+        """Read the snapshot table. If the options name a snapshot, the disk becomes that. Raises ImageError."""
         image = self.image
         self.snapshots, image.snapshot_table_size = await load_snapshots(image)
         await self.place_snapshots()

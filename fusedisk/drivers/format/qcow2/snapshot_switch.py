@@ -37,11 +37,11 @@ _BLOCKS_AT_ONCE = 256
 _HOST_BLOCK = 4096
 _L1_BYTES_AT_ONCE = 1 << 20
 _FIELDS = struct.Struct(">QIIQQIIQ")
-"""What the header holds from the disk size to the snapshot table."""
+"""The header's fields from the disk size to the snapshot table."""
 
 
 class State(NamedTuple):
-    """What the header shall say. Offsets and sizes are bytes."""
+    """The new values of the header's fields. Offsets and sizes are bytes."""
 
     size: int
     l1: array[int]
@@ -63,7 +63,7 @@ class NewTable(NamedTuple):
 class Switch:
     """A new state in the making. Everything here runs inside :meth:`Committer.exclusive`.
 
-    Whoever gives up before :meth:`commit` has returned calls :meth:`undo`; then nothing has changed.
+    If :meth:`commit` does not return normally, the caller calls :meth:`undo`; then nothing has changed.
     """
 
     def __init__(self, image: Image, refcounts: Refcounts) -> None:
@@ -75,9 +75,9 @@ class Switch:
         """Refcount blocks that one step works on."""
         clusters = self.geometry.clusters(image.storage.node.length)
         self.gained = Counts(clusters)
-        """References that clusters in use have more in the new state."""
+        """The references that clusters in use gain in the new state."""
         self.lost = Counts(clusters)
-        """References that they have less."""
+        """The references that they lose."""
         self.changed_l2: set[int] = set()
         """Host offsets of L2 tables that may go."""
         self.done = False
@@ -138,7 +138,7 @@ class Switch:
         return run
 
     def lose_table(self, offset: int, length: int) -> None:
-        """The new state has no use for a table. Raises ImageError if it is invalid."""
+        """Note that the new state does not use a table. Raises ImageError if the table is invalid."""
         first, count = offset >> self.geometry.cluster_bits, self.geometry.clusters(length)
         if first + count > self.lost.clusters:
             raise ImageError(
@@ -236,8 +236,8 @@ class Switch:
     # --- switching --------------------------------------------------------------------------------------
 
     async def commit(self, state: State, no_reads: NoReads, *, discard: bool) -> None:
-        """Let the file and memory be in the new state. Nobody reads within ``no_reads``. ``discard``: give the
-        host space back that nobody uses now.
+        """Put the file and memory into the new state. No reads run within ``no_reads``. ``discard``: give unused host
+        space back.
 
         Raises what writing raises, with nothing changed, unless the image is fenced.
         """
@@ -269,7 +269,7 @@ class Switch:
             await image.barrier()
         except BaseException as exc:
             image.writable = False
-            image.fence(f"It cannot be told whether a change of its snapshots is durable: {str(exc).rstrip('.')}.")
+            image.fence(f"A change of its snapshots may not be on disk: {str(exc).rstrip('.')}.")
             raise
         await self._discard(freed)
 
@@ -289,7 +289,7 @@ class Switch:
         await self.image.put_header_fields(layout.SIZE_FIELD, fields)
 
     def _take(self, state: State, table: array[int], table_offset: int, l2_places: array[int]) -> None:
-        """Let memory be in the new state. Synchronous."""
+        """Put memory into the new state. Synchronous."""
         self.done = True
         image, header = self.image, self.image.header
         header.size = state.size
@@ -325,7 +325,7 @@ class Switch:
             yield HostRun(first + start, end - start)
 
     async def _discard(self, runs: list[HostRun]) -> None:
-        """Best effort: what was asked for is done."""
+        """Free host space. A failure is only logged, since the operation itself is done."""
         bits, node = self.geometry.cluster_bits, self.image.storage.node
         for run in _joined(runs):
             start, end = run.first << bits, run.first + run.clusters << bits

@@ -66,7 +66,7 @@ class Snapshot:
         return self.public().information()
 
     def public(self) -> SnapshotInfo:
-        """What users are told."""
+        """The snapshot in the form that users see."""
         date = self.date_seconds * 10**9 + self.date_nanoseconds
         return SnapshotInfo(
             self.id, self.name, date, self.vm_clock, self.vm_state_size, self.disk_size, icount=self.icount
@@ -84,7 +84,7 @@ class Snapshot:
             self.date_seconds,
             self.date_nanoseconds,
             self.vm_clock,
-            # Who knows of 32 bits only shall see a snapshot without VM state rather than a part of it.
+            # Programs that read only the 32-bit field must see a snapshot without VM state, not with a part of it.
             self.vm_state_size if self.vm_state_size < 1 << 32 else 0,
             len(extra),
         )
@@ -103,9 +103,7 @@ async def load_snapshots(image: Image) -> tuple[list[Snapshot], int]:
 def encode_snapshots(snapshots: Sequence[Snapshot], filename: str) -> bytes:
     """The whole table. Raises ImageError where there are more snapshots than there can be."""
     if len(snapshots) > layout.MAX_SNAPSHOTS:
-        raise ImageError(
-            f"'{filename}' has {layout.MAX_SNAPSHOTS} snapshots, and there cannot be more: delete one first."
-        )
+        raise ImageError(f"'{filename}' has {layout.MAX_SNAPSHOTS} snapshots, the maximum: delete one first.")
     table = bytearray()
     for snapshot in snapshots:
         table += bytes(-len(table) % 8)

@@ -1,11 +1,10 @@
 """Where guest data lies: in the image's own file, or in an external data file.
 
-The image's file gives out clusters and counts references to them. In an external data file every guest cluster has the
-place of its own guest offset, nothing is counted, and nothing there can be metadata.
+In the image's file clusters are allocated, and references to them are counted. In an external data file every guest
+cluster lies at its own guest offset; nothing is counted, and there is no metadata.
 
-Host offset 0 of a data file is a place like any other, while 0 in an L2 entry means that there is none. So in memory
-that one entry holds :data:`FIRST_CLUSTER` instead, a host offset that no data file has; the file has 0 and the COPIED
-flag.
+Host offset 0 of a data file holds data like any other, while 0 in an L2 entry means unallocated. So in memory that one
+entry is :data:`FIRST_CLUSTER` instead, a host offset that no data file has; the file has 0 and the COPIED flag.
 
 Source: docs/interop/qcow2.txt, "External data file", "Standard Cluster Descriptor".
 """
@@ -34,26 +33,26 @@ class Space(abc.ABC):
 
     @abc.abstractmethod
     async def allocate(self, guest_cluster: int, count: int) -> HostRun:
-        """Neighbouring clusters for the guest's from ``guest_cluster`` on: at least one, at most ``count``."""
+        """Allocate adjacent clusters for the guest's from ``guest_cluster`` on: at least one, at most ``count``."""
 
     @abc.abstractmethod
     def keep(self, run: HostRun) -> None:
-        """Take back what :meth:`allocate` gave and nothing refers to."""
+        """Take back unused clusters from :meth:`allocate`."""
 
     @abc.abstractmethod
     async def refcount(self, cluster: int) -> int:
-        """How many L2 entries refer to a cluster."""
+        """Return how many L2 entries refer to a cluster."""
 
     @abc.abstractmethod
     def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
-        """L2 entries are gone."""
+        """Release the clusters that removed L2 entries referred to."""
 
     @abc.abstractmethod
     async def zero(self, offset: int, length: int) -> None:
-        """Let clusters to which nothing refers hold zeroes, as far as they do not anyway."""
+        """Fill clusters to which nothing refers with zeroes, unless they hold zeroes already."""
 
     def place(self, offset: int) -> int:
-        """The host offset that one of an entry stands for."""
+        """Turn an L2 entry's offset into the host offset."""
         return offset
 
 
@@ -90,7 +89,7 @@ class ExternalSpace(Space):
         self._bits = image.geometry.cluster_bits
         self._refcounts = refcounts
         self._given_up: list[ExternalRange] = []
-        """What will be discarded, unless it is used again before."""
+        """Ranges that will be discarded, unless they are used again before."""
 
     async def allocate(self, guest_cluster: int, count: int) -> HostRun:
         self._given_up = [item for item in self._given_up if item.parts]
@@ -102,7 +101,7 @@ class ExternalSpace(Space):
         return HostRun(guest_cluster, count, fresh)
 
     def keep(self, run: HostRun) -> None:
-        """Every cluster has its place, used or not."""
+        """Do nothing: every cluster has its fixed offset, used or not."""
 
     async def refcount(self, cluster: int) -> int:
         return 1
@@ -116,7 +115,7 @@ class ExternalSpace(Space):
                 self._refcounts.free_external(item)
 
     async def zero(self, offset: int, length: int) -> None:
-        # Behind the file's end there are zeroes anyway.
+        # Bytes behind the file's end read as zeroes anyway.
         offset = self.place(offset)
         length = min(length, self.edge.node.length - offset)
         if length > 0:
@@ -127,7 +126,7 @@ class ExternalSpace(Space):
 
 
 class _NoMetadata:
-    """What a data file holds of an image's metadata, in the form that the overlap checks ask for."""
+    """Tells the overlap checks that a data file holds no metadata."""
 
     fixed_end = 0
     scattered: array[int] = array("Q")
@@ -144,7 +143,7 @@ class _ExternalMap(ClusterMap):
     """A mapping whose clusters lie in a data file, at their own guest offsets."""
 
     def use(self, edge: Child) -> None:
-        """Take the data file."""
+        """Set the edge to the data file."""
         self.edge = edge
         self.guard = _NoMetadata()
 

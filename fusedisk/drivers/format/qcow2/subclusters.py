@@ -69,7 +69,7 @@ class SubclusterMap(ClusterMap):
             end = at + (inside + length + self._cluster_mask >> self._cluster_bits << 1)
             entries, bitmaps = table[at:end:2], table[at + 1 : end : 2]
             if any(bitmaps):
-                # It is no entry that can be.
+                # The entry is invalid.
                 del entries[next(count for count, found in enumerate(bitmaps) if found) :]
             return self._compressed_extent(entries, inside, length)
         status = _status(bitmap, inside >> self._subcluster_bits)
