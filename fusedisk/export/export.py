@@ -36,18 +36,18 @@ log = logging.getLogger(__name__)
 
 DEFAULT_BLOCK_SIZE = 4096
 EVERYTHING = (0, 1 << 63)
-"""Offset and length of whatever a file holds."""
+"""Offset and length of a whole file, however long it is."""
 _MAX_BLOCK_SIZE = 2 << 20
 WRITE_BEHIND_SECONDS = 5
-"""As most file systems do."""
-_PASSED_THROUGH = "the kernel reads and writes its host file past us while its file is open"
+"""The interval of most file systems."""
+_PASSED_THROUGH = "the kernel accesses its host file directly while its file is open"
 _PERMISSION_BITS = 0o777
 _WRITE_BITS = 0o222
 
 
 @dataclasses.dataclass(slots=True)
 class Attributes:
-    """What ``stat`` tells; sizes in bytes, ``blocks`` in units of 512 bytes, times in nanoseconds since the epoch."""
+    """The answer to ``stat``: sizes in bytes, ``blocks`` in units of 512 bytes, times in nanoseconds since 1970."""
 
     inode: int
     mode: int
@@ -62,7 +62,7 @@ class Attributes:
 
 @dataclasses.dataclass(slots=True)
 class FileSettings:
-    """How an export looks, as the user asked for it."""
+    """The user's settings for the attributes of an export."""
 
     mode: int | None = None
     """Permission bits, 0600 unless given; a read-only export has no write bits."""
@@ -86,29 +86,29 @@ class Export:
         self.gid = os.getegid() if settings.gid is None else settings.gid
         self.mode = stat.S_IFREG
         self.source = ""
-        """How the user named the image."""
+        """The image as the user named it."""
         self.shared_views = False
-        """Other files show the same bytes and either may be written to, so no cache may stand before one of them."""
+        """Other files show the same bytes and one of them may be written to, so none of them may be cached."""
         self.immutable = False
         """Its bytes cannot change while it is open."""
         self.overlay: str | None = None
-        """What takes the writes in place of the image: ``throw-away`` or the name of a layer."""
+        """The layer that takes the writes in place of the image: ``throw-away`` or its name."""
         self.on_change: Callable[[bool], None] | None = None
-        """Called when what a kernel may have cached is stale for a reason that it cannot know; True: the data too."""
+        """Called when the kernel's cached attributes are stale without its knowledge; with True, its data too."""
         self.drop_pages: Callable[[], Awaitable[None]] | None = None
         """Lets the kernel drop all data that it has cached of this file; returns once it has."""
         self.origin = 0
-        """Where the file begins on its family's disk, in bytes."""
+        """The offset of the file on its family's disk, in bytes."""
         self._mtime_ns = 0
         self._ctime_ns = 0
         self._own_clock = False
         self._family = Family()
         self._changed = False
-        """Guest-visible writes, or a flush of them, since the files' times were last looked at."""
+        """There were guest-visible writes, or a flush of them, since the files' times were last read."""
         self._unflushed = False
         self._passed_through = False
         self._reported = False
-        """Attributes were told and no request since then has made the kernel forget them."""
+        """The kernel has the current attributes cached: no request since then has made it forget them."""
         self._written = trio.Event()
         """There are writes that :meth:`write_behind` has not seen."""
         self._resize = Mutex()
@@ -118,7 +118,7 @@ class Export:
 
     @classmethod
     async def open(cls, backend: Backend, name: str, inode: int, settings: FileSettings | None = None) -> Export:
-        """An export of ``backend`` as the file ``name``; the caller keeps the backend and closes it."""
+        """Return an export of ``backend`` as the file ``name``. The backend stays the caller's, who closes it."""
         export = cls(backend, name, inode, settings or FileSettings())
         storage = [node.exact_filename() for node in _storage(backend.node, backing=False)]
         export._own_clock = not await run_host_io(_all_regular, storage)
@@ -126,7 +126,7 @@ class Export:
         return export
 
     def join(self, other: Export) -> None:
-        """Show the same bytes as ``other``: what is written through one changes the times of both."""
+        """Join the family of ``other``, which shows the same bytes: a write through one changes the times of both."""
         self._family = other._family
         self._own_clock = other._own_clock
         self._mtime_ns, self._ctime_ns = other._mtime_ns, other._ctime_ns
@@ -137,12 +137,12 @@ class Export:
 
     @property
     def length(self) -> int:
-        """Of the disk in bytes, even where it has just become longer without our knowing."""
+        """The length of the disk in bytes. If the kernel accesses the host file directly, that is looked up first."""
         self._look_past()
         return self.backend.length
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
-        """Up to ``length`` bytes from ``offset``: fewer only at the end of the disk."""
+        """Return up to ``length`` bytes from ``offset``: fewer only at the end of the disk."""
         length = min(length, self.length - offset)
         if length <= 0:
             return b""
@@ -151,7 +151,7 @@ class Export:
         return buffer
 
     async def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill ``buffer`` from ``offset``; returns how many bytes that were: fewer only at the end of the disk."""
+        """Fill ``buffer`` from ``offset``; returns the number of bytes read: fewer only at the end of the disk."""
         length = min(len(buffer), self.length - offset)
         if length <= 0:
             return 0
@@ -159,7 +159,7 @@ class Export:
         return length
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:
-        """Fill ``buffer`` if that takes no waiting; False: it may hold anything."""
+        """Fill ``buffer`` if that is possible without waiting. False: ``buffer`` may hold anything."""
         return self.backend.immediate.read(offset, buffer)
 
     def lend_now(self, offset: int, length: int) -> list[Lent] | Pieces | None:
@@ -168,11 +168,11 @@ class Export:
         return self.backend.immediate.lend(offset, length)
 
     def count_lent(self, length: int) -> None:
-        """Count bytes that were sent from where they lie."""
+        """Count bytes that were sent from where :meth:`lend_now` found them."""
         self.backend.immediate.count_lent(length)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        """Write ``data`` if that takes no waiting; False: a part may be written."""
+        """Write ``data`` if that is possible without waiting. False: a part may be written."""
         if not self.writable:
             return False
         if self._family.keeps_some and self._family.keeps(self.origin + offset, self.origin + offset + len(data)):
@@ -183,9 +183,9 @@ class Export:
         return True
 
     def _append_now(self, offset: int, data: memoryview) -> bool:
-        """:meth:`write` what makes the disk longer, if that takes no waiting. False: the disk may be longer already."""
+        """Write past the end of the disk, if that is possible without waiting. False: it may be longer already."""
         backend = self.backend
-        # A file grows by its writes; what else must change its tables first waits for the disk.
+        # A file grows by its writes; formats that must change their tables first wait for the disk.
         if backend.quiesced or not backend.immediate.takes_writes() or backend.node.driver.host_descriptor() is None:
             return False
         try:
@@ -216,7 +216,7 @@ class Export:
         return len(data)
 
     def check_read(self, offset: int, length: int) -> None:
-        """Raise what reading a range would raise for where it lies."""
+        """Raise the error of reading a range that is not on the disk. Parts of disks override this; a disk has none."""
 
     def keep(self, offset: int, length: int) -> None:
         """Note that the kernel puts what it reads there into its page cache, although the file is not cached."""
@@ -224,13 +224,13 @@ class Export:
             self._family.keep(self, self.origin + offset, self.origin + offset + length)
 
     async def drop_kept(self, offset: int, length: int) -> None:
-        """Let the kernel drop what it has kept of a range that was changed, in all files that show it. To be called
-        before the change is answered, also after one that failed: a part may be changed. See :meth:`.Family.drop`."""
+        """Make the kernel drop its pages of a changed range, in all files that show it. Call it before the change is
+        answered, also after a failed one: a part may be changed. See :meth:`.Family.drop`."""
         await self._family.drop(self.origin + offset, self.origin + offset + length)
 
     @asynccontextmanager
     async def changing(self, offset: int, length: int) -> AsyncIterator[None]:
-        """Change a range inside; :meth:`drop_kept` is called at the end."""
+        """Wrap a change of a range; calls :meth:`drop_kept` at the end."""
         try:
             yield
         except Exception:
@@ -239,7 +239,7 @@ class Export:
         await self.drop_kept(offset, length)
 
     async def flush(self) -> None:
-        """Put every write answered before on stable storage."""
+        """Put every write that was answered before this call on stable storage."""
         self._look_past()
         if not self._unflushed:
             await self.backend.flush()
@@ -252,11 +252,11 @@ class Export:
             raise
         await self._image_written()
 
-    # --- past us ----------------------------------------------------------------------------------------
+    # --- direct access to the host file -----------------------------------------------------------------
 
     def passthrough_descriptor(self, *, may_grow: bool) -> int | None:
-        """A descriptor of the host file that others may read, and write where we may, without our knowing; None where
-        something in between must see what they do. ``may_grow``: a write past the end may make the disk longer."""
+        """Return a descriptor of the host file for direct access by the kernel, writable if the disk is; None if a
+        node in between must see the requests. ``may_grow``: a write past the end may make the disk longer."""
         backend, node = self.backend, self.backend.node
         descriptor = node.driver.host_descriptor()
         if descriptor is None or self.shared_views or not backend.immediate.is_plain():
@@ -273,25 +273,24 @@ class Export:
         return stat.S_ISREG(os.fstat(descriptor).st_mode)
 
     def begin_passthrough(self) -> None:
-        """Somebody reaches the host file without our knowing from now on."""
+        """Note that the host file may change without our knowledge from now on."""
         self._passed_through = True
         self.backend.node.block_operation("replace", _PASSED_THROUGH)
 
     def end_passthrough(self) -> None:
-        """Nobody does any more."""
+        """Undo one ``begin_passthrough``."""
         self._look_past()
         self._passed_through = False
         self.backend.node.unblock_operation("replace", _PASSED_THROUGH)
 
     def _look_past(self) -> None:
-        """Take it that the host file was written to."""
+        """Assume that the host file was written from outside: update the length, and expect new times."""
         if self._passed_through and self.writable:
             self.backend.written_outside()
             self.touch()
 
     async def write_behind(self) -> None:
-        """Hand what is written to the OS some seconds later, flushed or not: so much is lost at most if the process
-        dies. Never returns."""
+        """Write cached changes to the OS every few seconds, so that less is lost if the process dies. Never returns."""
         while True:
             await self._written.wait()
             await trio.sleep(WRITE_BEHIND_SECONDS)
@@ -299,12 +298,12 @@ class Export:
             try:
                 await self.backend.write_back()
             except FusediskError as exc:
-                # The next flush tells those who want to know.
-                log.warning("%s: what was written could not be handed on: %s", self.name, exc)
+                # The next flush reports the error to its caller.
+                log.warning("%s: writing the cached changes to the host failed: %s", self.name, exc)
             await self._image_written()
 
     async def _image_written(self) -> None:
-        """The image's files were written without a request of the guest's: they may have new times."""
+        """Note that the image's files were written without a request of the guest, so they may have new times."""
         if self._own_clock:
             return
         self._changed = True
@@ -318,7 +317,7 @@ class Export:
                     export.on_change(False)
 
     async def truncate(self, length: int) -> None:
-        """Resize the disk; the size that it has already is no change, whatever the format can do."""
+        """Resize the disk. Its current size is always accepted, even if the format cannot be resized."""
         self.check_writable()
         async with self._resize:
             if length != self.length:
@@ -346,8 +345,8 @@ class Export:
         self.touch()
 
     def touch(self) -> None:
-        """Guest-visible content has changed, or is about to. The kernel asks for the attributes anew after each
-        such request."""
+        """Note that guest-visible content has changed or is about to. The kernel asks for the attributes again after
+        each such request."""
         self._unflushed = self._changed = True
         self._reported = False
         self._written.set()
@@ -375,14 +374,14 @@ class Export:
         return max(512, min(1 << (size.bit_length() - 1), _MAX_BLOCK_SIZE))
 
     async def allocated(self) -> int:
-        """Bytes that the top layer of the image takes up on its host; the virtual length where that is not known."""
+        """Return the bytes that the top layer of the image takes up on its host; the virtual length if unknown."""
         size = await self.backend.node.driver.allocated_size()
         return self.backend.length if size is None else size
 
     async def attributes(self) -> Attributes:
-        """What ``stat`` tells."""
+        """Return the answer to ``stat``."""
         self._look_past()
-        self._reported = True  # before anything is looked at, so that no change meanwhile is kept from the kernel
+        self._reported = True  # first, so that the kernel hears of changes that come while the times are read
         if self._changed:
             if self._own_clock:
                 self._mtime_ns = self._ctime_ns = self._family.written_ns
@@ -403,7 +402,7 @@ class Export:
         )
 
     def set_mode(self, mode: int) -> None:
-        """Take permission bits; other bits are dropped, and write bits too where nothing can be written."""
+        """Set the permission bits; other bits are dropped, and for a read-only export the write bits too."""
         mode &= _PERMISSION_BITS
         if not self.writable:
             mode &= ~_WRITE_BITS
@@ -411,19 +410,19 @@ class Export:
         self._ctime_ns = time.time_ns()
 
     def set_owner(self, uid: int | None, gid: int | None) -> None:
-        """Take an owner and a group; None leaves it. Kept for the life of the mount."""
+        """Set owner and group for the life of the mount; None leaves one as it is."""
         self.uid = self.uid if uid is None else uid
         self.gid = self.gid if gid is None else gid
         self._ctime_ns = time.time_ns()
 
     def set_mtime(self, mtime_ns: int) -> None:
-        """Take a modification time, which holds until the next write."""
+        """Set the modification time until the next write."""
         self._is_up_to_date()
         self._mtime_ns = mtime_ns
         self._ctime_ns = time.time_ns()
 
     def pin_mtime(self, mtime_ns: int) -> None:
-        """Be as old as that, whatever happens to the image's files. For exports that are never written to."""
+        """Fix the modification time, whatever happens to the image's files. For exports that are never written to."""
         self._mtime_ns = self._ctime_ns = mtime_ns
 
     def _is_up_to_date(self) -> None:
@@ -431,7 +430,7 @@ class Export:
         self._family.up_to_date.add(self)
 
     async def _look_at_files(self) -> None:
-        """Take the newest mtime of the chain's files."""
+        """Set the times to the newest mtime of the chain's files."""
         self._is_up_to_date()
         paths = [node.exact_filename() for node in _storage(self.backend.node)]
         newest = await run_host_io(_newest_mtime, paths)
@@ -442,12 +441,12 @@ class Export:
 
     @property
     def image(self) -> Node:
-        """The node of the image that the user asked for, below filters and an overlay."""
+        """The node of the image that the user named, below filters and an overlay."""
         chain = _backing_chain(self.backend.node)
         return chain[1] if self.overlay is not None and len(chain) > 1 else chain[0]
 
     async def xattrs(self) -> dict[str, str]:
-        """``user.fusedisk.*``: what the image is, for people and scripts."""
+        """Return ``user.fusedisk.*``, a description of the image for people and scripts."""
         top = self.backend.node
         chain = _backing_chain(top)
         return {
@@ -463,14 +462,14 @@ class Export:
         }
 
     def chain_files(self, *, backing: bool = True) -> list[str]:
-        """Names of all local files that the image and its backing files are made of; without ``backing`` only of those
+        """Return the names of all local files of the image and its backing files; without ``backing`` only of those
         that writes may reach."""
         found = _storage(self.backend.node, backing=backing)
         return [name for node in found if (name := node.exact_filename()) is not None]
 
 
 def _backing_chain(top: Node) -> list[Node]:
-    """``top`` and what backs it; filters count as what they filter."""
+    """Return ``top`` and its backing files, each without its filters."""
     chain: list[Node] = []
     node: Node | None = top
     while node is not None:
@@ -482,7 +481,7 @@ def _backing_chain(top: Node) -> list[Node]:
 
 
 def _storage(top: Node, *, backing: bool = True) -> list[Node]:
-    """The protocol nodes below ``top``; without ``backing`` only those that writes may reach."""
+    """Return the protocol nodes below ``top``; without ``backing`` only those that writes may reach."""
     found: dict[Node, None] = {}
     queue = [top]
     while queue:
@@ -494,7 +493,7 @@ def _storage(top: Node, *, backing: bool = True) -> list[Node]:
 
 
 def _newest_mtime(paths: list[str | None]) -> int:
-    """Newest mtime in nanoseconds, 0 where there is none; files that are gone or out of reach do not count. Blocks."""
+    """Return the newest mtime in nanoseconds, 0 without any; missing and inaccessible files do not count. Blocks."""
     newest = 0
     for path in paths:
         if path is not None:

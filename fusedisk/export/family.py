@@ -1,10 +1,10 @@
-"""The exports that show the same bytes, a disk and its partitions, and what the kernel keeps of them.
+"""The exports that show the same bytes, such as a disk and its partitions, and the kernel's cached pages of them.
 
-Their files are opened with FOPEN_DIRECT_IO, so reads and writes pass by the kernel's page cache. Some system calls
-fill it all the same (sendfile, splice, a private mapping, readahead), and what they left there is then given to the
-next such call without asking. So each range that the kernel is about to keep is noted, and a request that changes some
-of it is answered only after the kernel has dropped the pages. Shared mappings are refused (:mod:`..mount.negotiation`),
-so no such page is ever dirty.
+Their files are opened with FOPEN_DIRECT_IO, so reads and writes bypass the kernel's page cache. Some system calls fill
+it all the same (sendfile, splice, a private mapping, readahead), and the next such call gets those pages without a
+request. So each range that the kernel is about to cache is noted, and a request that changes some of it is answered
+only after the kernel has dropped the pages. Shared mappings are refused (:mod:`..mount.negotiation`), so no such page
+is ever dirty.
 
 Positions are bytes of the disk, whichever file they belong to.
 """
@@ -26,13 +26,13 @@ class Family:
 
     def __init__(self) -> None:
         self.up_to_date: set[Export] = set()
-        """Those whose times hold all that has happened."""
+        """The exports whose cached times are current."""
         self.written_ns = 0
-        """When something was written last, by our clock; 0 where nothing was."""
+        """The time of the last write by our clock; 0 without any."""
         self.keeps_some = False
         """Whether the kernel may have anything at all in its page cache."""
         self._kept: dict[Export, tuple[int, int]] = {}
-        """What the kernel may have in the page cache of each file: one range around all of it."""
+        """For each file, one range around everything that the kernel may have in its page cache."""
         self._dropping = Mutex()
 
     def keep(self, export: Export, start: int, stop: int) -> None:
@@ -46,7 +46,7 @@ class Family:
         return self._dropping.locked or any(low < stop and start < high for low, high in self._kept.values())
 
     async def drop(self, start: int, stop: int) -> None:
-        """Let the kernel drop what it has kept of a range that was changed. The change may be answered afterwards.
+        """Make the kernel drop its pages of a changed range. The change may be answered afterwards.
 
         The kernel may wait for reads of the same pages that are not answered yet, so the caller must not hold anything
         that a read needs.
@@ -57,7 +57,7 @@ class Family:
         async with self._dropping:
             for export, (low, high) in list(self._kept.items()):
                 if low < stop and start < high:
-                    # First, as what is read from now on is new and is noted anew.
+                    # Before the pages are dropped: whatever is read from now on is new and noted again.
                     del self._kept[export]
                     if export.drop_pages is not None:
                         await export.drop_pages()

@@ -30,14 +30,14 @@ EXTENSIONS = frozenset(
 """Extensions of image formats, which a default name drops."""
 
 NAME_MAX = 255
-"""Longest file name in bytes (FUSE allows 1024, the C library's NAME_MAX does not)."""
+"""The longest file name in bytes (the C library's NAME_MAX; FUSE would allow 1024)."""
 
 _INODE_BITS = 48
 ROOT_INODE = 1
 
 
 def default_name(filename: str | None) -> str:
-    """The export's name for an image's file name: its base name without the extension of a known format.
+    """Return the export's name for an image's file name: its base name without the extension of a known format.
 
     An image without a file name (``null-co``) is ``disk``.
     """
@@ -49,9 +49,9 @@ def default_name(filename: str | None) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return ``name`` if a file can be called that; raises OptionError."""
+    """Return ``name`` if it is valid as a file name; raises OptionError."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise OptionError(f"'{name}' cannot be the name of a file, choose another with name=.")
+        raise OptionError(f"'{name}' is not a valid file name, choose another with name=.")
     if len(os.fsencode(name)) > NAME_MAX:
         raise OptionError(f"the name '{name}' is longer than {NAME_MAX} bytes, choose a shorter one with name=.")
     return name
@@ -70,7 +70,7 @@ def check_unique(named: Iterable[tuple[str, str]]) -> None:
 
 
 def inode_numbers(names: Iterable[str]) -> dict[str, int]:
-    """An inode number for each name: a hash of the name, the same in every mount that has it.
+    """Return an inode number for each name: a hash of the name, the same in every mount that has it.
 
     Two names of one mount never share a number; the numbers of hard links to nothing (0) and of the root (1) are
     not given out.

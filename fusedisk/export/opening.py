@@ -1,6 +1,6 @@
-"""From what the user asked for to exports: image arguments, cache modes, overlays, names.
+"""Opens the user's images as exports: image arguments, cache modes, overlays, names.
 
-The graph is the caller's: it closes it, whether this succeeds or not.
+The graph belongs to the caller, who closes it, whether this succeeds or not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Spec = str | dict[str, Any]
 
 @dataclasses.dataclass(slots=True)
 class ImageRequest:
-    """One image to export; ``text`` is how the user named it."""
+    """One image to export; ``text`` is its name as the user gave it."""
 
     text: str
     spec: Spec
@@ -39,7 +39,7 @@ class ImageRequest:
 
 @dataclasses.dataclass(slots=True)
 class OpenSettings:
-    """How to open the images of a mount, and how their files look."""
+    """How to open the images of a mount, and the attributes of their files."""
 
     format: str | None = None
     read_only: bool = False
@@ -57,7 +57,7 @@ class OpenSettings:
     snapshots: bool = False
     """Each internal snapshot is a file as well."""
     key_file: str | None = None
-    """Where the passphrase of encrypted images is; - is standard input."""
+    """The file with the passphrase of encrypted images; - is standard input."""
     file: FileSettings = dataclasses.field(default_factory=FileSettings)
 
     @property
@@ -81,7 +81,7 @@ class OpenSettings:
 async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: OpenSettings) -> list[Export]:
     """Open all images and make their files, each disk's before those of its parts.
 
-    Raises a FusediskError; what is open by then the graph's close closes."""
+    Raises a FusediskError; closing the graph then closes what is open."""
     backends = [await _open(graph, image, settings) for image in images]
     for backend in backends:
         await backend.require_keys()
@@ -109,7 +109,7 @@ async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: O
 
 
 def _cannot_change(top: Node) -> bool:
-    """Whether no node of an image is open for writing, nor to others who write."""
+    """Whether no node of an image is open for writing or accepts other writers."""
     nodes = [top]
     for node in nodes:
         if not node.config.read_only or node.config.force_share:
@@ -144,7 +144,7 @@ async def _open(graph: Graph, image: ImageRequest, settings: OpenSettings) -> Ba
 
 
 def _image_name(backend: Backend, layer: str | None) -> str | None:
-    """The file name that a default name comes from: the image's, not its overlay's."""
+    """Return the file name for the export's default name: the image's, not its overlay's."""
     node = backend.node
     if layer is not None and node.backing is not None:
         node = node.backing.node
@@ -152,7 +152,7 @@ def _image_name(backend: Backend, layer: str | None) -> str | None:
 
 
 def absolute(spec: Spec, drivers: Registry) -> dict[str, Any]:
-    """``spec`` as nested options whose file names do not depend on the working directory, which the daemon leaves."""
+    """Return ``spec`` as nested options with absolute file names, since the daemon leaves the working directory."""
     if isinstance(spec, Mapping):
         return _absolute(spec)
     if spec.startswith("json:"):
@@ -187,7 +187,7 @@ def _is_local(filename: object, driver: object) -> bool:
 
 
 def take_name(spec: Spec) -> tuple[Spec, str | None]:
-    """Split the option ``name``, which is the mount's, off the options of an image. Raises OptionError."""
+    """Split the mount's option ``name`` off the options of an image. Raises OptionError."""
     if isinstance(spec, str) or "name" not in spec:
         return spec, None
     name = spec["name"]

@@ -1,8 +1,8 @@
 """Layers that take the writes in place of an image, which is opened read-only as their backing file and never touched.
 
 A throw-away layer is a qcow2 file without a name: it is unlinked as soon as it is open, so that it goes away with the
-process, however that ends. A named layer is an ordinary qcow2 overlay, made if it is missing; one that is there already
-must stand on this very image.
+process, however that ends. A named layer is an ordinary qcow2 overlay, made if it is missing; an existing one must
+have this very image as its backing file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FORMAT = "qcow2"
 
 @dataclasses.dataclass(slots=True)
 class Layer:
-    """An image and how its top layer is to be opened."""
+    """An image, and how to open its top layer."""
 
     text: str
     """How the user named the image."""
@@ -41,8 +41,8 @@ class Layer:
 
 
 async def open_throw_away(graph: Graph, layer: Layer) -> Backend:
-    """The image under a layer that is gone with this process. Its file lies in $TMPDIR, /var/tmp by default, and is
-    sparse.
+    """Open the image under a layer that disappears with this process. Its file is sparse and lies in $TMPDIR, by
+    default /var/tmp.
 
     Raises a FusediskError; then nothing stays behind.
     """
@@ -52,7 +52,7 @@ async def open_throw_away(graph: Graph, layer: Layer) -> Backend:
         try:
             await create_image(graph.drivers, _FORMAT, path, {"size": image.length})
             options = {"driver": _FORMAT, "file": _file_options(path), "backing": image.node.name}
-            # Nobody will ever look for it on the disk, so nothing needs to get there.
+            # The layer does not survive a crash, so it need not be flushed to disk.
             config = dataclasses.replace(layer.config, cache_no_flush=True)
             return await graph.open_backend(options, name=layer.text, writable=True, config=config)
         finally:
@@ -63,7 +63,7 @@ async def open_throw_away(graph: Graph, layer: Layer) -> Backend:
 
 
 def _temporary_file() -> str:
-    """An empty file of our own, for contents that may grow large. Raises HostError."""
+    """Make an empty temporary file that may grow large. Raises HostError."""
     place = os.environ.get("TMPDIR") or "/var/tmp"
     try:
         fd, path = tempfile.mkstemp(".qcow2", "fusedisk-overlay-", paths.absolute(place))
@@ -78,7 +78,7 @@ def _file_options(path: str) -> dict[str, Any]:
 
 
 async def open_named(graph: Graph, layer: Layer, path: str) -> Backend:
-    """The image under the qcow2 layer ``path``, which is made if it is missing.
+    """Open the image under the qcow2 layer ``path``, which is made if it is missing.
 
     Raises ImageError if an existing layer stands on something else; then it is not changed.
     """
@@ -113,7 +113,7 @@ async def _open_image(graph: Graph, layer: Layer) -> Backend:
 
 
 def _reference(image: Node, path: str) -> str:
-    """How the layer's header names the image: by its name alone where they lie side by side."""
+    """Return the image's name for the layer's header: without a directory if both lie in the same one."""
     filename = image.exact_filename()
     if filename is None:
         return image.options_filename()
@@ -139,7 +139,7 @@ async def _check_reference(graph: Graph, layer: Layer, path: str, image: Node) -
 
 
 async def _read_reference(graph: Graph, path: str) -> BackingReference | None:
-    """What the header of an overlay names, without opening that."""
+    """Return the backing file that an overlay's header names, without opening that file."""
     alone = Graph(graph.drivers, look_only=True)
     try:
         # Looked at before it is opened for good, which is when its locks are taken.

@@ -1,7 +1,7 @@
 """Requests on ranges of a file beside reading and writing: holes, allocation, copies.
 
-They may span a whole disk, so they go in steps: others get their turn in between, and whoever cancels one leaves whole
-steps done.
+They may span a whole disk, so they go in steps: other requests get their turn in between, and a cancelled request has
+done whole steps.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fusedisk.export.export import Export
 log = logging.getLogger(__name__)
 
 ZERO_STEP = 256 << 20
-"""Bytes zeroed by one request: what serialises against all others."""
+"""Bytes zeroed in one step, which is serialised against all other requests."""
 ALLOCATE_STEP = 8 << 20
 COPY_STEP = 1 << 20
 MOST_COPIED = 64 << 20
-"""Bytes that one copy request copies at most; the caller comes again for the rest."""
+"""The most bytes that one copy request copies; the caller asks again for the rest."""
 _LOOKUPS_AT_ONCE = 64
 
 
 async def seek(export: Export, offset: int, whence: int) -> int:
-    """Where from ``offset`` on the next data (SEEK_DATA) or hole (SEEK_HOLE) begins.
+    """Return the offset of the next data (SEEK_DATA) or hole (SEEK_HOLE) from ``offset`` on.
 
-    A hole is what is known, without a look at the bytes, to read as zeroes; there is one at the end of every disk.
-    Raises OutOfRangeError with ENXIO past the end, and where no data is left.
+    A hole is a range that is known to read as zeroes without reading it; there is one at the end of every disk. Raises
+    OutOfRangeError with ENXIO past the end, and if no data is left.
     """
     if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
         raise NotSupportedError(f"'{export.name}' cannot be searched for {whence}.", errno=errno.EINVAL)
@@ -70,7 +70,7 @@ async def zero(export: Export, offset: int, length: int, *, punch: bool, keep_si
 
 
 async def allocate(export: Export, offset: int, length: int, *, keep_size: bool) -> None:
-    """Let a range have its space, so that no write to it can fail for want of that. It reads as before."""
+    """Reserve the space of a range, so that no write to it can fail for lack of space. It reads as before."""
     async with _room(export, offset, length, keep_size=keep_size) as end:
         while offset < end:
             step = min(ALLOCATE_STEP - offset % ALLOCATE_STEP, end - offset)
@@ -81,8 +81,8 @@ async def allocate(export: Export, offset: int, length: int, *, keep_size: bool)
 
 @asynccontextmanager
 async def _room(export: Export, offset: int, length: int, *, keep_size: bool) -> AsyncIterator[int]:
-    """Where a range ends after the disk was made longer for it, or was not. That is asked for, as by truncate, so the
-    disk need not be growable. What fails inside leaves the disk as long as it was."""
+    """Extend the disk for a range, unless ``keep_size``, and yield the end of the range. The caller asks for that, as
+    with truncate, so the disk need not be growable. After a failure inside, the disk has its old length."""
     export.check_writable()
     before, end = export.length, offset + length
     if end > before:
@@ -104,7 +104,7 @@ async def _room(export: Export, offset: int, length: int, *, keep_size: bool) ->
 
 
 async def _shrink(export: Export, length: int, before: int) -> None:
-    """Take back that the disk was made ``length`` bytes long, unless somebody has made it longer since."""
+    """Undo the extension of the disk to ``length`` bytes, unless another request has made it longer since."""
     if export.length != length:
         return
     try:

@@ -1,11 +1,11 @@
 """The files beside a disk's own: its partitions, ``NAME.p1``, and its internal snapshots, ``NAME@SNAPSHOT``.
 
-A partition is a raw node, a window of the disk's top node, so that requests for either are ordered by that node and see
-each other. The table is read once; what a guest makes of it later is seen in the next mount.
+A partition is a raw node, a window of the disk's top node, so that node orders the requests for both. The table is read
+once; a guest's later changes of it show in the next mount.
 
-A snapshot is a second, read-only node on the image's own storage. What it reads stays where it is while the disk is
-written to: the tables and clusters of a snapshot have a reference more, so writing copies them. That holds as long as
-the snapshot is there, and nothing deletes snapshots of an image that is mounted.
+A snapshot is a second, read-only node on the image's own storage. Its tables and clusters do not change while the disk
+is written to: they have an additional reference, so writes to the disk copy them. That holds as long as the snapshot
+exists, and nothing deletes snapshots of a mounted image.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from fusedisk.export.partitions.table import Partition, Table
 log = logging.getLogger(__name__)
 
 MOST_SNAPSHOTS = 256
-"""Files that one image's snapshots get; each keeps tables in memory."""
+"""The most files for the snapshots of one image; each keeps tables in memory."""
 MOST_PARTITIONS = 1024
-"""Files that the partitions of one image's snapshots get together."""
+"""The most files for the partitions of all snapshots of one image."""
 _CACHES = 32 << 20
 """Bytes that the caches of all snapshots of an image share."""
 _SMALLEST_CACHE = 1 << 20
 _MOST_LOOKUPS, _LOOKUPS_AT_ONCE = 256, 32
-"""Pieces of a partition that are looked at to count its data, and after how many others get their turn."""
+"""The most pieces of a partition that are looked up to count its data, and after how many other tasks get a turn."""
 _COUNTING_PAUSE = 20
-"""Between two counts, in times of what the last one took."""
+"""The pause between two counts, as a multiple of the time that the last one took."""
 _DEFAULT_CLUSTER_SIZE = 64 << 10
 _MAX_TABLES = 256 << 20
-"""Bytes for what each snapshot keeps of its mapping all the time."""
+"""The most bytes for the tables that all snapshots of an image hold in memory."""
 
 
 class View(Export):
@@ -54,7 +54,7 @@ class View(Export):
     disk: Export
 
     async def allocated(self) -> int:
-        """Bytes on the host, at most: nobody counts them for parts of an image."""
+        """Return an upper bound: the data of a part of an image is not counted."""
         return min(self.backend.length, await self.disk.allocated())
 
 
@@ -65,15 +65,15 @@ class PartitionExport(View):
     partition: Partition
 
     _counted = 0
-    """What :meth:`allocated` told last."""
+    """The last result of :meth:`allocated`."""
     _counted_at = -1
-    """How much had been written to the disk by then; -1: never."""
+    """The disk's count of writes at that time; -1: never counted."""
     _count_again = 0.0
-    """Not before that time, so that counting takes a small part of the time only."""
+    """The earliest time for the next count, so that counting takes a small part of the time only."""
 
     async def allocated(self) -> int:
-        """Bytes of the partition that the top layer of the image holds. Of one in very many pieces the rest is taken
-        to be as full as the first of them."""
+        """Return the bytes of the partition in the top layer of the image. If there are very many pieces, only the
+        first are counted, and the rest is taken to be equally full."""
         written, now = self.disk.backend.node.written, trio.current_time()
         if self._counted_at < 0 or (self._counted_at != written and now >= self._count_again):
             try:
@@ -113,21 +113,21 @@ class PartitionExport(View):
     # The disk may have become shorter: a request for what is gone must not get as far as the drivers.
 
     def _there(self) -> int:
-        """How much of the partition the disk still has, in bytes."""
+        """Return how many bytes of the partition are still on the disk."""
         return self.disk.backend.length - self.partition.start
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
-        """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
+        """Like Export.read; raises OutOfRangeError (EIO) past the end of a disk that has become shorter."""
         self.check_read(offset, length)
         return await super().read(offset, length)
 
     async def read_into(self, offset: int, buffer: memoryview) -> int:
-        """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
+        """Like Export.read_into; raises OutOfRangeError (EIO) past the end of a disk that has become shorter."""
         self.check_read(offset, len(buffer))
         return await super().read_into(offset, buffer)
 
     def check_read(self, offset: int, length: int) -> None:
-        """As of a disk; raises OutOfRangeError (EIO) for what the disk has no longer."""
+        """Raise OutOfRangeError (EIO) past the end of a disk that has become shorter."""
         end = min(offset + length, self.backend.length)
         if end > max(self._there(), offset):
             raise OutOfRangeError(
@@ -137,26 +137,26 @@ class PartitionExport(View):
             )
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:
-        """As to a disk, whose end has come nearer where that has become shorter."""
+        """Like Export.write; the disk's end counts too if the disk has become shorter."""
         there = self._there()
         if offset >= there and self.writable:
             raise NoSpaceError(f"'{self.name}' has only {max(there, 0)} bytes left, as '{self.disk.name}' is shorter.")
         return await super().write(offset, memoryview(data)[: there - offset])
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:
-        """As of a disk."""
+        """Like Export.read_now, but only within the disk."""
         return offset + len(buffer) <= self._there() and super().read_now(offset, buffer)
 
     def lend_now(self, offset: int, length: int) -> list[Lent] | Pieces | None:
-        """As of a disk."""
+        """Like Export.lend_now, but only within the disk."""
         return super().lend_now(offset, length) if offset + length <= self._there() else None
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        """As to a disk."""
+        """Like Export.write_now, but only within the disk."""
         return offset + len(data) <= self._there() and super().write_now(offset, data)
 
     async def xattrs(self) -> dict[str, str]:
-        """What the table says, besides what the disk says of itself."""
+        """Return the disk's attributes and those from the partition table."""
         own = await super().xattrs()
         return {
             **await self.disk.xattrs(),
@@ -179,7 +179,7 @@ class SnapshotExport(View):
     snapshot: SnapshotInfo
 
     async def xattrs(self) -> dict[str, str]:
-        """What the snapshot says, besides what the image says of itself."""
+        """Return the image's attributes and those of the snapshot."""
         date = datetime.datetime.fromtimestamp(self.snapshot.date // 10**9, datetime.UTC)
         return {
             **await super().xattrs(),
@@ -193,9 +193,9 @@ class SnapshotExport(View):
 
 
 async def open_partitions(graph: Graph, disk: Export, settings: FileSettings) -> list[Export]:
-    """A file for each partition of ``disk``; none, and a warning, where there is no partition table.
+    """Make a file for each partition of ``disk``; none, and a warning, without a partition table.
 
-    Raises OptionError where a name gets too long.
+    Raises OptionError if a name gets too long.
     """
     table = await _read_table(disk)
     if table is None:
@@ -248,9 +248,9 @@ async def _read_table(disk: Export) -> Table | None:
 
 
 async def open_snapshots(graph: Graph, disk: Export, settings: FileSettings, *, partitions: bool) -> list[Export]:
-    """A read-only file for each internal snapshot of the image of ``disk``, and with ``partitions`` for theirs.
+    """Make a read-only file for each internal snapshot of the image of ``disk``, and with ``partitions`` for theirs.
 
-    What is wrong with one costs that one, with a warning.
+    A damaged snapshot is skipped with a warning; the others get their files.
     """
     image = disk.image
     snapshots = image.driver.list_snapshots()
@@ -302,8 +302,8 @@ async def _open_snapshot(
 
 
 def _named(disk: Export, snapshots: Sequence[SnapshotInfo]) -> list[tuple[str, SnapshotInfo]]:
-    """A file name for each snapshot that can have one, in their order: by its name where that is plain and no other's,
-    else by its id."""
+    """Choose a file name for each snapshot that can have one, in their order: its name if that is plain and unique,
+    else its id."""
     names = [snapshot.name for snapshot in snapshots]
     chosen: dict[int, str] = {}
     taken: set[str] = set()
@@ -328,14 +328,14 @@ def _named(disk: Export, snapshots: Sequence[SnapshotInfo]) -> list[tuple[str, S
 
 
 def _is_plain(disk: Export, text: str) -> bool:
-    """Whether it can be a part of a file's name, and shown on a terminal."""
+    """Whether ``text`` is valid in a file name and printable on a terminal."""
     with contextlib.suppress(OptionError):
         return bool(text) and text.isprintable() and bool(check_name(f"{disk.name}@{text}"))
     return False
 
 
 def _affordable(disk: Export, named: Iterable[tuple[str, SnapshotInfo]]) -> list[tuple[str, SnapshotInfo]]:
-    """As many of them as may be open at the same time."""
+    """Return as many of the snapshots as may be open at the same time."""
     unit = disk.image.limits.cluster_size or _DEFAULT_CLUSTER_SIZE
     affordable: list[tuple[str, SnapshotInfo]] = []
     left = _MAX_TABLES

@@ -54,7 +54,7 @@ def test_the_name_is_the_mounts() -> None:
     assert take_name({"driver": "raw", "name": "x"}) == ({"driver": "raw"}, "x")
     with pytest.raises(OptionError, match="'name' is a int"):
         take_name({"name": 5})
-    with pytest.raises(OptionError, match="cannot be the name of a file"):
+    with pytest.raises(OptionError, match="is not a valid file name"):
         take_name({"name": "a/b"})
 
 

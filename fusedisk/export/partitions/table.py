@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 
 Read = Callable[[int, int], Awaitable[bytes | bytearray]]
-"""``await read(offset, length)``: so many bytes of the disk, from a range that lies in it."""
+"""``await read(offset, length)`` returns ``length`` bytes of the disk; the range must lie in it."""
 
 SECTOR = 512
 LAST_NUMBER = 255
