@@ -1,4 +1,4 @@
-"""What the channel answers beside plain reads and writes: opening, closing, flushing, holes, allocation, copies."""
+"""The requests that the channel answers beside plain reads and writes: open, close, flush, holes, space, copies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Work(NamedTuple):
     """How to answer one request."""
 
     run: Callable[[], Awaitable[bytes]]
-    """Does what is asked for and returns the body of the reply. Raises whatever :func:`failed` makes sense of."""
+    """Serves the request and returns the body of the reply. Raises errors for :func:`failed`."""
     changes: tuple[Export, int, int] | None
     """The file whose bytes it may change, even if it fails, and where: offset and length."""
 
@@ -66,7 +66,7 @@ class Answers:
         }
 
     def work(self, opcode: int, head: bytearray) -> Work | None:
-        """How to answer the message that starts with ``head``; None: it is not for us."""
+        """Return how to answer the message that starts with ``head``; None: pyfuse3 answers it."""
         found = self._table.get(opcode)
         if found is None:
             return None
@@ -87,7 +87,7 @@ class Answers:
                 _, _, _, target, offset, length, _ = arguments
                 return self._handle(target).export, offset, length
         except FUSEError:
-            pass  # the answer says what it is
+            pass  # the request itself reports the error
         return None
 
     def _handle(self, number: int) -> Handle:

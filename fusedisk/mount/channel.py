@@ -1,11 +1,10 @@
 """The data channel: requests for data are read from the kernel and answered here, all others go on to pyfuse3.
 
-One task reads. What can be answered without waiting (:mod:`fusedisk.block.immediate`) it answers on the spot, between
-two reads, with no task, lock or allocation; anything else becomes a task of its own and never holds up the next
-request. Requests in flight and their bytes are bounded: beyond that nothing is read, and the kernel holds back whoever
-asks.
+One task reads. It answers requests that need no waiting (:mod:`fusedisk.block.immediate`) on the spot, between two
+reads, with no task, lock or allocation; every other request becomes a task of its own and never holds up the next one.
+Requests in flight and their bytes are bounded: beyond that nothing is read, and the kernel blocks the clients.
 
-When there is nothing to read, the task asks again for some microseconds, or sleeps a moment by itself, before it waits
+When there is nothing to read, the task polls for some microseconds, or takes a short sleep of its own, before it waits
 in the event loop (:mod:`.polling`): waking up costs more than most requests do. An idle mount takes no CPU at all.
 
 pyfuse3 is the other end of a socket (:mod:`.splicing`): it mounts, negotiates, and answers for names and attributes.
@@ -42,24 +41,24 @@ from fusedisk.mount.splicing import Spliced
 log = logging.getLogger(__name__)
 
 MOST_PLACES = 256
-"""Requests that are known of and not answered."""
+"""The most requests that are read and not answered yet."""
 MOST_TASKS = 64
-"""Of them, those that are served at the same time."""
+"""The most of them that are served at the same time."""
 MOST_BYTES = 32 << 20
-"""Bytes of data that they hold."""
+"""The most bytes of data that they hold."""
 _TURNS = 64
-"""Requests answered on the spot after which other work gets its turn."""
+"""The number of requests answered on the spot after which other work gets its turn."""
 _LONGEST_TURN = 1e-3
-"""Seconds after which it gets it in any case: some requests take a hundred times as long as others."""
+"""Seconds after which other work gets its turn in any case: requests take very different times."""
 _PATIENCE = 3e-3
-"""Seconds more that work waits which nobody here knows of."""
+"""Additional seconds for work of the event loop that the channel does not know of."""
 _PATIENCE_NAPPING = _PATIENCE - 2 * TICK
 """The same before a nap, which may take two ticks of its own."""
 
 _LEAST_SPARE, _MOST_SPARE = 2, 8
-"""Buffers of each kind that are made at once, and kept for later."""
+"""The number of buffers of each kind that are made at the start, and kept for reuse."""
 _REPLY = 4096
-"""Where in a buffer the data of a reply begins: at a page, the header in front of it."""
+"""The offset of a reply's data in its buffer: at a page, with the header in front of it."""
 _REPLY_HEADER = _REPLY - wire.OUT_HEADER.size
 _OUT = wire.OUT_HEADER.size
 _HEAD = struct.Struct("=IIQ24xQQII8xI")
@@ -73,22 +72,22 @@ _WRITTEN = struct.Struct("=IiQII")
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 """The mount is gone."""
 _AGAIN = (errno.ENOENT, errno.EINTR, errno.EAGAIN)
-"""The request was taken back while it was read."""
+"""The request was withdrawn while it was read."""
 _INTERRUPTIBLE = frozenset((wire.FALLOCATE, wire.LSEEK))
-"""Beside READ: what may be left undone, or done in part, when nobody waits for it any more. Not a copy: the kernel
-keeps what it has cached of the target's bytes unless it is told how many were copied."""
+"""Beside READ, the requests that may be left undone, or half done, when their client has gone. A copy must not: the
+kernel keeps its cached pages of the target unless the reply says how many bytes were copied."""
 _LOOK_AGAIN = 0.1
 """Seconds between looks at a reader that has had a signal: the kernel tells of the first one only."""
 
 
 def _pages(size: int) -> memoryview:
-    """Memory that is there: the kernel must not have to look for some while it copies a message to or from it, since
-    to find some it may have to wait for us."""
+    """Return memory whose pages exist already: if the kernel had to allocate them while it copies a message, it might
+    have to wait for us."""
     return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
 
 
 class Request:
-    """The buffer that a message is read into: the header and what follows it, and a write's data from a page on."""
+    """The buffer for one message: the header and its arguments, and the data of a write, aligned to a page."""
 
     __slots__ = ("data", "head", "vector", "view")
 
@@ -99,15 +98,15 @@ class Request:
         self.vector = [self.view, self.data]
 
     def start(self, length: int) -> bytearray:
-        """A message of that length up to where any that is answered here ends: a copy's arguments are longer than
-        what comes before a write's data."""
+        """Return the start of a message of that length, with all arguments: those of a copy are longer than the part
+        in front of a write's data."""
         if length <= wire.WRITE_HEAD:
             return self.head
         return self.head + self.data[: min(length, wire.LONGEST_HEAD) - wire.WRITE_HEAD]
 
 
 class BrokenConnectionError(HostError):
-    """The kernel cannot be talked to: the mount ends, whereas an error of a request is answered."""
+    """The connection to the kernel is broken: the mount ends. Errors of single requests are answered instead."""
 
 
 class Channel:
@@ -122,8 +121,8 @@ class Channel:
         pipe: ReplyPipe | None,
         busy: Callable[[], None] | None = None,
     ) -> None:
-        """``ended`` is called when nothing is served any more. ``pipe`` is closed with the channel. ``busy`` is called
-        every few milliseconds while requests come close upon each other."""
+        """``ended`` is called when the channel has ended. ``pipe`` is closed with the channel. ``busy`` is called every
+        few milliseconds while requests follow each other closely."""
         self._ended = ended
         self._busy = busy
         self._pipe = pipe
@@ -143,7 +142,7 @@ class Channel:
         self._room: trio.Event | None = None
         self._forwarded = 0
         self._interruptible: dict[int, tuple[trio.CancelScope, int]] = {}
-        """With the thread that must be dying for that; 0: any signal will do."""
+        """By request number, the scope to cancel, and the thread that must be dying for that; 0: any signal will do."""
         self._polling = Polling(may_ask=len(os.sched_getaffinity(0)) > 1)
         self._nap = Nap(self._device)
 
@@ -160,7 +159,7 @@ class Channel:
             self._ended()
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._nap.close()
         self._library.close()
         os.close(self._device)
@@ -170,8 +169,8 @@ class Channel:
         self._replies.clear()
 
     def invalidate(self, inode: int, *, attributes_only: bool) -> None:
-        """Let the kernel forget what it has cached of a file. For data it blocks until the kernel needs nothing of us,
-        so then it is for a worker thread. Raises OSError; ENOENT: there is nothing to forget."""
+        """Make the kernel drop its cache of a file. With data this blocks while the kernel waits for our replies, so
+        call it in a worker thread. Raises OSError; ENOENT: nothing is cached."""
         body = wire.INVALIDATE_INODE.pack(inode, -1 if attributes_only else 0, 0)
         header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + len(body), wire.NOTIFY_INVALIDATE_INODE, 0)
         os.write(self._device, header + body)
@@ -179,13 +178,17 @@ class Channel:
     # --- reading ----------------------------------------------------------------------------------------
 
     async def _serve(self, nursery: trio.Nursery) -> None:
-        """Read requests and answer them, or see to it that they are answered, until there is no mount."""
+        """Read requests until the mount is gone; answer them on the spot, or start what answers them.
+
+        Each round of the loop: nap or read · poll or wait if there was no request · answer at once · hand on · give
+        other tasks a turn.
+        """
         device, handles = self._device, self._handles
         readv, write, clock, in_background = os.readv, os.write, perf_counter, background.running
         unpack, pack = _HEAD.unpack_from, wire.OUT_HEADER.pack_into
         reply = self._take_reply()
-        # Where the data of a READ goes, and the reply with its header; the data of a WRITE. They are kept, as the next
-        # request is mostly as long.
+        # ``target``: the data of a READ; ``message``: its reply with the header; ``content``: the data of a WRITE. The
+        # slices are kept from one request to the next, which mostly has the same length.
         target, message = reply[_REPLY:_REPLY], reply[_REPLY_HEADER:_REPLY]
         written = bytearray(_WRITTEN.size)
         request = self._take_request()
@@ -197,11 +200,13 @@ class Channel:
         turn = now + _LONGEST_TURN
         asked = 0.0
         while True:
+            # Nap instead of polling, unless another task has work to do.
             if polling.naps and not (self._places or self._forwarded or in_background()) and not nap():
                 polling.overslept()
             try:
                 length = readv(device, vector)
             except BlockingIOError:
+                # No request: poll again until the deadline, then wait in the event loop.
                 now = clock()
                 if now < polling.deadline and not (self._places or self._forwarded or in_background()):
                     asked = now
@@ -222,6 +227,7 @@ class Channel:
                 raise BrokenConnectionError(
                     f"Reading requests from '/dev/fuse' failed: {exc.strerror}.", errno=exc.errno
                 ) from exc
+            # Decode the header. The fields behind ``unique`` mean something for READ and WRITE only.
             declared, opcode, unique, number, offset, size, own_flags, flags = unpack(head)
             if length != declared or length < wire.IN_HEADER.size:
                 raise BrokenConnectionError(
@@ -229,10 +235,13 @@ class Channel:
                 )
             answered = False
             handle = handles.get(number)
+            # Answer READ and WRITE at once, if that needs no waiting.
             try:
                 if opcode == wire.READ:
+                    # The kernel will keep these pages: note them before they are read.
                     if shared and handle is not None and not own_flags & wire.READ_LOCKOWNER:
                         handle.export.keep(offset, size)
+                    # A large read without a copy, otherwise a copy into the reply.
                     if size >= LEAST and self._lend(unique, handle, offset, size):
                         answered = True
                     elif handle is not None and size <= wire.MAX_WRITE:
@@ -256,15 +265,18 @@ class Channel:
             except BrokenConnectionError:
                 raise
             except Exception as exc:
+                # Either sending the reply failed, or the request itself did.
                 if answered and isinstance(exc, OSError):
                     self._reply_failed(exc)
                 else:
                     answered = True
                     self.answer(unique, -failed("a request", exc))
+            # Hand everything else on. A task that writes keeps the buffer, so the next request gets another one.
             if not answered and await self._dispatch(nursery, request, length, opcode, unique):
                 request = self._take_request()
                 vector, head, data = request.vector, request.head, request.data
                 content = data[:0]
+            # After a while give other tasks a turn: soon if there are any that we know of, later in any case.
             turns += 1
             now = clock()
             if (turns >= _TURNS or now >= turn) and (
@@ -283,7 +295,7 @@ class Channel:
             asked = 0.0
 
     def _lend(self, unique: int, handle: Handle | None, offset: int, size: int) -> bool:
-        """Answer a READ without copying: out of the page cache, or as it lies in memory; tells whether it did."""
+        """Answer a READ without copying, from the page cache or from memory. Returns whether it was answered."""
         if handle is None or size > wire.MAX_WRITE:
             return False
         lent = handle.export.lend_now(offset, size)
@@ -301,7 +313,7 @@ class Channel:
         return True
 
     async def _dispatch(self, nursery: trio.Nursery, request: Request, length: int, opcode: int, unique: int) -> bool:
-        """Let a request be answered. True: its buffer is taken."""
+        """Answer a request in a task of its own, or pass it to pyfuse3. True: the task keeps the buffer."""
         _, _, _, fh, offset, size, _, flags = _HEAD.unpack_from(request.head)
         if opcode == wire.READ:
             handle = self._handles.get(fh)
@@ -372,14 +384,14 @@ class Channel:
             self._room = None
 
     def _may_interrupt(self, unique: int, thread: int) -> trio.CancelScope:
-        """What ends a request when nobody waits for it any more; known before the next message is read."""
+        """Return a scope that ends the request when its client has gone; registered before the next message is read."""
         scope = trio.CancelScope()
         self._interruptible[unique] = scope, thread
         return scope
 
     def _interrupt(self, nursery: trio.Nursery, unique: int) -> None:
-        """Somebody who waits for this request has had a signal. Reads of files are not restarted after that, by the
-        kernel or by programs, so only those end whose reader does."""
+        """Handle a signal to the client of this request. A read of a file is not restarted after a signal, neither by
+        the kernel nor by programs, so it is cancelled only if its reader is dying."""
         scope, thread = self._interruptible[unique]
         if not thread or is_dying(thread):
             scope.cancel()
@@ -465,14 +477,14 @@ class Channel:
             self._reply_failed(exc)
 
     def _reply_failed(self, exc: OSError) -> None:
-        """Nobody waits for a reply any more where a request was interrupted (ENOENT) or the mount is gone."""
+        """Log a failed reply, unless its request was interrupted (ENOENT) or the mount is gone."""
         if exc.errno not in (*_GONE, errno.ENOENT):
             log.error("a reply to the kernel failed: %s", exc.strerror)
 
     # --- pyfuse3 ----------------------------------------------------------------------------------------
 
     async def _forward(self, request: Request, length: int, opcode: int) -> None:
-        """Let pyfuse3 answer."""
+        """Pass a request to pyfuse3."""
         parts = [request.view[:length]]
         if length > wire.WRITE_HEAD:
             parts.append(request.data[: length - wire.WRITE_HEAD])
@@ -486,7 +498,7 @@ class Channel:
                 await trio.lowlevel.wait_writable(self._library)
 
     async def _return_replies(self) -> None:
-        """Hand pyfuse3's replies to the kernel."""
+        """Pass pyfuse3's replies to the kernel."""
         buffer = memoryview(bytearray(wire.MAX_WRITE + 4096))
         library = self._library
         while True:
@@ -499,7 +511,7 @@ class Channel:
                 return
             _, error, unique = wire.OUT_HEADER.unpack_from(buffer)
             if not unique:
-                log.error("libfuse sent notification %d, which nobody asked for.", error)
+                log.error("libfuse sent the unexpected notification %d.", error)
                 continue
             self._forwarded -= 1
             self._negotiation.answered(buffer, length, unique)

@@ -1,4 +1,4 @@
-"""Open files: what the kernel's handles stand for. Both ways of serving, pyfuse3's and the channel's, use them."""
+"""Open files, by the kernel's handle numbers. Both ways of serving, pyfuse3's and the channel's, use them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Handle:
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.direct = bool(flags & os.O_DIRECT)
         self.synchronous = bool(flags & os.O_DSYNC)
-        """What changes the content is to be on stable storage when it is answered (O_SYNC has the bit of O_DSYNC). The
-        kernel sees to that only where it caches the file, and not for all requests then."""
+        """Changes must be on stable storage when they are answered (O_SYNC has the bit of O_DSYNC). The kernel ensures
+        that only for files that it caches, and not for all requests."""
         self.backing = 0
-        """The kernel's number for the host file that it reads and writes past us; 0 where it does not."""
+        """The kernel's number for the host file that it accesses directly; 0 if it does not."""
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:
         """Write; short only at the end of a disk that may not grow.
 
-        Linux turns a short O_DIRECT write into EIO, so there the reason is told at once, by NoSpaceError.
+        Linux turns a short O_DIRECT write into EIO, so such a write raises NoSpaceError, which has the right errno.
         """
         written = await self.export.write(offset, data)
         if written < len(data) and self.direct:
@@ -38,12 +38,12 @@ class Handle:
         return written
 
     async def settle(self) -> None:
-        """Something was changed through this handle and is about to be answered."""
+        """Flush before a change through this handle is answered, if the handle is synchronous."""
         if self.synchronous:
             await self.export.flush()
 
     async def flush(self) -> None:
-        """close(): the last chance to tell the writer of an error, so what was written goes to disk now."""
+        """Serve close(2): flush, since this is the last chance to report an error to the writer."""
         if self.writable:
             await self.export.flush()
 
@@ -55,16 +55,16 @@ class Handles:
         self.by_number: dict[int, Handle] = {}
         self._last = 0
         self.released = trio.Event()
-        """Set, and replaced, whenever a file is closed for good."""
+        """Set, and replaced, whenever a handle is released."""
 
     def __len__(self) -> int:
         return len(self.by_number)
 
     async def open(self, export: Export, flags: int) -> tuple[int, Handle]:
-        """A new handle and its number. Raises ReadOnlyError where it could not be written to.
+        """Return a new handle and its number. Raises ReadOnlyError for writing to a read-only export.
 
-        O_TRUNC takes all content away: a growable disk is empty then, any other keeps its length, all zeroes. Tools
-        such as ``cp`` skip the holes of what they copy into a file that they have just emptied.
+        O_TRUNC removes all content: a growable disk becomes empty, any other keeps its length, all zeroes. Zeroes are
+        needed since tools such as ``cp`` skip holes when they copy into a file that they have just truncated.
         """
         handle = Handle(export, flags)
         if handle.writable and not export.writable:
@@ -79,12 +79,12 @@ class Handles:
         return self._last, handle
 
     def close(self, number: int) -> Handle:
-        """The last descriptor of a handle is closed."""
+        """Remove a handle, after its last descriptor was closed."""
         handle = self.by_number.pop(number)
         self.wake()
         return handle
 
     def wake(self) -> None:
-        """Something was closed: let those look who wait for the mount to become idle."""
+        """Wake the tasks that wait for the mount to become idle, after a handle was released."""
         self.released.set()
         self.released = trio.Event()

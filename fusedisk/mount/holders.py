@@ -1,7 +1,7 @@
-"""Who keeps a mount busy: processes, loop devices, other mounts. Blocks, and never touches the mount itself.
+"""Finds the users of a mount: processes, loop devices, other mounts. Blocks, and never touches the mount itself.
 
 Paths are read as links of /proc, so a mount whose daemon hangs does not hang us. Files of processes in other mount
-namespaces are found only if the path is the same there. What /proc tells holds names of others, which are bytes.
+namespaces are found only if the path is the same there. Names in /proc may be any bytes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from fusedisk.mount import loop_device, loop_users
 from fusedisk.mount.mountinfo import Mount, mounts_below
 
 _MOST = 8
-"""Holders that a message names."""
+"""The most holders that a message names."""
 
 
 def describe(mount: Mount) -> str:
-    """Who uses ``mount``, for the end of a sentence: ``in use by dd (pid 12, open file) and /dev/loop0``."""
+    """Name the users of ``mount`` for the end of a sentence: ``in use by dd (pid 12, open file) and /dev/loop0``."""
     found = holders(mount)
     if not found:
         return "in use by something that cannot be seen from here (another user's process or another namespace)"
@@ -32,7 +32,7 @@ def listed(found: list[str]) -> str:
 
 
 def holders(mount: Mount) -> list[str]:
-    """Everything that can be found to use ``mount``, each in a few words."""
+    """Yield all users of ``mount`` that can be found, each in a few words."""
     return [
         *_loop_devices(mount),
         *(f"the mount at '{other.mountpoint}'" for other in mounts_below(mount.mountpoint)),
@@ -52,7 +52,7 @@ def _processes(mount: Mount) -> Iterator[str]:
 
 
 def _uses(pid: int, mount: Mount) -> list[str]:
-    """How a process uses the mount, an empty list where it does not or where we may not look."""
+    """Return how a process uses the mount; an empty list if it does not, or if we have no access to it."""
     proc = f"/proc/{pid}"
     uses = []
     for link, what in (("cwd", "working directory"), ("root", "root directory"), ("exe", "program")):

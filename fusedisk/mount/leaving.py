@@ -1,4 +1,4 @@
-"""Taking one's own mount away, and never what somebody has mounted over it. Everything here blocks."""
+"""Unmounts one of our own mounts, and never another mount that covers it. Everything here blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PAUSE = 0.1
 
 
 class Obstacle(enum.Enum):
-    """Why a mount stays."""
+    """Why a mount cannot be unmounted."""
 
     IN_USE = enum.auto()
     COVERED = enum.auto()
@@ -23,8 +23,8 @@ class Obstacle(enum.Enum):
 
 
 def unmount_own(place: str, device: str) -> Obstacle | None:
-    """Take away the mount with the device number ``major:minor`` that is at an absolute path, unless somebody uses it
-    or has covered it; None if it is not there any more. Raises HostError where it is not allowed."""
+    """Unmount the mount with the device number ``major:minor`` at an absolute path. Returns the obstacle if it is in
+    use or covered; None if it is gone. Raises HostError if unmounting is not permitted."""
     for _ in range(_ATTEMPTS):
         if not is_at(place, device):
             return None
@@ -47,7 +47,7 @@ def is_on_top(place: str, device: str) -> bool:
 
 
 def describe(place: str, obstacle: Obstacle) -> str:
-    """An obstacle, for the end of a sentence about ``place``: ``in use by dd (pid 12, open file)``."""
+    """Describe an obstacle for the end of a sentence about ``place``: ``in use by dd (pid 12, open file)``."""
     if obstacle is Obstacle.IN_USE:
         mount = mountinfo.mount_at(place)
         return holders.describe(mount) if mount is not None else "not in use"
@@ -56,8 +56,8 @@ def describe(place: str, obstacle: Obstacle) -> str:
 
 
 def _led_to(path: str) -> Mount | None:
-    """The mount that an absolute path leads into, which the order of mountinfo does not tell: mounts can be moved. None
-    where it leads nowhere."""
+    """Return the mount that an absolute path leads into, None without one. Mountinfo does not show that, since mounts
+    can be moved."""
     try:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

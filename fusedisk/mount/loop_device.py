@@ -45,7 +45,7 @@ _FLAGS = 8
 _CONFIG = struct.Struct(f"=2I{_INFO.size}s64x")
 """``struct loop_config``."""
 _ATTEMPTS = 64
-"""Free devices to try: whoever else attaches one may be faster."""
+"""The number of free devices to try: another process may attach one first."""
 _PATIENCE = 3.0
 """Seconds that a device may take to become free: udev and its like look at it now and then."""
 _PAUSE = 0.02

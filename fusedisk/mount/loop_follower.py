@@ -1,4 +1,4 @@
-"""Resizing reaches the loop devices that stand on a file of the mount, whoever attached them."""
+"""Passes the new size of a disk on to all loop devices that are attached to its file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Who uses a loop device or its partitions: mounts, swap, other devices, processes. Blocks, and reads only /proc and
-/sys, so nothing that hangs can hang us."""
+"""Finds the users of a loop device or its partitions: mounts, swap, other devices, processes. Blocks, and reads only
+/proc and /sys, so it cannot hang."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def filesystems(device: str) -> list[Mount]:
 
 
 def flush_filesystems(device: str) -> None:
-    """Write what the filesystems on a loop device hold back; best effort."""
+    """Sync the filesystems on a loop device; ignores errors."""
     libc = ctypes.CDLL(None)
     for mount in filesystems(device):
         try:

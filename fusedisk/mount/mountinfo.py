@@ -32,7 +32,7 @@ class Mount(NamedTuple):
 
     @property
     def user_id(self) -> int | None:
-        """Who mounted it, for a FUSE mount."""
+        """The user that mounted it, for a FUSE mount."""
         for option in self.options.split(","):
             if option.startswith("user_id="):
                 return int(option[8:])

@@ -44,7 +44,7 @@ class Negotiation:
 
     @property
     def passthrough(self) -> bool:
-        """Whether files may be opened so that the kernel reads and writes past us."""
+        """Whether files may be opened so that the kernel accesses the host file directly."""
         return bool(self.taken & wire.PASSTHROUGH)
 
     def offered(self, head: bytearray, unique: int) -> None:

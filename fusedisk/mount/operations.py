@@ -44,9 +44,8 @@ from fusedisk.mount.handles import Handles
 log = logging.getLogger(__name__)
 
 ATTR_TIMEOUT = 60.0
-"""Seconds for which the kernel may answer ``stat`` itself. It asks again after its own writes, and is told about
-everything else; whenever it asks and finds another mtime it drops the pages that it has cached, so it should not
-ask too often."""
+"""Seconds for which the kernel may answer ``stat`` itself. It asks again after its own writes, and we notify it of all
+other changes. Whenever it asks and finds another mtime it drops its cached pages, so it should not ask too often."""
 ENTRY_TIMEOUT = 3600.0
 """Seconds for which the kernel may remember a name: names never change."""
 
@@ -78,8 +77,8 @@ def _guarded(
 class Operations(pyfuse3.Operations):
     """One directory with a file for each export, or with ``single`` the one export as the mount's root.
 
-    ``live``: the images may change without our doing (shared with another writer), so nothing is cached.
-    ``kernel_cache``: the kernel may keep what it reads, where it hears of every change.
+    ``live``: the images may be changed by others (shared with another writer), so nothing is cached. ``kernel_cache``:
+    the kernel may cache a file if it learns of every change.
     """
 
     supports_dot_lookup = True
@@ -137,7 +136,7 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        """The kernel forgets inodes; ours stay."""
+        """Do nothing: inodes live as long as the mount."""
 
     @_guarded
     async def setattr(
@@ -148,7 +147,7 @@ class Operations(pyfuse3.Operations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        """chmod, chown, utimes, truncate. The kernel has checked who may."""
+        """Serve chmod, chown, utimes and truncate. The kernel has checked the permissions."""
         if inode == ROOT_INODE and not self._single:
             self._set_root(attr, fields)
             return await self._attributes(inode)
@@ -174,7 +173,7 @@ class Operations(pyfuse3.Operations):
         )
 
     def export_of(self, inode: int) -> Export:
-        """The file that the kernel knows by this number; raises FUSEError."""
+        """Return the file with this inode number; raises FUSEError."""
         export = self._by_inode.get(inode)
         if export is None:
             raise FUSEError(errno.EISDIR if inode == ROOT_INODE else errno.ENOENT)
@@ -241,7 +240,7 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        """There is one directory, and its handle says nothing."""
+        """Open the one directory; its handle has no meaning."""
         return FileHandleT(0)
 
     @_guarded
@@ -256,12 +255,12 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def releasedir(self, fh: FileHandleT) -> None:
-        """A directory handle is gone."""
+        """Do nothing: directory handles have no state."""
         self.handles.wake()
 
     @_guarded
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        """The names are never written anywhere."""
+        """Do nothing: names are never stored."""
 
     # --- files ------------------------------------------------------------------------------------------
 
@@ -280,7 +279,7 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        """Read; short only at the end. Only without the data channel, as all below that reads or writes."""
+        """Read; short only at the disk's end. Used only without the data channel, like all data requests below."""
         export = self.handles.by_number[fh].export
         export.keep(off, size)  # nothing here says that the kernel does not
         return await export.read(off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
@@ -296,24 +295,24 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def flush(self, fh: FileHandleT) -> None:
-        """close()."""
+        """Called on every close(2): the last chance to report write errors."""
         await self.handles.by_number[fh].flush()
 
     @_guarded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        """Everything written before is on stable storage afterwards. The only barrier that a loop device has."""
+        """Put everything written before on stable storage. This is the only barrier that a loop device has."""
         await self.handles.by_number[fh].export.flush()
 
     @_guarded
     async def release(self, fh: FileHandleT) -> None:
-        """The last descriptor of a handle is closed."""
+        """Close a handle, after its last descriptor was closed."""
         self.handles.close(fh)
 
     # --- extended attributes ----------------------------------------------------------------------------
 
     @_guarded
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        """One of ``user.fusedisk.*``."""
+        """Return one of ``user.fusedisk.*``."""
         export = self._by_inode.get(inode)
         if export is None or not name.startswith(b"user.fusedisk."):
             raise FUSEError(pyfuse3.ENOATTR)
@@ -324,7 +323,7 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        """Names of the attributes of a file; the directory has none."""
+        """Return the names of a file's attributes; the directory has none."""
         export = self._by_inode.get(inode)
         if export is None:
             return []
@@ -340,7 +339,7 @@ class Operations(pyfuse3.Operations):
         """There is no place to keep them."""
         raise FUSEError(errno.EOPNOTSUPP)
 
-    # --- what a directory of disks does not do ----------------------------------------------------------
+    # --- requests that a directory of disks refuses -----------------------------------------------------
 
     @_guarded
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
@@ -362,6 +361,6 @@ class Operations(pyfuse3.Operations):
 
 
 def _directory_bits(file_mode: int) -> int:
-    """Whoever may read or write the files may enter the directory; only the owner ever needs more."""
+    """Return the mode of the directory: users that may read or write a file may list and enter it."""
     readable = (file_mode | file_mode << 1) & 0o444
     return 0o700 | readable | readable >> 2

@@ -1,5 +1,5 @@
-"""Small files in directories of other users, who may put anything there: none but plain files of the directory's owner
-are read, none outside it is reached, and no pipe or device is waited for."""
+"""Reads small files in directories of other users, which may hold anything: only plain files of the directory's owner
+are read, no file outside it is reached, and no pipe or device can block us."""
 
 from __future__ import annotations
 

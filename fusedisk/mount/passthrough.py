@@ -1,12 +1,12 @@
-"""Files that the kernel reads and writes past us, at the speed of the host file below (Linux 6.9, root).
+"""FUSE passthrough: the kernel accesses the host file of a disk directly, bypassing the daemon (Linux 6.9, root).
 
-An open file that is passed through stays so until it is closed, since the kernel has no way to end that. So a node
-that has such files open lets nobody come between (operation ``replace``), and whether it is eligible is looked at
-whenever its file is opened and nobody has it open yet: all handles of a file must be of one kind.
+A file that is passed through stays so until it is closed, since the kernel cannot end that earlier. So nothing can be
+inserted above a node with such files (operation ``replace`` is blocked). Whether an export is eligible is decided when
+its first handle is opened: all handles of a file must be of one kind.
 
-What the kernel does with the host file we do not see. Sizes, times and what there is to flush are therefore looked at
-as if there had been writes. A write past the end would make the host file longer whatever we say, so a disk that may
-not grow is passed through for writing only if the user asked for exactly that.
+We do not see what the kernel does with the host file, so for size, times and flushing we assume that there were writes.
+A write past the end would make the host file longer without asking us, so a disk that may not grow is passed through
+for writing only if the user asked for exactly that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NUMBER = struct.Struct("=I")
 
 
 class _Backing:
-    """The host file of one export, as the kernel knows it."""
+    """The kernel's registration of one export's host file."""
 
     __slots__ = ("handles", "number")
 
@@ -39,18 +39,17 @@ class _Backing:
 
 
 class PassedThrough:
-    """The files of one mount that the kernel serves itself."""
+    """The files of one mount that the kernel accesses directly."""
 
     def __init__(self, device: int, mode: Passthrough) -> None:
         self._device = device
         self._mode = mode
         self._backings: dict[Export, _Backing] = {}
         self._others: dict[Export, int] = {}
-        """How many handles there are that are not passed through."""
+        """The number of open handles that are not passed through."""
 
     def opened(self, export: Export) -> int:
-        """A handle of ``export`` is being opened; returns the number of the kernel's backing file for it, 0 to serve
-        it ourselves."""
+        """Handle the opening of a file. Returns the number of the kernel's backing file for it, 0 if we serve it."""
         backing = self._backings.get(export)
         if backing is None and not self._others.get(export):
             backing = self._begin(export)
@@ -61,7 +60,7 @@ class PassedThrough:
         return backing.number
 
     def closed(self, export: Export, number: int) -> None:
-        """A handle that was opened with this number is closed."""
+        """Handle the closing of a handle that was opened with this number."""
         if not number:
             self._others[export] -= 1
             return
@@ -74,7 +73,7 @@ class PassedThrough:
         try:
             fcntl.ioctl(self._device, _CLOSE_IOCTL, _NUMBER.pack(number))
         except OSError as exc:
-            log.error("the kernel did not let go of the file of '%s': %s", export.name, exc.strerror)
+            log.error("the kernel did not release the file of '%s': %s", export.name, exc.strerror)
 
     def _begin(self, export: Export) -> _Backing | None:
         if self._mode is Passthrough.OFF:

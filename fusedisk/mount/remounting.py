@@ -1,6 +1,6 @@
-"""Making a mount read-only, and writable again, as ``mount -o remount`` does. Blocks.
+"""Makes a mount read-only, and writable again, as ``mount -o remount`` does. Blocks.
 
-That is between the kernel and those who use the mount: the images stay open as they are, and locked.
+This changes only what the kernel allows: the images stay open as they are, and locked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Replies whose data is never copied by us: pages of the host's page cache go through a pipe to the kernel.
+"""Replies whose data we never copy: pages of the host's page cache go through a pipe to the kernel.
 
-The kernel copies what a reader gets from those pages, once; through our memory it would be twice. That pays from
-some tens of pages on, below that the additional calls cost more.
+The kernel copies from those pages to the reader, once; through our memory it would be twice. That pays from some tens
+of pages on; below that the additional calls cost more.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from fusedisk.block.immediate import Lent
 from fusedisk.mount import wire
 
 LEAST = 128 << 10
-"""Bytes of data from which on a reply goes through the pipe."""
+"""The least bytes of data for which a reply goes through the pipe."""
 _SHORTEST = 512 << 10
-"""Requests that may not even be as long as that would cost more than the pipe saves."""
+"""If the longest request had to be shorter than this, the pipe would cost more than it saves."""
 _WANTED_PAGES = 512
-"""Enough for the longest reply: one for the header, one for each page, and more where parts start amid pages."""
+"""Enough for the longest reply: one for the header, one for each page, and more for parts that start inside a page."""
 
 
 class ReplyPipe:
     """A pipe that takes one reply at a time; nothing is in it between two."""
 
     def __init__(self) -> None:
-        """Raises OSError where there cannot be one that is long enough."""
+        """Make the pipe. Raises OSError if it cannot be long enough."""
         self._take, self._give = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.pages = fcntl.fcntl(self._give, fcntl.F_GETPIPE_SZ) // mmap.PAGESIZE
         for wanted in (_WANTED_PAGES, _WANTED_PAGES // 2):
@@ -42,7 +42,7 @@ class ReplyPipe:
 
     @property
     def longest(self) -> int:
-        """Bytes of data, a power of two, for which there is always room: up to that it pays to be asked for at once."""
+        """The most bytes of data, a power of two, for which there is always room; the best limit for one request."""
         pages = self.pages // 2
         return min(1 << (pages.bit_length() - 1 + (mmap.PAGESIZE.bit_length() - 1)), wire.MAX_WRITE)
 
@@ -52,9 +52,9 @@ class ReplyPipe:
         os.close(self._give)
 
     def send(self, device: int, unique: int, length: int, parts: Sequence[Lent]) -> bool:
-        """Answer a READ with the ``length`` bytes that ``parts`` are. False: nothing was answered.
+        """Answer a READ with the ``length`` bytes in ``parts``. False: nothing was answered.
 
-        Raises OSError where the kernel does not take the reply.
+        Raises OSError if the kernel rejects the reply.
         """
         if len(parts) + length // mmap.PAGESIZE + 2 > self.pages:
             return False
@@ -79,14 +79,14 @@ class ReplyPipe:
                 try:
                     done = os.splice(descriptor, self._give, end - offset, offset_src=offset)
                 except OSError:
-                    return False  # who reads says what it is
+                    return False  # the normal read reports the error
                 if not done:
                     return False
                 offset += done
         return True
 
     def _empty(self) -> None:
-        """Take out what was not sent."""
+        """Empty the pipe of what was not sent."""
         try:
             while os.read(self._take, wire.MAX_WRITE):
                 pass

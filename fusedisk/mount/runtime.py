@@ -135,7 +135,7 @@ class MountRecord:
         place, name = os.path.split(self.path)
         parent, mountpoint = os.path.split(self.mountpoint)
         try:
-            # By its descriptor: the directory may be another user's, who could put a link in its place.
+            # By its descriptor: if the directory is another user's, he could replace it with a link.
             with owned_files.trusted_directory(place, self.owner) as folder:
                 found = _load_from(folder, self.path, self.owner)
                 if found is not None and (found.pid, found.started) == (self.pid, self.started):

@@ -1,8 +1,7 @@
-"""One FUSE mount of this process (pyfuse3 has no more than one): mounting, serving, ending.
+"""One FUSE mount of this process (pyfuse3 supports only one): mounting, serving, ending.
 
-pyfuse3's own unmounting is lazy and would pull disks from under open files, so it is never used: who wants to
-unmount uses :mod:`fusedisk.mount.leaving`, the kernel then ends the connection, and :meth:`Session.serve`
-returns.
+pyfuse3's own unmounting is lazy and would pull disks from under open files, so it is never used. Instead
+:mod:`fusedisk.mount.leaving` unmounts, the kernel then ends the connection, and :meth:`Session.serve` returns.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 MAX_TASKS = 128
 """Requests served at the same time by pyfuse3."""
 MAX_NAME_TASKS = 8
-"""The same where it only serves names and attributes: their replies must all fit into a socket."""
+"""The same if it serves only names and attributes, whose replies must all fit into a socket."""
 READAHEAD_KIB = 1024
 """What the kernel reads ahead on a mount, if we may say so (root): FUSE's default of 128 KiB makes eight requests
 of one."""
@@ -53,13 +52,13 @@ class Session:
         self._mount: mountinfo.Mount | None = None
         self._serving = False
         self._there = False
-        """Whether there is a mount to take away at the end."""
+        """Whether there is a mount to remove at the end."""
         self._stale: set[int] = set()
-        """Inodes whose data the kernel is to forget."""
+        """Inodes whose cached data the kernel must drop."""
         self._some_stale = trio.Event()
 
     def start(self) -> None:
-        """Mount. Blocks for a moment; raises HostError with what libfuse says."""
+        """Mount. Blocks for a moment; raises HostError with libfuse's message."""
         if self._settings.low_latency:
             self._wakefulness = Wakefulness()
         before = fuse_descriptors() if self._settings.channel else set()
@@ -86,18 +85,18 @@ class Session:
 
     @property
     def device(self) -> str:
-        """``major:minor`` of the mount's files, once it is there."""
+        """``major:minor`` of the mount's files, once it is mounted."""
         return self._mount.device if self._mount is not None else ""
 
     def place(self) -> str:
-        """Where the mount is now. Blocks for a moment."""
+        """The current mountpoint. Blocks for a moment."""
         # The kernel reuses mount ids: once ours is gone, the id may belong to another mount.
         return mountinfo.place_of(self._mount) if self._mount is not None and self._serving else self.mountpoint
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Serve until the mount is gone. ``ready`` is called once a ``stat`` from outside has been answered.
 
-        Raises HostError where the connection to the kernel breaks.
+        Raises HostError if the connection to the kernel breaks.
         """
         try:
             await self._serve(ready)
@@ -134,13 +133,12 @@ class Session:
         return MAX_TASKS + len(self.operations.exports)
 
     def stop(self) -> None:
-        """Let ``serve`` return although the mount is there still."""
+        """Make ``serve`` return although the mount still exists."""
         self.mountpoint = self.place()
         pyfuse3.terminate()
 
     def close(self) -> None:
-        """Let go of the connection. A mount that is still there loses its server by this, so it is taken away as
-        well."""
+        """Close the connection. A mount that still exists loses its server by this, so it is removed as well."""
         pyfuse3.close(unmount=False)
         if self._channel is not None:
             self._channel.close()
@@ -154,7 +152,7 @@ class Session:
             await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
         except OSError as exc:  # the connection was aborted, or the mount is covered by one that fails
             raise host_error(exc, self.mountpoint, "look at the mount") from exc
-        self._raise_readahead()  # not before: the kernel sets it when it shakes hands with us
+        self._raise_readahead()  # after INIT: the kernel overwrites it during negotiation
         ready()
 
     async def _invalidate(self) -> None:
@@ -169,7 +167,7 @@ class Session:
                 await self._drop_pages(self._stale.pop())
 
     async def _drop_pages(self, inode: int) -> None:
-        """Let the kernel drop its pages of a file, in a thread: it may wait for requests that we must serve."""
+        """Make the kernel drop its pages of a file, in a thread: it may wait for requests that we must serve."""
         await trio.to_thread.run_sync(self._invalidate_inode, inode, False, abandon_on_cancel=True)
 
     def _watcher(self, export: Export) -> Callable[[bool], None]:
@@ -177,7 +175,7 @@ class Session:
 
         def changed(data: bool) -> None:
             if not data:
-                # Attributes alone take no waiting, and whoever is answered next shall see the new ones.
+                # Attributes alone take no waiting, and the next client must see the new ones.
                 self._invalidate_inode(inode, True)
                 return
             self._stale.add(inode)
@@ -229,13 +227,13 @@ def mount_options(images: list[str], *, read_only: bool, allow_other: bool) -> s
 
 
 def _option_value(text: str) -> str:
-    """``text`` as libfuse's option parser wants it: commas and backslashes escaped, ASCII only."""
+    """Return ``text`` for libfuse's option parser: commas and backslashes escaped, ASCII only."""
     plain = "".join(char if " " <= char <= "~" else "?" for char in text)[:1000]
     return plain.replace("\\", "\\\\").replace(",", "\\,")
 
 
 class _StderrCapture:
-    """Keeps what C code writes to descriptor 2, which is how libfuse tells why it failed."""
+    """Captures what C code writes to descriptor 2: libfuse reports its errors there."""
 
     def __enter__(self) -> _StderrCapture:
         sys.stderr.flush()
@@ -250,6 +248,6 @@ class _StderrCapture:
         os.close(self._kept)
 
     def text(self) -> str:
-        """What has been written, in one line."""
+        """Return the captured text in one line."""
         lines = os.pread(self._kept, 4096, 0).decode(errors="replace").splitlines()
         return "; ".join(line.strip() for line in lines if line.strip())

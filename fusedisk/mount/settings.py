@@ -7,18 +7,18 @@ import enum
 
 
 class Passthrough(enum.Enum):
-    """Whether the kernel may read and write the host file of a plain raw disk past us."""
+    """Whether the kernel may access the host file of a plain raw disk directly."""
 
     OFF = "off"
     AUTO = "auto"
     """Where that changes nothing but the speed."""
     ON = "on"
-    """Although a write past the end makes the disk longer then."""
+    """Even though a write past the end then makes the disk longer."""
 
 
 @dataclasses.dataclass(slots=True)
 class ServeSettings:
-    """What the user may choose about it."""
+    """The user's settings for serving."""
 
     channel: bool = True
     """Data is answered past pyfuse3."""

@@ -1,4 +1,4 @@
-"""Getting between libfuse and the kernel: libfuse keeps its descriptor's number, we take what was behind it.
+"""Gets between libfuse and the kernel: libfuse keeps its descriptor's number, we take over the connection behind it.
 
 libfuse reads and writes whole messages on one descriptor and does not care what that is. So after it has mounted, the
 number is given to one end of a socket pair that keeps messages apart, and the connection to the kernel is ours.
@@ -28,7 +28,7 @@ class Spliced(NamedTuple):
 
 
 def fuse_descriptors() -> set[int]:
-    """The descriptors of this process that are connections to the kernel's FUSE."""
+    """Return the descriptors of this process that are connections to the kernel's FUSE."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -38,8 +38,8 @@ def fuse_descriptors() -> set[int]:
 
 
 def splice(before: set[int]) -> Spliced:
-    """Take over the connection that was made since there were only those of ``before``. Raises HostError, with nothing
-    changed, where that cannot be done."""
+    """Take over the one connection that is not in ``before``. Raises HostError, with nothing changed, if that is not
+    possible."""
     try:
         new = fuse_descriptors() - before
     except OSError as exc:

@@ -1,4 +1,4 @@
-"""Taking a mount away: with umount2(2) where that is allowed, by fusermount3 otherwise. Everything here blocks."""
+"""The system's ways to unmount: umount2(2) if that is permitted, fusermount3 otherwise. Everything here blocks."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def unmount(mountpoint: str) -> bool:
 
 
 def detach(mountpoint: str) -> None:
-    """Take away a mount that nobody serves, or that is taken by force: whoever has files open keeps their handles,
-    which fail from the moment the daemon is gone. Raises HostError where it is not allowed."""
+    """Detach a mount that has no server, or by force. Open files stay open, and fail as soon as the daemon is gone.
+    Raises HostError if unmounting is not permitted."""
     try:
         _unmount(mountpoint, lazy=True)
     except OSError as exc:
@@ -69,7 +69,7 @@ def _fusermount(mountpoint: str, *, lazy: bool) -> None:
 
 
 def find_fusermount() -> str:
-    """The path of fusermount3. Raises NotSupportedError where it is not installed."""
+    """Return the path of fusermount3. Raises NotSupportedError if it is not installed."""
     program = shutil.which("fusermount3") or shutil.which("fusermount3", path="/usr/bin:/bin:/usr/sbin:/sbin")
     if program is None:
         raise NotSupportedError(
