@@ -74,8 +74,8 @@ class DeviceOptions(AttachOptions, total=False):
 
 
 class LeaveOptions(TypedDict, total=False):
-    """Options of :func:`umount` and :func:`detach`: wait until nobody uses it, no longer than so many seconds, or end
-    it although it is in use."""
+    """Options of :func:`umount` and :func:`detach`: ``wait`` until it is no longer in use, at most ``timeout`` seconds,
+    or ``force`` the end although it is in use."""
 
     wait: bool
     timeout: float

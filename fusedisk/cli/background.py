@@ -1,7 +1,7 @@
-"""A child that goes on in the background, and how it tells the command that started it what became of it.
+"""Runs a daemon as a child in the background, and reports its start to the command that started it.
 
-The parent prints what the child had to warn of until then, and its one sentence where it failed, and takes over its
-exit code; it returns when the child is ready.
+The parent prints the child's warnings up to then and, after a failure, its error, and takes over its exit code; it
+returns when the child is ready.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Report = Callable[[FusediskError | None], None]
 
 
 def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: int | None = None) -> None:
-    """Fork; the child runs ``serve`` detached from terminal and caller and exits with what that returns.
+    """Fork; the child runs ``serve`` detached from terminal and caller and exits with the code that it returns.
 
     Returns in the parent when the child has reported that it is ready; otherwise raises what it reported, as HostError,
     or as OptionError for wrong options. Must be called before any thread is started. ``keep_fd``, which is no standard
@@ -51,7 +51,7 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
             )
             answer = pipe.read()
     except BaseException:
-        # It takes away what it has made already.
+        # The child cleans up after itself.
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
         raise
@@ -68,8 +68,8 @@ def run_in_background(serve: Callable[[Report], int], log_path: str, keep_fd: in
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let signals that would end this process at once raise SystemExit, so that the child hears of it. Those that are
-    ignored, as under nohup(1), stay so."""
+    """Make signals that would end this process at once raise SystemExit, so that the child is ended too. Signals that
+    are ignored, as under nohup(1), stay ignored."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
@@ -101,7 +101,7 @@ def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep
             try:
                 os.write(sending, json.dumps(answer).encode())
             except BrokenPipeError:
-                log.warning("the command that wanted the mount has ended, so the mount ends, too")
+                log.warning("the command that started the mount has ended, so the mount ends too")
                 os.kill(os.getpid(), signal.SIGTERM)
             os.close(sending)
 
@@ -116,8 +116,8 @@ def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep
 
 
 def let_go_of_caller(keep: set[int]) -> None:
-    """Leave the caller's session, and close what came from it: its locks and pipes must not live as long as this
-    process. The descriptors of ``keep`` stay, none of them a standard stream; those become /dev/null."""
+    """Become a daemon: leave the caller's session, and close its descriptors, so that its locks and pipes do not live
+    as long as this process. The descriptors in ``keep`` stay; the standard streams become /dev/null."""
     os.setsid()
     low = 3
     for fd in sorted(keep):
@@ -131,7 +131,7 @@ def let_go_of_caller(keep: set[int]) -> None:
 
 
 def notify_service_manager(state: str) -> None:
-    """Tell systemd, if it started us and wants to know (sd_notify(3))."""
+    """Notify systemd, if it started us and asks for that (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -141,4 +141,4 @@ def notify_service_manager(state: str) -> None:
         try:
             channel.sendto(state.encode(), address)
         except OSError as exc:
-            log.warning("the service manager could not be told '%s': %s", state, exc)
+            log.warning("sending '%s' to the service manager failed: %s", state, exc)

@@ -1,9 +1,9 @@
 """The daemon of a mount: the composition root, where graph, drivers, exports and the FUSE face come together.
 
 Life: open the images, mount, be ready (a ``stat`` through the mount has been answered), serve until the mount is gone,
-flush and close everything. SIGTERM, SIGINT and SIGHUP unmount as soon as nobody uses the mount; SIGQUIT (what
-``fusedisk umount --force`` sends) flushes and ends at once. Where a file hangs, a daemon ends all the same if it has
-nothing to lose, or says what it waits for.
+flush and close everything. SIGTERM, SIGINT and SIGHUP unmount as soon as the mount is not in use; SIGQUIT (which
+``fusedisk umount --force`` sends) flushes and ends at once. If a file hangs, a daemon with nothing to lose ends all the
+same; any other says what it waits for.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ _SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQU
 _RETRY = 1.0
 """Seconds between attempts to unmount what is in use by something other than our own file handles."""
 _SWITCH_INTERVAL = 0.0002
-"""Seconds after which a thread that wants to run Python gets to. Those that inflate ask for a few microseconds between
+"""Seconds after which a waiting thread gets Python's lock. Threads that inflate need it for a few microseconds between
 two clusters, and would wait for Python's default of five milliseconds."""
 
 
 @dataclasses.dataclass(slots=True)
 class MountRequest:
-    """What ``fusedisk mount`` was asked for, checked as far as can be without opening anything. Paths are absolute."""
+    """The options of ``fusedisk mount``, checked as far as possible without opening anything. Paths are absolute."""
 
     images: list[ImageRequest]
     mountpoint: str
@@ -68,7 +68,7 @@ class MountRequest:
 
 
 def run_daemon(request: MountRequest, report: Report) -> int:
-    """Serve a mount until it is gone; returns the exit code. ``report`` hears once whether it came to be."""
+    """Serve a mount until it is gone; returns the exit code. ``report`` is called once, with success or failure."""
     return trio.run(Daemon(request, report).run, restrict_keyboard_interrupt_to_checkpoints=True)
 
 
@@ -85,14 +85,14 @@ class Daemon:
         self._pid_file = PidFile(request.pid_file) if request.pid_file is not None else None
         self._failures: list[str] = []
         self._wrong_usage = False
-        """The first failure is about the options of the mount."""
+        """Whether the first failure is about the options of the mount."""
         self._bug = False
         self._helpers: trio.Nursery
         self._attachment: Attachment | None = None
-        """Set once the mount serves, and unless it is to end by then."""
+        """Set once the mount serves, unless it must end by then."""
         self._ending = False
         self._is_leaving = False
-        """It tries to unmount."""
+        """Whether it tries to unmount."""
         self._asked_to_end = False
         self._watch: SignalWatch
 
@@ -162,7 +162,7 @@ class Daemon:
     # --- ready ------------------------------------------------------------------------------------------
 
     def _ready(self) -> None:
-        """The mount serves."""
+        """Finish starting, now that the mount serves."""
         gc.collect()
         gc.freeze()
         if self.request.loop is None:
@@ -191,14 +191,14 @@ class Daemon:
         self.session.stop()
 
     async def _release_loop(self) -> None:
-        """Take the loop device away, if there is one or is to be one in a moment, and let none come any more."""
+        """Detach the loop device, also one that is about to be attached, and allow no other."""
         self._ending = True
         if self._attachment is not None:
             await self._attachment.settled.wait()
             await self._attachment.release()
 
     def _announce(self) -> None:
-        """Tell everybody who waits for it that the mount is ready."""
+        """Announce that the mount is ready: pid file, --ready-fd, service manager and the starting command."""
         request = self.request
         try:
             if self._pid_file is not None:
@@ -221,7 +221,7 @@ class Daemon:
     # --- ending -----------------------------------------------------------------------------------------
 
     async def _obey(self, signals: AsyncIterator[int], opening: trio.CancelScope) -> None:
-        """Do what signals ask for."""
+        """Handle signals."""
         async with trio.open_nursery() as nursery:
             async for number in signals:
                 self._watch.heard()
@@ -254,7 +254,7 @@ class Daemon:
             self._give_up(f"'{self.request.mountpoint}' was ended while it waited for a file that does not answer.")
         log.warning(
             "'%s' still waits for the host to write to its images, and ends when that is done (SIGKILL ends it at "
-            "once, and loses what is not written yet).",
+            "once, and loses unwritten data).",
             self.request.mountpoint,
         )
 
@@ -269,7 +269,7 @@ class Daemon:
             os._exit(EXIT_FAILED)
 
     async def _leave(self, session: Session) -> None:
-        """Unmount as soon as nobody uses or covers the mount; say who does."""
+        """Unmount as soon as the mount is neither in use nor covered; log what it waits for."""
         await self._release_loop()
         told = set()
         while True:
@@ -293,7 +293,7 @@ class Daemon:
                 await released.wait()
 
     async def _tell_why_not_ended(self, session: Session) -> None:
-        """The mount is gone here, but may have users elsewhere: say so, unless it ends before we know."""
+        """Warn if the mount, which is gone here, still has users elsewhere."""
         found = await trio.to_thread.run_sync(namespaces.copies, session.device, abandon_on_cancel=True)
         if found:
             copies = holders.listed([str(copy) for copy in found])
@@ -317,7 +317,7 @@ class Daemon:
                 self._fail(f"flushing '{export.name}' failed: {exc}")
 
     async def _close(self) -> None:
-        """Flush and close the images, then let go of the mount and of what tells about it."""
+        """Flush and close the images, then release the mount and remove its record and pid file."""
         notify_service_manager("STOPPING=1")
         if self.record is not None and self.session is not None:
             self.record.closing = True
@@ -347,7 +347,7 @@ class Daemon:
             self._end_record(self.record)
 
     def _end_record(self, record: runtime.MountRecord) -> None:
-        """Leave the record behind only where it tells of an error that nobody has heard yet."""
+        """Remove the record, unless it holds an error that was not reported yet."""
         if self._failures and self._report is None:
             record.error = "; ".join(self._failures)
             self._write_record(record)

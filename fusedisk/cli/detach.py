@@ -1,4 +1,4 @@
-"""``fusedisk detach``: take a loop device and the mount below it away, never from under somebody who uses it."""
+"""``fusedisk detach``: detaches a loop device and unmounts the mount below it, never while the device is in use."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from fusedisk.mount.runtime import MountRecord
 
 _REASON_SECONDS = 5.0
-"""What it may take to find out why a device could not be flushed."""
+"""The most seconds for finding out why a device could not be flushed."""
 
 
 @click.command(
     epilog="""\b
 Examples:
-  fusedisk detach /dev/loop0                        # says who uses it if somebody does
+  fusedisk detach /dev/loop0                        # names its users if it is in use
   fusedisk detach vm.qcow2
   fusedisk detach --wait --timeout 30 /dev/loop0    # gives them half a minute
-  fusedisk detach --force /dev/loop0                # flushes, then ends it; who uses it gets errors"""
+  fusedisk detach --force /dev/loop0                # flushes, then ends it; its users get errors"""
 )
 @click.argument("target", metavar="DEVICE|IMAGE", shell_complete=complete_file)
 @wait_options
@@ -51,15 +51,15 @@ def detach_record(record: MountRecord, *, wait: bool, deadline: float | None, fo
 
 
 def _state(record: MountRecord) -> str:
-    """What an interrupted command leaves behind."""
+    """Return what an interrupted command leaves behind."""
     if _stands(record):
         return f"'{record.loop}' is still attached."
     return f"'{record.loop}' is detached, but the mount below it is still there: run the command again."
 
 
 def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
-    """Take the device off the mount's file, trying until the deadline; raises OperationBlockedError with the names of
-    who uses it."""
+    """Detach the device from the mount's file, trying until the deadline; raises OperationBlockedError with the names
+    of its users."""
     from fusedisk.core.errors import OperationBlockedError
     from fusedisk.mount import holders, loop_device, loop_users
 
@@ -75,7 +75,7 @@ def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
     while loop_device.backing_file(device) == path:
         users = loop_users.users(device) + loop_users.openers(device)
         if not users:
-            # Where the daemon has died, there is nobody left who could take what is not written.
+            # If the daemon has died, unwritten data has nowhere to go.
             if _take_off(record, device, path):
                 return
             users = ["in use by something that cannot be seen from here"]
@@ -84,7 +84,7 @@ def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
             said = f"'{device}' is {holders.listed(users)}"
             if over:
                 raise OperationBlockedError(
-                    f"{said}: end that first, wait with --wait, or lose what they have not written with --force."
+                    f"{said}: end that first, wait with --wait, or lose unwritten data with --force."
                 )
             tell(f"{said}: waiting until that is over.")
             told = True
@@ -108,13 +108,13 @@ def _take_off(record: MountRecord, device: str, path: str) -> bool:
         code = failure.errno if failure is not None else exc.errno
         raise HostError(
             f"'{device}' could not be flushed ({os.strerror(code)}) and stays attached: put that right and try again, "
-            f"or lose what is not written with --force.",
+            f"or lose unwritten data with --force.",
             errno=code,
         ) from exc
 
 
 def _find(target: str) -> MountRecord:
-    """The mount that was attached as or from ``target``. Raises NotMountedError."""
+    """Return the mount that was attached as or from ``target``. Raises NotMountedError."""
     from fusedisk.cli import finding
     from fusedisk.core import paths
     from fusedisk.core.errors import NotMountedError

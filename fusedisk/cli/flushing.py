@@ -1,5 +1,5 @@
-"""Flushing a mount through its files, which the daemon cannot do itself: the kernel holds what programs wrote into
-mappings, and what was written to loop devices and to filesystems on them."""
+"""Flushes a mount through its files. The daemon cannot do that itself: the kernel holds data that programs wrote into
+mappings, to loop devices and to filesystems on them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Failure(NamedTuple):
 
 
 def flush(record: MountRecord, seconds: float | None, *, loop_devices: bool = False) -> Failure | None:
-    """Flush the writable files of a mount, and with ``loop_devices`` first those that stand on them; returns what went
-    wrong first. Raises TimeoutError where it did not come to an end in time, None being any."""
+    """Flush the writable files of a mount, and with ``loop_devices`` first the devices attached to them. Returns the
+    first failure. Raises TimeoutError if it did not end in time; None is no limit."""
     receiving, sending = os.pipe()
     # A process that waits for a daemon that hangs cannot even be killed, and its threads neither. It is left behind.
     child = os.fork()

@@ -1,4 +1,4 @@
-"""``fusedisk info``: what an image is."""
+"""``fusedisk info``: information about an image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TOLD = frozenset(
         "snapshots",
     )
 )
-"""Keys that have a line of their own in :func:`_facts`; others are told by their name."""
+"""Keys with a line of their own in :func:`_facts`; all others are shown under their name."""
 
 
 @click.command(
@@ -64,7 +64,7 @@ def command(backing_chain: bool, output: str, **choice: Any) -> None:
 
 
 async def _gather(choice: ImageChoice, backing_chain: bool) -> tuple[list[dict[str, Any]], FusediskError | None]:
-    """What is known of each image, and why the next one could not be opened."""
+    """Return the information about each image, and the error that kept the next one from being opened."""
     from fusedisk.block.information import chain_information
 
     async with choice.open(follow_backing=backing_chain, look_only=True) as backend:
@@ -123,7 +123,7 @@ def _bitmap_text(bitmap: dict[str, Any]) -> str:
 
 
 def _with_presence(text: str, path: str | None) -> str:
-    """A file that an image names, with a word where there is no such file."""
+    """Return a file that an image names, marked if it is missing."""
     from fusedisk.block.filenames import has_protocol
 
     if path is None or has_protocol(path) or os.path.exists(path):

@@ -44,7 +44,7 @@ def command(output: str) -> None:
 
 
 def _gather() -> list[dict[str, Any]]:
-    """One entry for each mount. Records of mounts that are gone are removed, after their error was told once."""
+    """Return one entry for each mount. Records of mounts that are gone are removed after their error was shown once."""
     from fusedisk.mount import runtime
 
     found = []
@@ -58,7 +58,7 @@ def _gather() -> list[dict[str, Any]]:
 
 
 def _state(record: MountRecord) -> str | None:
-    """What became of a mount; None: it is gone, and there is nothing to say about it."""
+    """Return the state of a mount; None: it is gone, without an error to show."""
     if record.alive:
         return _SERVING if record.mounted or record.foreign else _ENDING
     if record.error is not None:
@@ -67,7 +67,7 @@ def _state(record: MountRecord) -> str | None:
 
 
 def describe(record: MountRecord, state: str = _SERVING) -> dict[str, Any]:
-    """A mount as programs shall see it."""
+    """Return a mount's entry in the JSON output."""
     from fusedisk.mount import namespaces
 
     alive = state in (_SERVING, _ENDING)
@@ -106,14 +106,14 @@ def _describe_export(record: MountRecord, export: ExportRecord) -> dict[str, Any
 
 
 def _loop_devices(mountpoint: str, name: str) -> list[str]:
-    """The loop devices that stand on a file, whoever attached them."""
+    """Return all loop devices that are attached to a file, by us or by others."""
     from fusedisk.mount import loop_device
 
     return loop_device.attached_to(f"{mountpoint}/{name}") + loop_device.attached_to(mountpoint)
 
 
 def _memory(pid: int) -> int | None:
-    """Resident memory of a process in bytes."""
+    """Return the resident memory of a process in bytes."""
     import psutil
 
     try:

@@ -46,11 +46,11 @@ COMMANDS = {
 """Every subcommand, in the order of the help; ``fusedisk/cli/NAME.py`` is its module."""
 
 SETTINGS: dict[str, Any] = {"max_content_width": 110}
-"""How click reads every command line."""
+"""click's settings for every command line."""
 
 
 def _say_and_exit(text: Callable[[click.Context], str]) -> Callable[[click.Context, click.Parameter, bool], None]:
-    """The callback of an option that prints something instead of doing anything."""
+    """Return the callback of an option that only prints something."""
 
     def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:
@@ -86,7 +86,7 @@ class LazyGroup(click.Group):
             return None
         found = importlib.import_module(f"fusedisk.cli.{cmd_name}").command
         assert isinstance(found, click.Command)
-        found.context_settings = {**SETTINGS, **found.context_settings}  # whoever asks, and with whatever context
+        found.context_settings = {**SETTINGS, **found.context_settings}  # for help and completion too
         if HELP not in found.params:
             found.params.append(HELP)
         return found
@@ -162,7 +162,7 @@ cli.params.append(HELP)
 
 
 def set_up_logging(verbose: int) -> None:
-    """Warnings to stderr; with ``-v`` what happens, with ``-vv`` how."""
+    """Log warnings to stderr, with ``-v`` also information, with ``-vv`` everything."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("fusedisk: %(message)s" if not verbose else "%(name)s: %(message)s"))
@@ -176,13 +176,13 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(args: Sequence[str]) -> int:
-    """Run one command line; returns the exit code. Everything that escapes the command is told on stderr here."""
+    """Run one command line; returns the exit code. Exceptions of the command are reported on stderr here."""
     code = report_errors(lambda: _invoke(args))
     return report_errors(flush) or code
 
 
 def mount_of_process(pid: int) -> str | None:
-    """The mount whose daemon a process is, in words; None where it is none."""
+    """Return the mount that a process serves, in words; None if it serves none."""
     from fusedisk.mount import runtime
 
     for record in runtime.records():
@@ -202,7 +202,7 @@ def _invoke(args: Sequence[str]) -> None:
 
 
 def _complete(instruction: str) -> None:
-    """Answer a shell that asks how a command line goes on: ``SHELL_source`` or ``SHELL_complete``."""
+    """Answer a shell's request for completion: ``SHELL_source`` or ``SHELL_complete``."""
     shell, _, wanted = instruction.partition("_")
     asked = completer(shell, cli)
     if asked is None or wanted not in ("source", "complete"):
@@ -211,7 +211,7 @@ def _complete(instruction: str) -> None:
 
 
 def report_errors(work: Callable[[], None]) -> int:
-    """Do it, and tell what escapes it on stderr; returns the exit code."""
+    """Run ``work`` and report its exceptions on stderr; returns the exit code."""
     try:
         work()
     except SystemExit as exc:
@@ -222,7 +222,7 @@ def report_errors(work: Callable[[], None]) -> int:
 
 
 def report(exc: BaseException) -> int:
-    """Tell what went wrong in one sentence; returns the exit code."""
+    """Report an error in one sentence; returns the exit code."""
     if isinstance(exc, click.exceptions.Exit):
         return exc.exit_code
     causes = list(leaves(exc))
@@ -249,7 +249,7 @@ def report(exc: BaseException) -> int:
 
 
 def leaves(exc: BaseException) -> Iterator[BaseException]:
-    """The exceptions inside a group, however nested; an exception that is no group is its own leaf."""
+    """Return the exceptions inside a group, however nested; any other exception is its own leaf."""
     if isinstance(exc, BaseExceptionGroup):
         for inner in exc.exceptions:
             yield from leaves(inner)

@@ -1,6 +1,6 @@
 """``fusedisk mount``: images as flat raw files.
 
-Nothing heavy is imported before the daemon has forked: the command only checks what it was asked for.
+Nothing heavy is imported before the daemon has forked: the command itself only checks its options.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _check_images(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """Name the argument that is missing. click gives the only one to MOUNTPOINT, but it is an IMAGE to its user."""
+    """Name the missing argument. click takes a single one for MOUNTPOINT, but the user meant it as an IMAGE."""
     if not value and not ctx.resilient_parsing:
         need("MOUNTPOINT" if ctx.params.get("mountpoint") is not None else "IMAGE...", None)
     return value
@@ -176,12 +176,12 @@ def command(**given: Any) -> None:
 
 
 def _state(place: str) -> str:
-    """What an interrupted command leaves behind."""
+    """Return what an interrupted command leaves behind."""
     from fusedisk.mount import mountinfo
 
     if mountinfo.mount_at(place) is None:
         return f"nothing is mounted at '{place}'."
-    return f"'{place}' is mounted, and unmounted as soon as nobody uses it."
+    return f"'{place}' is mounted, and will be unmounted as soon as it is not in use."
 
 
 def _print_record(mountpoint: str) -> None:
@@ -191,7 +191,7 @@ def _print_record(mountpoint: str) -> None:
 
     record = runtime.find(mountpoint, os.geteuid())
     if record is None:
-        raise NotMountedError(f"'{mountpoint}' was mounted, and somebody has unmounted it already.")
+        raise NotMountedError(f"'{mountpoint}' was mounted, but has been unmounted already.")
     print_json(describe(record))
 
 
@@ -257,7 +257,7 @@ def _check_combination(given: dict[str, Any]) -> None:
         (several and given["name"] is not None, "--name is for one image; give each of several its own with 'name='."),
         (
             given["force_share"] and not given["read_only"],
-            "--force-share is for looking at images that somebody else may write to: add --read-only.",
+            "--force-share is for reading images that others may write to: add --read-only.",
         ),
         (
             given["copy_on_read"] and given["read_only"],
@@ -265,7 +265,7 @@ def _check_combination(given: dict[str, Any]) -> None:
         ),
         (
             given["low_latency"] and given["channel"] == "off",
-            "--low-latency goes by what the data channel sees, which --channel=off does without: choose one of them.",
+            "--low-latency needs the data channel, which --channel=off turns off: choose one of them.",
         ),
         (given["growable"] and given["read_only"], "--growable is about writes, which --read-only forbids."),
     ]
@@ -284,7 +284,7 @@ def _mode(text: str | None) -> int | None:
 
 
 def parse_octal(text: str) -> int | None:
-    """Permissions from ``640`` or ``0640``; None where they are none."""
+    """Return the permissions from ``640`` or ``0640``; None if they are invalid."""
     return int(text, 8) if re.fullmatch("0?[0-7]{1,3}", text) else None
 
 
@@ -329,6 +329,6 @@ def check_request(request: MountRequest) -> None:
 
 
 def _raise_failure(failure: FusediskError | None) -> None:
-    """In the foreground a failure to start is the command's own."""
+    """Raise a failure to start in the foreground, where it is the command's own error."""
     if failure is not None:
         raise failure

@@ -1,7 +1,7 @@
-"""What the commands print: sizes, tables of facts, JSON, progress bars.
+"""The output of the commands: sizes, tables of facts, JSON.
 
-Names come from images and from whoever made those. What would steer a terminal is shown by its number in everything
-that is for people (:func:`say`, :func:`tell` and the log); JSON has its own way.
+Names come from images, so their makers choose them. In all text for people (:func:`say`, :func:`tell` and the log)
+characters that would control a terminal are shown by their number; JSON has its own escapes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def exact_size_text(size: int) -> str:
 
 
 def escape(text: str) -> str:
-    """``text`` as one line that only says something: control characters as ``\\x1b`` or ``\\u202e``."""
+    """Return ``text`` as one line without effects on a terminal: control characters as ``\\x1b`` or ``\\u202e``."""
     return _UNSEEN.sub(_number, text)
 
 
@@ -76,9 +76,9 @@ def _escape_lines(text: str) -> str:
 
 
 def write(text: str) -> None:
-    """Text on stdout. Unlike click's echo it keeps file names that are no text, and leaves flushing to the end.
+    """Write text to stdout. Unlike click's echo it keeps file names that are not valid text, and does not flush.
 
-    Raises HostError where it cannot be written, but BrokenPipeError where nobody reads it; what follows goes nowhere.
+    Raises HostError if writing fails, BrokenPipeError if the reader has gone; all further output is dropped then.
     """
     try:
         sys.stdout.write(text)
@@ -87,7 +87,7 @@ def write(text: str) -> None:
 
 
 def flush() -> None:
-    """Send what was written on its way; raises as :func:`write`."""
+    """Flush stdout; raises like :func:`write`."""
     try:
         sys.stdout.flush()
     except OSError as exc:
@@ -102,7 +102,7 @@ def _refuse(exc: OSError) -> NoReturn:
 
 
 def _give_up(stream: TextIO) -> None:
-    """Let a stream that cannot be written lead nowhere: it is flushed again at the end, which must not fail again."""
+    """Redirect a broken stream to nowhere, so that the flush at the end does not fail again."""
     with contextlib.suppress(OSError):  # io.UnsupportedOperation, too: it has no descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -110,12 +110,12 @@ def _give_up(stream: TextIO) -> None:
 
 
 def tell(sentence: str) -> None:
-    """One sentence of ours on stderr. Where that cannot be written, there is nobody to tell it."""
+    """Print a sentence on stderr. Errors are ignored, as there is no other place to report them."""
     tell_lines(f"fusedisk: {escape(sentence)}")
 
 
 def tell_lines(text: str) -> None:
-    """Lines on stderr; see :func:`tell`."""
+    """Print lines on stderr; see :func:`tell`."""
     try:
         sys.stderr.write(f"{_escape_lines(text)}\n")
         sys.stderr.flush()
@@ -124,17 +124,17 @@ def tell_lines(text: str) -> None:
 
 
 def say(text: str = "") -> None:
-    """One line on stdout, for people; see :func:`escape` and :func:`write`."""
+    """Print one line for people on stdout; see :func:`escape` and :func:`write`."""
     write(f"{escape(text)}\n")
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, indented as the field's tools do."""
+    """Print one JSON document on stdout, indented as qemu-img does."""
     write(f"{json.dumps(value, indent=4)}\n")
 
 
 def print_facts(facts: Iterable[tuple[str, str]], indent: str = "") -> None:
-    """Names and values in two aligned columns."""
+    """Print names and values in two aligned columns."""
     rows = list(facts)
     width = max((len(name) for name, _ in rows), default=0) + 2
     for name, value in rows:

@@ -1,4 +1,4 @@
-"""How far a command has come: a bar on a terminal, lines for programs.
+"""Shows the progress of a command: a bar on a terminal, lines for programs.
 
 A bar shows up once a command has taken :data:`PATIENCE` seconds, so that quick ones neither flicker nor import rich.
 ``--progress`` shows it at once, and where stderr is no terminal it prints a line for each percent, such as
@@ -47,8 +47,8 @@ def progress_option(command: _Command) -> _Command:
 def progress(
     description: str, total: int, *, asked: bool = False, shown: bool = True, bytes: bool = True
 ) -> Iterator[Tell]:
-    """Show on stderr what is told to the function that this yields. ``asked``: the user has given ``--progress``.
-    ``shown`` False: only then. Without ``bytes``, the numbers mean nothing to people, so only the share is shown."""
+    """Yield a function that takes the progress, and show that on stderr. ``asked``: the user has given ``--progress``;
+    with ``shown`` False it is shown only then. Without ``bytes`` only the percentage is shown, not the numbers."""
     terminal = sys.stderr.isatty()
     if asked and not terminal:
         lines = _Lines()
@@ -70,8 +70,7 @@ def progress(
 async def allocation_progress(
     description: str, filename: str, total: int, *, asked: bool = False
 ) -> AsyncIterator[None]:
-    """Show how much more space than now the host has given to a file, of ``total`` bytes. With 0, only that it takes
-    time."""
+    """Show how much a file grows on the host, of ``total`` bytes from now on. With 0, only that it takes time."""
     import trio
 
     async def watch() -> None:
@@ -92,7 +91,7 @@ def _allocated(filename: str) -> int:
     try:
         return os.stat(filename).st_blocks * 512
     except (OSError, ValueError):
-        return 0  # not there yet
+        return 0  # does not exist yet
 
 
 class _Lines:
@@ -112,7 +111,7 @@ class _Lines:
 
 
 class _Bar:
-    """A bar that a thread of its own shows after a while, whatever the command is doing then."""
+    """A bar that appears after a while, drawn by a thread of its own, even while the command is blocked."""
 
     def __init__(self, description: str, total: int, bytes: bool) -> None:
         self._description, self._bytes = description, bytes
@@ -124,7 +123,7 @@ class _Bar:
         self._ended = False
 
     def begin(self, seconds: float) -> None:
-        """Show it after so many seconds."""
+        """Show the bar after this many seconds."""
         if not seconds:
             self._show()
             return
@@ -138,7 +137,7 @@ class _Bar:
             self._bar.update(self._task, completed=done, total=total)
 
     def end(self) -> None:
-        """Take it off the terminal."""
+        """Remove the bar from the terminal."""
         if self._timer is not None:
             self._timer.cancel()
         with self._lock:

@@ -80,9 +80,7 @@ class ServingProcess:
             said = f"{self._state()} goes on for {holders.listed([str(copy) for copy in copies])}"
             if not patient:
                 way = copies[0].way_to_unmount()
-                raise OperationBlockedError(
-                    f"{said}: end that ({way}), or lose what they have not written with --force."
-                )
+                raise OperationBlockedError(f"{said}: end that ({way}), or lose unwritten data with --force.")
             tell(f"{said}: waiting until that ends.")
         if not waiting.is_readable(self._pidfd, waiting.left(deadline), None if copies else self._word):
             raise HostError(f"{self._state()} {self._reason()}.")
@@ -124,12 +122,11 @@ def raise_error(record: MountRecord) -> None:
 
 
 def refuse_foreign(record: MountRecord) -> None:
-    """Raise OperationBlockedError where the mount is in another mount namespace: nothing of it can be unmounted
-    here."""
+    """Raise OperationBlockedError if the mount is in another mount namespace, where this process cannot unmount it."""
     if record.foreign:
         end = f"umount {shlex.quote(record.place)}" if record.loop is None else f"detach {record.loop}"
         way = f"{namespaces.enter(record.pid)} fusedisk {end}"
         raise OperationBlockedError(
             f"'{record.place}' is mounted in another mount namespace ({namespaces.of(record.pid)}), that of its daemon "
-            f"(pid {record.pid}): end it there ({way}), or with --force and lose what its users have not written."
+            f"(pid {record.pid}): end it there ({way}), or with --force and lose unwritten data."
         )

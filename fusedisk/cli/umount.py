@@ -1,5 +1,4 @@
-"""``fusedisk umount``: take a mount away, never from under somebody who uses it, and return when everything is
-flushed."""
+"""``fusedisk umount``: unmounts, never while the mount is in use, and returns when everything is flushed."""
 
 from __future__ import annotations
 
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
 POLL = 0.3
 """Seconds between attempts with --wait."""
 _PATIENCE = 10.0
-"""Seconds that --force gives to flushing from outside: the daemon may hang."""
+"""Seconds that --force waits for flushing from outside: the daemon may hang."""
 
 
 def _parse_seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    """A time to wait; ``nan`` and ``inf`` are numbers for Python, and no times."""
+    """Parse a time to wait. Refuses ``nan`` and ``inf``, which are numbers for Python but no times."""
     if value is None:
         return None
     try:
@@ -41,10 +40,10 @@ def _parse_seconds(ctx: click.Context, param: click.Parameter, value: str | None
 
 
 WAIT_OPTIONS = (
-    click.option("--wait", is_flag=True, help="Wait until nobody uses it."),
+    click.option("--wait", is_flag=True, help="Wait until it is no longer in use."),
     click.option("--timeout", callback=_parse_seconds, metavar="S", help="Wait at most S seconds; implies --wait."),
 )
-"""Of every command that ends mounts."""
+"""The options of every command that ends mounts."""
 
 
 def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +56,7 @@ def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(
     epilog="""\b
 Examples:
-  fusedisk umount /mnt/disk                       # says who uses it if somebody does
+  fusedisk umount /mnt/disk                       # names its users if it is in use
   fusedisk umount vm.qcow2 /mnt/other             # an image stands for its mount
   fusedisk umount --wait --timeout 30 /mnt/disk   # gives them half a minute
   fusedisk umount --force /mnt/disk               # flushes, then ends it; open handles get errors
@@ -71,7 +70,7 @@ def command(targets: tuple[str, ...], every: bool, wait: bool, timeout: float | 
     """Unmount each MOUNTPOINT, or where IMAGE is mounted. When this returns, everything is flushed and the daemons have
     ended.
 
-    Where one of several cannot be unmounted, the others are.
+    If one of several cannot be unmounted, the others still are.
     """
     if every == bool(targets):
         raise click.UsageError("name what to unmount, or use --all." if not every else "--all takes no names.")
@@ -96,8 +95,8 @@ def command(targets: tuple[str, ...], every: bool, wait: bool, timeout: float | 
 
 
 def _all_places() -> list[str]:
-    """Where this user's mounts are, but for those of attached images: the last ones first, as their images may lie on
-    earlier ones. Then where mounts were whose daemons have not ended yet."""
+    """Return the places of this user's mounts without those of attached images: the newest first, as their images may
+    lie on older ones. Then the places of former mounts whose daemons still run."""
     from fusedisk.mount import mountinfo, runtime
 
     user = os.geteuid()
@@ -113,7 +112,7 @@ def _all_places() -> list[str]:
 
 
 def _unmount_any(place: str, *, wait: bool, deadline: float | None, force: bool) -> None:
-    """One of all mounts, which may be gone already."""
+    """Unmount one of all mounts, which may be gone already."""
     from fusedisk.mount import mountinfo, runtime
 
     if mountinfo.mount_at(place) is not None or runtime.find(place, os.geteuid()) is not None:
@@ -121,7 +120,7 @@ def _unmount_any(place: str, *, wait: bool, deadline: float | None, force: bool)
 
 
 def _unmount_named(name: str, *, wait: bool, deadline: float | None, force: bool) -> None:
-    """What is mounted at a path, or else the mount of the image of that name."""
+    """Return the path of the mount at a path, or else of the mount of the image with that name."""
     from fusedisk.mount import mountinfo, runtime
 
     place = mountinfo.absolute(name)
@@ -135,7 +134,7 @@ def _unmount_named(name: str, *, wait: bool, deadline: float | None, force: bool
 
 
 def _mount_of_image(image: str) -> MountRecord | None:
-    """This user's mount of an image, None where there is none. Raises NotMountedError where it is not clear which."""
+    """Return this user's mount of an image, None without one. Raises NotMountedError if there are several."""
     from fusedisk.cli import finding
     from fusedisk.core.errors import NotMountedError
     from fusedisk.mount import holders, runtime
@@ -161,14 +160,14 @@ def unmount(path: str, wait: bool, deadline: float | None, *, force: bool) -> No
 
 
 def _state(path: str) -> str:
-    """What an interrupted command leaves behind."""
+    """Return what an interrupted command leaves behind."""
     from fusedisk.mount import mountinfo, runtime
 
     if mountinfo.mount_at(path) is not None:
         return f"'{path}' is still mounted."
     record = runtime.find(path, os.geteuid())
     if record is not None and record.alive:
-        return f"'{path}' is unmounted; its daemon (pid {record.pid}) goes on, and ends when all is flushed."
+        return f"'{path}' is unmounted; its daemon (pid {record.pid}) goes on, and ends when everything is flushed."
     return f"'{path}' is unmounted."
 
 
@@ -219,8 +218,8 @@ def _of_changed_files(record: MountRecord) -> list[str]:
 
 
 def _flush(record: MountRecord, deadline: float | None) -> None:
-    """See to it that all is written while there is still somebody to try again, but no longer than until the deadline:
-    the daemon may hang. Raises HostError, and OperationBlockedError where the time was too short."""
+    """Flush first, while the daemon is still there to retry, but not longer than until the deadline: the daemon may
+    hang. Raises HostError, and OperationBlockedError if the time was too short."""
     from fusedisk.cli import flushing, waiting
     from fusedisk.core.errors import HostError, OperationBlockedError
 
@@ -233,13 +232,13 @@ def _flush(record: MountRecord, deadline: float | None) -> None:
     if failure is not None:
         raise HostError(
             f"'{failure.path}' could not be flushed ({os.strerror(failure.errno)}) and stays mounted: put that right "
-            f"and try again, or lose what is not written with --force.",
+            f"and try again, or lose unwritten data with --force.",
             errno=failure.errno,
         )
 
 
 def _end(daemon: ServingProcess, deadline: float | None) -> None:
-    """End a daemon although its mount is in use, with everything flushed that can be. Raises HostError."""
+    """End a daemon although its mount is in use, after flushing as much as possible. Raises HostError."""
     warnings = _of_changed_files(daemon.record)
     lost = _flush_what_can_be(daemon.record, deadline) if daemon.record.mounted or daemon.record.foreign else None
     daemon.end_now()
@@ -251,7 +250,7 @@ def _end(daemon: ServingProcess, deadline: float | None) -> None:
 
 
 def _flush_what_can_be(record: MountRecord, deadline: float | None) -> FusediskError | None:
-    """Flush for a while, even where the daemon hangs; returns what to say of a failure once the daemon has ended."""
+    """Flush for a while, even if the daemon hangs; returns the error to report once the daemon has ended."""
     from fusedisk.cli import flushing, waiting
     from fusedisk.core.errors import HostError
 
@@ -261,14 +260,13 @@ def _flush_what_can_be(record: MountRecord, deadline: float | None) -> FusediskE
         failure = flushing.flush(record, seconds, loop_devices=True)
     except TimeoutError:
         return HostError(
-            f"'{record.place}' was ended before all of it was flushed, which took too long: what its users had not "
-            f"written yet may be lost."
+            f"flushing '{record.place}' took too long, so it was ended early: data not written yet may be lost."
         )
     if failure is None:
         return None
     return HostError(
-        f"'{failure.path}' could not be flushed ({os.strerror(failure.errno)}) before it was ended: what its users had "
-        f"not written yet is lost.",
+        f"'{failure.path}' could not be flushed ({os.strerror(failure.errno)}) before it was ended: data not written "
+        f"yet is lost.",
         errno=failure.errno,
     )
 
@@ -302,7 +300,7 @@ def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: b
 
 
 def _end_unmounted(record: MountRecord, path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
-    """The daemon of what is not mounted at ``path``, or not in this mount namespace, is still there."""
+    """Finish with a daemon that still runs, although nothing is mounted at ``path`` in this mount namespace."""
     from fusedisk.cli import serving
     from fusedisk.core.errors import NotMountedError
 
@@ -317,8 +315,8 @@ def _end_unmounted(record: MountRecord, path: str, wait: bool, deadline: float |
 
 
 def _refuse_to_wait(path: str) -> None:
-    """Raise NotMountedError where a living process of another user claims to have served a mount: anybody can claim
-    that of any place, so root believes no more than what is still mounted."""
+    """Raise NotMountedError if a living process of another user claims to have served a mount: any user can claim any
+    place, so root believes only what is still mounted."""
     from fusedisk.core.errors import NotMountedError
     from fusedisk.mount import runtime
 
@@ -339,7 +337,7 @@ def _refuse_to_wait(path: str) -> None:
 
 
 def _unmount_without_daemon(mount: Mount) -> None:
-    """No record of a living daemon: either it died, or the record was lost."""
+    """Unmount without the record of a living daemon: either the daemon died, or its record was lost."""
     from fusedisk.mount import mountpoint, runtime, unmounting
 
     record = runtime.find(mount.mountpoint, mount.user_id)
@@ -353,7 +351,7 @@ def _unmount_without_daemon(mount: Mount) -> None:
 
 
 def _unmount(mount: Mount, deadline: float | None, record: MountRecord | None = None) -> None:
-    """Unmount, trying until the deadline; raises OperationBlockedError with the names of who uses or covers it."""
+    """Unmount, trying until the deadline; raises OperationBlockedError with the names of its users or cover."""
     from fusedisk.core.errors import OperationBlockedError
     from fusedisk.mount import leaving
 
@@ -367,7 +365,7 @@ def _unmount(mount: Mount, deadline: float | None, record: MountRecord | None = 
             said = f"'{mount.mountpoint}' is {leaving.describe(mount.mountpoint, obstacle)}"
             if over:
                 raise OperationBlockedError(
-                    f"{said}: {end_that} first, wait with --wait, or lose what they have not written with --force."
+                    f"{said}: {end_that} first, wait with --wait, or lose unwritten data with --force."
                 )
             tell(f"{said}: waiting until that is over.")
             told = True

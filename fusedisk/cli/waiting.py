@@ -1,4 +1,4 @@
-"""Waiting for others: never for long without a word, and with a word about the state of things on Ctrl-C."""
+"""Waiting for other processes: with a message if it takes long, and a message about the state on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator
 from fusedisk.cli.output import tell
 
 _WORD_AFTER, _WORD_IN_SCRIPTS_AFTER = 1.0, 10.0
-"""Seconds of waiting after which the user is told what for: at a terminal, and elsewhere."""
+"""Seconds of waiting after which a message tells the reason: at a terminal, and elsewhere."""
 _MAX_SECONDS = 2_000_000.0
 """poll(2) counts milliseconds in 31 bits."""
 
 
 def left(deadline: float | None) -> float | None:
-    """Seconds until a deadline; None: any number."""
+    """Return the seconds until a deadline; None: no limit."""
     return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def is_readable(fd: int, seconds: float | None, word: Callable[[], str] | None = None) -> bool:
-    """Wait until a descriptor becomes readable, for at most ``seconds`` (None: for ever); whether it did.
+    """Wait until a descriptor becomes readable, for at most ``seconds`` (None: for ever). Returns whether it did.
 
     If that takes long, tell the user what ``word`` returns.
     """

@@ -75,7 +75,7 @@ sys.exit(trio.run(Daemon(request, lambda failure: print(failure, file=sys.stderr
 
 STILL_WRITING = (
     "'/mountpoint' still waits for the host to write to its images, and ends when that is done (SIGKILL ends it at "
-    "once, and loses what is not written yet).\n"
+    "once, and loses unwritten data).\n"
 )
 
 

@@ -137,10 +137,10 @@ def test_an_image_that_may_only_be_read(mounts: Mounts, raw: Path) -> None:
     [
         (("--overlay", "-r"), "an overlay takes writes, which --read-only forbids: choose one of them."),
         (("--overlay", "--overlay-file", "x"), "--overlay and --overlay-file cannot be combined."),
-        (("-U",), "--force-share is for looking at images that somebody else may write to: add --read-only."),
+        (("-U",), "--force-share is for reading images that others may write to: add --read-only."),
         (
             ("--low-latency", "--channel=off"),
-            "--low-latency goes by what the data channel sees, which --channel=off does without: choose one of them.",
+            "--low-latency needs the data channel, which --channel=off turns off: choose one of them.",
         ),
         (("-r", "--growable"), "--growable is about writes, which --read-only forbids."),
         (("-r", "--copy-on-read"), "--copy-on-read writes what it reads into the image, which --read-only forbids"),

@@ -24,7 +24,7 @@ from tests.support.images import make_qcow2
 from tests.support.mounts import Mounts, has_ended, wait_until
 
 MIB = 1 << 20
-UNLESS = "end that first, wait with --wait, or lose what they have not written with --force."
+UNLESS = "end that first, wait with --wait, or lose unwritten data with --force."
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_flush_that_fails_keeps_the_device(attached: Attachments, tmp_path: Pa
     sentence = _refusal(device)
     assert sentence == (
         f"'{device}' could not be flushed (Input/output error) and stays attached: put that right and try again, or "
-        "lose what is not written with --force."
+        "lose unwritten data with --force."
     )
     (tmp_path / "broken").unlink()
     attached.detach(device)

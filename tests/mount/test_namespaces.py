@@ -56,7 +56,7 @@ def test_a_mount_in_a_private_namespace_is_told_as_such(mounts: Mounts, raw: Pat
                 "",
                 f"fusedisk: '{on}' is mounted in another mount namespace ({namespace}), that of its daemon (pid "
                 f"{daemon.pid}): end it there (nsenter -t {daemon.pid} -m fusedisk umount {on}), or with --force and "
-                "lose what its users have not written.\n",
+                "lose unwritten data.\n",
             )
         run_tool("nsenter", "-t", str(daemon.pid), "-m", *process_command("umount", on))
         assert has_ended(daemon)

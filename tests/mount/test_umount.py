@@ -37,7 +37,7 @@ def test_an_open_file_is_named_and_kept(mounts: Mounts, raw: Path) -> None:
         assert done.code == 1
         assert re.fullmatch(
             rf"fusedisk: '{on}' is in use by \S+ \(pid {os.getpid()}, open file\): end that first, wait with --wait, "
-            rf"or lose what they have not written with --force\.\n",
+            rf"or lose unwritten data with --force\.\n",
             done.err,
         )
         file.write(b"untroubled")
@@ -192,8 +192,7 @@ def test_force_ends_a_mount_that_cannot_be_flushed_in_time(
         done = fusedisk_process("umount", "--force", "--timeout", "2", on)
     assert (done.code, done.err) == (
         1,
-        f"fusedisk: '{on}' was ended before all of it was flushed, which took too long: what its users had not written "
-        "yet may be lost.\n",
+        f"fusedisk: flushing '{on}' took too long, so it was ended early: data not written yet may be lost.\n",
     )
     assert process.wait(PATIENCE) == 0
     assert not is_mounted(on)
@@ -209,8 +208,8 @@ def test_force_tells_what_could_not_be_flushed(mounts: Mounts, raw: Path, tmp_pa
         done = fusedisk_process("umount", "--force", on)
     assert (done.code, done.err) == (
         1,
-        f"fusedisk: '{on}/disk' could not be flushed (Input/output error) before it was ended: what its users had not "
-        "written yet is lost.\n",
+        f"fusedisk: '{on}/disk' could not be flushed (Input/output error) before it was ended: data not written yet "
+        "is lost.\n",
     )
     assert process.wait(PATIENCE) == 0
 
@@ -235,7 +234,7 @@ def test_a_failed_flush_at_the_end_is_told(mounts: Mounts, tmp_path: Path, progr
     assert done.code == 1
     assert done.err == (
         f"fusedisk: '{on}/vm' could not be flushed (Input/output error) and stays mounted: put that right and try "
-        "again, or lose what is not written with --force.\n"
+        "again, or lose unwritten data with --force.\n"
     )
     assert is_mounted(on)
     done = fusedisk_process("umount", "--force", on)
@@ -298,7 +297,7 @@ def test_a_filesystem_that_is_mounted_elsewhere_is_told_and_forced(
             name = f"the mount of sleep (pid {sleeper.pid}) at '{on}'"
             way = f"nsenter -t {sleeper.pid} -m umount {on}"
         said = f"fusedisk: '{on}' is unmounted, but its daemon (pid {daemon.pid}) goes on for {name}"
-        assert done.err == f"{said}: end that ({way}), or lose what they have not written with --force.\n"
+        assert done.err == f"{said}: end that ({way}), or lose unwritten data with --force.\n"
         done = fusedisk_process("umount", "--timeout", "1.1", on)
         (listed,) = [entry for entry in fusedisk_process("list", "--output", "json").json if entry["pid"] == daemon.pid]
         if sleeper is None:
