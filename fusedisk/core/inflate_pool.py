@@ -2,7 +2,7 @@
 
 A thread releases the GIL while it inflates, but must take it again after each piece: two threads use one and a half
 processors. Processes share no lock. They start once there was a lot to inflate and end after a while without work. If
-anything happens to them, the caller is told to inflate by itself, so nothing is lost.
+anything happens to them, the caller has to inflate by itself, so nothing is lost.
 
 Compressed data and results lie in memory shared with the processes. A result stays there while it is in use. So neither
 is copied.
@@ -263,14 +263,14 @@ class _Crew:
             worker.end()
 
     async def have_done(self, messages: list[array[int]]) -> bytes:
-        """What processes answer, one behind the other; nothing unless all do."""
+        """Send messages to processes and return their answers, joined; nothing unless all of them answer."""
         answers = [worker.order(message) for message in messages if (worker := self._next()) is not None]
         try:
             for answer in answers:
                 await answer.there.wait()
         except trio.Cancelled:
-            # The processes write to where the messages say: nothing else may do so before they are done. Who is
-            # cancelled meets that again at their next step.
+            # The processes write to the memory that the messages name, so it must not be used before they are done. The
+            # cancelled task gets the cancellation again at its next checkpoint.
             with trio.CancelScope(shield=True):
                 for answer in answers:
                     await answer.there.wait()
@@ -278,12 +278,12 @@ class _Crew:
         return b"".join(contents) if len(contents) == len(messages) and all(contents) else b""
 
     def _next(self) -> _Worker | None:
-        """Who has the least to do."""
+        """Return the worker with the least to do."""
         return min(self._workers, key=_Worker.duties, default=None)
 
 
 class _Answer:
-    """What a process answers, some day; empty if it never does."""
+    """The future answer of a process; empty if it never answers."""
 
     def __init__(self) -> None:
         self.there = trio.Event()

@@ -1,4 +1,4 @@
-"""Who holds a lock that stands in the way, as far as /proc tells.
+"""Finds the holder of a conflicting lock, as far as /proc shows it.
 
 The kernel names no process for locks of open file descriptions, but shows them with each descriptor that has them
 (``/proc/PID/fdinfo/FD``). Nothing of the file itself is asked, so a filesystem that hangs does not matter. Other users'

@@ -113,7 +113,7 @@ def unlock(header: Header, materials: Materials, passphrase: bytes, filename: st
 
 
 def check_options(options: Options) -> None:
-    """Raise OptionError for options that make no cipher, or too little work for an attacker who guesses passphrases."""
+    """Raise OptionError for options that make no cipher, or too little work against guessing of passphrases."""
     _cipher_of(options)
     _check_iterations(options)
 

@@ -29,7 +29,7 @@ from fusedisk.core.offload import run_opening
 log = logging.getLogger(__name__)
 
 MAX_SIZE = 1 << 20
-"""Bytes; whoever names a disk instead of a passphrase shall not read it all."""
+"""Bytes; limits the damage if a disk is named by mistake instead of a file with a passphrase."""
 
 FORMATS = ("raw", "base64")
 
@@ -39,7 +39,7 @@ class Secret:
     """QEMU's ``secret`` object: exactly one of ``data`` and ``file``."""
 
     data: str | None = None
-    """The passphrase itself, which everyone sees who lists processes."""
+    """The passphrase itself; visible to all users in the list of processes."""
     file: str | None = None
     """The path of a file that holds it."""
     format: str = "raw"
