@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fusedisk.block.check import CheckResult
 
 EXIT_ERRORS, EXIT_CORRUPT, EXIT_LEAKS, EXIT_UNSUPPORTED = 1, 2, 3, 63
-"""As of ``qemu-img check``."""
+"""The exit codes of ``qemu-img check``."""
 
 
 @click.command(

@@ -75,7 +75,7 @@ def run_reading(function: Callable[[*_Args], Coroutine[Any, Any, _Result]], *arg
 
 
 class _Interrupts:
-    """What becomes of Ctrl-C beside what its handler, which is trio's, does."""
+    """Handles Ctrl-C in addition to trio's own handler."""
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any], writes: bool) -> None:
         self._handler = handler

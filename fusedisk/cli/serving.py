@@ -103,7 +103,7 @@ class ServingProcess:
         return f"goes on for {holders.listed([str(copy) for copy in copies])}" if copies else "has not ended yet"
 
     def _copies(self) -> list[namespaces.Copy]:
-        """Where else the filesystem is mounted; nowhere once the daemon closes its images, or is to end anyway."""
+        """Return the filesystem's other mounts; none once the daemon closes its images or must end."""
         record = self.record
         if not record.device or self._is_closing() or leaving.is_at(record.place, record.device):
             return []

@@ -1,4 +1,4 @@
-"""What completes our command lines in a shell: click's own, but for bash, which takes ``KEY=VALUE`` for three words."""
+"""Completion of command lines in shells: click's own, except for bash, which splits ``KEY=VALUE`` into three words."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ class _Bash(BashComplete):
 
 
 def completer(shell: str, cli: click.Command) -> ShellComplete | None:
-    """What answers a shell for the program ``cli``; None for a shell that is not known."""
+    """Return the completer of a shell for the program ``cli``; None for an unknown shell."""
     kind = _Bash if shell == "bash" else get_completion_class(shell)
     return None if kind is None else kind(cli, {}, "fusedisk", COMPLETE_VARIABLE)

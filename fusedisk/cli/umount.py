@@ -282,7 +282,7 @@ def _check_ours(mount: Mount) -> None:
 
 
 def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
-    """Nothing is mounted: a daemon may still be flushing or serve other mounts, or may have left an error behind."""
+    """Finish where nothing is mounted: wait for a daemon that still flushes, or report the error that it left."""
     from fusedisk.cli import serving
     from fusedisk.core.errors import NotMountedError
     from fusedisk.mount import runtime

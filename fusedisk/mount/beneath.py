@@ -17,7 +17,7 @@ class ChangedFile(NamedTuple):
     replaced: bool
     """Whether the name leads to another file now; otherwise to none."""
     now: str | None
-    """What the file is called now, None where that is not known or it has no name."""
+    """The current name of the file, None if that is unknown or it has none."""
     nameless: bool
     """Whether it has no name any more, and is gone when the mount is."""
     written: bool
@@ -67,7 +67,7 @@ def _changed(record: MountRecord, export: ExportRecord) -> Iterator[ChangedFile]
 
 
 def _open_files(pid: int) -> dict[str, str]:
-    """What a process has open: links in /proc, and the names that they lead to."""
+    """Yield the open files of a process: links in /proc, and the names that they lead to."""
     folder = f"/proc/{pid}/fd"
     found = {}
     with contextlib.suppress(OSError):

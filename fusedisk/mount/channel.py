@@ -65,7 +65,7 @@ _HEAD = struct.Struct("=IIQ24xQQII8xI")
 """Of any message: len, opcode, unique; of a READ or WRITE also fh, offset, size, its own flags, and how its file was
 opened."""
 _SYNCHRONOUS = os.O_DSYNC
-"""Of a WRITE: it is to be on stable storage when it is answered, since its file was opened for that or since this write
+"""Of a WRITE: it must be on stable storage when it is answered, since its file was opened for that or since this write
 asks for it (RWF_DSYNC). O_SYNC has the same bit."""
 _WRITTEN = struct.Struct("=IiQII")
 """A reply to WRITE."""

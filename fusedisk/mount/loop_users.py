@@ -15,7 +15,7 @@ _SWAPS = Path("/proc/swaps")
 
 
 def users(device: str) -> list[str]:
-    """What stands on a loop device, each in a few words that follow its name: ``mounted at '/mnt'``."""
+    """Yield the users of a loop device, each in a few words that follow its name: ``mounted at '/mnt'``."""
     names = _names(device)
     # Names hold no blanks here, but may hold what else ends a line in text.
     swaps = {os.fsdecode(line.partition(b" ")[0]) for line in _SWAPS.read_bytes().split(b"\n")[1:]}
@@ -39,7 +39,7 @@ def openers(device: str) -> list[str]:
 
 
 def filesystems(device: str) -> list[Mount]:
-    """What is mounted from a loop device or its partitions, by device number or, where a filesystem has one of its
+    """Return the mounts of a loop device or its partitions, by device number or, where a filesystem has one of its
     own, by name."""
     numbers, names = _numbers(device), _names(device)
     return [mount for mount in mounts() if mount.device in numbers or mount.source in names]

@@ -1,4 +1,4 @@
-"""What a daemon does so that the kernel never waits for it while it waits for the kernel's memory.
+"""Prevents a deadlock: the kernel must not wait for the daemon while the daemon waits for the kernel's memory.
 
 The kernel frees memory by writing out dirty pages. Where those belong to a loop device on our own mount, writing them
 takes us; and if we, to do so, had to wait for memory, nobody would go on.

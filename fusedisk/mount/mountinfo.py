@@ -1,4 +1,4 @@
-"""What is mounted where, from /proc/self/mountinfo (proc(5)). Never touches the filesystems themselves."""
+"""The mounts of this process, from /proc/self/mountinfo (proc(5)). Never touches the filesystems themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Mount(NamedTuple):
     fstype: str
     source: str
     options: str
-    """Of the superblock, separated by commas."""
+    """The options of the superblock, separated by commas."""
     flags: str = ""
     """Options of the mount itself, such as ``rw,nosuid,nodev``."""
 
@@ -57,7 +57,7 @@ def mount_at(mountpoint: str) -> Mount | None:
 
 
 def place_of(mount: Mount) -> str:
-    """Where a mount that was found once is now: a directory above it may have been renamed, or it was moved."""
+    """Return the current place of a known mount: a directory above it may have been renamed, or it was moved."""
     found = [other.mountpoint for other in mounts() if (other.device, other.source) == (mount.device, mount.source)]
     return mount.mountpoint if mount.mountpoint in found or not found else found[0]
 

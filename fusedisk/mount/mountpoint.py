@@ -132,7 +132,7 @@ def may_allow_other() -> bool:
 
 
 def allow_other(choice: str) -> bool:
-    """What ``--allow-other`` comes to: ``off``, ``on`` or ``auto`` (on where it is permitted). Raises HostError."""
+    """Decide ``--allow-other``: ``off``, ``on`` or ``auto`` (on if it is permitted). Raises HostError."""
     if choice == "on" and not may_allow_other():
         raise HostError(
             f"--allow-other=on needs root, or a line 'user_allow_other' in {_FUSE_CONF}; without it only you can use "

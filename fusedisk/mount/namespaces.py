@@ -64,7 +64,7 @@ def pid_of(namespace: str, number: int) -> int | None:
 
 
 def mountpoint_of(pid: int, device: str) -> str | None:
-    """Where a process sees the mount of ours with the device number ``major:minor``; None where it does not."""
+    """Return the place where a process sees our mount with the device number ``major:minor``; None if it does not."""
     try:
         found = mounts(pid)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the kernel offers and what we take, beyond what libfuse knows of: INIT seen from between them."""
+"""Features of the kernel that libfuse does not know: changes INIT and its answer between the two."""
 
 from __future__ import annotations
 

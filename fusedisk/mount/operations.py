@@ -105,7 +105,7 @@ class Operations(pyfuse3.Operations):
 
     @property
     def open_files(self) -> int:
-        """How many file handles are open."""
+        """The number of open file handles."""
         return len(self.handles)
 
     @property

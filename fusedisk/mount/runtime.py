@@ -44,11 +44,11 @@ class ExportRecord:
     read_only: bool
     overlay: str | None = None
     file: str | None = None
-    """What tells the image's file from others, whatever it is called: see :func:`file_identity`."""
+    """The identity of the image's file, whatever its name: see :func:`file_identity`."""
     part_of: str | None = None
     """The name of the file that this one is a partition or snapshot of."""
     files: dict[str, str] = dataclasses.field(default_factory=dict)
-    """The same for every file by its name that the disk is made of; empty for partitions and snapshots."""
+    """The identities of all files of the disk, by their names; empty for partitions and snapshots."""
     written: list[str] = dataclasses.field(default_factory=list)
     """Names of those files that writes may reach."""
 
@@ -74,11 +74,11 @@ class MountRecord:
     """In which ``pid`` counts, as :func:`.namespaces.of` names it. A record that is read has our number of the
     process, if it is one of ours."""
     path: str = ""
-    """Where the record lies; not part of it."""
+    """The path of the record; not part of it."""
     owner: int = 0
     """Whose runtime directory it lies in; not part of it."""
     place: str = dataclasses.field(default="", compare=False)
-    """Where the mount is now, as a directory above it may have been renamed; not part of it."""
+    """The current place of the mount, as a directory above it may have been renamed; not part of it."""
     mounted: bool = dataclasses.field(default=False, compare=False)
     """Whether it is there; not part of it."""
     hidden: bool = dataclasses.field(default=False, compare=False)
@@ -104,7 +104,7 @@ class MountRecord:
 
     @property
     def log(self) -> str:
-        """Where the daemon logs to, if it has something to say and is not in the foreground."""
+        """The path of the daemon's log file, which exists only if a background daemon has logged something."""
         folder, name = os.path.split(self.path)
         return f"{folder}/{name.partition('.')[0]}.log"
 
@@ -154,11 +154,11 @@ _TYPES: dict[type, dict[str, Any]] = {
     }
     for kind in (ExportRecord, MountRecord)
 }
-"""What each field of a record's file must be."""
+"""The type of each field of a record's file."""
 
 
 def process_started(pid: int | str) -> str | None:
-    """What tells a process from any other that had or will have its number; None where there is no such process."""
+    """Return an identity that a process shares with no other that had or will have its number; None without it."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b") ")[2].split()
@@ -189,7 +189,7 @@ def directory() -> str:
 
 
 def _outer_uid(uid: int) -> int:
-    """What ``uid`` is outside of this user namespace: root of a namespace is no root in /tmp."""
+    """Return ``uid`` as it is outside of this user namespace: root of a namespace is not root in /tmp."""
     try:
         with open("/proc/self/uid_map") as lines:
             for line in lines:
@@ -251,13 +251,13 @@ def check_pid_file(path: str) -> None:
 
 
 def record_path(mountpoint: str) -> str:
-    """Where the record of a mount of this user lies; the log lies beside it, with the suffix ``.log``."""
+    """Return the path of the record of a mount of this user; the log lies beside it, with the suffix ``.log``."""
     digest = hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
     return f"{directory()}/{digest}.json"
 
 
 def log_path(mountpoint: str) -> str:
-    """Where the daemon of a mount logs to."""
+    """Return the path of the log of a mount's daemon."""
     return record_path(mountpoint).removesuffix(".json") + ".log"
 
 
@@ -274,7 +274,7 @@ def new_record(mountpoint: str, exports: list[ExportRecord]) -> MountRecord:
 
 
 def file_identity(path: str | None) -> str | None:
-    """What tells a file from others under whatever name, as long as somebody has it open; None where there is none."""
+    """Return the identity of a file, whatever its name, valid while it is open somewhere; None if it is missing."""
     if path is None:
         return None
     try:

@@ -11,7 +11,7 @@ class Passthrough(enum.Enum):
 
     OFF = "off"
     AUTO = "auto"
-    """Where that changes nothing but the speed."""
+    """If that changes nothing but the speed."""
     ON = "on"
     """Even though a write past the end then makes the disk longer."""
 

@@ -1,8 +1,8 @@
 """``blkdebug``: injects errors, suspends requests, and narrows limits, so that what hardly ever happens can be tested.
 
 Formats announce their steps by named events (``Driver.debug_event`` of the node that they write to); rules
-(:mod:`.blkdebug_rules`) arm errors at events, and breakpoints hold whoever reaches an event until ``resume``. Without
-rules and breakpoints everything passes through.
+(:mod:`.blkdebug_rules`) arm errors at events, and breakpoints hold the request that reaches an event until ``resume``.
+Without rules and breakpoints everything passes through.
 
 Concurrent requests: the state is changed between awaits only. Source: QAPI's BlockdevOptionsBlkdebug and
 docs/devel/blkdebug.txt of QEMU. Events that would cost every plain read or write something
@@ -273,4 +273,4 @@ def _read_text(filename: str) -> str:
     except OSError as exc:
         raise host_error(exc, filename, "read the blkdebug configuration") from exc
     except ValueError as exc:
-        raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
+        raise OptionError(f"{filename!r} is not a valid path: {exc}.") from exc

@@ -73,7 +73,7 @@ EVENTS = (
 """All event names, as QAPI's BlkdebugEvent has them."""
 
 IO_TYPES = ("read", "write", "write-zeroes", "discard", "flush", "block-status")
-"""What an error can hit."""
+"""The kinds of requests that an error can hit."""
 
 _UNLESS_NAMED = frozenset(IO_TYPES) - {"block-status"}
 _SECTOR = 512
@@ -81,7 +81,7 @@ _SECTOR = 512
 
 @dataclasses.dataclass(slots=True)
 class _RuleOptions(Options):
-    """What all rules have."""
+    """The options that all rules have."""
 
     name_separator: ClassVar[str] = "_"
 

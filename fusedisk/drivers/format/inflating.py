@@ -22,16 +22,16 @@ from fusedisk.core.offload import run_cpu
 INLINE_SIZE = 64 << 10
 """Bytes that are inflated in the trio thread: as long as a trip to a worker thread and back takes."""
 HOST_GAP = 16 << 10
-"""Bytes between two pieces in the file that are read along rather than read around."""
+"""The largest gap in bytes between two pieces in the file that is read along with them, not skipped."""
 HOST_READ = 1 << 20
-"""Bytes to read from the host at once, unless a single piece is longer."""
+"""The most bytes to read from the host at once, unless a single piece is longer."""
 
 Read = Callable[[int, memoryview], Awaitable[None]]
 """Fills a buffer with compressed data from a host offset on, with zeroes past the end of the file."""
 Where = tuple[int, int, int]
 """Where a piece's compressed data lies: host offset, length in bytes, maybe with something behind it, and the key."""
 _Inflated = tuple[Content, dict[int, str]]
-"""What pieces inflate to, one behind the other, and why some do not, by their number."""
+"""The inflated pieces, one after the other, and the reasons of failed ones, by their number."""
 _Span = tuple[int, int, list[Where]]
 """Host offsets of start and end, and the pieces in between, of what is read as one."""
 
@@ -126,7 +126,7 @@ def _spans(pieces: list[Where]) -> list[_Span]:
 
 
 def inflate_all(inflate: Inflate, source: memoryview, pieces: Sequence[Piece], size: int) -> _Inflated:
-    """What the pieces inflate to, and why some do not."""
+    """Inflate the pieces; returns their content, and the reasons of failed ones."""
     if len(pieces) == 1:
         ((offset, length),) = pieces
         try:

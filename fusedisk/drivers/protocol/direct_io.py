@@ -21,7 +21,7 @@ _PROBED = (512, 1024, 2048, 4096)
 
 
 class Alignment(NamedTuple):
-    """What O_DIRECT asks for, in bytes; powers of two."""
+    """The alignment that O_DIRECT needs, in bytes; powers of two."""
 
     memory: int
     request: int

@@ -133,7 +133,7 @@ def _open_new(filename: str) -> tuple[int, bool]:
     except OSError as exc:
         raise host_error(exc, filename, "create") from exc
     except ValueError as exc:
-        raise OptionError(f"{filename!r} cannot be a path: {exc}.") from exc
+        raise OptionError(f"{filename!r} is not a valid path: {exc}.") from exc
 
 
 def _open_existing(filename: str) -> int:

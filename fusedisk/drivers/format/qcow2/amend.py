@@ -144,7 +144,7 @@ def _references_of(header: Header) -> _References:
 
 
 def _references(driver: Qcow2Driver, options: Qcow2AmendOptions, *, force: bool) -> _References:
-    """What the header shall say. Raises OptionError and NotSupportedError for what it cannot."""
+    """Return the new references of the header. Raises OptionError and NotSupportedError for impossible ones."""
     header, filename = driver.image.header, driver.image.filename
     now = _references_of(header)
     if options.data_file is not None and not header.has_data_file:

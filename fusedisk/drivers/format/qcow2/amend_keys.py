@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def prepare(driver: Qcow2Driver, options: Qcow2AmendOptions, *, force: bool) -> list[luks.Piece]:
-    """What to write, in order and with a barrier after each, to change the key slots; nothing is written yet.
+    """Return the writes that change the key slots, to be done in order with a barrier after each.
 
     Raises OptionError and NotSupportedError for options that do not fit, PassphraseError for a wrong passphrase.
     """

@@ -27,11 +27,11 @@ from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 
 _FIELDS = struct.Struct(">QIIQQQQI")
-"""What the header holds from the place of the refcount table to the refcount order."""
+"""The header's fields from the offset of the refcount table to the refcount order."""
 
 
 class _Found(NamedTuple):
-    """What the old structure says."""
+    """The contents of the old structure."""
 
     end: int
     """Behind the last cluster in use."""

@@ -35,11 +35,11 @@ class _Table(NamedTuple):
 
     offset: int
     weight: int
-    """How many L1 entries do."""
+    """The number of L1 entries that lead to it."""
     active: bool
     """Whether the active L1 table does."""
     guest_offset: int
-    """What its first entry maps."""
+    """The guest offset of its first entry."""
 
 
 async def expand_zero_clusters(driver: Qcow2Driver, progress: Progress) -> None:
@@ -76,7 +76,7 @@ async def _tables(driver: Qcow2Driver) -> list[_Table]:
 
 
 async def _guest_offsets(l1: array[int], span_bits: int) -> dict[int, int]:
-    """What the first entry of each L2 table maps, by the table's host offset."""
+    """Return the guest offset of the first entry of each L2 table, by the table's host offset."""
     found: dict[int, int] = {}
     for first, piece in used_pieces(l1):
         found |= {

@@ -81,7 +81,7 @@ def check_base(driver: Qcow2Driver) -> Callable[[], Awaitable[None]] | None:
 
 
 def _change(known: _Base, found: _Base) -> str | None:
-    """What shows that the base is not what it was."""
+    """Return the difference that shows that the base has changed."""
     if known.disk_size != found.disk_size:
         return f"a disk of {known.disk_size} bytes then, {found.disk_size} now"
     if known.file_size != found.file_size:
@@ -123,7 +123,7 @@ def _files(node: Node) -> list[str]:
 
 
 def _noted(header: Header) -> _Base | None:
-    """What the header says of the base that it names."""
+    """Return the header's record of the base that it names."""
     for kind, data in header.extensions:
         if kind == EXTENSION_BASE and len(data) == _RECORD.size:
             name, *state = _RECORD.unpack(data)

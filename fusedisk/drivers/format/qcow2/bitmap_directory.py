@@ -18,11 +18,11 @@ IN_USE = 1 << 0
 TRACKING = 1 << 1
 
 TABLE_OFFSET_FIELD = 0
-"""Where in an entry the offset of the bitmap's table stands (8 bytes)."""
+"""Position of the offset of the bitmap's table in an entry (8 bytes)."""
 TABLE_SIZE_FIELD = 8
-"""Where the number of its entries stands (4 bytes)."""
+"""Position of the number of its entries (4 bytes)."""
 FLAGS_FIELD = 12
-"""Where the flags stand (4 bytes)."""
+"""Position of the flags (4 bytes)."""
 
 MAX_TABLE_ENTRIES = 0x8000000
 MAX_BITMAP_SIZE = 0x20000000

@@ -32,7 +32,7 @@ class Bitmaps:
         self.offset = 0
         """Host offset of the directory."""
         self.broken = False
-        """There is a directory that makes no sense: a writer must declare all bitmaps invalid."""
+        """The directory is invalid: a writer must declare all bitmaps invalid."""
 
     async def load(self) -> None:
         """Read the directory, of which nothing is needed to read the disk."""
@@ -86,7 +86,7 @@ class Bitmaps:
         await self._image.put_bytes(self.offset + bitmap.position + field, data)
 
     def cost_of_writing(self) -> str | None:
-        """What a write to the disk would make invalid, a sentence without full stop; None where nothing."""
+        """Return what a write to the disk would make invalid, a sentence without its full stop; None if nothing."""
         filename, tracking = self._image.filename, self.tracking
         if self.broken and self._image.header.bitmap_directory is not None:
             return f"'{filename}' has an invalid directory of dirty bitmaps: the first write will drop all of them"
@@ -111,7 +111,7 @@ class Bitmaps:
 
 
 def label(bitmaps: list[Bitmap]) -> str:
-    """What to call some bitmaps, the first few by their names."""
+    """Return some bitmaps in words, the first few by their names."""
     names = [f"'{bitmap.label}'" for bitmap in bitmaps[:_MOST_NAMED]]
     if len(bitmaps) > _MOST_NAMED:
         names.append(f"{len(bitmaps) - _MOST_NAMED} more")

@@ -74,7 +74,7 @@ class CheckedImage:
 
     @property
     def length(self) -> int:
-        """Of the file, in whole sectors."""
+        """The length of the file, in whole sectors."""
         return -(-self.file.length // SECTOR) * SECTOR
 
     @property
@@ -87,11 +87,11 @@ class CheckedImage:
         return offset + length - self.length < self.cluster_size
 
     def inside(self, region: Region) -> Region:
-        """What of a region lies in the file; behind it everything reads as zeroes."""
+        """Return the part of a region that lies in the file; the rest reads as zeroes."""
         return Region(region.offset, max(min(region.length, self.length - region.offset), 0))
 
     def compressed_region(self, entry: int) -> Region:
-        """Where an L2 entry has compressed data. The length is an upper bound in whole sectors."""
+        """Return the region of an L2 entry's compressed data. The length is an upper bound in whole sectors."""
         shift = self._compressed_size_shift
         offset = entry & (1 << shift) - 1
         sectors = (entry & COMPRESSED - 1) >> shift
@@ -130,7 +130,7 @@ class CheckedImage:
         return True
 
     async def flush(self) -> None:
-        """What was written before is on stable storage before what is written later."""
+        """Flush, so that earlier writes are on stable storage before later ones."""
         await io.flush(self.file)
 
     # --- places -----------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class CheckedImage:
         return Region(self.header.refcount_table_offset, self.header.refcount_table_size())
 
     def _crypto_header(self) -> Region | None:
-        """Where the LUKS header is."""
+        """The region of the LUKS header."""
         for extension in self.header.extensions:
             if extension.type == EXTENSION_CRYPTO:
                 return Region(*_CRYPTO.unpack(extension.data))

@@ -68,7 +68,7 @@ class SnapshotEntry:
 
 
 def _readable(text: bytes) -> str:
-    """What can be printed of a text, as far as it is not too long."""
+    """Return a text for a message: printable, and cut if it is too long."""
     whole = "".join(filter(str.isprintable, text.decode(errors="replace")))
     return whole if len(whole) <= _LONGEST_LABEL else f"{whole[:_LONGEST_LABEL]}..."
 

@@ -34,7 +34,7 @@ Note = Callable[[str], None]
 
 
 class TableFindings:
-    """What was found in tables, added up."""
+    """The sums of the findings in tables."""
 
     def __init__(self) -> None:
         self.corruptions = 0
@@ -81,10 +81,10 @@ class TableScanner:
         """By the number of entries: a 1 in each of them, and how much each is more than the first."""
         self._allowed = _allowed_bytes(self._bad)
         self._next_offset = 0
-        """Where the next entry's cluster would lie if it were not fragmented; 0 where there was no entry yet."""
+        """The offset of the next entry's cluster if the image is not fragmented; 0 before the first entry."""
 
     async def scan(self, offset: int, raw: bytearray, weight: int, *, copied: bool) -> TableFindings:
-        """Look at the table ``raw``, which lies at ``offset``, and count its references ``weight`` times.
+        """Check the table ``raw``, which lies at ``offset``, and count its references ``weight`` times.
 
         ``copied``: look at the COPIED flags too.
         """

@@ -257,4 +257,4 @@ class Walk:
 
 
 def _ignore(sentence: str) -> None:
-    """What is wrong in a phantom is noted once."""
+    """Do not report: the fault was already reported for the table itself."""

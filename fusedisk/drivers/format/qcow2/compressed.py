@@ -140,8 +140,8 @@ class CompressedReader:
         return pieces
 
     def source(self, extent: Extent, offset: int) -> tuple[Callable[[int, memoryview], bool], int]:
-        """What fills buffers from the cluster at ``offset``, where a compressed extent starts, and how much of it is
-        left from there on."""
+        """Return a function that fills buffers from the cluster at ``offset``, where a compressed extent starts, and
+        how much of the cluster is left from there on."""
         return partial(self._read_cluster, _entries(extent)[0]), self._size - (offset & self._mask)
 
     def _read_cluster(self, entry: int, offset: int, buffer: memoryview) -> bool:

@@ -81,7 +81,7 @@ class Encryption:
             await run_cpu(self._cipher.decrypt_in_place, sector, buffer)
 
     async def encrypt(self, offset: int, host_offset: int, data: bytes) -> memoryview:
-        """What to store at ``host_offset`` for whole sectors of the guest's at ``offset``."""
+        """Return the bytes to store at ``host_offset`` for whole sectors of the guest's at ``offset``."""
         assert self._cipher is not None
         sector = (offset if self._luks is None else host_offset) // SECTOR
         if len(data) <= INLINE_SIZE:
@@ -139,7 +139,7 @@ async def open_encryption(file: Node, header: Header, options: EncryptionOptions
 
 
 async def read_passphrase(options: EncryptionOptions) -> bytes | None:
-    """What ``encrypt.key-file`` leads to; None without it."""
+    """Read the passphrase from ``encrypt.key-file``; None without that option."""
     path = options.encrypt_key_file
     return None if path is None else await secrets.read(path, options.encrypt_key_format)
 

@@ -25,7 +25,7 @@ class Freed(NamedTuple):
     first: int
     """First host cluster, by number."""
     deltas: list[int]
-    """What to add to the refcounts from there on; negative."""
+    """The changes of the refcounts from there on; negative."""
     discard: bool
     """Whether the host space may go with the last reference."""
 

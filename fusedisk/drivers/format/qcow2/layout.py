@@ -61,7 +61,7 @@ EXTENSION_FEATURE_NAMES = 0x6803F857
 EXTENSION_DATA_FILE = 0x44415441
 """Name of the external data file."""
 EXTENSION_BITMAPS = 0x23852875
-"""Where the directory of persistent dirty bitmaps is."""
+"""The extension with the offset of the directory of persistent dirty bitmaps."""
 EXTENSION_CRYPTO = 0x0537BE77
 """Full disk encryption header pointer."""
 

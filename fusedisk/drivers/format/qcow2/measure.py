@@ -99,7 +99,7 @@ def _option_name(field: str) -> str:
 
 
 class _Source(NamedTuple):
-    """What the new image is made from."""
+    """The source of the new image."""
 
     data: int
     """Bytes of the clusters with data."""
@@ -162,7 +162,7 @@ def _refcount_clusters(clusters: int, cluster_size: int, refcount_bits: int) -> 
 
 
 async def _bitmaps_size(backend: Backend, cluster_size: int) -> int | None:
-    """What the persistent bitmaps of a disk take in clusters of this size; None where its format has none."""
+    """Return the size of a disk's persistent bitmaps in clusters of this size; None if its format has none."""
     node = backend.node
     if node.driver.name != "qcow2":
         return None

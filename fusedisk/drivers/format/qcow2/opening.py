@@ -1,4 +1,4 @@
-"""What opening an image looks at first: its header, and whether it may be written to."""
+"""The first steps of opening an image: reading the header, and deciding whether it may be written to."""
 
 from __future__ import annotations
 

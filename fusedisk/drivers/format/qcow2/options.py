@@ -23,7 +23,7 @@ OVERLAP_CHECKS = ("none", "constant", "cached", "all")
 
 
 class EncryptionOptions(Protocol):
-    """What opening and creating have in common."""
+    """The options that opening and creating have in common."""
 
     encrypt_format: str | None
     encrypt_key_file: str | None
@@ -131,7 +131,7 @@ class Qcow2CreateOptions(CreateOptions):
 
 
 def luks_options(options: Qcow2CreateOptions) -> luks.Options:
-    """What is asked of a new LUKS header."""
+    """The settings of a new LUKS header."""
     from fusedisk.crypto import luks
 
     given = {

@@ -135,7 +135,7 @@ def mended_entry(image: CheckedImage, entry: int, bitmap: int) -> tuple[int, int
 
 
 def _zeroes(image: CheckedImage, subclusters: int) -> tuple[int, int]:
-    """What leads nowhere and reads as zeroes, as far as the version allows."""
+    """Return the entry for a cluster that reads as zeroes, as far as the version has one."""
     if image.extended_l2:
         return 0, subclusters
     return (ZERO if image.header.version >= 3 else 0), 0

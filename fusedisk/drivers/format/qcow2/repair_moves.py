@@ -1,4 +1,4 @@
-"""What has to lie elsewhere: a snapshot table that must be rewritten, and copies for clusters with more references
+"""Moves in a repair: a snapshot table that must be rewritten, and copies of clusters with more references
 than their refcount can count. Written first, counted next, and only then referred to.
 """
 

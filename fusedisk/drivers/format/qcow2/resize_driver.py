@@ -20,7 +20,7 @@ class ResizeDriver(SnapshotDriver):
         raise NotImplementedError
 
     def shows_through(self) -> Backing:
-        """What is read where the image has no data, as it is now."""
+        """Return the current content of the image where it has no data of its own."""
         raise NotImplementedError
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:

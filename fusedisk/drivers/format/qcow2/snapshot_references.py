@@ -1,4 +1,4 @@
-"""What L1 and L2 tables refer to, counted in bulk, and their COPIED flags.
+"""Counts the references in L1 and L2 tables in bulk, and sets and clears their COPIED flags.
 
 A strip of entries that continue each other is counted as one run, other strips in a few passes in C; nothing here calls
 Python for each cluster. Tables are taken from the file, which has all changes when snapshots are worked on.

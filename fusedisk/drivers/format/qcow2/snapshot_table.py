@@ -20,7 +20,7 @@ MAX_TABLE_SIZE = 1024 * layout.MAX_SNAPSHOTS
 """Bytes; QEMU's bound."""
 MAX_EXTRA_DATA = 1024
 NO_ICOUNT = (1 << 64) - 1
-"""What stands for an unknown number of instructions."""
+"""Stands for an unknown number of instructions."""
 
 _FIXED = struct.Struct(">QIHHIIQII")
 _EXTRA = struct.Struct(">QQQ")

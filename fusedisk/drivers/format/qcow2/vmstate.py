@@ -21,7 +21,7 @@ _CHUNK = 1 << 20
 
 
 class VmStateImage(Protocol):
-    """What of the driver is needed here."""
+    """The part of the driver that is needed here."""
 
     node: Node
     allocator: Allocator
