@@ -37,6 +37,8 @@ from fusedisk.core.zeroes import ZEROES, is_zero
 PROBE_SIZE = 512
 """Bytes at the start of an image that decide its format (the header's BLOCK_PROBE_BUF_SIZE)."""
 
+_RANGES_AT_ONCE = 256
+"""Short ranges that are freed in one trip to the host: some milliseconds."""
 _COPY_CHUNK = 1 << 20
 
 
@@ -357,10 +359,8 @@ async def discard(node: Node, offset: int, length: int) -> None:
     check_writable(node, 0)
     if not node.config.discard_unmap:
         return
-    end = min(offset + length, node.length)
     unit = max(node.limits.discard_alignment, node.limits.request_alignment)
-    start = -(-offset // unit) * unit
-    stop = end if end == node.length else end // unit * unit
+    start, stop = _discardable(node, offset, length)
     if start >= stop:
         return
     widen = max(unit, node.limits.cluster_size)
@@ -391,6 +391,51 @@ async def discard(node: Node, offset: int, length: int) -> None:
         return
     except FusediskError as exc:
         exc.at(node.name, "discard", offset, length)
+        raise
+    finally:
+        request.leave(node)
+
+
+def _discardable(node: Node, offset: int, length: int) -> tuple[int, int]:
+    """The part of a range that a discard may free: whole units, except at the end of the node."""
+    end = min(offset + length, node.length)
+    unit = max(node.limits.discard_alignment, node.limits.request_alignment)
+    return -(-offset // unit) * unit, end if end == node.length else end // unit * unit
+
+
+async def discard_ranges(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
+    """Free many short ranges as :func:`discard` frees one, with few trips to the host. ``ranges``: offset and length of
+    each, sorted."""
+    check_writable(node, 0)
+    if not node.config.discard_unmap:
+        return
+    for first in range(0, len(ranges), _RANGES_AT_ONCE):
+        if first:
+            await trio.lowlevel.checkpoint()
+        part = ranges[first : first + _RANGES_AT_ONCE]
+        if node.guards_probe or node.before_write:
+            for offset, length in part:
+                await discard(node, offset, length)
+        else:
+            await _discard_part(node, part)
+
+
+async def _discard_part(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
+    low, high = ranges[0][0], sum(ranges[-1])
+    widen = max(node.limits.discard_alignment, node.limits.request_alignment, node.limits.cluster_size)
+    request = Request(low // widen * widen, -(-high // widen) * widen, True, serialising=True)
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+        parts = [_discardable(node, offset, length) for offset, length in ranges]
+        with trio.CancelScope(shield=True):
+            await node.driver.discard_ranges([(start, stop - start) for start, stop in parts if start < stop])
+        node.written += 1
+    except NotSupportedError:
+        return
+    except FusediskError as exc:
+        exc.at(node.name, "discard", low, high - low)
         raise
     finally:
         request.leave(node)

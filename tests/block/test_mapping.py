@@ -77,5 +77,5 @@ async def test_a_part() -> None:
     assert await _entries(told, 3 * UNIT) == []
     assert sum(entry.length for entry in await _entries(told, UNIT, 1 << 60)) == 2 * UNIT
     for start in (-1, 3 * UNIT + 1):
-        with pytest.raises(OptionError, match=f"was to start at {start}, but the disk ends at 1536"):
+        with pytest.raises(OptionError, match=f"the start of the map is {start}, expected 0 to the disk.s end at 1536"):
             await _entries(told, start)

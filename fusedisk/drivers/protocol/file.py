@@ -438,12 +438,18 @@ class FileDriver(Driver):
         await self._change_range(self._reserve_range, offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
+        await self._discard(self._free_range, offset, length)
+
+    async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        await self._discard(self._free_ranges, ranges)
+
+    async def _discard(self, free: Callable[..., None], *args: Any) -> None:
         if not self.node.config.discard_unmap:
             return
         if not self._can_discard:
             raise self._no_fallocate()
         try:
-            await self._change_range(self._free_range, offset, length)
+            await self._change_range(free, *args)
         except NotSupportedError:
             self._can_discard = False
             raise
@@ -464,14 +470,19 @@ class FileDriver(Driver):
         """Free a range's space. Blocks; raises OSError."""
         fallocate(self.file.fd, _PUNCH, offset, length)
 
+    def _free_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Free the space of several ranges. Blocks; raises OSError."""
+        for offset, length in ranges:
+            self._free_range(offset, length)
+
     def _reserve_range(self, offset: int, length: int) -> None:
         """Allocate space for the holes of a range. Blocks; raises OSError."""
         fallocate(self.file.fd, FALLOC_FL_KEEP_SIZE, offset, length)
 
-    async def _change_range(self, fn: Callable[[int, int], None], offset: int, length: int) -> None:
+    async def _change_range(self, fn: Callable[..., None], *args: Any) -> None:
         """Run one of the functions above in a worker; raises NotSupportedError if the host does not support it."""
         try:
-            await run_host_io(fn, offset, length)
+            await run_host_io(fn, *args)
         except OSError as exc:
             if exc.errno in _UNSUPPORTED_ERRORS:
                 raise self._no_fallocate() from exc

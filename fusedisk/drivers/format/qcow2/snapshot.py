@@ -190,10 +190,9 @@ async def _flag_active(driver: SnapshotImage, switch: Switch, active: Counter[in
     change. Returns the L1 table for these copies."""
     image, geometry = driver.image, driver.image.geometry
     ones = Ones(geometry)
-    for index, offset in enumerate(driver.refcounts.table):
-        if offset:
-            ones.put(index, await switch.new_refcounts(index))
-        if index % switch.blocks_at_once == 0:
+    for number, index in enumerate([index for index, offset in enumerate(driver.refcounts.table) if offset]):
+        ones.put(index, await switch.new_refcounts(index))
+        if number % switch.blocks_at_once == 0:
             await trio.lowlevel.checkpoint()
     moved: dict[int, int] = {}
 

@@ -310,12 +310,12 @@ class Switch:
         """Clusters of a block that lose their last reference."""
         first = block_index * self.geometry.block_entries
         lost = self.lost.part(first, len(values))
-        if lost is None or not lost.count(0) < len(lost):
-            return
-        if not values.count(0):
+        if lost is None or lost.count(0) == len(lost):
             return
         start = end = -1
-        for index in [at for at, (less, left) in enumerate(zip(lost, values, strict=True)) if less and not left]:
+        for index in _zeroes(values):
+            if not lost[index]:
+                continue
             if index != end:
                 if start >= 0:
                     yield HostRun(first + start, end - start)
@@ -326,18 +326,25 @@ class Switch:
 
     async def _discard(self, runs: list[HostRun]) -> None:
         """Free host space. A failure is only logged, since the operation itself is done."""
-        bits, node = self.geometry.cluster_bits, self.image.storage.node
+        bits = self.geometry.cluster_bits
+        ranges: list[tuple[int, int]] = []
         for run in _joined(runs):
             start, end = run.first << bits, run.first + run.clusters << bits
-            if end - start < _HOST_BLOCK and start // _HOST_BLOCK == (end - 1) // _HOST_BLOCK:
-                continue  # hosts give back whole blocks only, and small clusters are many
-            length = min(end, node.length) - start
-            try:
-                if length > 0:
-                    await io.discard(node, start, length)
-            except FusediskError as exc:
-                log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
-                return
+            # Hosts give back whole blocks only, and small clusters are many.
+            if end - start >= _HOST_BLOCK or start // _HOST_BLOCK != (end - 1) // _HOST_BLOCK:
+                ranges.append((start, end - start))
+        try:
+            await io.discard_ranges(self.image.storage.node, ranges)
+        except FusediskError as exc:
+            log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
+
+
+def _zeroes(values: array[int]) -> Iterator[int]:
+    """The indices of the zeroes."""
+    index = -1
+    for _ in range(values.count(0)):
+        index = values.index(0, index + 1)
+        yield index
 
 
 def _joined(runs: Iterable[HostRun]) -> Iterator[HostRun]:
