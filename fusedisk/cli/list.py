@@ -60,7 +60,8 @@ def _gather() -> list[dict[str, Any]]:
 def _state(record: MountRecord) -> str | None:
     """Return the state of a mount; None: it is gone, without an error to show."""
     if record.alive:
-        return _SERVING if record.mounted or record.foreign else _ENDING
+        unseen = record.hidden and not record.closing
+        return _SERVING if record.mounted or record.foreign or unseen else _ENDING
     if record.error is not None:
         return _FAILED
     return _STALE if record.mounted else None
@@ -77,8 +78,9 @@ def describe(record: MountRecord, state: str = _SERVING) -> dict[str, Any]:
         "state": state,
         "pid": record.pid,
         "mount-namespace": namespaces.of(record.pid) if record.foreign else None,
+        "pid-namespace": record.pid_namespace if alive and record.hidden else None,
         "held-by": [str(copy) for copy in namespaces.copies(record.device)] if held else [],
-        "memory": _memory(record.pid) if alive else None,
+        "memory": _memory(record.pid) if alive and not record.hidden else None,
         "error": record.error,
         "log": record.log if record.has_log() else None,
         "loop-device": record.loop,
@@ -144,6 +146,8 @@ def _process(mount: dict[str, Any]) -> Iterator[str]:
         yield size_text(mount["memory"])
     if mount["mount-namespace"] is not None:
         yield "in another mount namespace"
+    if mount["pid-namespace"] is not None:
+        yield "in another PID namespace"
 
 
 def _rows(exports: list[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:

@@ -186,7 +186,7 @@ def mount_of_process(pid: int) -> str | None:
     from fusedisk.mount import runtime
 
     for record in runtime.records():
-        if record.pid == pid and record.alive:
+        if record.pid == pid and record.alive and not record.hidden:
             attached = "" if record.loop is None else f", attached as {record.loop}"
             return f"the mount at '{record.place}' (pid {pid}{attached})"
     return None

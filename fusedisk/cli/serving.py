@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
+import time
 
 from fusedisk.cli import waiting
 from fusedisk.cli.output import tell
@@ -15,6 +17,8 @@ from fusedisk.mount.runtime import MountRecord
 
 _LOOK_AFTER = 1.0
 """Seconds that a daemon has to end before we ask whether the filesystem is mounted elsewhere."""
+_POLL = 0.05
+"""Seconds between two looks at a record."""
 
 
 class ServingProcess:
@@ -22,10 +26,11 @@ class ServingProcess:
 
     def __init__(self, record: MountRecord) -> None:
         self.record = record
-        try:
-            self._pidfd: int | None = os.pidfd_open(record.pid)
-        except ProcessLookupError:
-            self._pidfd = None
+        self._pidfd: int | None = None
+        if record.hidden:  # its number means nothing here
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._pidfd = os.pidfd_open(record.pid)
         if not record.alive:  # the number had been taken by another process before we held it
             self._pidfd = None
 
@@ -36,7 +41,12 @@ class ServingProcess:
         return cls(record) if record is not None and record.alive else None
 
     def end_now(self) -> None:
-        """Let it flush and end although the mount is in use."""
+        """Let it flush and end although the mount is in use. Raises HostError where that is not possible from here."""
+        if self.record.hidden:
+            raise HostError(
+                f"the daemon of '{self.record.place}' (pid {self.record.pid} in another PID namespace) cannot be ended "
+                f"from here: run the command where it was mounted."
+            )
         if self._pidfd is None:
             return
         try:
@@ -60,6 +70,8 @@ class ServingProcess:
             if not self._ends_within(_LOOK_AFTER, deadline):
                 self._wait_on(deadline, patient=patient)
             os.close(self._pidfd)
+        elif self.record.hidden:
+            self._wait_hidden(deadline, patient=patient)
         left_behind = runtime.reread(self.record)
         if left_behind is not None:
             raise_error(left_behind)
@@ -67,6 +79,15 @@ class ServingProcess:
             raise HostError(
                 f"the daemon of '{self.record.place}' (pid {self.record.pid}) died before it had flushed everything."
             )
+
+    def _wait_hidden(self, deadline: float | None, *, patient: bool) -> None:
+        """The same for a daemon in another PID namespace, whose record alone tells whether it lives."""
+        soon = time.monotonic() + _LOOK_AFTER
+        while (found := runtime.reread(self.record)) is not None and found.alive:
+            now = time.monotonic()
+            if (deadline is not None and now >= deadline) or (now >= soon and not (patient or found.closing)):
+                raise HostError(f"{self._state()} {self._reason()}, in another PID namespace.")
+            time.sleep(_POLL)
 
     def _ends_within(self, seconds: float, deadline: float | None) -> bool:
         assert self._pidfd is not None

@@ -37,7 +37,7 @@ class ChangedFile(NamedTuple):
 def changed_files(record: MountRecord, export: ExportRecord) -> list[ChangedFile]:
     """The files of a disk that have changed beneath a mount. Only mounts of this user are looked at: a path in
     another user's record may lead anywhere, such as into a filesystem that hangs."""
-    if record.owner != os.geteuid() or not record.alive:
+    if record.owner != os.geteuid() or record.hidden or not record.alive:
         return []
     return list(_changed(record, export))
 

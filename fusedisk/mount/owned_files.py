@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ def trusted_directory(path: str, owner: int) -> Iterator[int]:
 def read(folder: int, name: str, owner: int) -> bytes:
     """The content of a file in a directory, by its descriptor. Raises OSError where ``name`` is anything else than a
     plain file of ``owner``, or larger than what is accepted from others."""
+    return read_locked(folder, name, owner)[0]
+
+
+def read_locked(folder: int, name: str, owner: int) -> tuple[bytes, bool]:
+    """The same, and whether somebody holds a lock of flock(2) on the file."""
     file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     try:
         found = os.fstat(file)
@@ -44,6 +50,14 @@ def read(folder: int, name: str, owner: int) -> bytes:
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, at most {most} are read", name)
         with open(file, "rb", closefd=False) as stream:
-            return stream.read(most)
+            return stream.read(most), _is_locked(file)
     finally:
         os.close(file)
+
+
+def _is_locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False

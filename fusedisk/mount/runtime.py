@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _ROOT_DIRECTORY = "/run/fusedisk"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
-_NOT_STORED = ("path", "owner", "place", "mounted", "hidden", "foreign")
+_NOT_STORED = ("path", "owner", "held", "locked", "place", "mounted", "hidden", "foreign")
 """Fields of a record that are no part of its file."""
 _CLOCK_TICK = 0.02
 """Seconds; how exactly the kernel tells when a process was started, and stamps files."""
@@ -77,21 +78,25 @@ class MountRecord:
     """The path of the record; not part of it."""
     owner: int = 0
     """Whose runtime directory it lies in; not part of it."""
+    held: int | None = dataclasses.field(default=None, compare=False)
+    """A descriptor of the daemon's own, which locks the record as long as the daemon lives; not part of it."""
+    locked: bool = dataclasses.field(default=False, compare=False)
+    """Whether a daemon held the record when it was read; not part of it."""
     place: str = dataclasses.field(default="", compare=False)
     """The current place of the mount, as a directory above it may have been renamed; not part of it."""
     mounted: bool = dataclasses.field(default=False, compare=False)
     """Whether it is there; not part of it."""
     hidden: bool = dataclasses.field(default=False, compare=False)
-    """Whether the daemon lives in a PID namespace that we cannot look into, so nobody here knows about it; not part of
-    the record."""
+    """Whether ``pid`` means nothing here: the daemon has ended, or lives in a PID namespace that we cannot look into;
+    not part of the record."""
     foreign: bool = dataclasses.field(default=False, compare=False)
     """Whether it is there only in the mount namespace of its daemon, which is not ours; then ``place`` is meant there.
     Not part of it."""
 
     @property
     def alive(self) -> bool:
-        """Whether the daemon still runs; assumed of a hidden one."""
-        return self.hidden or self.started == process_started(self.pid)
+        """Whether the daemon still runs."""
+        return self.locked if self.hidden else self.started == process_started(self.pid)
 
     @property
     def thrown_away(self) -> bool:
@@ -118,7 +123,7 @@ class MountRecord:
             return False
 
     def write(self) -> None:
-        """Put the record in its place, all or nothing. Raises HostError."""
+        """Put the record of this process in its place, all or nothing, and hold it from then on. Raises HostError."""
         content = dataclasses.asdict(self)
         for name in _NOT_STORED:
             del content[name]
@@ -126,9 +131,18 @@ class MountRecord:
         try:
             with open(temporary, "w", errors="surrogateescape") as file:
                 json.dump(content, file)
+                file.flush()
+                held = _hold(file.fileno())
             os.replace(temporary, self.path)
         except OSError as exc:
             raise host_error(exc, self.path, "write the record") from exc
+        before, self.held = self.held, held
+        if before is not None:
+            os.close(before)
+
+    def is_of_daemon_of(self, other: MountRecord) -> bool:
+        """Whether the same daemon wrote both records of one mountpoint. Our number for it is gone when it ends."""
+        return (self.pid_namespace, self.started) == (other.pid_namespace, other.started)
 
     def remove(self) -> None:
         """Take the record away, if it is there and not another daemon's by now."""
@@ -138,7 +152,7 @@ class MountRecord:
             # By its descriptor: if the directory is another user's, he could replace it with a link.
             with owned_files.trusted_directory(place, self.owner) as folder:
                 found = _load_from(folder, self.path, self.owner)
-                if found is not None and (found.pid, found.started) == (self.pid, self.started):
+                if found is not None and found.is_of_daemon_of(self):
                     os.unlink(name, dir_fd=folder)
                 if parent == place:
                     os.rmdir(mountpoint, dir_fd=folder)
@@ -155,6 +169,12 @@ _TYPES: dict[type, dict[str, Any]] = {
     for kind in (ExportRecord, MountRecord)
 }
 """The type of each field of a record's file."""
+
+
+def _hold(file: int) -> int:
+    """Lock a file that nobody else knows yet; returns a descriptor that keeps the lock."""
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 def process_started(pid: int | str) -> str | None:
@@ -285,9 +305,8 @@ def file_identity(path: str | None) -> str | None:
 
 
 def records() -> list[MountRecord]:
-    """All records that this user may see, by mountpoint, but for those of hidden daemons."""
+    """All records that this user may see, by mountpoint."""
     found = [record for place, uid in _directories() for record in _records_in(place, uid) if _belongs(record)]
-    found = [record for record in found if not record.hidden]
     _locate(found)
     return sorted(found, key=lambda record: record.place)
 
@@ -319,7 +338,9 @@ def _locate(found: list[MountRecord]) -> None:
         moved = [place for place in here if (record.owner, place) not in claimed]
         record.place = moved[0] if moved else record.mountpoint
         record.mounted = bool(moved)
-        if not moved and not record.closing and record.alive and namespaces.is_foreign(record.pid):
+        if moved or record.closing or record.hidden:
+            continue
+        if record.alive and namespaces.is_foreign(record.pid):
             there = namespaces.mountpoint_of(record.pid, record.device)
             record.foreign = there is not None
             record.place = there or record.place
@@ -339,9 +360,7 @@ def find(mountpoint: str, owner: int | None = None) -> MountRecord | None:
 def reread(record: MountRecord) -> MountRecord | None:
     """The record as the same daemon has left it, None if it took it away."""
     found = _load(record.path, record.owner)
-    if found is None or (found.pid, found.started) != (record.pid, record.started):
-        return None
-    return found
+    return found if found is not None and found.is_of_daemon_of(record) else None
 
 
 def _directories() -> Iterator[tuple[str, int]]:
@@ -369,7 +388,10 @@ def _names_in(place: str) -> list[str]:
 
 
 def _belongs(record: MountRecord) -> bool:
-    """A user's record may speak of that user's processes only, as long as they live."""
+    """A user's record may speak of that user's processes only, as long as they live. Nothing is done to a process that
+    is hidden."""
+    if record.hidden:
+        return True
     try:
         return os.stat(f"/proc/{record.pid}").st_uid == record.owner
     except OSError:
@@ -389,8 +411,10 @@ def _load(path: str, owner: int) -> MountRecord | None:
 def _load_from(folder: int, path: str, owner: int) -> MountRecord | None:
     """The same, with a descriptor of the directory that ``path`` lies in."""
     try:
-        content = json.loads(owned_files.read(folder, os.path.basename(path), owner))
-        return _parse(content, path, owner)
+        data, locked = owned_files.read_locked(folder, os.path.basename(path), owner)
+        record = _parse(json.loads(data), path, owner)
+        record.locked = locked
+        return record
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, RecursionError) as exc:

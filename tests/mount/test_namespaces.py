@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -62,17 +63,6 @@ def test_a_mount_in_a_private_namespace_is_told_as_such(mounts: Mounts, raw: Pat
         assert has_ended(daemon)
 
 
-@pytest.mark.parametrize("options", [["--mount-proc"], []])
-def test_a_list_in_another_pid_namespace_leaves_the_record_alone(mounts: Mounts, raw: Path, options: list[str]) -> None:
-    """The daemon has no number there, so nothing can be known about it."""
-    require_root()
-    on = mounts.mount(raw)
-    inside = ["unshare", "--pid", "--fork", *options, *process_command("list")]
-    done = subprocess.run(inside, env=process_environment(), capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("Nothing is mounted.\n", "")
-    assert _listed(daemon_of(on))["state"] == "serving"
-
-
 def test_a_mount_in_another_pid_namespace_is_known_by_our_number(mounts: Mounts, raw: Path) -> None:
     on = mounts.directory()
     inside = shlex.join([*process_command("mount", "-f", "raw", raw, on)])
@@ -90,7 +80,10 @@ def test_a_mount_in_another_pid_namespace_is_known_by_our_number(mounts: Mounts,
             assert has_ended(daemon)
         finally:
             for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
+                with contextlib.suppress(
+                    psutil.NoSuchProcess
+                ):  # the first process of the namespace takes the others along
+                    child.kill()
             process.kill()
 
 
@@ -167,6 +160,41 @@ def test_an_attached_image_in_a_private_namespace_stays_attached(mounts: Mounts,
         finally:
             run_tool("nsenter", "-t", str(daemon.pid), "-m", *process_command("detach", device))
         wait_until(lambda: has_ended(daemon), "the daemon has ended")
+
+
+def _in_a_pid_namespace(*args: str | Path, proc: bool = True) -> subprocess.CompletedProcess[str]:
+    command = ["unshare", "-p", "-f", *(["--mount-proc"] if proc else []), *process_command(*args)]
+    return subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("proc", [True, False])
+def test_a_daemon_outside_of_our_pid_namespace_keeps_its_record(mounts: Mounts, raw: Path, proc: bool) -> None:
+    on = mounts.directory()
+    with _aside(shlex.join(process_command("mount", raw, on))):
+        daemon = daemon_of(on)
+        done = _in_a_pid_namespace("list", "--output", "json", proc=proc)
+        (found,) = [entry for entry in json.loads(done.stdout) if entry["mountpoint"] == str(on)]
+        assert (found["state"], found["pid-namespace"]) == ("serving", os.readlink("/proc/self/ns/pid"))
+        assert (found["memory"], found["mount-namespace"]) == (None, None)
+        assert _in_a_pid_namespace("umount", "--force", on, proc=proc).stderr == (
+            f"fusedisk: the daemon of '{on}' (pid {daemon.pid} in another PID namespace) cannot be ended from here: "
+            "run the command where it was mounted.\n"
+        )
+        listed = _listed(daemon)
+        assert (listed["state"], listed["pid-namespace"]) == ("serving", None)
+
+
+def test_unmounting_waits_for_a_daemon_outside_of_our_pid_namespace(mounts: Mounts, raw: Path) -> None:
+    require_root()
+    on = mounts.directory()
+    process = mounts.start(raw, on=on)
+    done = _in_a_pid_namespace("umount", on)  # there it is a copy, the mount stays
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"fusedisk: '{on}' is unmounted, but its daemon (pid {process.pid}) has not ended yet, in another PID "
+        "namespace.\n",
+    )
+    assert _listed(psutil.Process(process.pid))["state"] == "serving"
 
 
 @pytest.mark.parametrize("users", [True, False])

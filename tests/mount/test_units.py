@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -93,6 +94,31 @@ def test_a_record_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     record.remove()
     assert runtime.records() == []
     assert os.listdir(tmp_path) == []
+
+
+def test_a_record_tells_who_lives_in_another_pid_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o700)
+    only_in(tmp_path, monkeypatch)
+    record = record_in(tmp_path)
+    record.pid_namespace = "pid:[1]"
+    for _ in range(2):  # written anew, it is held all the same
+        record.write()
+        (found,) = runtime.records()
+        assert (found.hidden, found.alive) == (True, True)
+    assert record.held is not None
+    os.close(record.held)
+    (found,) = runtime.records()
+    assert (found.hidden, found.alive) == (True, False)
+
+
+def test_what_a_daemon_leaves_behind_is_its_own_without_its_number(tmp_path: Path) -> None:
+    """In another PID namespace it had another number, which nobody knows once it has ended."""
+    record = record_in(tmp_path)
+    record.write()
+    seen = dataclasses.replace(record, pid=record.pid + 1)
+    assert runtime.reread(seen) is not None
+    seen.remove()
+    assert not os.path.exists(record.path)
 
 
 def test_a_process_with_a_dead_daemons_number_is_not_it(tmp_path: Path) -> None:
