@@ -306,11 +306,9 @@ def read_list(answer: str) -> tuple[Mount, ...]:
 
 
 def _mount(found: dict[str, Any]) -> Mount:
-    place = found["mountpoint"]
-    single = not os.path.isdir(place)
     files = (
         MountedFile(
-            place if single else f"{place}/{file['name']}",
+            file["path"],
             file["image"],
             file["format"],
             file["virtual-size"],
@@ -319,7 +317,7 @@ def _mount(found: dict[str, Any]) -> Mount:
         )
         for file in found["exports"]
     )
-    return Mount(place, found["state"], found["pid"], found["error"], found["loop-device"], tuple(files))
+    return Mount(found["mountpoint"], found["state"], found["pid"], found["error"], found["loop-device"], tuple(files))
 
 
 # --- processes ------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ class Daemon:
             allow_other=request.allow_other,
         )
         session = Session(request.mountpoint, operations, options, request.serve)
-        self.record = self._make_record()
+        self.record = self._make_record(single)
         self.record.write()
         session.start()
         self.session = session
@@ -156,8 +156,8 @@ class Daemon:
             self._helpers.start_soon(LoopFollower(export, path).run)
         await session.serve(self._ready)
 
-    def _make_record(self) -> runtime.MountRecord:
-        return runtime.new_record(self.request.mountpoint, list(map(_export_record, self.exports)))
+    def _make_record(self, single: bool) -> runtime.MountRecord:
+        return runtime.new_record(self.request.mountpoint, list(map(_export_record, self.exports)), single=single)
 
     # --- ready ------------------------------------------------------------------------------------------
 

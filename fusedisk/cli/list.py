@@ -89,10 +89,12 @@ def describe(record: MountRecord, state: str = _SERVING) -> dict[str, Any]:
 
 
 def _describe_export(record: MountRecord, export: ExportRecord) -> dict[str, Any]:
-    from fusedisk.mount import beneath
+    from fusedisk.mount import beneath, loop_device
 
+    path = record.path_of(export)
     return {
         "name": export.name,
+        "path": path,
         "part-of": export.part_of,
         "image": export.image,
         "changed-files": [
@@ -103,15 +105,8 @@ def _describe_export(record: MountRecord, export: ExportRecord) -> dict[str, Any
         "virtual-size": export.size,
         "read-only": export.read_only,
         "overlay": export.overlay,
-        "loop-devices": _loop_devices(record.place, export.name),
+        "loop-devices": loop_device.attached_to(path),  # whoever attached them
     }
-
-
-def _loop_devices(mountpoint: str, name: str) -> list[str]:
-    """Return all loop devices that are attached to a file, by us or by others."""
-    from fusedisk.mount import loop_device
-
-    return loop_device.attached_to(f"{mountpoint}/{name}") + loop_device.attached_to(mountpoint)
 
 
 def _memory(pid: int) -> int | None:

@@ -71,6 +71,8 @@ class MountRecord:
     """``major:minor`` of the files of the mount, once it is there."""
     closing: bool = False
     """The mount is gone, and the daemon flushes and closes the images."""
+    single: bool = False
+    """The mountpoint is a file, that of the only export."""
     pid_namespace: str = ""
     """In which ``pid`` counts, as :func:`.namespaces.of` names it. A record that is read has our number of the
     process, if it is one of ours."""
@@ -102,6 +104,10 @@ class MountRecord:
     def thrown_away(self) -> bool:
         """Whether what was written is lost at the end anyway, so that nothing needs to be flushed."""
         return all(export.overlay == "throw-away" for export in self.exports if not export.read_only)
+
+    def path_of(self, export: ExportRecord) -> str:
+        """Return where a file of the mount is now."""
+        return self.place if self.single else f"{self.place}/{export.name}"
 
     def reached(self, path: str) -> str:
         """How we reach a file that the daemon knows by an absolute path: it may live in another mount namespace."""
@@ -141,7 +147,7 @@ class MountRecord:
             os.close(before)
 
     def is_of_daemon_of(self, other: MountRecord) -> bool:
-        """Whether the same daemon wrote both records of one mountpoint. Our number for it is gone when it ends."""
+        """Return whether the same daemon wrote both records of one mountpoint. When it ends, it has no number here."""
         return (self.pid_namespace, self.started) == (other.pid_namespace, other.started)
 
     def remove(self) -> None:
@@ -281,7 +287,7 @@ def log_path(mountpoint: str) -> str:
     return record_path(mountpoint).removesuffix(".json") + ".log"
 
 
-def new_record(mountpoint: str, exports: list[ExportRecord]) -> MountRecord:
+def new_record(mountpoint: str, exports: list[ExportRecord], *, single: bool = False) -> MountRecord:
     """A record for a mount that this process serves; not yet written."""
     pid, uid = os.getpid(), os.geteuid()
     path = record_path(mountpoint)
@@ -290,7 +296,7 @@ def new_record(mountpoint: str, exports: list[ExportRecord]) -> MountRecord:
         path = f"{path.removesuffix('.json')}.{pid}.json"
     namespace = namespaces.of(kind="pid") or ""
     started = process_started("self") or ""
-    return MountRecord(mountpoint, pid, started, exports, pid_namespace=namespace, path=path, owner=uid)
+    return MountRecord(mountpoint, pid, started, exports, single=single, pid_namespace=namespace, path=path, owner=uid)
 
 
 def file_identity(path: str | None) -> str | None:

@@ -339,6 +339,7 @@ def test_list_tells_what_is_mounted(mounts: Mounts, raw: Path, tmp_path: Path) -
     assert found["exports"] == [
         {
             "name": "disk",
+            "path": f"{on}/disk",
             "part-of": None,
             "image": str(raw),
             "changed-files": [],
@@ -350,6 +351,7 @@ def test_list_tells_what_is_mounted(mounts: Mounts, raw: Path, tmp_path: Path) -
         },
         {
             "name": "data",
+            "path": f"{on}/data",
             "part-of": None,
             "image": str(other),
             "changed-files": [],

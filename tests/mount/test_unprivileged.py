@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fusedisk import list_sync
 from tests.conftest import require_fuse, require_root, require_tool
 from tests.support.commands import fusedisk_process, process_environment
 from tests.support.mounts import is_mounted, own_mounts
@@ -57,6 +58,8 @@ def test_mount_use_list_and_unmount(user: User, image: Path) -> None:
     assert str(image) in fusedisk_process("list").out
     with pytest.raises(PermissionError):
         (user.home / "mnt" / "disk").stat()
+    files = [file for mount in list_sync() if mount.mountpoint == f"{user.home}/mnt" for file in mount.files]
+    assert [file.path for file in files] == [f"{user.home}/mnt/disk"]  # without looking there
     user.fusedisk("umount", "mnt")
     assert not is_mounted(user.home / "mnt")
     assert image.read_bytes()[:8192] == bytes(8192)
