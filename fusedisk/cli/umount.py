@@ -172,6 +172,7 @@ def _state(path: str) -> str:
 
 
 def _unmount_at(path: str, wait: bool, deadline: float | None, *, force: bool) -> None:
+    from fusedisk.cli import waiting
     from fusedisk.cli.serving import ServingProcess
     from fusedisk.mount import mountinfo
 
@@ -192,7 +193,7 @@ def _unmount_at(path: str, wait: bool, deadline: float | None, *, force: bool) -
     _unmount(mount, deadline if wait else time.monotonic(), daemon.record)
     for sentence in warnings:
         tell(sentence)
-    daemon.wait_ended(deadline, patient=wait)
+    daemon.wait_ended(waiting.with_a_moment(deadline), patient=wait)
 
 
 def _of_changed_files(record: MountRecord) -> list[str]:
@@ -224,7 +225,7 @@ def _flush(record: MountRecord, deadline: float | None) -> None:
     from fusedisk.core.errors import HostError, OperationBlockedError
 
     try:
-        failure = flushing.flush(record, waiting.left(deadline))
+        failure = flushing.flush(record, waiting.left(waiting.with_a_moment(deadline)))
     except TimeoutError as exc:
         raise OperationBlockedError(
             f"'{record.place}' stays mounted: its daemon (pid {record.pid}) did not flush it in time."

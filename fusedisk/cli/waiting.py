@@ -12,6 +12,8 @@ from fusedisk.cli.output import tell
 
 _WORD_AFTER, _WORD_IN_SCRIPTS_AFTER = 1.0, 10.0
 """Seconds of waiting after which a message tells the reason: at a terminal, and elsewhere."""
+_MOMENT = 1.0
+"""Seconds that a daemon gets at least."""
 _MAX_SECONDS = 2_000_000.0
 """poll(2) counts milliseconds in 31 bits."""
 
@@ -19,6 +21,11 @@ _MAX_SECONDS = 2_000_000.0
 def left(deadline: float | None) -> float | None:
     """Return the seconds until a deadline; None: no limit."""
     return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def with_a_moment(deadline: float | None) -> float | None:
+    """Return the deadline for what only the daemon has to do: it gets a moment, even if users get no time."""
+    return None if deadline is None else max(deadline, time.monotonic() + _MOMENT)
 
 
 def is_readable(fd: int, seconds: float | None, word: Callable[[], str] | None = None) -> bool:

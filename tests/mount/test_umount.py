@@ -124,6 +124,14 @@ def test_wait_ends_at_the_timeout(mounts: Mounts, raw: Path) -> None:
     assert is_mounted(on)
 
 
+def test_no_time_for_users_is_a_moment_for_the_daemon(mounts: Mounts, raw: Path) -> None:
+    on = mounts.mount(raw)
+    with (on / "disk").open("rb"):
+        assert "(pid" in fusedisk_process("umount", "--timeout", "0", on).err
+    assert fusedisk_process("umount", "--timeout", "0", on) == (0, "", "")
+    assert not is_mounted(on)
+
+
 def test_force_flushes_and_ends_open_handles(mounts: Mounts, tmp_path: Path) -> None:
     image = make_qcow2(tmp_path / "vm.qcow2", MIB)
     on = mounts.mount(image)
