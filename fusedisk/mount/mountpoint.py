@@ -60,7 +60,16 @@ def is_stale(mount: mountinfo.Mount) -> bool:
 
 def check_mountpoint(mountpoint: str, images: int) -> None:
     """Raise an error unless ``images`` images can be mounted at an absolute path: a directory, or for one a regular
-    file."""
+    file. What is mounted there already is not asked: it may hang."""
+    mount = mountinfo.mount_at(mountpoint)
+    if mount is not None:
+        hint = (
+            f"unmount it first (fusedisk umount {mountpoint})" if mount.fstype == mountinfo.FSTYPE else "choose another"
+        )
+        raise HostError(
+            f"The mountpoint '{mountpoint}' is busy: {mount.source} ({mount.fstype}) is mounted there, {hint}.",
+            errno=errno.EBUSY,
+        )
     try:
         mode = os.stat(mountpoint).st_mode
     except FileNotFoundError as exc:
@@ -78,15 +87,6 @@ def check_mountpoint(mountpoint: str, images: int) -> None:
     elif not stat.S_ISDIR(mode):
         raise HostError(
             f"The mountpoint '{mountpoint}' is neither a directory nor a regular file.", errno=errno.ENOTDIR
-        )
-    mount = mountinfo.mount_at(mountpoint)
-    if mount is not None:
-        hint = (
-            f"unmount it first (fusedisk umount {mountpoint})" if mount.fstype == mountinfo.FSTYPE else "choose another"
-        )
-        raise HostError(
-            f"The mountpoint '{mountpoint}' is busy: {mount.source} ({mount.fstype}) is mounted there, {hint}.",
-            errno=errno.EBUSY,
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fusedisk.core.errors import HostError, OptionError
-from fusedisk.mount import holders, memory_pressure, mountinfo, runtime
+from fusedisk.mount import holders, memory_pressure, mountinfo, mountpoint, runtime
 from fusedisk.mount.mountinfo import Mount
 from fusedisk.mount.runtime import ExportRecord, MountRecord
 from fusedisk.mount.session import mount_options
@@ -234,3 +234,10 @@ def test_capabilities_are_those_of_the_process() -> None:
     assert [memory_pressure._has_capability(number) for number in range(41)] == [
         bool(held >> number & 1) for number in range(41)
     ]
+
+
+def test_a_place_where_something_is_mounted_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon of what is mounted there may hang."""
+    monkeypatch.setattr(os, "stat", None)
+    with pytest.raises(HostError, match=r"^The mountpoint '/proc' is busy: proc \(proc\) is mounted there"):
+        mountpoint.check_mountpoint("/proc", 1)
