@@ -35,8 +35,12 @@ def command(target: str, wait: bool, timeout: float | None, force: bool) -> None
 
     When this returns, everything is flushed and the image is closed.
     """
+    from fusedisk.cli.running import interruptible
+
     deadline = None if timeout is None else time.monotonic() + timeout
-    detach_record(_find(target), wait=wait or timeout is not None, deadline=deadline, force=force)
+    with interruptible():
+        record = _find(target)
+    detach_record(record, wait=wait or timeout is not None, deadline=deadline, force=force)
 
 
 def detach_record(record: MountRecord, *, wait: bool, deadline: float | None, force: bool) -> None:

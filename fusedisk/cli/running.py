@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
@@ -72,6 +72,18 @@ def run_reading(function: Callable[[*_Args], Coroutine[Any, Any, _Result]], *arg
         gc.set_threshold(*thresholds)
         if ours:
             signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C end this process although it waits for a file that does not answer, as long as nothing is changed
+    yet."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+        with _Interrupts(signal.default_int_handler, writes=False):
+            yield
+    else:
+        yield
 
 
 class _Interrupts:

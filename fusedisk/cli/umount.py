@@ -120,17 +120,18 @@ def _unmount_any(place: str, *, wait: bool, deadline: float | None, force: bool)
 
 
 def _unmount_named(name: str, *, wait: bool, deadline: float | None, force: bool) -> None:
-    """Return the path of the mount at a path, or else of the mount of the image with that name."""
+    """Unmount what is at a path, or else the mount of the image with that name."""
+    from fusedisk.cli.running import interruptible
     from fusedisk.mount import mountinfo, runtime
 
-    place = mountinfo.absolute(name)
-    if mountinfo.mount_at(place) is None and runtime.find(place) is None:
-        record = _mount_of_image(name)
-        if record is not None and record.foreign:
-            _end_unmounted(record, place, wait, deadline, force=force)
-            return
-        place = place if record is None else record.place
-    unmount(place, wait, deadline, force=force)
+    with interruptible():
+        place = mountinfo.absolute(name)
+        is_place = mountinfo.mount_at(place) is not None or runtime.find(place) is not None
+        record = None if is_place else _mount_of_image(name)
+    if record is not None and record.foreign:
+        _end_unmounted(record, place, wait, deadline, force=force)
+        return
+    unmount(place if record is None else record.place, wait, deadline, force=force)
 
 
 def _mount_of_image(image: str) -> MountRecord | None:

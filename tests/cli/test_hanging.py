@@ -38,6 +38,14 @@ from fusedisk.cli.main import main
 main()
 """
 
+RESOLVING = """
+from fusedisk.core import paths
+from fusedisk.mount import mountinfo
+paths.real = mountinfo.absolute = hang
+from fusedisk.cli.main import main
+main()
+"""
+
 LOOP = """
 from fusedisk.cli.running import run_async
 async def command():
@@ -124,6 +132,13 @@ class Program:
 def test_a_command_that_opens_one_ends_on_an_interrupt(tmp_path: Path, command: str) -> None:
     (tmp_path / "x").touch()
     program = Program(tmp_path, OPENING, *command.split())
+    program.send(signal.SIGINT)
+    assert program.end() == (130, "")
+
+
+@pytest.mark.parametrize("command", ["umount x", "detach x"])
+def test_a_command_that_looks_for_one_ends_on_an_interrupt(tmp_path: Path, command: str) -> None:
+    program = Program(tmp_path, RESOLVING, *command.split())
     program.send(signal.SIGINT)
     assert program.end() == (130, "")
 
