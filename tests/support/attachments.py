@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,12 +65,18 @@ class Attachments:
 
 @contextlib.contextmanager
 def attachments_below(folder: Path) -> Iterator[Attachments]:
-    """Attachments that are all gone when the block ends."""
+    """Attachments that are all gone when the block ends.
+
+    Tests take turns, also those of other processes: a device and a place to mount on that are free again belong to the
+    next test at once, and a test could not tell that they were free.
+    """
     found = Attachments(folder)
-    try:
-        yield found
-    finally:
-        found.close()
+    with open(f"{tempfile.gettempdir()}/fusedisk-attachments.lock", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        try:
+            yield found
+        finally:
+            found.close()
 
 
 def traces(name: str) -> set[str]:
