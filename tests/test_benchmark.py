@@ -13,7 +13,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from scripts.benchmark import images, jobs, machine, servers
+from scripts.benchmark import commands, images, jobs, machine, servers
 from scripts.benchmark.__main__ import compare, measure_once
 from scripts.benchmark.images import make_images
 from scripts.benchmark.jobs import Fio, OnLoop, Tar, filesystem, loop_device
@@ -350,3 +350,14 @@ def test_a_busy_filesystem_hides_no_interrupt_and_goes_away(monkeypatch: pytest.
         assert len(devices) == 1
     assert [path.exists() for path in mountpoints] == [False]
     jobs._wait_until_detached(devices[0])
+
+
+@pytest.mark.slow
+def test_commands_are_compared_with_qemu_img(tmp_path: Path) -> None:
+    require_fuse()
+    sides = {"fusedisk": commands.ROOT, "qemu-img": None}
+    rows = list(commands.compare(tmp_path, "64k", "16M", sides, runs=1))
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == [*commands.OPERATIONS, "mount, until it is ready"]
+    assert all(float(row[1].split(" (")[0]) > 0 for row in cells)
+    assert [row[2] == "–" for row in cells] == [False] * len(commands.OPERATIONS) + [True]
