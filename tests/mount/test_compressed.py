@@ -1,4 +1,4 @@
-"""Compressed images, mounted: processes inflate for who reads a lot, and end with the mount."""
+"""Compressed images, mounted: processes inflate for heavy readers, and end with the mount."""
 
 from __future__ import annotations
 
