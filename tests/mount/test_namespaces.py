@@ -162,8 +162,12 @@ def test_an_attached_image_in_a_private_namespace_stays_attached(mounts: Mounts,
         wait_until(lambda: has_ended(daemon), "the daemon has ended")
 
 
-def _in_a_pid_namespace(*args: str | Path, proc: bool = True) -> subprocess.CompletedProcess[str]:
-    command = ["unshare", "-p", "-f", *(["--mount-proc"] if proc else []), *process_command(*args)]
+def _in_a_pid_namespace(
+    *args: str | Path, proc: bool = True, but: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command line there, among copies of no other mounts ``but`` one."""
+    inside = ["unshare", "-p", "-f", *(["--mount-proc"] if proc else []), *process_command(*args)]
+    command = own_mounts(f"exec {shlex.join(inside)}", but=but)
     return subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
@@ -188,7 +192,7 @@ def test_unmounting_waits_for_a_daemon_outside_of_our_pid_namespace(mounts: Moun
     require_root()
     on = mounts.directory()
     process = mounts.start(raw, on=on)
-    done = _in_a_pid_namespace("umount", on)  # there it is a copy, the mount stays
+    done = _in_a_pid_namespace("umount", on, but=on)  # there it is a copy, the mount stays
     assert (done.returncode, done.stderr) == (
         1,
         f"fusedisk: '{on}' is unmounted, but its daemon (pid {process.pid}) has not ended yet, in another PID "

@@ -57,7 +57,7 @@ class Mounts:
     def mount(self, *args: str | os.PathLike[str], on: Path | None = None, **keywords: Any) -> Path:
         """Mount; the command must succeed and say nothing."""
         on, done = self.try_mount(*args, on=on, **keywords)
-        assert (done.code, done.out, done.err) == (0, "", "")
+        assert done == (0, "", ""), done
         return on
 
     def start(
@@ -84,7 +84,7 @@ class Mounts:
     def umount(self, mountpoint: Path, *args: str) -> None:
         """Unmount; the command must succeed and say nothing."""
         done = fusedisk_process("umount", *args, mountpoint)
-        assert (done.code, done.out, done.err) == (0, "", "")
+        assert done == (0, "", ""), done
 
     def loop(self, file: Path, *args: str) -> str:
         """A loop device on ``file``."""
