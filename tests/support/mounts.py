@@ -210,6 +210,6 @@ def own_mounts(script: str, but: Path | None = None) -> list[str]:
     return [
         *("unshare", "-m", "sh", "-c"),
         "while read -r _ place type _; do "
-        f'test $type != fuse.fusedisk || test "$place" = "{but}" || umount -l "$place"; '
+        f'test $type != fuse.fusedisk || test "$place" = "{but}" || umount -l "$(printf "$place")" 2>/dev/null; '
         f"done < /proc/self/mounts; {script}",
     ]
