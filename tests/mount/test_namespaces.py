@@ -30,6 +30,7 @@ def _aside(script: str, but: Path | None = None) -> Iterator[subprocess.Popen[by
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"done\n"
+            wait_until(lambda: psutil.Process(process.pid).name() == "sleep", "the shell has become sleep")
             yield process
         finally:
             process.kill()

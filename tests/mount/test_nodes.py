@@ -44,7 +44,8 @@ def _in_own_dev(
         f"{' '.join(process_command('detach', args[-1]))} 2>&-; exit $code"
     )
     command = [*own_mounts(script), "sh", *before, *process_command(*args)]
-    return subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=60)
+    with attachments_below(tmp_path):
+        return subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=60)
 
 
 ATTACH = ["attach", "-f", "raw", "--output", "json"]

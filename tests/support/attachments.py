@@ -26,7 +26,7 @@ class Attachments:
     def attach(self, *args: str | os.PathLike[str]) -> str:
         """``fusedisk attach``, which must succeed and say nothing but the name of the device."""
         done = fusedisk_process("attach", *with_format(*args))
-        assert (done.code, done.err) == (0, "")
+        assert (done.code, done.err) == (0, ""), done
         assert done.out.startswith("/dev/loop")
         return done.out.strip()
 
