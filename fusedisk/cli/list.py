@@ -105,7 +105,7 @@ def _describe_export(record: MountRecord, export: ExportRecord) -> dict[str, Any
         "virtual-size": export.size,
         "read-only": export.read_only,
         "overlay": export.overlay,
-        "loop-devices": loop_device.attached_to(path),  # whoever attached them
+        "loop-devices": loop_device.attached_to(path),  # also those that others attached
     }
 
 

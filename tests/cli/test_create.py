@@ -20,7 +20,7 @@ from tests.support.images import KIB, MIB, make_qcow2, make_sparse_raw
 from tests.support.processes import qemu_io_holding
 
 FAILURES = ("Could not", "none.raw", "the backing file cannot be used", "file is a", "copy-on-read is a")
-"""What the sentences begin with that are told of things outside the command line, with exit code 1 and not 2."""
+"""The first words of messages about things outside the command line; the exit code is 1 then, not 2."""
 
 
 def _info(image: Path) -> dict[str, Any]:

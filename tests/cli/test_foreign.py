@@ -1,4 +1,4 @@
-"""Images that fusedisk cannot open are refused by name everywhere, and a guess is told."""
+"""Every command names the format of an image that fusedisk cannot open and refuses it; a guess causes a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that do not answer: whatever waits for them ends when it is told to.
+"""Files that do not answer: a command or daemon that waits for one ends on a signal.
 
 A pipe without anybody at its other end stands for such a file: each test's program opens one where it would open or
 flush an image. A loop that hangs itself is one whose thread takes no signals.

@@ -164,7 +164,7 @@ def test_a_chain_that_comes_back_to_itself(tmp_path: Path) -> None:
     ],
 )
 def test_tables_in_impossible_places(tmp_path: Path, offset: int, value: int, what: str) -> None:
-    """The header is told nevertheless; anything else is refused."""
+    """info still prints the header; every other command refuses the image."""
     image = make_qcow2(tmp_path / "x.qcow2", 10 * MIB, "write 0 64k")
     with image.open("r+b") as file:
         file.seek(offset)
