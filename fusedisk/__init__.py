@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusedisk import errors
     from fusedisk.api import Disk, amend, create, open
-    from fusedisk.block.check import CheckResult
-    from fusedisk.block.extent import BlockStatus
-    from fusedisk.block.mapping import MapEntry
-    from fusedisk.block.measure import Measurement
-    from fusedisk.block.snapshot import SnapshotInfo
+    from fusedisk.block.image.mapping import MapEntry
+    from fusedisk.block.image.measure import Measurement
+    from fusedisk.block.model.check_result import CheckResult
+    from fusedisk.block.model.extent import BlockStatus
+    from fusedisk.block.model.snapshot_info import SnapshotInfo
     from fusedisk.core.errors import FusediskError
     from fusedisk.images import check, map, measure, resize
     from fusedisk.mounts import Attachment, Mount, MountedFile, attach, detach, list, mount, umount
@@ -44,11 +44,11 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "fusedisk.api": ("Disk", "amend", "create", "open"),
-    "fusedisk.block.check": ("CheckResult",),
-    "fusedisk.block.extent": ("BlockStatus",),
-    "fusedisk.block.mapping": ("MapEntry",),
-    "fusedisk.block.measure": ("Measurement",),
-    "fusedisk.block.snapshot": ("SnapshotInfo",),
+    "fusedisk.block.image.check": ("CheckResult",),
+    "fusedisk.block.model.extent": ("BlockStatus",),
+    "fusedisk.block.image.mapping": ("MapEntry",),
+    "fusedisk.block.image.measure": ("Measurement",),
+    "fusedisk.block.request.snapshot": ("SnapshotInfo",),
     "fusedisk.core.errors": ("FusediskError",),
     "fusedisk.images": ("check", "map", "measure", "resize"),
     "fusedisk.mounts": ("Attachment", "Mount", "MountedFile", "attach", "detach", "list", "mount", "umount"),

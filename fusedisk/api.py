@@ -17,19 +17,21 @@ from typing import Any, Literal, NoReturn, TypeAlias, get_args
 import trio
 
 from fusedisk.arguments import choice, fillable, flag, mapping, number_below, path, paths, readable, text, whole_number
-from fusedisk.block.amend import amend_image
-from fusedisk.block.backend import Backend
-from fusedisk.block.cache_modes import CACHE_MODES
-from fusedisk.block.create import create_image
-from fusedisk.block.extent import BlockStatus
-from fusedisk.block.filenames import has_protocol, parse_argument
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
-from fusedisk.block.information import chain_information, image_information
-from fusedisk.block.mapping import MapEntry, map_entries
-from fusedisk.block.node import NodeConfig
-from fusedisk.block.snapshot import SnapshotInfo, find_snapshot, find_snapshot_by, no_progress
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.cache_modes import CACHE_MODES
+from fusedisk.block.graph.filenames import has_protocol, parse_argument
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.image.amend import amend_image
+from fusedisk.block.image.create import create_image
+from fusedisk.block.image.information import chain_information, image_information
+from fusedisk.block.image.mapping import MapEntry, map_entries
+from fusedisk.block.model.extent import BlockStatus
+from fusedisk.block.model.node import NodeConfig
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.request.snapshot import find_snapshot, find_snapshot_by
 from fusedisk.core.errors import FusediskError, OptionError
+from fusedisk.core.progress import no_progress
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.forgotten import Forgotten, of_this_run
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
-from fusedisk.block.filenames import check_filename
+from fusedisk.block.graph.filenames import check_filename
 from fusedisk.core.errors import OptionError
 
 

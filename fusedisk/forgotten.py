@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import trio
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 
 log = logging.getLogger(__name__)
 

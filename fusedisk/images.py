@@ -12,10 +12,11 @@ from typing import Any, Literal, get_args
 from fusedisk import api
 from fusedisk.api import AnyPath, Image, Preallocation, callback, gate_for, need_trio, specification, text_or_none
 from fusedisk.arguments import choice, flag, mapping, text, whole_number
-from fusedisk.block.check import CheckResult, Repair, open_for_check
-from fusedisk.block.mapping import MapEntry
-from fusedisk.block.measure import Measurement
-from fusedisk.block.resize import resize_image
+from fusedisk.block.image.check import open_for_check
+from fusedisk.block.image.mapping import MapEntry
+from fusedisk.block.image.measure import Measurement
+from fusedisk.block.image.resize import resize_image
+from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.core.errors import NotSupportedError, OptionError
 from fusedisk.core.options import parse_size
 from fusedisk.drivers.measure import measure_copy, measure_new, target_options

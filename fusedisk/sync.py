@@ -23,9 +23,9 @@ import trio
 from fusedisk import api, images, mounts
 from fusedisk.api import Data, Disk
 from fusedisk.arguments import fillable, readable, whole_number
-from fusedisk.block.extent import BlockStatus
-from fusedisk.block.mapping import MapEntry
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.image.mapping import MapEntry
+from fusedisk.block.model.extent import BlockStatus
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import FusediskError, NoMediumError
 from fusedisk.forgotten import of_this_run
 

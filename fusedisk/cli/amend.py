@@ -78,7 +78,7 @@ def command(
         _print_options(format)
         return
     image = need("IMAGE", image)
-    from fusedisk.block.gate import Gate
+    from fusedisk.block.graph.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
     run_async(_amend, image, format, collect(options), force, key_file, gate, progress, writes=True)
@@ -87,9 +87,9 @@ def command(
 async def _amend(
     image: str, format: str | None, given: dict[str, str], force: bool, key_file: str | None, gate: object, asked: bool
 ) -> None:
-    from fusedisk.block.amend import amend_image
-    from fusedisk.block.filenames import parse_argument
-    from fusedisk.block.gate import Gate
+    from fusedisk.block.graph.filenames import parse_argument
+    from fusedisk.block.graph.gate import Gate
+    from fusedisk.block.image.amend import amend_image
     from fusedisk.drivers.table import DRIVERS
 
     assert isinstance(gate, Gate)
@@ -107,7 +107,7 @@ async def _amend(
 
 
 def _print_options(format: str | None) -> None:
-    from fusedisk.block.create import describe_options
+    from fusedisk.block.image.create import describe_options
     from fusedisk.core.errors import NotSupportedError
     from fusedisk.drivers.table import DRIVERS
 

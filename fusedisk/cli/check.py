@@ -13,7 +13,7 @@ from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
-    from fusedisk.block.check import CheckResult
+    from fusedisk.block.model.check_result import CheckResult
 
 EXIT_ERRORS, EXIT_CORRUPT, EXIT_LEAKS, EXIT_UNSUPPORTED = 1, 2, 3, 63
 """The exit codes of ``qemu-img check``."""
@@ -71,8 +71,9 @@ def command(
 async def _check(
     image: str, format: str | None, repair: str | None, dry_run: bool, force_share: bool, asked: bool
 ) -> tuple[CheckResult, dict[str, Any]]:
-    from fusedisk.block.check import Repair, open_for_check
-    from fusedisk.block.filenames import parse_argument
+    from fusedisk.block.graph.filenames import parse_argument
+    from fusedisk.block.image.check import open_for_check
+    from fusedisk.block.model.check_result import Repair
     from fusedisk.drivers.table import DRIVERS
 
     mode = Repair(repair or "nothing")

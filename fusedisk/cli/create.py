@@ -13,7 +13,7 @@ from fusedisk.cli.progress import allocation_progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
-    from fusedisk.block.gate import Gate
+    from fusedisk.block.graph.gate import Gate
     from fusedisk.core.options import CreateOptions
 
 
@@ -85,7 +85,7 @@ def command(
     filename = need("FILE", filename)
     apart = {"size": size, "backing_file": backing, "backing_fmt": backing_format}
     given = collect(options, {key: value for key, value in apart.items() if value is not None})
-    from fusedisk.block.gate import Gate
+    from fusedisk.block.graph.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
     created = run_async(_create, format, filename, given, gate, not unsafe, force, progress, writes=True)
@@ -96,7 +96,7 @@ def command(
 async def _create(
     format: str, filename: str, given: dict[str, str], gate: Gate, check_backing: bool, force: bool, asked: bool
 ) -> CreateOptions:
-    from fusedisk.block.create import create_image
+    from fusedisk.block.image.create import create_image
     from fusedisk.core.options import parse_size
     from fusedisk.drivers.table import DRIVERS
 
@@ -109,7 +109,7 @@ async def _create(
 
 
 def _print_created(format: str, filename: str, created: CreateOptions) -> None:
-    from fusedisk.block.create import options_text
+    from fusedisk.block.image.create import options_text
 
     values = {name: getattr(created, field.name) for name, field in created.names().items()}
     text = f"Created '{filename}', {format}, {exact_size_text(values['size'])}"
@@ -120,7 +120,7 @@ def _print_created(format: str, filename: str, created: CreateOptions) -> None:
 
 
 def _print_options(format: str) -> None:
-    from fusedisk.block.create import describe_options
+    from fusedisk.block.image.create import describe_options
     from fusedisk.core.errors import NotSupportedError
     from fusedisk.drivers.table import DRIVERS
 

@@ -19,14 +19,14 @@ from typing import NoReturn
 
 import trio
 
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
 from fusedisk.cli.background import Report, notify_service_manager
 from fusedisk.cli.last_resort import SignalWatch, after_grace
 from fusedisk.cli.pid_file import PidFile
+from fusedisk.compression.inflate_pool import allow_processes
+from fusedisk.compression.inflated_cache import inflated_capacity
 from fusedisk.core.errors import FusediskError, HostError, OptionError, host_error
-from fusedisk.core.inflate_pool import allow_processes
-from fusedisk.core.inflated_cache import inflated_capacity
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports

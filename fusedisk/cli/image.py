@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    from fusedisk.block.backend import Backend
+    from fusedisk.block.graph.backend import Backend
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -29,10 +29,10 @@ class ImageChoice(NamedTuple):
         self, *, follow_backing: bool = True, writable: bool = False, look_only: bool = False
     ) -> AsyncIterator[Backend]:
         """The image, open read-only unless ``writable``; ``look_only`` as for Graph. Raises a FusediskError."""
-        from fusedisk.block.filenames import parse_argument
-        from fusedisk.block.gate import Gate
-        from fusedisk.block.graph import Graph
-        from fusedisk.block.node import NodeConfig
+        from fusedisk.block.graph.filenames import parse_argument
+        from fusedisk.block.graph.gate import Gate
+        from fusedisk.block.graph.graph import Graph
+        from fusedisk.block.model.node import NodeConfig
         from fusedisk.drivers.table import DRIVERS
 
         gate = Gate(self.allow_path, allow_any=self.allow_any_reference)

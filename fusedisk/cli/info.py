@@ -65,7 +65,7 @@ def command(backing_chain: bool, output: str, **choice: Any) -> None:
 
 async def _gather(choice: ImageChoice, backing_chain: bool) -> tuple[list[dict[str, Any]], FusediskError | None]:
     """Return the information about each image, and the error that kept the next one from being opened."""
-    from fusedisk.block.information import chain_information
+    from fusedisk.block.image.information import chain_information
 
     async with choice.open(follow_backing=backing_chain, look_only=True) as backend:
         return await chain_information(backend.node)
@@ -109,7 +109,7 @@ def _facts(image: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _specific_facts(data: dict[str, Any], image: str) -> Iterator[tuple[str, str]]:
-    from fusedisk.block.filenames import resolve_reference
+    from fusedisk.block.graph.filenames import resolve_reference
 
     for key, value in data.items():
         text = ", ".join(map(_bitmap_text, value)) if key == "bitmaps" else _value_text(value)
@@ -124,7 +124,7 @@ def _bitmap_text(bitmap: dict[str, Any]) -> str:
 
 def _with_presence(text: str, path: str | None) -> str:
     """Return a file that an image names, marked if it is missing."""
-    from fusedisk.block.filenames import has_protocol
+    from fusedisk.block.graph.filenames import has_protocol
 
     if path is None or has_protocol(path) or os.path.exists(path):
         return text

@@ -13,7 +13,7 @@ from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_reading
 
 if TYPE_CHECKING:
-    from fusedisk.block.mapping import MapEntry
+    from fusedisk.block.image.mapping import MapEntry
 
 
 def parse_size_option(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -58,7 +58,7 @@ def command(start_offset: int, max_length: int | None, progress: bool, output: s
 
 
 async def _print_map(choice: ImageChoice, start: int, length: int | None, as_json: bool, asked: bool) -> None:
-    from fusedisk.block.mapping import map_entries
+    from fusedisk.block.image.mapping import map_entries
 
     async with choice.open() as backend:
         total = backend.length - start if length is None else length
@@ -89,7 +89,7 @@ class _JsonPrinter:
         self._lead = ",\n"
 
     def end(self) -> None:
-        from fusedisk.block.mapping import MapEntry
+        from fusedisk.block.image.mapping import MapEntry
 
         if self._lead == "[":  # qemu-img tells nothing by one entry of no length
             self.entry(MapEntry(self._start, 0, 0, False, False, False, None, None, False))

@@ -14,7 +14,7 @@ from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
-    from fusedisk.block.measure import Measurement
+    from fusedisk.block.image.measure import Measurement
     from fusedisk.core.options import CreateOptions
 
 
@@ -104,7 +104,7 @@ async def _measure(
 
 
 def _print_options(target: str) -> None:
-    from fusedisk.block.create import describe_options
+    from fusedisk.block.image.create import describe_options
 
     kind = _kind(target)
     print_facts(describe_options(kind) if kind is not None else [])

@@ -197,7 +197,7 @@ def _print_record(mountpoint: str) -> None:
 
 def make_request(given: dict[str, Any]) -> MountRequest:
     """Return what the options ask for. Raises OptionError, or UsageError for options that contradict each other."""
-    from fusedisk.block.filenames import parse_argument
+    from fusedisk.block.graph.filenames import parse_argument
     from fusedisk.cli.daemon import MountRequest
     from fusedisk.core import paths
     from fusedisk.export.export import FileSettings

@@ -13,7 +13,7 @@ from fusedisk.cli.progress import allocation_progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
-    from fusedisk.block.gate import Gate
+    from fusedisk.block.graph.gate import Gate
 
 
 class _Resize(click.Command):
@@ -73,7 +73,7 @@ def command(
     SIZE is a number of bytes, or one with a unit such as 512M or 10G; with + or - it is the difference. An image that
     is mounted, or that a virtual machine runs on, is refused.
     """
-    from fusedisk.block.gate import Gate
+    from fusedisk.block.graph.gate import Gate
 
     gate = Gate(allow_path, allow_any=allow_any_reference)
     old, new = run_async(_resize, image, size, format, preallocation, shrink, gate, progress)
@@ -90,8 +90,8 @@ async def _resize(
     gate: Gate,
     asked: bool,
 ) -> tuple[int, int]:
-    from fusedisk.block.filenames import parse_argument
-    from fusedisk.block.resize import resize_image
+    from fusedisk.block.graph.filenames import parse_argument
+    from fusedisk.block.image.resize import resize_image
     from fusedisk.drivers.table import DRIVERS
 
     return await resize_image(

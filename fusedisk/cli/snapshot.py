@@ -16,7 +16,7 @@ from fusedisk.cli.progress import progress, progress_option
 from fusedisk.cli.running import run_async
 
 if TYPE_CHECKING:
-    from fusedisk.block.backend import Backend
+    from fusedisk.block.graph.backend import Backend
 
 
 @click.command(
@@ -98,7 +98,7 @@ async def _writable(image: ImageChoice) -> AsyncIterator[Backend]:
 
 
 async def _create(image: ImageChoice, name: str, asked: bool) -> dict[str, Any]:
-    from fusedisk.block.snapshot import SnapshotInfo
+    from fusedisk.block.model.snapshot_info import SnapshotInfo
 
     async with _writable(image) as backend:
         with progress("keeping", 1, asked=asked, bytes=False) as tell:
@@ -107,7 +107,7 @@ async def _create(image: ImageChoice, name: str, asked: bool) -> dict[str, Any]:
 
 
 async def _apply(image: ImageChoice, id_or_name: str, asked: bool) -> str:
-    from fusedisk.block.snapshot import find_snapshot
+    from fusedisk.block.request.snapshot import find_snapshot
 
     async with _writable(image) as backend:
         found = find_snapshot(backend.list_snapshots(), id_or_name, image.image)
@@ -117,7 +117,7 @@ async def _apply(image: ImageChoice, id_or_name: str, asked: bool) -> str:
 
 
 async def _delete(image: ImageChoice, name: str, asked: bool) -> str:
-    from fusedisk.block.snapshot import find_snapshot_by
+    from fusedisk.block.request.snapshot import find_snapshot_by
 
     async with _writable(image) as backend:
         found = find_snapshot_by(backend.list_snapshots(), image.image, name=name)

@@ -1,7 +1,7 @@
 """QEMU's image locks: a running virtual machine and fusedisk keep each other out of an image.
 
 Byte 100 + i of the file is locked while permission i is used, byte 200 + i while permission i is not shared
-(bit numbers of :mod:`fusedisk.block.permissions`: consistent read, write, write unchanged, resize). Everybody
+(bit numbers of :mod:`fusedisk.block.model.permissions`: consistent read, write, write unchanged, resize). Everybody
 takes shared locks only, on single bytes; a conflict is found by asking whether an exclusive lock of a byte
 would meet somebody else's: for each used permission at 200 + i, for each unshared one at 100 + i. Lock first,
 then test, and undo on failure: of two that come at once at least one sees the other.

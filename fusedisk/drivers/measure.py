@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.check import Progress
-from fusedisk.block.measure import Measurement, measure_raw
-from fusedisk.block.registry import Registry
-from fusedisk.block.snapshot import no_progress
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.registry import Registry
+from fusedisk.block.image.measure import Measurement, measure_raw
 from fusedisk.core.errors import NotSupportedError
+from fusedisk.core.progress import Progress, no_progress
 from fusedisk.drivers.format.qcow2 import measure as qcow2
 
 TARGETS = ("raw", "qcow2")

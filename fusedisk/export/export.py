@@ -22,10 +22,10 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.driver import Role
-from fusedisk.block.immediate import Lent, Pieces
-from fusedisk.block.node import Node
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.model.driver import Role
+from fusedisk.block.model.node import Node
+from fusedisk.block.request.immediate import Lent, Pieces
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex

@@ -10,12 +10,12 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.cache_modes import CACHE_MODES
-from fusedisk.block.filenames import has_protocol, parse_filename
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import Node, NodeConfig
-from fusedisk.block.registry import Registry
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.cache_modes import CACHE_MODES
+from fusedisk.block.graph.filenames import has_protocol, parse_filename
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.graph.registry import Registry
+from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.core import paths
 from fusedisk.core.errors import HostError, OptionError
 from fusedisk.core.offload import run_opening

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Sequence
 
 import trio
 
-from fusedisk.block.driver import Role
-from fusedisk.block.graph import Graph
-from fusedisk.block.immediate import Lent, Pieces
-from fusedisk.block.node import Node, NodeConfig
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.driver import Role
+from fusedisk.block.model.node import Node, NodeConfig
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.request.immediate import Lent, Pieces
 from fusedisk.core.errors import FusediskError, NoSpaceError, OptionError, OutOfRangeError
 from fusedisk.export.export import Export, FileSettings
 from fusedisk.export.names import check_name

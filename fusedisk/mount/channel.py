@@ -1,6 +1,6 @@
 """The data channel: requests for data are read from the kernel and answered here, all others go on to pyfuse3.
 
-One task reads. It answers requests that need no waiting (:mod:`fusedisk.block.immediate`) on the spot, between two
+One task reads. It answers requests that need no waiting (see ``block/request/immediate.py``) on the spot, between two
 reads, with no task, lock or allocation; every other request becomes a task of its own and never holds up the next one.
 Requests in flight and their bytes are bounded: beyond that nothing is read, and the kernel blocks the clients.
 
@@ -22,8 +22,8 @@ from time import perf_counter
 
 import trio
 
-from fusedisk.block import background
-from fusedisk.block.immediate import Pieces
+from fusedisk.block.request import background
+from fusedisk.block.request.immediate import Pieces
 from fusedisk.core.errors import HostError
 from fusedisk.mount import wire
 from fusedisk.mount.answers import Answers, Work, failed

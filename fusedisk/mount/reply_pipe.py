@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Sequence
 
-from fusedisk.block.immediate import Lent
+from fusedisk.block.request.immediate import Lent
 from fusedisk.mount import wire
 
 LEAST = 128 << 10

@@ -20,8 +20,8 @@ from typing import Any
 
 import trio
 
-from fusedisk.block.graph import Graph
-from fusedisk.block.immediate import Immediate
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.request.immediate import Immediate
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
 from fusedisk.mount import unmounting

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import Node
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.node import Node
 from tests.support.registry import TEST_DRIVERS
 
 
@@ -27,4 +27,4 @@ def assert_idle(node: Node) -> None:
     assert not node.tracked
     assert node.serialising == 0
     assert not node.flush_mutex.locked
-    assert all(backend.in_flight == 0 for backend in node.backends())
+    assert all(backend.in_flight == 0 for backend in node.graph.backends_over(node))

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from fusedisk.block import io
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.request import io
 from fusedisk.core.errors import OutOfRangeError, ReadOnlyError
 from tests.support.memory import Store, stores
 from tests.support.opening import Chain, chain_backend, memory_backend

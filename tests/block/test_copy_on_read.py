@@ -7,9 +7,9 @@ import random
 import pytest
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.driver import COPY_ON_READ
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.driver import COPY_ON_READ
+from fusedisk.block.request import io
 from fusedisk.core.errors import CorruptImageError, FusediskError, NoSpaceError, ReadOnlyError
 from tests.support.memory import Store, stores
 from tests.support.opening import Chain, chain_backend

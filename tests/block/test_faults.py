@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError, HostError, NoSpaceError
 from tests.block.conftest import assert_idle
 from tests.support.memory import Store
@@ -174,8 +174,8 @@ async def test_waiters_of_a_failed_allocation_go_on(graph: Graph, kind: str) -> 
 
 
 async def test_a_driver_that_answers_nonsense_costs_the_request(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedisk.block.extent import ZERO, Extent
-    from fusedisk.block.transfer import DriverBug
+    from fusedisk.block.model.extent import ZERO, Extent
+    from fusedisk.block.request.transfer import DriverBug
     from tests.support.toy import ToyDriver
 
     async def overlong(self: ToyDriver, offset: int, length: int) -> Extent:

@@ -10,9 +10,9 @@ import pytest
 import trio
 import trio.testing
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import NodeConfig
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.node import NodeConfig
 from fusedisk.core.errors import OptionError, PermissionConflictError
 from tests.block.conftest import assert_idle
 from tests.support.memory import Store, stores
@@ -129,7 +129,7 @@ async def test_who_attaches_during_a_drain_is_drained_too(graph: Graph) -> None:
 
         async def drain() -> None:
             async with graph.drained(backend.node):
-                inside.append(sum(other.in_flight for other in backend.node.backends()))
+                inside.append(sum(other.in_flight for other in graph.backends_over(backend.node)))
 
         draining = await start(nursery, drain)
         other = graph.attach(backend.node, "other", writable=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import HostError
 from tests.block.conftest import assert_idle
 from tests.support.memory import Store

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block import immediate, snapshot
-from fusedisk.block.backend import Backend
-from fusedisk.block.extent import Extent
-from fusedisk.block.graph import Graph
-from fusedisk.block.snapshot import SnapshotInfo
-from fusedisk.block.tracked import Request
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.extent import Extent
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.model.tracked import Request
+from fusedisk.block.request import immediate, snapshot
 from fusedisk.core.errors import FusediskError, HostError
 from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.host_io import read_vector

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import Node, NodeConfig
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.core.errors import FusediskError, HostError, NodeNotFoundError, NoMediumError, OptionError
 from tests.support.memory import MemoryDriver, Store, stores
 from tests.support.opening import Chain, chain_backend

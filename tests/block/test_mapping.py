@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.extent import BlockStatus
-from fusedisk.block.mapping import MapEntry, map_entries
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.image.mapping import MapEntry, map_entries
+from fusedisk.block.model.extent import BlockStatus
 from fusedisk.core.errors import OptionError
 
 UNIT = 512

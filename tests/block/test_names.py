@@ -18,10 +18,10 @@ import trio
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from fusedisk.block.filenames import parse_argument
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import Node
+from fusedisk.block.graph.filenames import parse_argument
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.node import Node
 from fusedisk.core.errors import FusediskError
 from fusedisk.core.options import flatten
 from fusedisk.drivers.table import DRIVERS

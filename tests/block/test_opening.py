@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError, GateError, ImageError, NodeNotFoundError, OptionError
 from tests.support.memory import Store, stores
 from tests.support.registry import TEST_DRIVERS

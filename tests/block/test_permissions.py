@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fusedisk.block import permissions
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import NodeConfig
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model import permissions
+from fusedisk.block.model.node import NodeConfig
 from fusedisk.core.errors import LockConflictError, PermissionConflictError
 from tests.support.memory import MemoryDriver, Store, stores
 from tests.support.opening import Chain, chain_backend

@@ -7,8 +7,8 @@ import errno
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import ReadOnlyError
 from tests.support.memory import Store, stores
 from tests.support.tasks import start

@@ -8,8 +8,8 @@ import pytest
 import trio
 import trio.testing
 
-from fusedisk.block.graph import Graph
-from fusedisk.block.reopen import reopen
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.graph.reopen import reopen
 from fusedisk.core.errors import HostError, NotSupportedError, OptionError, ReadOnlyError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from fusedisk.block import permissions
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import NodeConfig
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model import permissions
+from fusedisk.block.model.node import NodeConfig
 from fusedisk.core.errors import (
     HostError,
     NotSupportedError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedisk.block.runs import RunMap
+from fusedisk.block.request.runs import RunMap
 
 SIZE = 60
 

@@ -7,9 +7,9 @@ import random
 import pytest
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.request import io
 from tests.block.conftest import assert_idle
 from tests.support.memory import Store
 from tests.support.opening import Chain, chain_backend, memory_backend

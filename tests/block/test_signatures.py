@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.signatures import EDGE, recognise
+from fusedisk.block.graph.signatures import EDGE, recognise
 from tests.conftest import qemu_img
 from tests.support.images import MIB, make_sparse_raw
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.extent import BlockStatus
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import Node
-from fusedisk.block.status import chain_status, is_allocated_above
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.extent import BlockStatus
+from fusedisk.block.model.node import Node
+from fusedisk.block.request.status import chain_status, is_allocated_above
 from fusedisk.core.errors import OutOfRangeError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block import backend as backends
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph import backend as backends
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import NoSpaceError
 from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.file import FileDriver

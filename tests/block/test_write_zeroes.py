@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from fusedisk.block import io
-from fusedisk.block.driver import MAY_UNMAP, NO_FALLBACK
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.driver import MAY_UNMAP, NO_FALLBACK
+from fusedisk.block.request import io
 from fusedisk.core.errors import HostError, NotSupportedError
 from tests.support.memory import Store
 from tests.support.opening import Chain, chain_backend, memory_backend

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.create import create_image
+from fusedisk.block.image.create import create_image
 from fusedisk.core.errors import NoSpaceError
 from fusedisk.drivers.format.raw import RawDriver
 from fusedisk.drivers.table import DRIVERS

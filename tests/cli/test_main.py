@@ -65,7 +65,12 @@ NOT_FOR_READING = {
     *("socket", "ssl", "difflib", "hashlib", "fusedisk.crypto.ciphers", "fusedisk.crypto.libcrypto", "fusedisk.api"),
     *(f"fusedisk.drivers.format.qcow2.{name}" for name in ("create", "resize", "snapshot", "vmstate", "compressed")),
     *(f"fusedisk.drivers.format.qcow2.{name}" for name in ("amend", "check", "compress", "encryption")),
-    *("fusedisk.core.inflate", "fusedisk.core.inflate_pool", "fusedisk.block.check", "fusedisk.block.create"),
+    *(
+        "fusedisk.compression.inflate",
+        "fusedisk.compression.inflate_pool",
+        "fusedisk.block.image.check",
+        "fusedisk.block.image.create",
+    ),
     *("fusedisk.export", "fusedisk.mount", "fusedisk.sync"),
 }
 """What commands that only read an image's metadata do without: half of their time went into importing it."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from fusedisk.block.create import create_image
+from fusedisk.block.image.create import create_image
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import require_root, require_tool, run_tool
 

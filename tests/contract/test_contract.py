@@ -1,4 +1,4 @@
-"""What every driver promises, see :mod:`fusedisk.block.driver`; their disks are in :mod:`tests.contract.samples`."""
+"""What every driver promises, see ``block/model/driver.py``; their disks are in :mod:`tests.contract.samples`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.create import create_image
-from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO
-from fusedisk.block.graph import Graph
-from fusedisk.block.information import image_information
-from fusedisk.block.reopen import reopen
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.graph.reopen import reopen
+from fusedisk.block.image.create import create_image
+from fusedisk.block.image.information import image_information
+from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO
 from fusedisk.core.errors import (
     FusediskError,
     HostError,
@@ -202,8 +202,8 @@ async def test_map_covers_the_disk(disk: Disk) -> None:
 @every()
 async def test_zeroes_without_writing_or_a_refusal(disk: Disk) -> None:
     """NO_FALLBACK: done in the driver or NotSupportedError, and then nothing has changed."""
-    from fusedisk.block import io
-    from fusedisk.block.driver import NO_FALLBACK
+    from fusedisk.block.model.driver import NO_FALLBACK
+    from fusedisk.block.request import io
 
     async with disk.open() as backend:
         await backend.write(0, b"x" * (2 << 20))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusedisk.core.glances import MOST_GLANCES, Glances
+from fusedisk.compression.glances import MOST_GLANCES, Glances
 
 SIZE = 64 << 10
 

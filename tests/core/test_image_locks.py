@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from fusedisk.block import permissions
+from fusedisk.block.model import permissions
 from fusedisk.core import lock_holders
 from fusedisk.core.errors import HostError, LockConflictError
 from fusedisk.core.image_locks import ImageLocks, supported

@@ -18,8 +18,8 @@ import trio
 import trio.testing
 import zstandard
 
-from fusedisk.core import inflate_pool
-from fusedisk.core.inflate_pool import BREAK_EVEN, CONTENT_SIZE, SOURCE_SIZE, Batch, InflatePool, Piece
+from fusedisk.compression import inflate_pool
+from fusedisk.compression.inflate_pool import BREAK_EVEN, CONTENT_SIZE, SOURCE_SIZE, Batch, InflatePool, Piece
 from tests.support.tasks import start, until
 
 SIZE = 64 << 10
@@ -40,7 +40,7 @@ def workers() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children()
-        if child.status() != psutil.STATUS_ZOMBIE and "fusedisk.core.inflate_worker" in child.cmdline()
+        if child.status() != psutil.STATUS_ZOMBIE and "fusedisk.compression.inflate_worker" in child.cmdline()
     ]
 
 

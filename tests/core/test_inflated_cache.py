@@ -10,8 +10,8 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedisk.core.inflate import Content
-from fusedisk.core.inflated_cache import InflatedCache, Run
+from fusedisk.compression.inflate import Content
+from fusedisk.compression.inflated_cache import InflatedCache, Run
 
 
 def kept(cache: InflatedCache, key: int, size: int = 10) -> None:

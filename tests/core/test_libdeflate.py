@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedisk.core import inflate, libdeflate
-from fusedisk.core.inflate import InflateError, raw_deflate, zstd
-from fusedisk.core.libdeflate import PREFIX_MORE, Libdeflate
+from fusedisk.compression import inflate, libdeflate
+from fusedisk.compression.inflate import InflateError, raw_deflate, zstd
+from fusedisk.compression.libdeflate import PREFIX_MORE, Libdeflate
 
 SIZE = 64 << 10
 

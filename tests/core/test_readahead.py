@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fusedisk.core.readahead import FIRST_WINDOW, LONGEST_WINDOW, MAX_STREAMS, Readahead
+from fusedisk.compression.readahead import FIRST_WINDOW, LONGEST_WINDOW, MAX_STREAMS, Readahead
 
 UNIT = 64 << 10
 SIZE = 1 << 30

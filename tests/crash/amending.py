@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from fusedisk.block.amend import amend_node
+from fusedisk.block.image.amend import amend_node
 from tests.crash.recording import Guest
 from tests.crash.workloads import KIB, MIB, SNAPSHOTS, Workload, stamped
 

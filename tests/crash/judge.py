@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError
 from fusedisk.drivers.format.qcow2.layout import DIRTY
 from tests.conftest import require_tool

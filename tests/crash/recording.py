@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.filter.blklogwrites import BlklogwritesDriver
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver

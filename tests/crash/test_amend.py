@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from tests.crash.amending import AMENDING
 from tests.crash.judge import Checker, judge
 from tests.crash.recording import Recording

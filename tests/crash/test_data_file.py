@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
 from tests.conftest import qemu_img
 from tests.crash.oracle import Oracle, View
 from tests.crash.replay import SECTOR

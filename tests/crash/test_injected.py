@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError
 from fusedisk.drivers.filter.blkdebug import BlkdebugDriver
 from fusedisk.drivers.filter.blkdebug_rules import EVENTS, InjectError, Rules

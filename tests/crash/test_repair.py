@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.check import CheckResult, Repair
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.core.errors import FusediskError
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.table import DRIVERS

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
 from fusedisk.drivers.table import DRIVERS
 from tests.crash.replay import SECTOR
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 from tests.conftest import qemu_img
 from tests.differential.scenario import SECRET, Chain, Window, random_range
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import trio
 
-from fusedisk.block import backend as backends
-from fusedisk.block import immediate
-from fusedisk.block.backend import Backend
-from fusedisk.block.check import CheckResult, Repair
-from fusedisk.block.graph import Graph
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph import backend as backends
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.check_result import CheckResult, Repair
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.request import immediate
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.format.qcow2.layout import DIRTY
 from tests.conftest import qemu_img

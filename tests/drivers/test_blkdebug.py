@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import Node
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.node import Node
 from fusedisk.core.errors import (
     FusediskError,
     GateError,

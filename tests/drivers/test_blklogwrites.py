@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError, HostError, ImageError, OptionError, OutOfRangeError
 from fusedisk.drivers.filter import blklogwrites_layout as layout
 from fusedisk.drivers.filter.blklogwrites import BlklogwritesDriver

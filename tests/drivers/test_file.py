@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.backend import Backend
-from fusedisk.block.driver import NO_FALLBACK
-from fusedisk.block.graph import Graph
-from fusedisk.block.reopen import reopen
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.graph.reopen import reopen
+from fusedisk.block.model.driver import NO_FALLBACK
+from fusedisk.block.request import io
 from fusedisk.core.errors import (
     HostError,
     LockConflictError,

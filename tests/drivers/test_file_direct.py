@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.backend import Backend
-from fusedisk.block.extent import DATA, ZERO
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import Node
-from fusedisk.block.reopen import reopen
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.graph.reopen import reopen
+from fusedisk.block.model.extent import DATA, ZERO
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.errors import FusediskError, HostError, LockConflictError, NotSupportedError
 from fusedisk.drivers.protocol import direct_io, host_file
 from fusedisk.drivers.protocol.direct_io import Alignment, address_of, find_alignment, is_aligned

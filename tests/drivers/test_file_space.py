@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.driver import MAY_UNMAP
-from fusedisk.block.extent import DATA, ZERO
+from fusedisk.block.model.driver import MAY_UNMAP
+from fusedisk.block.model.extent import DATA, ZERO
+from fusedisk.block.request import io
 from fusedisk.core.errors import (
     FusediskError,
     LockConflictError,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.extent import DATA, ZERO
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.extent import DATA, ZERO
+from fusedisk.block.request import io
 from fusedisk.core.errors import OptionError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.amend import amend_image, amend_node
+from fusedisk.block.image.amend import amend_image, amend_node
 from fusedisk.core.errors import ImageError, NotSupportedError
 from fusedisk.core.options import split_dotted
 from fusedisk.drivers.format.qcow2 import layout

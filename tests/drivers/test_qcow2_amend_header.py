@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.amend import amend_image
+from fusedisk.block.image.amend import amend_image
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import ToolError, qemu_img, qemu_io

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.amend import amend_image, amend_node
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.image.amend import amend_image, amend_node
 from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError, PassphraseError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.drivers.format.qcow2.base_record import EXTENSION_BASE
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io

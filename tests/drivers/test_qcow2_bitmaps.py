@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import fusedisk
-from fusedisk.block.amend import amend_node
-from fusedisk.block.backend import Backend
-from fusedisk.block.reopen import reopen
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.reopen import reopen
+from fusedisk.block.image.amend import amend_node
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import CorruptImageError, HostError, NoSpaceError, NotSupportedError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block import background
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.request import background
 from fusedisk.core.errors import CorruptImageError, HostError
 from fusedisk.drivers.format.qcow2 import compressed
 from tests.conftest import qemu_img

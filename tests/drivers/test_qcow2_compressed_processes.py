@@ -12,10 +12,10 @@ import psutil
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.core import inflate_pool
+from fusedisk.block.graph.backend import Backend
+from fusedisk.compression import inflate_pool
+from fusedisk.compression.inflate_pool import InflatePool
 from fusedisk.core.errors import CorruptImageError
-from fusedisk.core.inflate_pool import InflatePool
 from tests.support.compressed import CLUSTER, CONTENT, COUNT, SIZE, cluster_content, entries, new_store, reading
 from tests.support.qcow2 import driver_of
 from tests.support.tasks import start, until
@@ -30,7 +30,7 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "fusedisk.core.inflate_worker" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "fusedisk.compression.inflate_worker" in child.cmdline()]
 
 
 @asynccontextmanager

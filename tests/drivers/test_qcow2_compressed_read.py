@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.extent import DATA, SPECIAL, ZERO
+from fusedisk.block.model.extent import DATA, SPECIAL, ZERO
+from fusedisk.compression.inflate import InflateError
 from fusedisk.core.errors import CorruptImageError, HostError
-from fusedisk.core.inflate import InflateError
 from fusedisk.drivers.format.qcow2 import compressed
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from tests.conftest import qemu_img

@@ -11,9 +11,9 @@ import pytest
 import trio
 
 import fusedisk
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
+from fusedisk.compression.inflate import inflate_by_zlib
 from fusedisk.core.errors import HostError, NotSupportedError, OutOfRangeError, ReadOnlyError
-from fusedisk.core.inflate import inflate_by_zlib
 from fusedisk.drivers.format.qcow2 import compress
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, OFFSET_MASK
 from tests.conftest import qemu_img, qemu_io

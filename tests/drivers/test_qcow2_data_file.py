@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import CorruptImageError, FusediskError, GateError, HostError, ImageError, OptionError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io

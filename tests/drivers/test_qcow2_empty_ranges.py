@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.export import ranges
 from fusedisk.export.export import Export

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError, PassphraseError
 from fusedisk.drivers.format.qcow2 import layout
 from tests.conftest import qemu_img

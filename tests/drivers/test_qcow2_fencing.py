@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 from fusedisk.core.errors import CorruptImageError, FusediskError
 from tests.support.memory import Store
 from tests.support.qcow2 import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io
 from tests.support.images import KIB, MIB, make_qcow2

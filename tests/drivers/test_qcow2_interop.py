@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 from tests.conftest import qemu_img, qemu_io
 from tests.support.oracle import random_bytes
 from tests.support.qcow2 import (

@@ -13,10 +13,10 @@ import pytest
 import trio
 import zstandard
 
-from fusedisk.block.extent import DATA, UNALLOCATED, ZERO
-from fusedisk.block.status import chain_status
+from fusedisk.block.model.extent import DATA, UNALLOCATED, ZERO
+from fusedisk.block.request.status import chain_status
+from fusedisk.compression.inflate import InflateError, inflate_by_zlib, zlib_inflater, zstd_inflater
 from fusedisk.core.errors import CorruptImageError, HostError, OptionError
-from fusedisk.core.inflate import InflateError, inflate_by_zlib, zlib_inflater, zstd_inflater
 from fusedisk.drivers.format.qcow2.entries import Geometry
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.options import Qcow2Options, cache_sizes

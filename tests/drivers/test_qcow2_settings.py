@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.check import Repair, open_for_check
-from fusedisk.block.reopen import reopen
-from fusedisk.block.snapshot import no_progress
+from fusedisk.block.graph.reopen import reopen
+from fusedisk.block.image.check import open_for_check
+from fusedisk.block.model.check_result import Repair
 from fusedisk.core.errors import CorruptImageError, ImageError, OptionError
+from fusedisk.core.progress import no_progress
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.table import DRIVERS

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusedisk.block import snapshot as snapshots
-from fusedisk.block.backend import Backend
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.request import snapshot as snapshots
 from fusedisk.core.errors import CorruptImageError, NotSupportedError, OptionError, OutOfRangeError
 from tests.conftest import qemu_img, qemu_io
 from tests.support.qcow2 import assert_clean, create_image, driver_of, opened, raw_content

@@ -10,9 +10,9 @@ import pytest
 import trio
 import trio.testing
 
-from fusedisk.block import snapshot
-from fusedisk.block.backend import Backend
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.request import snapshot
 from fusedisk.drivers.format.qcow2 import image as image_module
 from fusedisk.drivers.format.qcow2.entries import ENTRIES_AT_ONCE, OFFSET_MASK
 from tests.support.memory import Store

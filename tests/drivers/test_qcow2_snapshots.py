@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.check import Repair
-from fusedisk.block.graph import Graph
-from fusedisk.block.reopen import reopen
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.graph.reopen import reopen
+from fusedisk.block.model.check_result import Repair
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import (
     NotSupportedError,
     OptionError,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import FusediskError, HostError, ImageError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots

@@ -12,8 +12,8 @@ import pytest
 import trio
 
 import fusedisk
-from fusedisk.block.backend import Backend
-from fusedisk.block.extent import DATA, UNALLOCATED, ZERO
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.model.extent import DATA, UNALLOCATED, ZERO
 from fusedisk.core.errors import CorruptImageError, HostError, ImageError, NotSupportedError, OptionError
 from fusedisk.drivers.format.qcow2.entries import ALL_ALLOCATED, ALL_ZEROES, COMPRESSED, COPIED, OFFSET_MASK
 from tests.conftest import ToolError, qemu_img, qemu_io

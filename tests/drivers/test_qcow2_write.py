@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 from fusedisk.core.errors import CorruptImageError, FusediskError, HostError, NoSpaceError
 from tests.conftest import qemu_img, qemu_io
 from tests.support.files import largest_file

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError
 from tests.conftest import qemu_img, qemu_io
 from tests.support.memory import Store

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import HostError, NoSpaceError, NotSupportedError, ReadOnlyError
 from fusedisk.drivers.protocol.host_file import Pace
 from fusedisk.drivers.table import DRIVERS

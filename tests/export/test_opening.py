@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.filenames import parse_argument
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.filenames import parse_argument
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import OptionError
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.opening import ImageRequest, OpenSettings, absolute, open_exports, take_name

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.amend import amend_node
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.image.amend import amend_node
 from fusedisk.core.errors import CorruptImageError, FusediskError
 from tests.drivers.test_qcow2_amend import make
 from tests.support.memory import Store, stores

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError, GateError, HostError, ImageError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, require_root, run_tool

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError, ImageError, UnsupportedFeatureError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img

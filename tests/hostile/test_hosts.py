@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedisk.block.graph import Graph
-from fusedisk.block.node import NodeConfig
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.node import NodeConfig
 from fusedisk.core.errors import FusediskError, ImageError, LockConflictError, NoSpaceError, OptionError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io, require_root, require_tool, run_tool

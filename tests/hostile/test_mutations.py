@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError
 from tests.hostile.images import Places, places, small_image
 from tests.hostile.sentence import assert_sentence

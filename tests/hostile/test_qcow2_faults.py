@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import HostError, NoSpaceError
 from tests.conftest import qemu_img, qemu_io
 from tests.support.memory import Store, stores

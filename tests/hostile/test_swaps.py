@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import pytest
 import trio
 
-from fusedisk.block.create import create_image
-from fusedisk.block.gate import Gate
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.image.create import create_image
 from fusedisk.core import host_open
 from fusedisk.core.errors import FusediskError, GateError
 from fusedisk.drivers.table import DRIVERS
@@ -226,7 +226,7 @@ async def test_an_image_whose_directory_is_a_link(tmp_path: Path) -> None:
 
 async def test_what_became_of_an_open_file_does_not_matter_to_a_reopening(tmp_path: Path) -> None:
     """Reading becomes writing on the very file that the gate let through."""
-    from fusedisk.block.reopen import reopen
+    from fusedisk.block.graph.reopen import reopen
 
     home = _prepare(tmp_path)
     image = _with_data_file(home, "link")

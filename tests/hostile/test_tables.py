@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import CorruptImageError, FusediskError, ImageError
 from tests.hostile.images import Places, places, small_image
 from tests.hostile.sentence import assert_sentence

@@ -16,8 +16,8 @@ import pytest
 import trio
 import trio.testing
 
-from fusedisk.block import background
-from fusedisk.block.immediate import Pieces
+from fusedisk.block.request import background
+from fusedisk.block.request.immediate import Pieces
 from fusedisk.core.errors import HostError, NoSpaceError
 from fusedisk.mount import channel, wire
 from fusedisk.mount.channel import Channel

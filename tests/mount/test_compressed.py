@@ -40,7 +40,7 @@ def test_processes_inflate_for_who_reads_a_lot(mounts: Mounts, tmp_path: Path) -
     assert read_past_the_cache(on / "image") == expected
     workers = daemon.children()
     assert len(workers) >= 2
-    assert all("fusedisk.core.inflate_worker" in worker.cmdline() for worker in workers)
+    assert all("fusedisk.compression.inflate_worker" in worker.cmdline() for worker in workers)
     for worker in workers:
         with suppress(psutil.NoSuchProcess):  # they end together
             worker.kill()

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export import ranges
 from fusedisk.export.export import Export, FileSettings

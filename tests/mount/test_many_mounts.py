@@ -15,7 +15,7 @@ from tests.support.commands import process_environment
 _SCRIPT = """
 import gc, os, sys, threading
 import psutil, trio
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.graph import Graph
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
 from fusedisk.mount import leaving

@@ -10,7 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from fusedisk.block.check import CheckResult, Repair, open_for_check
+from fusedisk.block.image.check import open_for_check
+from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import require_tool

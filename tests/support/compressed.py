@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, OFFSET_MASK
 from tests.support.memory import Store

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import (
     FusediskError,
 )

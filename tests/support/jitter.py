@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.driver import Buffer, ChildSpec, FilterDriver, Role
-from fusedisk.block.extent import DATA, Extent
-from fusedisk.block.registry import Registry
+from fusedisk.block.graph.registry import Registry
+from fusedisk.block.model.driver import Buffer, ChildSpec, FilterDriver, Role
+from fusedisk.block.model.extent import DATA, Extent
+from fusedisk.block.request import io
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.table import DRIVERS

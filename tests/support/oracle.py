@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fusedisk.block.backend import Backend
+from fusedisk.block.graph.backend import Backend
 
 
 def random_bytes(rng: random.Random, length: int) -> bytes:

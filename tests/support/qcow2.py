@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.graph import Graph
-from fusedisk.block.registry import Registry
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.graph.registry import Registry
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
 from fusedisk.drivers.table import DRIVERS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusedisk.block.registry import Registry
+from fusedisk.block.graph.registry import Registry
 
 TEST_DRIVERS = Registry(
     {

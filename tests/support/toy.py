@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.driver import ZERO_NEW, BackingReference, Buffer, ChildSpec, Driver, Role
-from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
-from fusedisk.block.limits import Limits
+from fusedisk.block.model.driver import ZERO_NEW, BackingReference, Buffer, ChildSpec, Driver, Role
+from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
+from fusedisk.block.model.limits import Limits
+from fusedisk.block.request import io
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.core.options import Options, option
 from tests.support.stepping import Steps

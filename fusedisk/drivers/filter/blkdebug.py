@@ -20,12 +20,13 @@ from typing import Any, ClassVar, Self
 
 import trio
 
-from fusedisk.block import io, permissions
-from fusedisk.block.child import Child
-from fusedisk.block.driver import FUA, NO_FALLBACK, Buffer, ChildSpec, FilterDriver, Role
-from fusedisk.block.extent import DATA, Extent
-from fusedisk.block.filenames import parse_filename
-from fusedisk.block.limits import Limits
+from fusedisk.block.graph.filenames import parse_filename
+from fusedisk.block.model import permissions
+from fusedisk.block.model.driver import FUA, NO_FALLBACK, Buffer, ChildSpec, FilterDriver, Role
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.extent import DATA, Extent
+from fusedisk.block.model.limits import Limits
+from fusedisk.block.request import io
 from fusedisk.core.errors import HostError, NoSpaceError, OptionError, host_error
 from fusedisk.core.host_open import Found, kind_name
 from fusedisk.core.offload import run_opening

@@ -16,11 +16,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from fusedisk.block import io
-from fusedisk.block.driver import FUA, NO_FALLBACK, Buffer, ChildSpec, FilterDriver, Role
-from fusedisk.block.extent import DATA, Extent
-from fusedisk.block.limits import Limits
-from fusedisk.block.node import Node
+from fusedisk.block.model.driver import FUA, NO_FALLBACK, Buffer, ChildSpec, FilterDriver, Role
+from fusedisk.block.model.extent import DATA, Extent
+from fusedisk.block.model.limits import Limits
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.errors import OptionError, OutOfRangeError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.options import Options, option

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusedisk.block import io, permissions
-from fusedisk.block.child import Child
-from fusedisk.block.driver import COPY_ON_READ, Buffer, ChildSpec, FilterDriver, Role
-from fusedisk.block.extent import DATA, Extent
+from fusedisk.block.model import permissions
+from fusedisk.block.model.driver import COPY_ON_READ, Buffer, ChildSpec, FilterDriver, Role
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.extent import DATA, Extent
+from fusedisk.block.request import io
 from fusedisk.core.errors import OptionError
 
 

@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from fusedisk.core.inflate import CODECS, Content, Inflate, InflateError
-from fusedisk.core.inflate_pool import Piece, inflate_pool
-from fusedisk.core.inflated_cache import InflatedCache, Run
+from fusedisk.compression.inflate import CODECS, Content, Inflate, InflateError
+from fusedisk.compression.inflate_pool import Piece, inflate_pool
+from fusedisk.compression.inflated_cache import InflatedCache, Run
 from fusedisk.core.offload import run_cpu
 
 INLINE_SIZE = 64 << 10

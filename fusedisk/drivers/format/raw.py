@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fusedisk.block import io
-from fusedisk.block.driver import ChildSpec, Driver, Role
-from fusedisk.block.extent import DATA, Extent, WriteExtent
-from fusedisk.block.limits import Limits
-from fusedisk.block.node import Node
+from fusedisk.block.model.driver import ChildSpec, Driver, Role
+from fusedisk.block.model.extent import DATA, Extent, WriteExtent
+from fusedisk.block.model.limits import Limits
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.errors import NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options, option
 

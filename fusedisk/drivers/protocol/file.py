@@ -23,11 +23,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
-from fusedisk.block.driver import MAY_UNMAP, Buffer, Driver
-from fusedisk.block.extent import DATA, ZERO, Extent
-from fusedisk.block.filenames import check_filename, has_protocol
-from fusedisk.block.limits import Limits
-from fusedisk.block.node import NodeConfig
+from fusedisk.block.graph.filenames import check_filename, has_protocol
+from fusedisk.block.model.driver import MAY_UNMAP, Buffer, Driver
+from fusedisk.block.model.extent import DATA, ZERO, Extent
+from fusedisk.block.model.limits import Limits
+from fusedisk.block.model.node import NodeConfig
 from fusedisk.core import image_locks, paths
 from fusedisk.core.errors import FusediskError, HostError, NotSupportedError, OptionError, host_error
 from fusedisk.core.host_open import Found, kind_name

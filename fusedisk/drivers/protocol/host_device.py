@@ -14,9 +14,9 @@ import os
 import stat
 from typing import Any
 
-from fusedisk.block import permissions
-from fusedisk.block.extent import DATA, Extent
-from fusedisk.block.limits import Limits
+from fusedisk.block.model import permissions
+from fusedisk.block.model.extent import DATA, Extent
+from fusedisk.block.model.limits import Limits
 from fusedisk.core.errors import NotSupportedError, OptionError, host_error
 from fusedisk.core.host_open import Found, kind_name
 from fusedisk.core.image_locks import ImageLocks

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 
-from fusedisk.block import permissions
+from fusedisk.block.model import permissions
 from fusedisk.core import image_locks
 from fusedisk.core.errors import NotSupportedError, OptionError, host_error
 from fusedisk.core.host_open import Found, kind_name

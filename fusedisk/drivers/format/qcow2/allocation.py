@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import trio
 
-from fusedisk.block.extent import WriteExtent
+from fusedisk.block.model.extent import WriteExtent
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.drivers.format.qcow2 import entries as bits
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
@@ -87,7 +87,7 @@ class Allocator:
         self._in_flight: list[Allocation] = []
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:
-        """Return where to write a prefix of the range; allocate. See :meth:`fusedisk.block.driver.Driver.map_write`."""
+        """Return where to write a prefix of the range; allocate. See ``Driver.map_write``."""
         await self.committer.relieve()
         while True:
             async with self.image.mutex:

@@ -4,7 +4,7 @@ Impossible changes are refused before anything changes, as far as they can be kn
 one, in QEMU's order: to version 3 first, to version 2 last, so that changes that need version 3 come between. Each is
 crash-safe and leaves an image that every program can read; after each the driver reads the image again.
 
-No request is in flight on the node meanwhile (:mod:`fusedisk.block.amend`).
+No request is in flight on the node meanwhile (:mod:`fusedisk.block.image.amend`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fusedisk.block.check import Progress
-from fusedisk.block.driver import ZERO_NEW
-from fusedisk.block.filenames import resolve_reference
+from fusedisk.block.graph.filenames import resolve_reference
+from fusedisk.block.model.driver import ZERO_NEW
 from fusedisk.core import paths
 from fusedisk.core.errors import NotSupportedError, OptionError
+from fusedisk.core.progress import Progress
 from fusedisk.crypto.luks import Piece
 from fusedisk.drivers.format.qcow2 import amend_keys, layout
 from fusedisk.drivers.format.qcow2.amend_header import put_header

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import trio
 
-from fusedisk.block.check import Progress
 from fusedisk.core.errors import ImageError
+from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.check_blocks import BlockCodec
 from fusedisk.drivers.format.qcow2.check_counts import MOST

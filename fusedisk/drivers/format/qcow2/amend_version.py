@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fusedisk.block.check import Progress
 from fusedisk.core.errors import NotSupportedError
+from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.amend_header import put_header
 from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from fusedisk.block.check import Progress
 from fusedisk.core.errors import ImageError
+from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, encode_table, used_pieces
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.snapshot import read_l1

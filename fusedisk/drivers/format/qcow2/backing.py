@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import trio
 
-from fusedisk.block.node import Node
-from fusedisk.block.status import chain_status
+from fusedisk.block.model.node import Node
+from fusedisk.block.request.status import chain_status
 from fusedisk.core.errors import FusediskError
 
 _EVERYTHING = 1 << 63

@@ -22,9 +22,9 @@ from functools import partial
 from logging import getLogger
 from typing import TYPE_CHECKING, NamedTuple
 
-from fusedisk.block.driver import Role
-from fusedisk.block.filenames import resolve_reference
-from fusedisk.block.node import Node
+from fusedisk.block.graph.filenames import resolve_reference
+from fusedisk.block.model.driver import Role
+from fusedisk.block.model.node import Node
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2.amend_header import put_header
 from fusedisk.drivers.format.qcow2.image import Image

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fusedisk.block.check import CheckResult, Progress, Repair
-from fusedisk.block.node import Node
+from fusedisk.block.model.check_result import CheckResult, Repair
+from fusedisk.block.model.node import Node
 from fusedisk.core.errors import ImageError
+from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2 import repair as repairing
 from fusedisk.drivers.format.qcow2.check_analysis import analyse
 from fusedisk.drivers.format.qcow2.check_open import CheckedImage, open_image
@@ -12,7 +13,7 @@ from fusedisk.drivers.format.qcow2.check_snapshots import SnapshotTable, read_sn
 
 
 async def check(file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
-    """Check the image in ``file``, see :meth:`fusedisk.block.driver.Driver.check`."""
+    """Check the image in ``file``, see :meth:`fusedisk.block.model.driver.Driver.check`."""
     image = await open_image(file)
     snapshots = await _read_snapshots(image, repair)
     analysis = await analyse(image, snapshots, progress)

@@ -20,7 +20,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 
-from fusedisk.block.check import Progress
+from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2.check_blocks import DiskRefcounts
 from fusedisk.drivers.format.qcow2.check_counts import WHOLE, Counts
 from fusedisk.drivers.format.qcow2.check_open import SECTOR, CheckedImage

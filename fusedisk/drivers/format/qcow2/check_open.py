@@ -11,8 +11,8 @@ import struct
 from array import array
 from typing import NamedTuple
 
-from fusedisk.block import io
-from fusedisk.block.node import Node
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.errors import HostError, ImageError, UnsupportedFeatureError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, encode_table, swap_table

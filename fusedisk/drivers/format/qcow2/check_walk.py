@@ -10,9 +10,10 @@ from array import array
 from collections import Counter
 from typing import NamedTuple
 
-from fusedisk.block.check import CheckResult, Progress
+from fusedisk.block.model.check_result import CheckResult
 from fusedisk.core.alone import checkpoint
 from fusedisk.core.errors import FusediskError, ImageError
+from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2.check_bitmaps import TABLE_ENTRY_OFFSET, bitmap_directory, wrong_entry
 from fusedisk.drivers.format.qcow2.check_blocks import (
     REFCOUNT_OFFSET_MASK,

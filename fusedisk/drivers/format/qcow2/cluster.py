@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Protocol
 
-from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
+from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
 from fusedisk.core.errors import CorruptImageError
 from fusedisk.drivers.format.qcow2 import entries as bits
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK

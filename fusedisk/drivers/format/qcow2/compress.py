@@ -22,8 +22,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from fusedisk.block import transfer
-from fusedisk.block.node import Node
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import transfer
 from fusedisk.core.errors import FusediskError, NotSupportedError
 from fusedisk.core.offload import run_cpu
 from fusedisk.core.zeroes import is_zero

@@ -2,10 +2,10 @@
 
 Clusters are inflated whole, many of a run at a time, ahead of sequential readers, and are cached for a while. A reader
 of a cluster that is being inflated waits for that. When the cache is full, the first read of a small part of a cluster
-inflates no more than it needs (:mod:`fusedisk.core.glances`).
+inflates no more than it needs (:mod:`fusedisk.compression.glances`).
 
 Why this is safe beside writers: rewriting a compressed cluster frees its host clusters while other requests may be
-reading them. Before they can be used again, the cache drops their content (:mod:`fusedisk.core.inflated_cache`) and
+reading them. Before they can be used again, the cache drops their content (``inflated_cache``) and
 discards loads of them that are under way, whose readers then resolve the guest offset again. Content comes from the
 cache in the same instant in which the L2 entry is read, or from a load that was under way in that instant.
 
@@ -19,15 +19,15 @@ from array import array
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from fusedisk.block import background
-from fusedisk.block.extent import Extent
-from fusedisk.block.node import Node
+from fusedisk.block.model.extent import Extent
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import background
+from fusedisk.compression.glances import Glances
+from fusedisk.compression.inflate import Content, InflateError
+from fusedisk.compression.inflate_pool import inflate_pool
+from fusedisk.compression.inflated_cache import Run
+from fusedisk.compression.readahead import Readahead
 from fusedisk.core.errors import CorruptImageError, FusediskError
-from fusedisk.core.glances import Glances
-from fusedisk.core.inflate import Content, InflateError
-from fusedisk.core.inflate_pool import inflate_pool
-from fusedisk.core.inflated_cache import Run
-from fusedisk.core.readahead import Readahead
 from fusedisk.drivers.format.inflating import INLINE_SIZE, Inflater, Where
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.layout import COMPRESSION_NAMES

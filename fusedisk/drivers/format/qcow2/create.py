@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
-from fusedisk.block import io
-from fusedisk.block.child import Child
-from fusedisk.block.driver import Role
-from fusedisk.block.node import Node
+from fusedisk.block.model.driver import Role
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.errors import OptionError
 from fusedisk.drivers.format.qcow2 import layout, resize
 from fusedisk.drivers.format.qcow2.commit import Committer

@@ -17,7 +17,7 @@ from array import array
 
 import trio
 
-from fusedisk.block import io
+from fusedisk.block.request import io
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.backing import NO_BACKING, Backing

@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.child import Child
-from fusedisk.block.driver import (
+from fusedisk.block.model.driver import (
     MAY_UNMAP,
     BackingReference,
     Buffer,
     ChildSpec,
     Role,
 )
-from fusedisk.block.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
-from fusedisk.block.limits import Limits
-from fusedisk.block.node import Node, NodeConfig
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
+from fusedisk.block.model.limits import Limits
+from fusedisk.block.model.node import Node, NodeConfig
+from fusedisk.block.request import io
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options
@@ -64,7 +64,8 @@ SECTOR = 512
 """The unit of encryption and of image lengths, in bytes."""
 
 if TYPE_CHECKING:
-    from fusedisk.block.check import CheckResult, Progress, Repair
+    from fusedisk.block.model.check_result import CheckResult, Repair
+    from fusedisk.core.progress import Progress
     from fusedisk.drivers.format.qcow2.compress import CompressedWriter
     from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 
@@ -202,8 +203,8 @@ class Qcow2Driver(ResizeDriver):
     async def _repair_refcounts(self, file: Node) -> Header:
         """Make writing safe after a writer that did not close the image; see docs/adr/0021. Raises ImageError if more
         than refcounts is wrong."""
-        from fusedisk.block.check import Repair
-        from fusedisk.block.snapshot import no_progress
+        from fusedisk.block.model.check_result import Repair
+        from fusedisk.core.progress import no_progress
         from fusedisk.drivers.format.qcow2.check import check
 
         filename = self.node.filename

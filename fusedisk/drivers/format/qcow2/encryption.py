@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusedisk.block import io
-from fusedisk.block.node import Node
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.errors import OptionError, PassphraseError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.offload import run_cpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from fusedisk.block.child import Child
+from fusedisk.block.model.edge import Child
 
 
 class Reason(enum.Enum):

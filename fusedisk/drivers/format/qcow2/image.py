@@ -17,13 +17,13 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Awaitable, Callable, Iterable
 
-from fusedisk.block import io
-from fusedisk.block.child import Child
-from fusedisk.block.node import Node
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
+from fusedisk.compression.inflated_cache import InflatedCache, inflated_capacity
 from fusedisk.core.alone import checkpoint
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import CorruptImageError, FusediskError
-from fusedisk.core.inflated_cache import InflatedCache, inflated_capacity
 from fusedisk.core.locks import Mutex
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import layout
@@ -310,7 +310,7 @@ class Image:
     # --- writing metadata -------------------------------------------------------------------------------
 
     async def announce(self, event: str) -> None:
-        """Tell the storage about an event, see :meth:`fusedisk.block.driver.Driver.debug_event`."""
+        """Tell the storage about an event, see :meth:`fusedisk.block.model.driver.Driver.debug_event`."""
         await self.storage.node.driver.debug_event(event)
 
     async def _write(self, offset: int, data: bytes | bytearray | memoryview) -> None:

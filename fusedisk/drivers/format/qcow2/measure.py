@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from fusedisk.block.backend import Backend
-from fusedisk.block.check import Progress
-from fusedisk.block.measure import Measurement, clusters_with_data, round_up
-from fusedisk.block.snapshot import no_progress
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.image.measure import Measurement, clusters_with_data, round_up
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import CreateOptions, option
+from fusedisk.core.progress import Progress, no_progress
 from fusedisk.crypto.luks_layout import area_size
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.bitmap_directory import Bitmap

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from fusedisk.block import io
-from fusedisk.block.node import Node
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.errors import ImageError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.layout import Header

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 import trio
 
-from fusedisk.block import io
+from fusedisk.block.request import io
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
 from fusedisk.drivers.format.qcow2 import layout

@@ -43,8 +43,9 @@ from __future__ import annotations
 
 import bisect
 
-from fusedisk.block.check import CheckResult, Progress, Repair
+from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.core.errors import ImageError
+from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.check_analysis import Analysis, analyse
 from fusedisk.drivers.format.qcow2.check_open import KNOWN_AUTOCLEAR, CheckedImage, open_image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 
-from fusedisk.block import io
+from fusedisk.block.request import io
 from fusedisk.drivers.format.qcow2.check_analysis import Analysis
 from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region
 from fusedisk.drivers.format.qcow2.check_table import ALLOCATED_SUBCLUSTERS

@@ -13,10 +13,10 @@ from array import array
 
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.driver import MAY_UNMAP
-from fusedisk.block.node import Node
-from fusedisk.block.status import chain_status
+from fusedisk.block.model.driver import MAY_UNMAP
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
+from fusedisk.block.request.status import chain_status
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import discard, layout

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import trio
 
-from fusedisk.block import io, transfer
-from fusedisk.block.driver import ZERO_NEW, Buffer
-from fusedisk.block.extent import UNALLOCATED, Extent
+from fusedisk.block.model.driver import ZERO_NEW, Buffer
+from fusedisk.block.model.extent import UNALLOCATED, Extent
+from fusedisk.block.request import io, transfer
 from fusedisk.core.zeroes import is_zero
 from fusedisk.drivers.format.qcow2.backing import NO_BACKING, Backing
 from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver

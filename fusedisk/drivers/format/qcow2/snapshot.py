@@ -9,7 +9,7 @@ A snapshot is an L1 table of its own.
 * Deleting one removes its references. Clusters that only the active table still leads to get their flags again.
 
 Each is one step from an old state to a new one, see :mod:`.snapshot_switch`: a crash leaves one of the two, and an
-error changes nothing. Only plain reads are in flight on the node meanwhile (:mod:`fusedisk.block.snapshot`); applying
+error changes nothing. Only plain reads are in flight on the node meanwhile (``request/snapshot.py``); applying
 holds back those, too, just before its step. The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and
 other tasks run between.
 
@@ -28,10 +28,10 @@ from typing import Protocol
 
 import trio
 
-from fusedisk.block.check import Progress
-from fusedisk.block.driver import NoReads
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.model.driver import NoReads
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
+from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import COPIED, ENTRIES_AT_ONCE, OFFSET_MASK, empty_table

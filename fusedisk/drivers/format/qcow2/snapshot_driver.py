@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusedisk.block.driver import Driver, NoReads
-from fusedisk.block.node import NodeConfig
-from fusedisk.block.snapshot import SnapshotInfo, find_snapshot
+from fusedisk.block.model.driver import Driver, NoReads
+from fusedisk.block.model.node import NodeConfig
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.request.snapshot import find_snapshot
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError, SnapshotNotFoundError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
@@ -20,7 +21,7 @@ from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, l1_clusters, load_snapshots
 
 if TYPE_CHECKING:
-    from fusedisk.block.check import Progress
+    from fusedisk.core.progress import Progress
     from fusedisk.drivers.format.qcow2.encryption import Encryption
 
 

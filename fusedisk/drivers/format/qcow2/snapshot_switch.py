@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import trio
 
-from fusedisk.block import io
-from fusedisk.block.driver import NoReads
+from fusedisk.block.model.driver import NoReads
+from fusedisk.block.request import io
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.check_blocks import BlockCodec

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from fusedisk.block.snapshot import SnapshotInfo
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import ImageError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import Geometry

@@ -15,9 +15,9 @@ import abc
 from array import array
 from collections.abc import Sequence
 
-from fusedisk.block import io
-from fusedisk.block.child import Child
-from fusedisk.block.extent import Extent, WriteExtent
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.extent import Extent, WriteExtent
+from fusedisk.block.request import io
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, FIRST_CLUSTER, OFFSET_MASK, HostRun, plain_runs
 from fusedisk.drivers.format.qcow2.freed import ExternalRange, Reason

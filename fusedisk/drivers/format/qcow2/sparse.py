@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from array import array
 
-from fusedisk.block import io
-from fusedisk.block.node import Node
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.errors import FusediskError
 from fusedisk.drivers.format.qcow2.image import read_table
 from fusedisk.drivers.format.qcow2.layout import Header

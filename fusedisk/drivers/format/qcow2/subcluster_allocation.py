@@ -11,8 +11,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 
-from fusedisk.block.child import Child
-from fusedisk.block.extent import WriteExtent
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.extent import WriteExtent
 from fusedisk.drivers.format.qcow2.allocation import Allocation, Allocator
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer

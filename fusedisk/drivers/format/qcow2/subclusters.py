@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 
-from fusedisk.block.extent import DATA, UNALLOCATED, ZERO, Extent, WriteExtent
+from fusedisk.block.model.extent import DATA, UNALLOCATED, ZERO, Extent, WriteExtent
 from fusedisk.core.errors import CorruptImageError
 from fusedisk.drivers.format.qcow2 import entries as bits
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap, Transform

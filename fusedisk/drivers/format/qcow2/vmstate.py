@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fusedisk.block import io, transfer
-from fusedisk.block.extent import DATA, SPECIAL, Extent
-from fusedisk.block.node import Node
+from fusedisk.block.model.extent import DATA, SPECIAL, Extent
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io, transfer
 from fusedisk.core.errors import NotSupportedError, OutOfRangeError
 from fusedisk.core.zeroes import zero_fill
 from fusedisk.drivers.format.qcow2 import discard, layout, resize
@@ -27,10 +27,10 @@ class VmStateImage(Protocol):
     allocator: Allocator
 
     async def map(self, offset: int, length: int) -> Extent:
-        """See :meth:`fusedisk.block.driver.Driver.map`."""
+        """See :meth:`fusedisk.block.model.driver.Driver.map`."""
 
     async def read_special(self, extent: Extent, offset: int, buffer: memoryview) -> None:
-        """See :meth:`fusedisk.block.driver.Driver.read_special`."""
+        """See :meth:`fusedisk.block.model.driver.Driver.read_special`."""
 
 
 def vmstate_offset(allocator: Allocator) -> int:

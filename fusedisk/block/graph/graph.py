@@ -1,0 +1,440 @@
+"""The graph: opening, attaching, closing, draining and changing it under load."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.gate import Gate
+from fusedisk.block.graph.opening import Opener
+from fusedisk.block.graph.permission_update import update_permissions
+from fusedisk.block.graph.registry import Registry
+from fusedisk.block.model import permissions
+from fusedisk.block.model.driver import Role
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.node import Node, NodeConfig
+from fusedisk.core.alone import shield
+from fusedisk.core.errors import (
+    FusediskError,
+    NodeNotFoundError,
+    OptionError,
+)
+
+log = logging.getLogger(__name__)
+
+EXCLUSIVE = permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
+"""What a writer shares: others may read, nobody else may write."""
+
+
+class Graph:
+    """All nodes of one process, by name.
+
+    Not safe for threads: everything runs in one trio thread. Opening and closing suspend, attaching edges and changing
+    permissions do not.
+    """
+
+    def __init__(
+        self, drivers: Registry, gate: Gate | None = None, *, follow_backing: bool = True, look_only: bool = False
+    ) -> None:
+        self.drivers = drivers
+        self.gate = gate or Gate()
+        self.follow_backing = follow_backing
+        """Open the backing files that images name; if False, each image is opened alone."""
+        self.look_only = look_only
+        """Open images to read their headers, not their disks. Data files stay closed, a chain ends without error at a
+        backing file that fails to open, and no guessed format is reported."""
+        self.changes = 0
+        """The number of changes to edges, permissions and settings; a change invalidates all that is derived from
+        them."""
+        self.nodes: dict[str, Node] = {}
+        self._backends: dict[Child, Backend] = {}
+        self._counter = 0
+
+    # --- opening ----------------------------------------------------------------------------------------
+
+    async def open_backend(
+        self,
+        spec: str | Mapping[str, Any],
+        *,
+        name: str | None = None,
+        writable: bool = False,
+        format: str | None = None,
+        config: NodeConfig | None = None,
+        write_cache: bool = True,
+        group: object | None = None,
+    ) -> Backend:
+        """Open an image and attach a user to it.
+
+        ``spec`` is a file name (``json:…`` and ``proto:…`` included), or nested options. ``format`` forces the driver
+        of a file name. ``config`` are defaults that the options override. Edges of one ``group`` do not exclude each
+        other, such as those of a disk and its partitions; see :meth:`open_node`. Raises a FusediskError; then nothing
+        stays open.
+        """
+        config = dataclasses.replace(config or NodeConfig(), read_only=not writable)
+        node = await self.open_node(spec, config, format=format, group=group)
+        try:
+            return self.attach(node, name or node.name, writable=writable, write_cache=write_cache)
+        except BaseException as exc:
+            await self.abandon(node, exc)
+            raise
+
+    async def open_node(
+        self,
+        spec: str | Mapping[str, Any],
+        config: NodeConfig,
+        *,
+        format: str | None = None,
+        group: object | None = None,
+    ) -> Node:
+        """Open a node and all below it. The caller attaches an edge, or sets ``owned``, before it next awaits.
+
+        Edges to nodes that ``spec`` refers to by name belong to ``group``.
+        """
+        return await Opener(self, group).open(spec, config, format)
+
+    async def open_child(
+        self, parent: Node, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool
+    ) -> Child:
+        """Open and attach a child for a driver; see :meth:`Node.open_child`."""
+        return await Opener(self).open_child(parent, name, role, reference, implicit=implicit)
+
+    def new_node(self, name: str | None, config: NodeConfig, explicit: frozenset[str], inherits: Node | None) -> Node:
+        """Register a node without a driver. ``name`` None makes one up. Raises OptionError for a name in use."""
+        if name is None:
+            self._counter += 1
+            name = f"#block{self._counter}"
+        elif name in self.nodes:
+            raise OptionError(f"a node named '{name}' exists already, names must be unique.")
+        node = Node(self, name, dataclasses.replace(config))
+        node.inherits_from = inherits
+        node.explicit = explicit
+        self.nodes[name] = node
+        return node
+
+    async def start(self, node: Node) -> None:
+        """Run the driver's ``open``, then read its length and limits."""
+        if node.config.reference is not None:
+            node.config.reference.check_driver(node.driver)
+        await node.driver.open()
+        try:
+            node.length = await node.driver.length()
+            self.refresh_limits(node)
+        except BaseException as exc:
+            with shield():
+                try:
+                    await node.driver.close()
+                except Exception:
+                    log.exception("closing '%s' failed, after: %s", node.name, exc)
+            raise
+
+    @staticmethod
+    def refresh_limits(node: Node) -> None:
+        """Read the driver's limits again."""
+        limits = type(node.limits)()
+        storage = node.children.get("file")
+        if storage is not None and node.driver.is_filter:
+            limits.cluster_size = storage.node.limits.cluster_size
+        node.driver.refresh_limits(limits)
+        node.limits = limits
+
+    async def abandon(self, node: Node, cause: BaseException, *, opened: bool = True) -> None:
+        """Close what a failed opening leaves behind. Errors are only logged: ``cause`` is the one to report."""
+        with shield():
+            try:
+                await self.collect(node, opened=opened)
+            except FusediskError as exc:
+                log.warning("while giving up on '%s': %s (after: %s)", node.name, exc, cause)
+
+    # --- edges ------------------------------------------------------------------------------------------
+
+    def attach_child(self, parent: Node, node: Node, name: str, role: Role, *, group: object | None = None) -> Child:
+        """Make ``node`` the child ``name`` of ``parent``. Raises OptionError or a permission error; then there is no
+        edge."""
+        if name in parent.children:
+            raise OptionError(f"node '{parent.name}' has a child '{name}' already.")
+        if _reaches(node, parent):
+            raise OptionError(f"node '{node.name}' cannot be below '{parent.name}': the graph would have a loop.")
+        # A parent with auto-read-only is only as writable as its storage.
+        if parent.config.auto_read_only and node.config.read_only and role is not Role.BACKING:
+            parent.config.read_only = True
+        edge = Child(name, role, parent, node, f"node '{parent.name}'")
+        edge.group = group
+        parent.children[name] = edge
+        node.parents.append(edge)
+        try:
+            update_permissions([parent])
+        except BaseException:
+            del parent.children[name]
+            node.parents.remove(edge)
+            raise
+        return edge
+
+    def attach(
+        self,
+        node: Node,
+        name: str,
+        *,
+        writable: bool,
+        write_cache: bool = True,
+        perm: int | None = None,
+        shared: int | None = None,
+    ) -> Backend:
+        """Attach a user to a node. Raises PermissionConflictError or LockConflictError; then nothing has changed.
+
+        By default the user needs the read permission, with ``writable`` also write and resize. A writer lets others
+        read, a reader lets them do anything.
+        """
+        backend = Backend(self, name, write_cache=write_cache)
+        edge = Child("root", None, None, node, f"'{name}'")
+        if perm is None:
+            perm = permissions.CONSISTENT_READ
+            if writable:
+                perm |= permissions.WRITE | permissions.WRITE_UNCHANGED | permissions.RESIZE
+            elif node.config.copy_on_read and not node.config.read_only:
+                perm |= permissions.WRITE_UNCHANGED
+        edge.perm = perm
+        edge.shared = shared if shared is not None else EXCLUSIVE if writable else permissions.ALL
+        node.parents.append(edge)
+        try:
+            update_permissions([node])
+        except BaseException:
+            node.parents.remove(edge)
+            raise
+        backend.root = edge
+        self._backends[edge] = backend
+        return backend
+
+    async def detach(self, backend: Backend) -> None:
+        """Flush, detach, and close the nodes that are unused then. Raises the first error after releasing everything.
+
+        Idempotent, and safe if two tasks detach the same backend.
+        """
+        edge = backend.root
+        if edge is None:
+            return
+        backend.quiesce()
+        try:
+            await backend.wait_idle()
+        except BaseException:
+            backend.resume()
+            raise
+        if backend.root is None:  # another task closed it during the wait
+            backend.resume()
+            return
+        with shield():
+            await self._detach_idle(backend, edge)
+
+    async def _detach_idle(self, backend: Backend, edge: Child) -> None:
+        failure: Exception | None = None
+        try:
+            await backend.last_flush()
+        except Exception as exc:
+            failure = exc
+        backend.root = None
+        backend.resume()
+        del self._backends[edge]
+        edge.node.parents.remove(edge)
+        try:
+            await self.collect(edge.node)
+        except FusediskError as exc:
+            failure = failure or exc
+        if self.nodes.get(edge.node.name) is edge.node:
+            update_permissions([edge.node])
+        if failure is not None:
+            raise failure
+
+    def backend_of(self, edge: Child) -> Backend | None:
+        """Return the backend with this root edge."""
+        return self._backends.get(edge)
+
+    def backends_over(self, node: Node) -> list[Backend]:
+        """Return all backends whose requests reach ``node``."""
+        found: dict[Backend, None] = {}
+        seen = {node}
+        queue = [node]
+        while queue:
+            for edge in queue.pop().parents:
+                backend = self._backends.get(edge)
+                if backend is not None:
+                    found[backend] = None
+                elif edge.parent is not None and edge.parent not in seen:
+                    seen.add(edge.parent)
+                    queue.append(edge.parent)
+        return list(found)
+
+    def probe(self, head: bytes, filename: str) -> str:
+        """Return the name of the format that ``head`` looks like."""
+        return self.drivers.probe(head, filename)
+
+    def node(self, name: str) -> Node:
+        """Return the node of that name. Raises NodeNotFoundError."""
+        found = self.nodes.get(name)
+        if found is None:
+            raise NodeNotFoundError(f"there is no node '{name}'.")
+        return found
+
+    def resized(self, node: Node) -> None:
+        """Tell the backends attached directly to ``node`` that its length has changed."""
+        for edge in node.parents:
+            backend = self._backends.get(edge)
+            if backend is not None:
+                backend.notify_resize()
+
+    # --- closing ----------------------------------------------------------------------------------------
+
+    async def collect(self, node: Node, *, opened: bool = True) -> None:
+        """Close ``node`` if it is unused, then every node that only it used. Raises the first error, at the end."""
+        failure: FusediskError | None = None
+        queue = [(node, opened)]
+        while queue:
+            unused, started = queue.pop(0)
+            if unused.parents or unused.owned or self.nodes.get(unused.name) is not unused:
+                continue
+            # Out of the table, no other task can find the node, attach to it or close it again.
+            del self.nodes[unused.name]
+            for notify in list(unused.close_notifiers):
+                notify(unused)
+            try:
+                if started:
+                    await unused.driver.close()
+            except FusediskError as exc:
+                failure = failure or exc
+            except Exception as exc:
+                log.exception("closing node '%s' failed", unused.name)
+                failure = failure or FusediskError(
+                    f"'{unused.name}' could not be closed: {exc!r} (a bug, see the log)."
+                )
+            unused.closed = True
+            for edge in list(unused.children.values()):
+                edge.node.parents.remove(edge)
+                try:
+                    if edge.node.parents or edge.node.owned:
+                        update_permissions([edge.node])
+                except FusediskError as exc:
+                    failure = failure or exc
+                queue.append((edge.node, True))
+            unused.children.clear()
+        if failure is not None:
+            raise failure
+
+    async def close(self) -> None:
+        """Detach every backend and close every node. Raises the first error, after everything is released."""
+        failure: Exception | None = None
+        for backend in list(self._backends.values()):
+            try:
+                await self.detach(backend)
+            except Exception as exc:
+                failure = failure or exc
+        for node in list(self.nodes.values()):
+            node.owned = False
+            try:
+                await self.collect(node)
+            except FusediskError as exc:
+                failure = failure or exc
+        if failure is not None:
+            raise failure
+
+    # --- changing under load ----------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def drained(self, *nodes: Node) -> AsyncIterator[None]:
+        """Run the block while no request is in flight on any of ``nodes``.
+
+        Stops the backends above and waits for their requests. Never use it from inside a request.
+        """
+        backends: list[Backend] = []
+        try:
+            # In a loop, since another backend may attach during the wait.
+            while new := {user: None for node in nodes for user in self.backends_over(node) if user not in backends}:
+                for backend in new:
+                    backend.quiesce()
+                    backends.append(backend)
+                for backend in new:
+                    await backend.wait_idle()
+            yield
+        finally:
+            for backend in backends:
+                backend.resume()
+
+    async def replace(self, old: Node, new: Node) -> None:
+        """Let every parent of ``old`` (but ``new`` itself) use ``new`` instead, under load.
+
+        ``old`` is closed if it is unused then. Raises OperationBlockedError if the operation is blocked, OptionError if
+        it would make a loop, PermissionConflictError if permissions conflict; then nothing has changed.
+        """
+        old.check_operation("replace")
+        async with self.drained(old, new):
+            moved = [edge for edge in old.parents if edge.parent is not new]
+            if any(edge.parent is not None and _reaches(new, edge.parent) for edge in moved):
+                raise OptionError(f"node '{new.name}' cannot replace '{old.name}': the graph would have a loop.")
+            self._move(moved, old, new)
+            try:
+                update_permissions([old, new])
+            except BaseException:
+                self._move(moved, new, old)
+                update_permissions([old, new])
+                raise
+            for edge in moved:
+                for above in _above(edge):
+                    above.change_mapping()
+        if new.length != old.length:
+            self.resized(new)
+        await self.collect(old)
+
+    @staticmethod
+    def _move(edges: list[Child], old: Node, new: Node) -> None:
+        for edge in edges:
+            old.parents.remove(edge)
+            edge.node = new
+            edge.implied = False
+            new.parents.append(edge)
+
+    async def insert_above(self, node: Node, options: dict[str, Any]) -> Node:
+        """Open a filter and insert it between ``node`` and all its parents, under load. Returns the filter."""
+        config = dataclasses.replace(
+            node.config, detect_zeroes="off", copy_on_read=False, discard_unmap=True, reference=None
+        )
+        async with self.drained(node):
+            above, _ = await Opener(self).open_one({**options, "file": node.name}, config, None)
+            try:
+                await self.replace(node, above)
+            except BaseException as exc:
+                await self.abandon(above, exc)
+                raise
+        return above
+
+    async def remove_filter(self, node: Node) -> None:
+        """Remove a filter: connect its parents to its child, then close it."""
+        if not node.driver.is_filter:
+            raise OptionError(f"node '{node.name}' is {node.driver.name}, only filters can be removed.")
+        await self.replace(node, node.children["file"].node)
+
+
+def _above(edge: Child) -> list[Node]:
+    """Return all nodes from which ``edge`` can be reached."""
+    found: dict[Node, None] = {}
+    queue = [edge]
+    while queue:
+        parent = queue.pop().parent
+        if parent is not None and parent not in found:
+            found[parent] = None
+            queue.extend(parent.parents)
+    return list(found)
+
+
+def _reaches(start: Node, wanted: Node) -> bool:
+    """Whether ``wanted`` is ``start`` or below it."""
+    seen, queue = {start}, [start]
+    while queue:
+        node = queue.pop()
+        if node is wanted:
+            return True
+        for edge in node.children.values():
+            if edge.node not in seen:
+                seen.add(edge.node)
+                queue.append(edge.node)
+    return False

@@ -1,0 +1,1 @@
+"""Operations on whole images: create, check, amend, resize, measure, information, map."""

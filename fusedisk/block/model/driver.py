@@ -1,0 +1,516 @@
+"""The driver interface.
+
+A driver says where bytes lie; the core (:mod:`fusedisk.block.request.io`) moves them. There are three kinds:
+
+* a **protocol** driver reaches bytes outside the process and moves them itself: ``preadv`` and ``pwritev``;
+* a **format** driver answers ``map`` and ``map_write`` over its ``file`` child and never moves guest data;
+* a **filter** passes everything to its one child and overrides what it changes.
+
+What a driver may rely on: the core has checked range, alignment, read-only and permissions, no request is empty, none
+is longer than the driver's limits, requests that free host space are serialised against every overlapping request,
+and ``publish``, ``write_zeroes``, ``discard`` and ``truncate`` run shielded from cancellation (``map_write`` does not:
+what must not be cut short in it, it shields itself). What it must do: raise only :mod:`fusedisk.core.errors` classes,
+keep its state consistent at every ``await``, never hold a lock across a request to another node's door unless it says
+why that is safe. What it must not do: check ranges again, call the door of its own node, await in ``finally``.
+
+Everything here runs in the one trio thread. Threads do host I/O and CPU work only (:mod:`fusedisk.core.offload`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from fusedisk.block.model import permissions
+from fusedisk.block.model.extent import DATA, Extent, WriteExtent
+from fusedisk.core.errors import NotSupportedError
+from fusedisk.core.options import CreateOptions, Options
+
+if TYPE_CHECKING:
+    from fusedisk.block.model.check_result import CheckResult, Repair
+    from fusedisk.block.model.edge import Child
+    from fusedisk.block.model.limits import Limits
+    from fusedisk.block.model.node import Node, NodeConfig
+    from fusedisk.block.model.snapshot_info import SnapshotInfo
+    from fusedisk.core.progress import Progress
+
+Buffer = memoryview
+"""A C-contiguous memoryview of unsigned bytes."""
+
+MAY_UNMAP = 1
+"""write_zeroes: the space may be freed, as long as the range reads as zeroes."""
+NO_FALLBACK = 2
+"""write_zeroes: raise NotSupportedError rather than write zeroes out at length."""
+FUA = 4
+"""The request is on stable storage when it is answered."""
+COPY_ON_READ = 8
+"""Read: store in this node what came from its backing file."""
+UNCHANGED = 16
+"""Write: the range reads the same afterwards; needs only the *write unchanged* permission."""
+ZERO_NEW = 32
+"""truncate: the space added must read as zeroes, whatever a longer backing file holds there."""
+COMPRESSED = 64
+"""Write: store whole clusters compressed."""
+
+
+class Role(enum.Enum):
+    """What a child is for its parent."""
+
+    FILE = "file"
+    """The protocol-level storage of a format."""
+    BACKING = "backing"
+    """Holds the data that this layer does not have."""
+    DATA_FILE = "data-file"
+    """Guest data of a format whose metadata lies in ``file``."""
+    FILTERED = "filtered"
+    """The child of a filter: same data, same length."""
+
+
+class ChildSpec(NamedTuple):
+    """A child that the graph opens from the options before the driver's ``open`` runs."""
+
+    name: str
+    role: Role
+    required: bool = True
+    option: str = ""
+    """The option that describes the child, if its name is not ``name``."""
+
+    @property
+    def option_name(self) -> str:
+        """The name of the option that describes the child."""
+        return self.option or self.name
+
+
+class BackingReference(NamedTuple):
+    """A backing file, as named in an image's header."""
+
+    filename: str
+    format: str | None
+
+
+NoReads = Callable[[], AbstractAsyncContextManager[None]]
+
+
+class Driver:
+    """Base of all drivers. One instance serves one node."""
+
+    name: ClassVar[str]
+    """The driver's QMP name, such as ``qcow2``."""
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    """Its protocol prefixes in file names, such as ``file`` in ``file:x``."""
+    is_protocol: ClassVar[bool] = False
+    is_filter: ClassVar[bool] = False
+    passes_status: ClassVar[bool] = False
+    """True if every byte is the ``file`` child's, so that block status is the child's answer unchanged."""
+    moves_bytes: ClassVar[bool] = False
+    """True if the driver has ``preadv`` and ``pwritev``; otherwise the core calls ``map``."""
+    asks_before_waiting: ClassVar[bool] = False
+    """True if every place in this driver that can block calls :func:`fusedisk.core.at_once.refuse_to_wait` first. The
+    core may then run a request without starting a task. Host I/O in worker threads does call it."""
+    supports_backing: ClassVar[bool] = False
+    length_unit: ClassVar[int] = 1
+    """A new length of the node must be a multiple of this, in bytes."""
+    options_type: ClassVar[type[Options]] = Options
+    create_options_type: ClassVar[type[CreateOptions] | None] = None
+    """None: images of this kind cannot be created."""
+    amend_options_type: ClassVar[type[CreateOptions] | None] = None
+    """The settings that can be changed later, each with the default None. None: no setting can be changed."""
+    child_specs: ClassVar[tuple[ChildSpec, ...]] = ()
+
+    def __init__(self, node: Node, options: Any) -> None:
+        self.node = node
+        self.options = options
+
+    # --- recognising and naming -------------------------------------------------------------------------
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        """Return a score from 0 to 100 for an image that starts with ``head`` (512 bytes, fewer if it is shorter)."""
+        return 0
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        """Return options for a file name without its prefix. Protocol drivers."""
+        return {"filename": filename}
+
+    def exact_filename(self) -> str | None:
+        """Return a plain name that opens the same thing with this driver; None if only options can describe it. The
+        default is the ``file`` child's."""
+        child = self.node.children.get("file")
+        return child.node.exact_filename() if child else None
+
+    def may_be_named(self) -> bool:
+        """Whether an image's reference may name this driver with these options: it must open local files at most, and
+        have no other effects."""
+        return False
+
+    def backing_reference(self) -> BackingReference | None:
+        """Return the backing file that the header names. Format drivers with ``supports_backing``, after ``open``."""
+        return None
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    async def backing_opened(self) -> None:
+        """Called after the backing file of a newly opened image is attached. Formats with ``supports_backing``."""
+
+    async def open(self) -> None:
+        """Open with ``self.options`` and ``self.node.config``; children of ``child_specs`` are attached.
+
+        On failure it releases everything it acquired before it raises. It writes nothing unless the node is writable.
+        """
+
+    async def close(self) -> None:
+        """Flush internal caches to the children and release everything. No request is in flight. An error does not
+        stop it half-way: it releases all it can, then raises the first error."""
+
+    async def reopen_prepare(self, config: NodeConfig, options: Any) -> object:
+        """Prepare for new settings without changing anything visible; returns state for commit or abort.
+
+        The default accepts a new config and refuses changed driver options.
+        """
+        if options != self.options:
+            raise NotSupportedError(f"node '{self.node.name}': {self.name} options cannot change while open.")
+        return None
+
+    def reopen_commit(self, state: object) -> None:
+        """Put the prepared settings into force; must not fail. ``node.config`` is already the new one; the caller sets
+        ``options`` afterwards."""
+
+    def reopen_abort(self, state: object) -> None:
+        """Drop the prepared settings; must not fail."""
+
+    # --- size, limits, permissions ----------------------------------------------------------------------
+
+    async def length(self) -> int:
+        """Virtual length in bytes."""
+        raise NotImplementedError
+
+    def refresh_limits(self, limits: Limits) -> None:
+        """Fill in limits, which start as the defaults; a filter's start with its child's cluster size."""
+
+    def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
+        """Return the permissions that this node needs on ``child`` and those that it shares there, if its own parents
+        together need ``perm`` and share ``shared``. The default follows the child's role."""
+        if child.role is Role.FILTERED:
+            return perm, shared
+        if child.role is Role.BACKING:
+            return _backing_permissions(perm, shared)
+        need = permissions.CONSISTENT_READ
+        if not self.node.config.read_only:
+            need |= permissions.WRITE | permissions.RESIZE
+        if self.node.config.force_share:
+            return need, permissions.ALL
+        return need, permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
+
+    def check_permissions(self, perm: int, shared: int) -> None:
+        """Prepare for the node's new cumulative permissions (the file driver takes image locks).
+
+        Raises LockConflictError or another error; then nothing has changed. Followed by exactly one of
+        ``commit_permissions`` and ``abort_permissions``, neither of which may fail. All three are synchronous.
+        """
+
+    def commit_permissions(self, perm: int, shared: int) -> None:
+        """See ``check_permissions``."""
+
+    def abort_permissions(self) -> None:
+        """See ``check_permissions``."""
+
+    # --- data: drivers that move bytes ------------------------------------------------------------------
+
+    async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Fill all buffers from ``offset``; bytes past the end read as zeroes."""
+        raise NotImplementedError
+
+    async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
+        """Write all buffers at ``offset``; writing past the end extends the node. ``flags`` may hold UNCHANGED, and FUA
+        if ``supports_fua``."""
+        raise NotImplementedError
+
+    supports_fua: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
+    """True if the driver has ``write_compressed``."""
+
+    # --- data: stored in another form than the guest sees it (encryption) -------------------------------
+
+    encodes = False
+    """Whether the core passes all data through ``encode`` before it writes it. Extents are SPECIAL then, and requests
+    are aligned as ``encode`` needs it. Set by ``open``."""
+
+    async def require_key(self) -> None:
+        """Raise PassphraseError if the key that the data needs is missing or wrong."""
+
+    def take_key(self, other: Driver) -> None:
+        """Use the key of ``other``, a driver of the same kind on the same image."""
+
+    async def encode(self, offset: int, host_offset: int, data: bytes) -> Buffer:
+        """Encode the guest's ``data`` at ``offset`` for storing at ``host_offset`` of the child, in the same length."""
+        raise NotImplementedError
+
+    # --- data: drivers that map guest offsets -----------------------------------------------------------
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """Return the status of a prefix of the range, as long as is cheap to find out (adjacent clusters make one
+        extent). Protocol drivers answer DATA or ZERO, for block status only, and their DATA extents name no child. The
+        default: all data, in the ``file`` child at the same offset."""
+        child = self.node.children.get("file")
+        return Extent(DATA, length, child, offset, recurse=True)
+
+    async def has_holes(self) -> bool:
+        """Whether data extents with ``recurse`` may be holes of the child. False: block status takes them as data
+        without looking. Only block status calls it, so it may scan the image once.
+        """
+        return True
+
+    async def map_write(self, offset: int, length: int) -> WriteExtent:
+        """Return where to write a prefix of the range; allocate host space if needed.
+
+        The core asks again for the rest. If the answer carries an ``allocation``, the core writes the data and then
+        calls ``publish`` once, or ``abandon`` if the write failed. Until ``publish`` nothing on disk refers to the new
+        space: a crash leaks it, no more. Waits for allocations in flight over the same clusters. Not called for
+        drivers with ``moves_bytes``.
+        """
+        child = self.node.children.get("file")
+        assert child is not None
+        return WriteExtent(length, child, offset)
+
+    async def publish(self, allocation: object) -> None:
+        """Make the written allocation visible. After an error the old mapping stays, and the allocation is released as
+        by ``abandon``."""
+        raise NotImplementedError
+
+    def abandon(self, allocation: object) -> None:
+        """Drop the allocation, whose data could not be written, and wake the requests that waited for it. Synchronous.
+        May leak host space, or keep it in memory for the next allocation."""
+        raise NotImplementedError
+
+    async def read_special(self, extent: Extent, offset: int, buffer: Buffer) -> None:
+        """Fill ``buffer`` with the guest bytes at ``offset`` of a SPECIAL extent."""
+        raise NotImplementedError
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Replace whole clusters (or up to the disk's end) with compressed ones. Serialised. Clusters that do not get
+        shorter are stored uncompressed, clusters of zeroes take no space. Raises NotSupportedError, with nothing
+        changed, for images that cannot have compressed clusters."""
+        raise NotImplementedError
+
+    # --- data, without waiting --------------------------------------------------------------------------
+    #
+    # The short way (``immediate``) and exports call these before they start a task. None of them waits; None or False
+    # sends the request through the door (``io``). Formats start with ``lookup`` and ``lookup_in_place``, drivers that
+    # move bytes with ``read_now`` and ``write_now``. A new driver needs none of them.
+
+    def lookup(self, offset: int, length: int) -> Extent | None:
+        """Return the answer of ``map`` if that takes no I/O; otherwise None."""
+        return None
+
+    def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
+        """Return the answer of ``map_write`` if that takes no I/O and changes nothing; otherwise None."""
+        return None
+
+    def read_now(self, offset: int, buffer: Buffer) -> bool:
+        """Read as ``preadv`` does, if that does not wait. False: ``buffer`` may hold anything."""
+        return False
+
+    def write_now(self, offset: int, buffer: Buffer) -> bool:
+        """Write as ``pwritev`` does, if that does not wait. False: a part may be written."""
+        return False
+
+    def read_cached(self, offset: int, buffer: Buffer, extent: Extent | None = None) -> bool:
+        """Fill ``buffer`` with the guest bytes at ``offset`` of a SPECIAL extent, if that does not wait. ``extent`` is
+        the answer of a ``lookup`` just before, if there was one. False: ``buffer`` may hold anything."""
+        return False
+
+    def cached_pieces(self, extent: Extent, offset: int) -> list[memoryview] | None:
+        """Return the guest bytes of the SPECIAL ``extent`` at ``offset`` without copying them; None unless all of them
+        are in memory."""
+        return None
+
+    def cached_source(self, extent: Extent, offset: int) -> tuple[Callable[[int, Buffer], bool], int] | None:
+        """Return a function that does :meth:`read_cached` for the range that begins with the SPECIAL ``extent`` at
+        ``offset``, and the length of that range. Valid until the mapping changes. None: there is no such function."""
+        return None
+
+    def resident_descriptor(self, offset: int, length: int) -> int | None:
+        """Return a descriptor of a host file with the same bytes as this node, if all of the range is in the host's
+        page cache; None if it is not, or if that is unknown."""
+        return None
+
+    def storage_descriptor(self) -> int | None:
+        """Return a descriptor of the host file that ``exact_filename`` names, None if there is none. It belongs to the
+        driver, which may replace it when the node is reopened. The default is the ``file`` child's."""
+        child = self.node.children.get("file")
+        return child.node.driver.storage_descriptor() if child else None
+
+    def host_descriptor(self) -> int | None:
+        """Return a descriptor of a host file with the same bytes as this node, for direct access; None if there is no
+        such file."""
+        return None
+
+    # --- other requests ---------------------------------------------------------------------------------
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        """Make an aligned range read as zeroes without writing them. The range is whole clusters (or up to the disk's
+        end), or a part of one cluster if ``zeroes_alignment`` is smaller. Serialised. Raises NotSupportedError, with
+        nothing changed, if that is impossible; the core then writes zeroes. ``flags``: MAY_UNMAP, and NO_FALLBACK,
+        which asks to refuse rather than to be slow."""
+        raise NotSupportedError(f"{self.name} has no write-zeroes operation.")
+
+    async def preallocate(self, offset: int, length: int) -> None:
+        """Reserve host space for whole clusters (or up to the disk's end), which read as before. Serialised. Raises
+        NotSupportedError, with nothing changed, if that is impossible; the core then writes the unallocated parts."""
+        raise NotSupportedError(f"{self.name} has no preallocation.")
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Free an aligned range; it then reads as zeroes or as before, never as older data from a backing file.
+        Serialised. Raises NotSupportedError, with nothing changed, if that is impossible."""
+        raise NotSupportedError(f"{self.name} has no discard operation.")
+
+    async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Free several short ranges, each an offset and a length, as :meth:`discard` frees one. Overridden where that
+        takes fewer trips to the host."""
+        for offset, length in ranges:
+            await self.discard(offset, length)
+
+    async def flush_to_os(self) -> None:
+        """Write all internal caches to the children, so that the data survives the death of this process."""
+
+    async def flush_to_disk(self) -> None:
+        """Put everything that the OS already has on stable storage. Protocol drivers."""
+
+    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
+        """Change the virtual length. No request is in flight on the node. ``preallocation`` is off, metadata, falloc or
+        full, and applies to the space added. Raises NotSupportedError if that is impossible."""
+        raise NotSupportedError(f"{self.name} images cannot be resized.")
+
+    async def debug_event(self, event: str) -> None:
+        """Learn that a parent is about to do ``event`` (a name of QAPI's BlkdebugEvent) to this node.
+
+        Filters pass it down, blkdebug acts on it, all other drivers ignore it. It may suspend, and does not raise.
+        Plain reads and overwrites have no events.
+        """
+        if self.is_filter:
+            await self.node.children["file"].node.driver.debug_event(event)
+
+    # --- internal snapshots -----------------------------------------------------------------------------
+
+    def list_snapshots(self) -> list[SnapshotInfo]:
+        """Return the image's snapshots, in the order of its table."""
+        return []
+
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
+        """Make a snapshot of the disk with the name, date and VM data of ``wanted`` and return it. An empty id means:
+        choose one. An error, or a crash at any instant, leaves everything as it was. As for all methods of this
+        section, no request is in flight on the node."""
+        raise self._keeps_none("internal snapshots")
+
+    async def apply_snapshot(self, id: str, progress: Progress, no_reads: NoReads) -> None:
+        """Restore the disk's content from a snapshot, which is kept; the length may change. Plain reads run meanwhile,
+        except within ``no_reads()``, where the disk changes. Raises SnapshotNotFoundError."""
+        raise self._keeps_none("internal snapshots")
+
+    async def delete_snapshot(self, id: str, progress: Progress) -> None:
+        """Delete a snapshot. Raises SnapshotNotFoundError."""
+        raise self._keeps_none("internal snapshots")
+
+    async def save_vmstate(self, offset: int, data: Buffer) -> None:
+        """Write to the VM state that goes into the next snapshot."""
+        raise self._keeps_none("the state of a virtual machine")
+
+    async def load_vmstate(self, offset: int, buffer: Buffer) -> None:
+        """Read from the VM state that belongs to the disk's content; zeroes if there is none."""
+        raise self._keeps_none("the state of a virtual machine")
+
+    def _keeps_none(self, what: str) -> NotSupportedError:
+        return NotSupportedError(f"'{self.node.filename}' is a {self.name} image, which cannot hold {what}.")
+
+    # --- settings ---------------------------------------------------------------------------------------
+
+    async def amend(self, options: Any, progress: Progress, *, force: bool) -> None:
+        """Change the image's settings to ``options``, an ``amend_options_type``; the length may change. No request is
+        in flight on the node. Refusals come before any change. ``force`` allows changes that may lose data."""
+        raise NotImplementedError
+
+    # --- information ------------------------------------------------------------------------------------
+
+    async def allocated_size(self) -> int | None:
+        """Return the bytes that the node takes up on its host; by default the sum of its children except backing."""
+        sizes = [
+            await child.node.driver.allocated_size()
+            for child in self.node.children.values()
+            if child.role is not Role.BACKING
+        ]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if known else None
+
+    def information(self) -> dict[str, Any]:
+        """Return the top-level keys of ``info --output=json`` that this driver adds, such as ``cluster-size``."""
+        return {}
+
+    def specific_information(self) -> dict[str, Any] | None:
+        """Return the ``data`` of the ``format-specific`` object, with QMP's keys."""
+        return None
+
+    def cost_of_writing(self) -> str | None:
+        """Return what the first write to the disk will cost apart from its own bytes: a sentence without its full stop
+        that names the image. None: nothing."""
+        return None
+
+    def has_zero_init(self) -> bool:
+        """Whether space never written reads as zeroes."""
+        return False
+
+    # --- checking ---------------------------------------------------------------------------------------
+
+    @classmethod
+    async def check(cls, file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
+        """Format drivers: check the image in ``file``, which has no other writer, and repair what ``repair`` allows;
+        ``file`` is writable for that. A repaired image is checked again: the result says what is still wrong.
+        ``dry_run``: change nothing, but report what a repair would do.
+
+        Raises ImageError if the image is beyond interpretation or beyond repair.
+        """
+        raise NotSupportedError(f"{cls.name} images cannot be checked.")
+
+    # --- creation ---------------------------------------------------------------------------------------
+
+    @classmethod
+    async def check_create(cls, options: Any, filename: str) -> None:
+        """Format drivers: raise what :meth:`create` would raise because of the options, before the content of an
+        existing file is replaced."""
+
+    @classmethod
+    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
+        """Format drivers: write an empty image into the open, writable, empty node ``file``, using
+        :mod:`fusedisk.block.request.io`. ``options`` is an instance of ``create_options_type`` with its size filled in;
+        ``data_file`` is an empty node too, if the options name one."""
+        raise NotSupportedError(f"{cls.name} images cannot be created.")
+
+    @classmethod
+    async def create_file(cls, filename: str, size: int, preallocation: str, nocow: bool) -> None:
+        """Protocol drivers: make an empty file of ``size`` bytes, replacing the content of an existing one."""
+        raise NotSupportedError(f"{cls.name} cannot create files.")
+
+
+def _backing_permissions(perm: int, shared: int) -> tuple[int, int]:
+    share = permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
+    if shared & permissions.WRITE:
+        share |= permissions.WRITE | permissions.RESIZE
+    return perm & permissions.CONSISTENT_READ, share
+
+
+class FilterDriver(Driver):
+    """A driver with one child of the same data and length; passes everything on unless overridden."""
+
+    is_filter = True
+    passes_status = True
+    supports_backing = False
+
+    @property
+    def filtered(self) -> Child:
+        """The one child."""
+        return self.node.children["file"]
+
+    async def length(self) -> int:
+        return await self.filtered.node.driver.length()

@@ -1,0 +1,278 @@
+"""A node of the block graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fusedisk.block.model.driver import Driver, Role
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.limits import Limits
+from fusedisk.core.errors import FusediskError, OperationBlockedError
+from fusedisk.core.locks import Mutex
+
+if TYPE_CHECKING:
+    from fusedisk.block.model.tracked import Request
+
+log = logging.getLogger(__name__)
+
+BeforeWrite = Callable[[int, int], Awaitable[None]]
+"""Called with offset and length before a write, write-zeroes or discard reaches the driver."""
+
+
+class Reference(Protocol):
+    """A file name in an image's header, and what it may open; see :class:`fusedisk.block.graph.gate.Reference`."""
+
+    def check_driver(self, driver: Driver) -> None:
+        """Raise GateError for a driver that images may not name."""
+
+    def check_node(self, name: str) -> None:
+        """Raise GateError unless images may use open nodes."""
+
+    def check_file(self, fd: int) -> None:
+        """Raise GateError unless the file behind a descriptor may be opened."""
+
+
+class User(Protocol):
+    """A user of the graph whose requests can be held back, a :class:`~fusedisk.block.graph.backend.Backend`."""
+
+    quiesced: int
+    """While it is not 0, no new request starts."""
+
+    def hold(self) -> None:
+        """Count some work as a request in flight until ``release``."""
+
+    def release(self) -> None:
+        """Undo one ``hold``."""
+
+
+class Owner(Protocol):
+    """What a node and the requests on it need of their graph, a :class:`~fusedisk.block.graph.graph.Graph`."""
+
+    changes: int
+    """The number of changes to edges, permissions and settings."""
+    look_only: bool
+    """Images are open for their headers, not for their disks."""
+
+    async def open_child(
+        self, parent: Node, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool
+    ) -> Child:
+        """See :meth:`Node.open_child`."""
+
+    def resized(self, node: Node) -> None:
+        """Tell the users attached to ``node`` that its length has changed."""
+
+    def backends_over(self, node: Node) -> Sequence[User]:
+        """Return all users whose requests reach ``node``."""
+
+    def probe(self, head: bytes, filename: str) -> str:
+        """Return the name of the format that ``head`` looks like."""
+
+
+@dataclasses.dataclass(slots=True)
+class NodeConfig:
+    """Settings that every node has, whatever its driver."""
+
+    read_only: bool = True
+    auto_read_only: bool = False
+    """Fall back to read-only if the file cannot be opened for writing."""
+    force_share: bool = False
+    """Take no image locks and accept other writers; read-only nodes only."""
+    cache_direct: bool = False
+    """Bypass the host's page cache (O_DIRECT)."""
+    cache_no_flush: bool = False
+    """Ignore flushes to disk: fast and unsafe."""
+    discard_unmap: bool = False
+    """Pass discards on; otherwise they are dropped."""
+    detect_zeroes: str = "off"
+    """off, on (writes of zeroes become write-zeroes) or unmap (they may also free the space)."""
+    copy_on_read: bool = False
+    reference: Reference | None = None
+    """The reference in an image's header for which the node is opened; None if the user names it. Used by the gate."""
+
+    def given(self, fields: Iterable[str]) -> dict[str, Any]:
+        """Return these fields as QMP's nested options."""
+        options: dict[str, Any] = {}
+        for field in fields:
+            value = getattr(self, field)
+            if field == "discard_unmap":
+                options["discard"] = "unmap" if value else "ignore"
+            elif field.startswith("cache_"):
+                options.setdefault("cache", {})[field.removeprefix("cache_").replace("_", "-")] = value
+            else:
+                options[field.replace("_", "-")] = value
+        return options
+
+    def inherited(self, role: Role) -> NodeConfig:
+        """Return the default settings for a child of this node."""
+        if role is Role.BACKING:
+            return dataclasses.replace(
+                self,
+                read_only=True,
+                auto_read_only=False,
+                discard_unmap=False,
+                detect_zeroes="off",
+                copy_on_read=False,
+            )
+        return dataclasses.replace(self, discard_unmap=True, detect_zeroes="off", copy_on_read=False)
+
+
+class Node:
+    """One node: a driver, its settings, its edges and its requests in flight.
+
+    Only the graph makes nodes. A node lives while it has a parent edge or is ``owned``.
+
+    It has three names. ``exact_filename()`` is a plain file name, None if only options can describe the node.
+    ``options_filename()`` is always a ``json:`` name with all options. ``filename``, for messages, is the first of the
+    two that exists; ``printable_name`` is the shortest one that opens the same thing again.
+    """
+
+    driver: Driver
+
+    def __init__(self, graph: Owner, name: str, config: NodeConfig) -> None:
+        self.graph = graph
+        self.name = name
+        self.config = config
+        self.children: dict[str, Child] = {}
+        self.parents: list[Child] = []
+        self.owned = False
+        """Stays open without a parent, under its name (QMP's blockdev-add)."""
+        self.inherits_from: Node | None = None
+        self.explicit: frozenset[str] = frozenset()
+        """Fields of ``config`` that the options set; the others follow ``inherits_from``."""
+        self.probed = False
+        """The driver was chosen by probing."""
+        self.guards_probe = False
+        """A guessed raw image: a write that would make it look like another format is refused."""
+        self.backing_overridden = False
+        """The backing child differs from what the header says."""
+        self.missing_backing: FusediskError | None = None
+        """Why the backing file is not open, in a ``look_only`` graph."""
+        self.length = 0
+        self.limits = Limits()
+        self.fenced: str | None = None
+        """Why the node accepts no more writes; set when corruption is found."""
+        self.closed = False
+        self.generation = 0
+        """Changes with every change of mapping; results from another generation are stale."""
+        self.written = 0
+        """The number of completed writes; ``flushed`` is its value at the last flush to disk."""
+        self.flushed = 0
+        self.flush_mutex = Mutex()
+        self.tracked: dict[Request, None] = {}
+        self.serialising = 0
+        """The number of tracked requests that are serialising; the short ways are closed while there are any."""
+        self.before_write: list[BeforeWrite] = []
+        self.close_notifiers: list[Callable[[Node], None]] = []
+        self.blockers: dict[str, list[str]] = {}
+
+    # --- edges ------------------------------------------------------------------------------------------
+
+    @property
+    def backing(self) -> Child | None:
+        """The backing edge, None without one."""
+        return self.children.get("backing")
+
+    @property
+    def perm(self) -> int:
+        """Permissions that the parents need, together."""
+        perm = 0
+        for edge in self.parents:
+            perm |= edge.perm
+        return perm
+
+    async def open_child(
+        self, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool = False
+    ) -> Child:
+        """Open and attach a child from inside ``Driver.open``.
+
+        ``implicit``: the reference comes from the image itself, so it goes through the gate and is resolved relative
+        to the image.
+        """
+        return await self.graph.open_child(self, name, role, reference, implicit=implicit)
+
+    # --- state ------------------------------------------------------------------------------------------
+
+    def change_mapping(self) -> None:
+        """Invalidate everything resolved on this node so far."""
+        self.generation += 1
+
+    def fence(self, reason: str) -> None:
+        """Accept no more writes. ``reason`` is a whole sentence about what is corrupt."""
+        if self.fenced is None:
+            self.fenced = reason
+            log.error("%s: %s No more writes are accepted.", self.filename, reason)
+            self.change_mapping()
+
+    def block_operation(self, operation: str, reason: str) -> None:
+        """Forbid an operation such as ``resize`` until ``unblock_operation`` is called with the same reason, which is a
+        sentence without its full stop."""
+        self.blockers.setdefault(operation, []).append(reason)
+
+    def unblock_operation(self, operation: str, reason: str) -> None:
+        """Undo one ``block_operation``."""
+        reasons = self.blockers[operation]
+        reasons.remove(reason)
+        if not reasons:
+            del self.blockers[operation]
+
+    def check_operation(self, operation: str) -> None:
+        """Raise OperationBlockedError, with the reason, if ``operation`` is forbidden."""
+        reasons = self.blockers.get(operation)
+        if reasons:
+            raise OperationBlockedError(f"Node '{self.name}' cannot do {operation} now: {reasons[0]}.")
+
+    # --- names ------------------------------------------------------------------------------------------
+
+    def exact_filename(self) -> str | None:
+        """Return a plain file name that leads to the same bytes, None if only options can describe the node."""
+        return self.driver.exact_filename()
+
+    @property
+    def filename(self) -> str:
+        """The name for messages: the plain name, else ``json:`` options."""
+        return self.exact_filename() or self.options_filename()
+
+    def full_options(self) -> dict[str, Any]:
+        """Return nested options that open this node again, children included."""
+        options: dict[str, Any] = {"driver": self.driver.name, **self.driver.options.given()}
+        options |= self.config.given(sorted(self.explicit))
+        if not self.name.startswith("#"):
+            options["node-name"] = self.name
+        names = {spec.name: spec.option_name for spec in self.driver.child_specs}
+        for child in self.children.values():
+            if not child.implied and (child.role is not Role.BACKING or self.backing_overridden):
+                options[names.get(child.name, child.name)] = child.node.full_options()
+        if self.driver.supports_backing and self.backing_overridden and self.backing is None:
+            options["backing"] = None
+        return options
+
+    def options_filename(self) -> str:
+        """Return :meth:`full_options` as a file name, ``json:{...}``."""
+        return "json:" + json.dumps(_without_names(self.full_options()))
+
+    @property
+    def printable_name(self) -> str:
+        """A name that opens the same thing: plain if probing finds the same driver, ``json:`` otherwise."""
+        exact = self.exact_filename()
+        options = self.full_options()
+        if exact is None or options.keys() - {"driver", "file", "filename", "node-name"}:
+            return self.options_filename()
+        storage = self.children.get("file")
+        if storage is None:  # a bare protocol: its plain name would be probed for a format
+            return self.options_filename()
+        below = storage.node
+        plain = below.driver.is_protocol and set(below.driver.options.given()) <= {"filename"} and not below.explicit
+        return exact if self.probed and plain else self.options_filename()
+
+
+def _without_names(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove node names: they are unique in a graph, so they would stop the same options from opening again."""
+    return {
+        key: _without_names(value) if isinstance(value, dict) else value
+        for key, value in options.items()
+        if key != "node-name"
+    }

@@ -1,0 +1,467 @@
+"""Requests that are answered at once: without waiting, and with no I/O but one transfer from or to the page cache.
+
+A short way past the door (:mod:`.io`) for requests that need nothing from it: everything is aligned, nothing is
+serialising, there are no hooks and no copy-on-read, the mapping is in memory and the bytes are in the page cache. In
+all other cases the answer is False, and the caller goes through the door, which also words the errors. Nothing here
+suspends, so a request is finished before any other can begin, and need not be tracked.
+
+The layers of a read-only backing chain do not change while the graph does not, so where each range leads, through all
+layers, is remembered. For small reads this also remembers where each 64 KiB of the top layer lead, until its mapping
+changes: a second read takes one look into a table, however deep the chain is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Protocol
+
+from fusedisk.block.model import permissions
+from fusedisk.block.model.driver import Buffer, Driver
+from fusedisk.block.model.edge import Child
+from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
+from fusedisk.block.model.node import Node, Owner
+from fusedisk.block.request.accounting import Accounting
+from fusedisk.block.request.chains import Fill, fill_with_zeroes, learn
+from fusedisk.block.request.io import PROBE_SIZE
+from fusedisk.block.request.runs import RunMap
+from fusedisk.core.zeroes import is_zero, zero_fill
+
+_Place = tuple[Fill, int, int, Node | None]
+"""The function that fills a buffer, its source offset minus the disk offset, the disk offset where that ends, and the
+node that may have serialising requests."""
+
+Lent = tuple[int, int, int]
+"""A part of a host file: its descriptor, an offset and a length in bytes."""
+
+
+class Pieces(list[memoryview]):
+    """A range as views of our own memory."""
+
+
+_MOST_LENT = 16
+"""The most parts of host files that one range may consist of."""
+
+_PLACE_BITS = 16
+_PLACE_SIZE = 1 << _PLACE_BITS
+MOST_PLACES = 1 << 15
+"""Kept for one disk: some 8 MiB."""
+_REACH = 1 << 20
+"""The most bytes that one lookup covers; the places that fall into its extent are remembered with it."""
+STEADY = 64
+"""After a change of the mapping, the least number of reads that remember no places."""
+PAUSE = 1 << 19
+"""The most such reads, if remembering does not pay: each place should be used several times."""
+
+_MOST_RUNS = 1 << 16
+"""Kept for one chain: some 20 MiB."""
+
+
+class Requester(Protocol):
+    """What this needs of a user of the graph, a :class:`~fusedisk.block.graph.backend.Backend`."""
+
+    @property
+    def graph(self) -> Owner:
+        """The graph."""
+
+    accounting: Accounting
+    root: Child | None
+    """The edge to the root node; None once closed."""
+    quiesced: int
+    """While it is not 0, no new request starts."""
+    write_cache: bool
+    """False: each write is on stable storage when it is answered."""
+
+
+class Immediate:
+    """The short way to one backend's node."""
+
+    __slots__ = (
+        "_asks",
+        "_backend",
+        "_chains",
+        "_changes",
+        "_detects",
+        "_generation",
+        "_graph",
+        "_looks",
+        "_node",
+        "_off",
+        "_pause",
+        "_places",
+        "_reads",
+        "_since",
+        "_wait",
+        "_writes",
+    )
+
+    def __init__(self, backend: Requester) -> None:
+        self._backend = backend
+        self._graph = backend.graph
+        self._changes = -1
+        self._off = False
+        self._node: Node
+        self._reads = self._writes = self._detects = self._asks = False
+        self._chains: dict[Node, RunMap[Fill]] = {}
+        self._places: dict[int, _Place] = {}
+        self._generation = -1
+        """The generation of the node's mapping that the places come from."""
+        self._pause = 0
+        """The number of reads until places are remembered again."""
+        self._wait = STEADY
+        """The number of reads between a change of the mapping and the first place that is remembered."""
+        self._since = 0
+        """The backend's count of reads when the first of the places was remembered."""
+        self._looks = 0
+        """The number of lookups for places since then."""
+
+    def disable(self) -> None:
+        """Send everything through the door from now on."""
+        self._off = True
+        self._changes = -1
+
+    def takes_writes(self) -> bool:
+        """Whether a write that this cannot answer may be tried without a task, by :func:`run_at_once`."""
+        if self._changes != self._graph.changes:
+            self._look()
+        return self._writes and self._asks and not self._detects
+
+    def is_plain(self) -> bool:
+        """Whether the graph only maps requests: no node detects zeroes or has before-write hooks."""
+        if self._changes != self._graph.changes:
+            self._look()
+        return self._reads and not self._detects and not any(each.before_write for each in _below(self._node))
+
+    def read(self, offset: int, buffer: Buffer) -> bool:
+        """Fill ``buffer`` from ``offset``. False: ``buffer`` may hold anything."""
+        if self._changes != self._graph.changes:
+            self._look()
+        length = len(buffer)
+        if not self._reads or not length:
+            return False
+        backend, node = self._backend, self._node
+        if backend.quiesced or backend.root is None or offset + length > node.length:
+            return False
+        if node.generation != self._generation:
+            self._outdate()
+        place = self._places.get(offset >> _PLACE_BITS)
+        if place is not None and offset + length <= place[2]:
+            fill, delta, _, leaf = place
+            if node.serialising or (leaf is not None and leaf.serialising) or not fill(offset + delta, buffer):
+                return False
+        else:
+            if not self._fill(node, offset, buffer, length):
+                return False
+            if self._pause:
+                self._pause -= 1
+            elif place is None and length <= _PLACE_SIZE:
+                self._remember(offset)
+        accounting = backend.accounting
+        accounting.reads += 1
+        accounting.bytes_read += length
+        return True
+
+    def lend(self, offset: int, length: int) -> list[Lent] | Pieces | None:
+        """Return where the bytes of a range lie, as parts of host files in the host's page cache or as pieces of our
+        memory, so that the caller can send them without a copy and then call :meth:`count_lent`. Valid until the next
+        await. None: the bytes are elsewhere, use :meth:`read`."""
+        if self._changes != self._graph.changes:
+            self._look()
+        backend = self._backend
+        if not self._reads or backend.quiesced or backend.root is None or offset + length > self._node.length:
+            return None
+        parts: list[Lent] = []
+        pieces = Pieces()
+        if not self._trace(self._node, offset, length, parts, pieces):
+            return None
+        return pieces or parts
+
+    def count_lent(self, length: int) -> None:
+        """Count bytes that were sent from where :meth:`lend` found them."""
+        accounting = self._backend.accounting
+        accounting.reads += 1
+        accounting.bytes_read += length
+
+    def write(self, offset: int, data: Buffer) -> bool:
+        """Overwrite space that is allocated already. False: a part may be written, so the caller must write all of it
+        again."""
+        if self._changes != self._graph.changes:
+            self._look()
+        length = len(data)
+        if not self._writes or not length:
+            return False
+        backend, node = self._backend, self._node
+        if (
+            backend.quiesced
+            or backend.root is None
+            or offset + length > node.length
+            or (self._detects and is_zero(data))
+            or (node.guards_probe and offset < PROBE_SIZE)
+            or not self._put(node, offset, data, length)
+        ):
+            return False
+        accounting = backend.accounting
+        accounting.writes += 1
+        accounting.bytes_written += length
+        return True
+
+    def _look(self) -> None:
+        """After a change of the graph, work out again which requests may use this way."""
+        self._changes = self._graph.changes
+        self._chains.clear()
+        self._places.clear()
+        self._generation = -1
+        backend = self._backend
+        root = backend.root
+        if root is None or self._off:
+            self._reads = self._writes = self._asks = False
+            return
+        self._node = node = root.node
+        below = _below(node)
+        # If the image has another writer, the file must be asked each time.
+        self._reads = not any(each.config.copy_on_read or each.config.force_share for each in below)
+        self._writes = self._reads and bool(root.perm & permissions.WRITE) and backend.write_cache
+        self._detects = any(each.config.detect_zeroes != "off" for each in below)
+        self._asks = all(each.driver.asks_before_waiting and not each.driver.encodes for each in below)
+        for each in below:
+            backing = each.backing
+            if backing is not None and all(layer.config.read_only for layer in _below(backing.node)):
+                self._chains[backing.node] = RunMap(_MOST_RUNS)
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    def _fill(self, node: Node, offset: int, buffer: Buffer, length: int) -> bool:
+        if node.serialising:
+            return False
+        driver = node.driver
+        if driver.moves_bytes:
+            return driver.read_now(offset, buffer)
+        if offset + length > node.length:
+            return False
+        while True:
+            extent = driver.lookup(offset, length)
+            if extent is None:
+                return False
+            status, count, child, place, _, _, _ = extent
+            part = buffer if count == length else buffer[:count]
+            if status == DATA:
+                if not self._fill(child.node, place, part, count):  # type: ignore[union-attr]
+                    return False
+            elif status == UNALLOCATED:
+                count = self._fill_below(node, offset, part, count)
+                if not count:
+                    return False
+            elif status == ZERO:
+                zero_fill(part)
+            elif not driver.read_cached(offset, part, extent):
+                return False
+            if count == length:
+                return True
+            offset += count
+            length -= count
+            buffer = buffer[count:]
+
+    def _fill_below(self, node: Node, offset: int, buffer: Buffer, length: int) -> int:
+        """Fill a prefix from the backing chain of ``node``; returns its length, 0 if this way cannot."""
+        backing = node.children.get("backing")
+        if backing is None:
+            zero_fill(buffer)
+            return length
+        below = backing.node
+        room = below.length - offset
+        if room <= 0:
+            zero_fill(buffer)
+            return length
+        if length > room:
+            length = room
+        runs = self._chains.get(below)
+        if runs is None:
+            return length if self._fill(below, offset, buffer[:length], length) else 0
+        index = bisect_right(runs.starts, offset) - 1
+        if index < 0 or offset >= runs.ends[index]:
+            learn(runs, below, offset, length)
+            index = runs.find(offset)
+            if index < 0:
+                return 0
+        known = runs.ends[index] - offset
+        if length > known:
+            length = known
+        part = buffer if length == len(buffer) else buffer[:length]
+        return length if runs.targets[index](offset + runs.deltas[index], part) else 0
+
+    # --- lending ----------------------------------------------------------------------------------------
+
+    def _trace(self, node: Node, offset: int, length: int, parts: list[Lent], pieces: Pieces) -> bool:
+        """Add the file parts that a range of ``node`` consists of, or pieces of memory if they cover all of it."""
+        driver = node.driver
+        if node.serialising or len(parts) >= _MOST_LENT:
+            return False
+        if driver.moves_bytes:
+            return _lend(driver, offset, length, parts)
+        if offset + length > node.length:
+            return False
+        while True:
+            extent = driver.lookup(offset, length)
+            if extent is None:
+                return False
+            status, count, child, place, _, _, _ = extent
+            if status == DATA:
+                found = self._trace(child.node, place, count, parts, pieces)  # type: ignore[union-attr]
+            elif status == SPECIAL and count == length and not parts:
+                pieces += driver.cached_pieces(extent, offset) or ()
+                return bool(pieces)
+            else:
+                found = status == UNALLOCATED and self._trace_below(node, offset, count, parts)
+            if not found or count == length:
+                return found
+            if pieces:
+                return False
+            offset += count
+            length -= count
+
+    def _trace_below(self, node: Node, offset: int, length: int, parts: list[Lent]) -> bool:
+        """Add the parts of the backing chain of ``node``, if the chain's runs are known already."""
+        backing = node.backing
+        runs = self._chains.get(backing.node) if backing is not None else None
+        end = offset + length
+        while runs is not None and offset < end:
+            index = runs.find(offset)
+            if index < 0 or len(parts) >= _MOST_LENT:
+                return False
+            # A target that reads from a file is a method of its driver.
+            driver = getattr(runs.targets[index], "__self__", None)
+            stop = min(runs.ends[index], end)
+            if not isinstance(driver, Driver) or not driver.moves_bytes:
+                return False
+            if not _lend(driver, offset + runs.deltas[index], stop - offset, parts):
+                return False
+            offset = stop
+        return runs is not None
+
+    # --- places of small reads --------------------------------------------------------------------------
+
+    def _outdate(self) -> None:
+        """Forget all places after a change of the mapping. If they did not pay, wait longer before making new ones."""
+        if self._places:
+            self._wait = STEADY if self._pay() else min(2 * self._wait + 1, PAUSE)
+        self._places.clear()
+        self._generation = self._node.generation
+        self._pause = max(self._pause, self._wait)
+
+    def _pay(self) -> bool:
+        """Whether there were several reads for each lookup of places."""
+        return self._backend.accounting.reads - self._since >= 4 * self._looks
+
+    def _remember(self, offset: int) -> None:
+        """Remember where the 64 KiB of the disk around ``offset`` lead, if they lead to one place."""
+        places = self._places
+        if not places:
+            self._since = self._backend.accounting.reads
+            self._looks = 0
+        elif len(places) >= MOST_PLACES:
+            # If most reads found no place, the disk is too large for remembering.
+            self._pause = 0 if self._pay() else PAUSE
+            places.clear()
+            return
+        first = offset >> _PLACE_BITS
+        start = first << _PLACE_BITS
+        node = self._node
+        if node.driver.moves_bytes:
+            self._looks += 1
+            places[first] = _NOWHERE
+            return
+        extent = node.driver.lookup(start, min(_REACH, node.length - start))
+        place = self._place(extent, start, start) if extent is not None else None
+        if extent is None or place is None:
+            return
+        self._looks += 1
+        places[first] = place
+        # If the lookup was cut off at its limit, the last place gets a lookup of its own: its extent may be longer.
+        for other in range(first + 1, (start + extent.length >> _PLACE_BITS) - (extent.length == _REACH)):
+            position = other << _PLACE_BITS
+            if position + _PLACE_SIZE > place[2]:
+                place = self._place(extent, start, position)
+                if place is None:
+                    return
+            places[other] = place
+
+    def _place(self, extent: Extent, start: int, position: int) -> _Place | None:
+        """Return where the disk leads at ``position`` inside an extent that begins at ``start``; None if tables in
+        memory do not tell."""
+        node = self._node
+        status, count, child, place, _, _, _ = extent
+        end = start + count
+        if status == DATA:
+            leaf = child.node  # type: ignore[union-attr]
+            return (leaf.driver.read_now, place - start, end, leaf) if leaf.driver.moves_bytes else _NOWHERE
+        if status == SPECIAL:
+            if position != start:
+                return None
+            source = node.driver.cached_source(extent, start)
+            return (source[0], 0, start + source[1], None) if source is not None else _NOWHERE
+        backing = node.backing if status == UNALLOCATED else None
+        if backing is None:
+            return fill_with_zeroes, 0, end, None
+        runs = self._chains.get(backing.node)
+        if runs is None:
+            return _NOWHERE  # the backing chain may change and grow
+        if position >= backing.node.length:
+            return fill_with_zeroes, 0, end, None
+        index = runs.find(position)
+        if index < 0:
+            return None
+        return runs.targets[index], runs.deltas[index], min(runs.ends[index], end), None
+
+    # --- writing ----------------------------------------------------------------------------------------
+
+    def _put(self, node: Node, offset: int, data: Buffer, length: int) -> bool:
+        if node.serialising or node.before_write or node.fenced is not None or node.config.read_only:
+            return False
+        driver = node.driver
+        if driver.moves_bytes:
+            if not driver.write_now(offset, data):
+                return False
+            node.written += 1
+            if offset + length > node.length:
+                # An image file grows when clusters beyond its end are written.
+                node.length = offset + length
+            return True
+        if offset + length > node.length:
+            return False
+        while True:
+            extent = driver.lookup_in_place(offset, length)
+            if extent is None:
+                return False
+            count, child, place, _, _, _ = extent
+            if not self._put(child.node, place, data if count == length else data[:count], count):
+                return False
+            if count == length:
+                node.written += 1
+                return True
+            offset += count
+            length -= count
+            data = data[count:]
+
+
+def _lend(driver: Driver, offset: int, length: int, parts: list[Lent]) -> bool:
+    """Add a range of a file, if it is in the page cache."""
+    descriptor = driver.resident_descriptor(offset, length)
+    if descriptor is None:
+        return False
+    parts.append((descriptor, offset, length))
+    return True
+
+
+def _below(node: Node) -> list[Node]:
+    """Return ``node`` and all nodes below it."""
+    found = {node: None}
+    queue = [node]
+    while queue:
+        for edge in queue.pop().children.values():
+            if edge.node not in found:
+                found[edge.node] = None
+                queue.append(edge.node)
+    return list(found)
+
+
+_NOWHERE: _Place = (fill_with_zeroes, 0, 0, None)
+"""Stands for a place that cannot be remembered: no read fits into it."""

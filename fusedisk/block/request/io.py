@@ -1,0 +1,516 @@
+"""The one door for requests on a node.
+
+Every request, from outside through a :class:`~fusedisk.block.graph.backend.Backend` or from a parent node, passes in a
+fixed order: permission · alignment (read-modify-write of unaligned heads and tails) · tracking, waiting for earlier
+conflicting requests · before-write hooks · copy-on-read · detect-zeroes · fragmenting to the driver's limits · the
+driver · emulation of what it lacks · bookkeeping. Counting in flight for drain, range checks and accounting are the
+backend's, since every request in the system starts at one.
+
+In the common case (aligned, nothing serialising, everything cached) none of this suspends.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import trio
+
+from fusedisk.block.model import permissions
+from fusedisk.block.model.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, ZERO_NEW, Buffer, Role
+from fusedisk.block.model.extent import UNALLOCATED, ZERO
+from fusedisk.block.model.node import Node
+from fusedisk.block.model.tracked import Request
+from fusedisk.block.request import transfer
+from fusedisk.core.at_once import is_at_once, refuse_to_wait
+from fusedisk.core.errors import (
+    CorruptImageError,
+    FusediskError,
+    NoMediumError,
+    NotSupportedError,
+    OutOfRangeError,
+    PermissionConflictError,
+    ReadOnlyError,
+)
+from fusedisk.core.zeroes import ZEROES, is_zero
+
+PROBE_SIZE = 512
+"""Bytes at the start of an image that decide its format (the header's BLOCK_PROBE_BUF_SIZE)."""
+
+_RANGES_AT_ONCE = 256
+"""Short ranges that are freed in one trip to the host: some milliseconds."""
+_COPY_CHUNK = 1 << 20
+
+
+# --- reads ----------------------------------------------------------------------------------------------
+
+
+async def read(node: Node, offset: int, buffer: Buffer, flags: int = 0) -> None:
+    """Fill ``buffer`` from ``offset``. Bytes past the node's end read as zeroes.
+
+    Raises the driver's FusediskError, with node and range attached.
+    """
+    length = len(buffer)
+    if not length:
+        return
+    if node.closed:
+        raise NoMediumError(f"Node '{node.name}' is closed.")
+    align = node.limits.request_alignment
+    if align > 1 and (offset | length) & (align - 1):
+        await _read_unaligned(node, offset, buffer, flags)
+        return
+    copy = flags & COPY_ON_READ or node.config.copy_on_read
+    request = _copy_request(node, offset, length) if copy else Request(offset, offset + length, False)
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+        if copy:
+            await _copy_on_read(node, request, offset, buffer)
+        else:
+            await transfer.read(node, offset, buffer)
+    except FusediskError as exc:
+        exc.at(node.name, "read", offset, length)
+        raise
+    finally:
+        request.leave(node)
+
+
+async def _read_unaligned(node: Node, offset: int, buffer: Buffer, flags: int) -> None:
+    align = node.limits.request_alignment
+    start = offset & -align
+    end = (offset + len(buffer) + align - 1) & -align
+    whole = memoryview(bytearray(end - start))
+    await read(node, start, whole, flags)
+    buffer[:] = whole[offset - start : offset - start + len(buffer)]
+
+
+def _copy_request(node: Node, offset: int, length: int) -> Request:
+    unit = node.limits.cluster_size or 1
+    return Request(offset // unit * unit, -(-(offset + length) // unit) * unit, False, serialising=True)
+
+
+async def _copy_on_read(node: Node, request: Request, offset: int, buffer: Buffer) -> None:
+    """Read, and store whole clusters that came from the backing file. The serialising request holds the clusters."""
+    if node.config.read_only or node.backing is None or node.fenced is not None:
+        await transfer.read(node, offset, buffer)
+        return
+    position, stop, end = request.offset, min(request.end, node.length), offset + len(buffer)
+    while position < stop:
+        length = min(stop - position, _COPY_CHUNK)
+        extent = await node.driver.map(position, length)
+        transfer.check_extent(node, extent, length)
+        after = position + extent.length
+        low, high = max(position, offset), min(after, end)
+        if extent.status == UNALLOCATED:
+            content = memoryview(bytearray(extent.length))
+            await transfer.read(node, position, content)
+            await node.driver.debug_event("cor_write")
+            await transfer.write_or_zero(node, position, content, UNCHANGED)
+            node.written += 1
+            if low < high:
+                buffer[low - offset : high - offset] = content[low - position : high - position]
+        elif low < high:
+            await transfer.read(node, low, buffer[low - offset : high - offset])
+        position = after
+    if end > node.length:
+        await transfer.read(node, max(node.length, offset), buffer[max(node.length - offset, 0) :])
+
+
+# --- writes ---------------------------------------------------------------------------------------------
+
+
+async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int = 0) -> None:
+    """Write all buffers, one after the other, at ``offset``.
+
+    A write past the end extends nodes whose driver moves bytes; others raise OutOfRangeError. ``flags`` may hold
+    COMPRESSED, for whole clusters (or up to the disk's end); raises NotSupportedError if the driver does not compress.
+    Raises the driver's FusediskError, with node and range attached.
+    """
+    length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+    if not length:
+        return
+    check_writable(node, flags)
+    end = offset + length
+    if flags & COMPRESSED and not node.driver.is_filter:
+        await _write_compressed(node, offset, buffers, length, flags)
+        return
+    _check_end(node, end, "A write")
+    align = node.limits.request_alignment
+    unaligned = align > 1 and bool((offset | length) & (align - 1))
+    guard = node.guards_probe and offset < PROBE_SIZE
+    if guard:
+        request = _guarding_request(end, align)
+    elif unaligned:
+        request = Request(offset & -align, (end + align - 1) & -align, True, serialising=True)
+    else:
+        request = Request(offset, end, True)
+    zeroes = node.config.detect_zeroes
+    if zeroes != "off" and not unaligned and all(map(is_zero, buffers)):
+        await write_zeroes(node, offset, length, flags | (MAY_UNMAP if zeroes == "unmap" else 0))
+        return
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+            _check_end(node, end, "A write")
+        for hook in tuple(node.before_write):
+            refuse_to_wait()
+            await hook(offset, length)
+        if guard:
+            await _check_probe(node, offset, buffers)
+        if unaligned:
+            await write_unaligned(node, offset, buffers, length, flags)
+        else:
+            await transfer.write(node, offset, buffers, flags)
+        _wrote(node, end)
+    except FusediskError as exc:
+        node.written += 1  # the data may be written all the same, so a flush must not skip it
+        exc.at(node.name, "write", offset, length)
+        raise
+    finally:
+        request.leave(node)
+    if flags & FUA and not node.driver.supports_fua:
+        await flush(node)
+
+
+async def _write_compressed(node: Node, offset: int, buffers: Sequence[Buffer], length: int, flags: int) -> None:
+    if not node.driver.compresses:
+        raise NotSupportedError(
+            f"'{node.filename}' does not support compressed writes: {node.driver.name} does not compress."
+        )
+    end, unit = offset + length, node.limits.cluster_size
+    if offset % unit or end > node.length or (end % unit and end != node.length):
+        raise OutOfRangeError(
+            f"A compressed write to '{node.filename}' has {length} bytes at {offset}, expected whole clusters of "
+            f"{unit} bytes, or up to the disk's end at {node.length}."
+        )
+    request = Request(offset, -(-end // unit) * unit, True, serialising=True)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        _check_end(node, end, "A compressed write")
+        for hook in tuple(node.before_write):
+            await hook(offset, length)
+        data = buffers[0] if len(buffers) == 1 else memoryview(b"".join(buffers))
+        await node.driver.write_compressed(offset, data)
+        _wrote(node, end)
+    except FusediskError as exc:
+        exc.at(node.name, "write-compressed", offset, length)
+        raise
+    finally:
+        request.leave(node)
+    if flags & FUA:
+        await flush(node)
+
+
+async def write_unaligned(node: Node, offset: int, buffers: Sequence[Buffer], length: int, flags: int) -> None:
+    """Read-modify-write. The caller's request is serialising over the widened range."""
+    align = node.limits.request_alignment
+    start = offset & -align
+    end = (offset + length + align - 1) & -align
+    head, tail = offset - start, end - offset - length
+    parts = list(buffers)
+    first = memoryview(bytearray(align))
+    if head:
+        await node.driver.debug_event("pwritev_rmw_head")
+        await transfer.read(node, start, first)
+        await node.driver.debug_event("pwritev_rmw_after_head")
+        parts.insert(0, first[:head])
+    if tail:
+        last = first
+        if end - start > align or not head:
+            last = memoryview(bytearray(align))
+            await node.driver.debug_event("pwritev_rmw_tail")
+            await transfer.read(node, end - align, last)
+            await node.driver.debug_event("pwritev_rmw_after_tail")
+        parts.append(last[align - tail :])
+    await transfer.write(node, start, (memoryview(b"".join(parts)),), flags)
+
+
+def _check_end(node: Node, end: int, what: str, *, also_files: bool = False) -> None:
+    """Raise OutOfRangeError if ``what`` goes past the node's end. Call it before a request waits for others and again
+    afterwards, since they may have made the node shorter. Files grow, so they pass, unless ``also_files``."""
+    if end > node.length and (also_files or not (node.driver.moves_bytes or node.driver.is_filter)):
+        raise OutOfRangeError(f"{what} up to {end} goes past the end of '{node.filename}' at {node.length}.")
+
+
+def check_writable(node: Node, flags: int = 0) -> None:
+    """Raise an error if the node does not accept writes. ``flags``: UNCHANGED, or 0."""
+    if node.closed:
+        raise NoMediumError(f"Node '{node.name}' is closed.")
+    if node.fenced is not None:
+        raise CorruptImageError(f"'{node.filename}' accepts no writes since corruption was found: {node.fenced}")
+    if node.config.read_only:
+        raise ReadOnlyError(f"'{node.filename}' is open read-only, a write needs it writable.")
+    wanted = permissions.WRITE | permissions.WRITE_UNCHANGED if flags & UNCHANGED else permissions.WRITE
+    if not node.perm & wanted:
+        raise PermissionConflictError(f"No user of node '{node.name}' has asked for the write permission.")
+
+
+def _wrote(node: Node, end: int) -> None:
+    node.written += 1
+    if end > node.length and node.driver.moves_bytes:
+        node.length = end
+
+
+def _guarding_request(end: int, align: int) -> Request:
+    """Return the request for a change of the probed bytes. It covers all of them, so that no other request changes
+    them meanwhile."""
+    return Request(0, (max(end, PROBE_SIZE) + align - 1) & -align, True, serialising=True)
+
+
+async def _check_probe(node: Node, offset: int, buffers: Sequence[Buffer]) -> None:
+    """Refuse a guest's write that would make a guessed raw image look like another format."""
+    head = bytearray(PROBE_SIZE)
+    await transfer.read(node, 0, memoryview(head))
+    written = b"".join(buffers)[: PROBE_SIZE - offset]
+    head[offset : offset + len(written)] = written
+    found = node.graph.probe(bytes(head), node.filename)
+    if found != node.driver.name:
+        raise ReadOnlyError(
+            f"'{node.filename}' was guessed to be raw, and this write would make it look like {found}; name its format "
+            f"(--format raw) to allow it.",
+            errno=errno.EPERM,
+        )
+
+
+async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> None:
+    """Make a range read as zeroes: compactly if the driver can, otherwise by writing zeroes.
+
+    ``flags``: MAY_UNMAP, NO_FALLBACK (raises NotSupportedError rather than write at length), FUA.
+    """
+    if not length:
+        return
+    check_writable(node, flags)
+    end = offset + length
+    _check_end(node, end, "Zeroing")
+    if not node.config.discard_unmap and node.config.detect_zeroes != "unmap":
+        flags &= ~MAY_UNMAP
+    unit = max(node.limits.zeroes_alignment, node.limits.request_alignment, node.limits.cluster_size)
+    guard = node.guards_probe and offset < PROBE_SIZE
+    if guard:
+        request = _guarding_request(end, unit)
+    else:
+        request = Request(offset // unit * unit, -(-end // unit) * unit, True, serialising=unit > 1)
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+            _check_end(node, end, "Zeroing")
+        for hook in tuple(node.before_write):
+            await hook(offset, length)
+        if guard:
+            await _check_probe(node, offset, (ZEROES[: min(length, PROBE_SIZE)],))
+        await transfer.write_zeroes(node, offset, length, flags)
+        _wrote(node, end)
+    except FusediskError as exc:
+        exc.at(node.name, "write-zeroes", offset, length)
+        raise
+    finally:
+        request.leave(node)
+    if flags & FUA:
+        await flush(node)
+
+
+async def preallocate(node: Node, offset: int, length: int) -> None:
+    """Reserve host space for a range, which reads as before. If the driver cannot reserve it, write the range."""
+    if not length:
+        return
+    check_writable(node, UNCHANGED)
+    end = offset + length
+    _check_end(node, end, "Allocating", also_files=True)
+    unit = max(node.limits.cluster_size, node.limits.request_alignment)
+    start, stop = offset // unit * unit, min(-(-end // unit) * unit, node.length)
+    request = Request(start, stop, True, serialising=True)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        _check_end(node, end, "Allocating", also_files=True)
+        try:
+            with trio.CancelScope(shield=True):
+                await node.driver.preallocate(start, stop - start)
+        except NotSupportedError:
+            await _write_unallocated(node, start, stop)
+        node.written += 1
+    except FusediskError as exc:
+        exc.at(node.name, "preallocate", offset, length)
+        raise
+    finally:
+        request.leave(node)
+
+
+async def _write_unallocated(node: Node, position: int, stop: int) -> None:
+    """Write the parts of a range that the top layer has no data for, with the bytes that they read as. The caller holds
+    the range."""
+    while position < stop:
+        length = min(stop - position, _COPY_CHUNK)
+        extent = await node.driver.map(position, length)
+        transfer.check_extent(node, extent, length)
+        if extent.status in (UNALLOCATED, ZERO):
+            content = memoryview(bytearray(extent.length))
+            await transfer.read(node, position, content)
+            await transfer.write(node, position, (content,), UNCHANGED)
+        position += extent.length
+
+
+async def discard(node: Node, offset: int, length: int) -> None:
+    """Free a range, as far as the node's settings and driver allow; the rest stays as it is."""
+    check_writable(node, 0)
+    if not node.config.discard_unmap:
+        return
+    unit = max(node.limits.discard_alignment, node.limits.request_alignment)
+    start, stop = _discardable(node, offset, length)
+    if start >= stop:
+        return
+    widen = max(unit, node.limits.cluster_size)
+    guard = node.guards_probe and start < PROBE_SIZE
+    if guard:
+        request = _guarding_request(stop, widen)
+    else:
+        request = Request(start // widen * widen, -(-stop // widen) * widen, True, serialising=True)
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+            stop = min(stop, node.length)
+            if start >= stop:
+                return
+        for hook in tuple(node.before_write):
+            await hook(start, stop - start)
+        if guard:
+            await _check_probe(node, start, (ZEROES[: min(stop - start, PROBE_SIZE)],))
+        step = max(node.limits.max_discard // unit * unit, unit)
+        for position in range(start, stop, step):
+            if position > start:
+                await trio.lowlevel.checkpoint()
+            with trio.CancelScope(shield=True):
+                await node.driver.discard(position, min(step, stop - position))
+        node.written += 1
+    except NotSupportedError:
+        return
+    except FusediskError as exc:
+        exc.at(node.name, "discard", offset, length)
+        raise
+    finally:
+        request.leave(node)
+
+
+def _discardable(node: Node, offset: int, length: int) -> tuple[int, int]:
+    """The part of a range that a discard may free: whole units, except at the end of the node."""
+    end = min(offset + length, node.length)
+    unit = max(node.limits.discard_alignment, node.limits.request_alignment)
+    return -(-offset // unit) * unit, end if end == node.length else end // unit * unit
+
+
+async def discard_ranges(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
+    """Free many short ranges as :func:`discard` frees one, with few trips to the host. ``ranges``: offset and length of
+    each, sorted."""
+    check_writable(node, 0)
+    if not node.config.discard_unmap:
+        return
+    for first in range(0, len(ranges), _RANGES_AT_ONCE):
+        if first:
+            await trio.lowlevel.checkpoint()
+        part = ranges[first : first + _RANGES_AT_ONCE]
+        if node.guards_probe or node.before_write:
+            for offset, length in part:
+                await discard(node, offset, length)
+        else:
+            await _discard_part(node, part)
+
+
+async def _discard_part(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
+    low, high = ranges[0][0], sum(ranges[-1])
+    widen = max(node.limits.discard_alignment, node.limits.request_alignment, node.limits.cluster_size)
+    request = Request(low // widen * widen, -(-high // widen) * widen, True, serialising=True)
+    request.enter(node)
+    try:
+        if node.serialising:
+            await request.wait_for_earlier(node)
+        parts = [_discardable(node, offset, length) for offset, length in ranges]
+        with trio.CancelScope(shield=True):
+            await node.driver.discard_ranges([(start, stop - start) for start, stop in parts if start < stop])
+        node.written += 1
+    except NotSupportedError:
+        return
+    except FusediskError as exc:
+        exc.at(node.name, "discard", low, high - low)
+        raise
+    finally:
+        request.leave(node)
+
+
+# --- flush and resize -----------------------------------------------------------------------------------
+
+
+async def flush(node: Node) -> None:
+    """Put every write answered before this call on stable storage.
+
+    First the driver's caches go to the OS, then the children are flushed, then the OS's cache goes to the disk;
+    ``cache.no-flush`` skips the last step.
+    """
+    if node.closed:
+        raise NoMediumError(f"Node '{node.name}' is closed.")
+    if node.config.read_only:
+        return
+    storage = node.children.get("file")
+    try:
+        if storage is not None:
+            await storage.node.driver.debug_event("flush_to_os")
+        await node.driver.flush_to_os()
+        if storage is not None:
+            await storage.node.driver.debug_event("flush_to_disk")
+        for child in list(node.children.values()):
+            if child.role is not Role.BACKING:
+                await flush(child.node)
+        if node.driver.is_protocol:
+            await _flush_to_disk(node)
+    except FusediskError as exc:
+        exc.at(node.name, "flush")
+        raise
+
+
+async def _flush_to_disk(node: Node) -> None:
+    written = node.written
+    if node.flushed >= written or node.config.cache_no_flush:
+        return
+    async with node.flush_mutex:
+        # The previous holder of the mutex may have flushed our writes as well.
+        written = max(written, node.written)
+        if node.flushed < written:
+            await node.driver.flush_to_disk()
+            node.flushed = written
+
+
+async def truncate(node: Node, length: int, preallocation: str = "off", flags: int = 0) -> None:
+    """Change the node's virtual length.
+
+    New space reads as zeroes, also where a longer backing file has data. ``preallocation``: off, metadata, falloc or
+    full, for the space added. Raises NotSupportedError if the driver cannot resize, OperationBlockedError if resizing
+    is blocked.
+    """
+    if not 0 <= length < 1 << 63:
+        raise OutOfRangeError(f"'{node.filename}' cannot be {length} bytes long, expected 0 to 2^63 - 1.")
+    check_writable(node, 0)
+    node.check_operation("resize")
+    if not node.perm & permissions.RESIZE:
+        raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
+    request = Request(0, 1 << 63, True, serialising=True)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        if node.backing is not None and min(node.backing.node.length, length) > node.length:
+            flags |= ZERO_NEW
+        with nullcontext() if is_at_once() else trio.CancelScope(shield=True):
+            await node.driver.truncate(length, preallocation, flags)
+            node.length = await node.driver.length()
+        node.written += 1
+        node.change_mapping()
+    except FusediskError as exc:
+        exc.at(node.name, "resize", length)
+        raise
+    finally:
+        request.leave(node)
+    node.graph.resized(node)

@@ -1,0 +1,164 @@
+"""Internal snapshots of a node: the door for making, applying and deleting them.
+
+A snapshot lies between requests: it holds every write answered before, and none that comes later. So these operations
+wait for every request in flight on the node, and hold back all later ones. Plain reads go on meanwhile, since they
+find the same bytes before and after; only for the moment when an applied snapshot changes the disk they wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from fusedisk.block.model import permissions
+from fusedisk.block.model.node import Node
+from fusedisk.block.model.snapshot_info import SnapshotInfo
+from fusedisk.block.model.tracked import Request
+from fusedisk.block.request import io
+from fusedisk.core.errors import FusediskError, OutOfRangeError, PermissionConflictError, SnapshotNotFoundError
+from fusedisk.core.progress import Progress, no_progress
+
+_MAX_VMSTATE = 1 << 56
+"""Bytes; more than any format can hold."""
+
+
+def find_snapshot(snapshots: Sequence[SnapshotInfo], id_or_name: str, filename: str) -> SnapshotInfo:
+    """Return the first snapshot with that id, else the first with that name. Raises SnapshotNotFoundError."""
+    by_id = (found for found in snapshots if found.id == id_or_name)
+    by_name = (found for found in snapshots if found.name == id_or_name)
+    found = next(by_id, None) or next(by_name, None)
+    if found is None:
+        raise SnapshotNotFoundError(f"'{filename}' has no snapshot with the id or name '{id_or_name}'.")
+    return found
+
+
+def find_snapshot_by(
+    snapshots: Sequence[SnapshotInfo], filename: str, *, id: str | None = None, name: str | None = None
+) -> SnapshotInfo:
+    """Return the first snapshot with that id and that name, whichever are given. Raises SnapshotNotFoundError."""
+    for found in snapshots:
+        if id in (None, found.id) and name in (None, found.name) and (id, name) != (None, None):
+            return found
+    wanted = " and ".join(f"the {key} '{value}'" for key, value in (("id", id), ("name", name)) if value is not None)
+    raise SnapshotNotFoundError(f"'{filename}' has no snapshot with {wanted or 'no id and no name'}.")
+
+
+def snapshot_node(node: Node) -> Node:
+    """Return the node that holds the disk's snapshots: ``node``, or the first node below its filters."""
+    while node.driver.is_filter:
+        node = node.children["file"].node
+    return node
+
+
+def _filters_over(node: Node) -> Iterator[Node]:
+    """Yield the filters from ``node`` down to its :func:`snapshot_node`."""
+    while node.driver.is_filter:
+        yield node
+        node = node.children["file"].node
+
+
+def list_snapshots(node: Node) -> list[SnapshotInfo]:
+    """Return the snapshots in the order of the image's table."""
+    return snapshot_node(node).driver.list_snapshots()
+
+
+async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
+    """Make a snapshot of the disk as it is now, see :meth:`fusedisk.block.model.driver.Driver.create_snapshot`."""
+    node = snapshot_node(node)
+    async with alone(node, "snapshot", lets_reads=True):
+        return await node.driver.create_snapshot(snapshot, progress)
+
+
+async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
+    """Restore the disk's content and length from a snapshot."""
+    filters = list(_filters_over(node))
+    node = snapshot_node(node)
+    old = node.length
+    async with alone(node, "snapshot", lets_reads=True) as request:
+        size = next((found.disk_size for found in node.driver.list_snapshots() if found.id == id), old)
+        if size != old:
+            node.check_operation("resize")
+            if not node.perm & permissions.RESIZE:
+                raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
+        await node.driver.apply_snapshot(id, progress, partial(_no_reads, node, request))
+    if node.length != old:
+        for changed in (node, *reversed(filters)):
+            changed.length = await changed.driver.length()
+            changed.change_mapping()
+            changed.graph.resized(changed)
+
+
+@asynccontextmanager
+async def _no_reads(node: Node, request: Request) -> AsyncIterator[None]:
+    """Hold back reads while the disk and its length change."""
+    await request.wait_for_reads(node)
+    try:
+        yield
+    finally:
+        node.length = await node.driver.length()
+        node.change_mapping()
+        request.let_reads_pass()
+
+
+async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
+    """Delete a snapshot and free the space that only it used."""
+    node = snapshot_node(node)
+    async with alone(node, "snapshot", lets_reads=True):
+        await node.driver.delete_snapshot(id, progress)
+
+
+async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
+    """Write to the VM state that goes into the next snapshot."""
+    check_vmstate_range(offset, len(data))
+    node = snapshot_node(node)
+    async with alone(node, "save-vmstate"):
+        await node.driver.save_vmstate(offset, data)
+
+
+async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
+    """Read from the VM state that belongs to the disk's content; zeroes if there is none."""
+    check_vmstate_range(offset, len(buffer))
+    node = snapshot_node(node)
+    request = Request(0, 1 << 63, False)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        await node.driver.load_vmstate(offset, buffer)
+    except FusediskError as exc:
+        exc.at(node.name, "load-vmstate", offset, len(buffer))
+        raise
+    finally:
+        request.leave(node)
+
+
+def check_vmstate_range(offset: int, length: int) -> None:
+    """Raise OutOfRangeError for a range that no VM state can have."""
+    if offset < 0 or length < 0 or offset + length > _MAX_VMSTATE:
+        raise OutOfRangeError(f"VM state cannot have {length} bytes at {offset}: expected 0 to 2^56.")
+
+
+@asynccontextmanager
+async def alone(node: Node, operation: str, *, lets_reads: bool = False) -> AsyncIterator[Request]:
+    """Run the block with no other request in flight on the node, shielded from cancellation. ``lets_reads`` lets plain
+    reads begin meanwhile. Raises an error if the node is not writable."""
+    io.check_writable(node)
+    node.check_operation(operation)
+    request = Request(0, 1 << 63, True, serialising=True)
+    request.enter(node)
+    try:
+        await request.wait_for_earlier(node)
+        if lets_reads:
+            request.let_reads_pass()
+        with trio.CancelScope(shield=True):
+            yield request
+        node.written += 1
+    except FusediskError as exc:
+        exc.at(node.name, operation)
+        raise
+    finally:
+        # A failure half-way may have changed the mapping too.
+        node.change_mapping()
+        request.leave(node)
