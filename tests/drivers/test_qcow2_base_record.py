@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusedisk.block.graph.graph import Graph
-from fusedisk.drivers.format.qcow2.base_record import EXTENSION_BASE
+from fusedisk.drivers.format.qcow2.first_write import EXTENSION_BASE
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io
 from tests.support.images import MIB, make_qcow2, make_sparse_raw

@@ -21,13 +21,19 @@ from fusedisk.core import paths
 from fusedisk.core.errors import NotSupportedError, OptionError
 from fusedisk.core.progress import Progress
 from fusedisk.crypto.luks import Piece
-from fusedisk.drivers.format.qcow2 import amend_keys, layout
-from fusedisk.drivers.format.qcow2.amend_header import put_header
-from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
+from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.amend_changes import (
+    changing,
+    check_downgrade,
+    downgrade,
+    prepare_keys,
+    upgrade,
+    write_keys,
+)
 from fusedisk.drivers.format.qcow2.amend_refcounts import RefcountWidth
-from fusedisk.drivers.format.qcow2.amend_switch import changing
-from fusedisk.drivers.format.qcow2.amend_version import check_downgrade, downgrade, upgrade
+from fusedisk.drivers.format.qcow2.header import put_header
 from fusedisk.drivers.format.qcow2.layout import Extension, Header
+from fusedisk.drivers.format.qcow2.options import Qcow2AmendOptions
 
 if TYPE_CHECKING:
     from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
@@ -68,7 +74,7 @@ async def _changes(driver: Qcow2Driver, options: Qcow2AmendOptions, *, force: bo
     if options.size not in (None, header.size):
         changes.append(partial(_resize, driver, options.size))
     if options.encryption:
-        pieces = await amend_keys.prepare(driver, options, force=force)
+        pieces = await prepare_keys(driver, options, force=force)
         changes.append(partial(_change_keys, driver, pieces))
     bits = options.refcount_bits
     if bits not in (None, driver.image.geometry.refcount_bits):
@@ -109,7 +115,7 @@ async def _resize(driver: Qcow2Driver, size: int, progress: Progress) -> None:
 
 async def _change_keys(driver: Qcow2Driver, pieces: list[Piece], progress: Progress) -> None:
     async with changing(driver):
-        await amend_keys.write(driver.image, pieces)
+        await write_keys(driver.image, pieces)
 
 
 async def _change_width(driver: Qcow2Driver, bits: int, progress: Progress) -> None:

@@ -14,17 +14,24 @@ from fusedisk.block.model.check_result import CheckResult
 from fusedisk.core.alone import checkpoint
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.core.progress import Progress
-from fusedisk.drivers.format.qcow2.check_bitmaps import TABLE_ENTRY_OFFSET, bitmap_directory, wrong_entry
+from fusedisk.drivers.format.qcow2.bitmaps import (
+    TABLE_ENTRY_OFFSET,
+    TABLE_ENTRY_ONES,
+    TABLE_ENTRY_RESERVED,
+    Bitmap,
+    InvalidDirectoryError,
+    parse_directory,
+)
 from fusedisk.drivers.format.qcow2.check_blocks import (
     REFCOUNT_OFFSET_MASK,
     REFCOUNT_TABLE_RESERVED,
     DiskRefcounts,
 )
 from fusedisk.drivers.format.qcow2.check_counts import Counts
-from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region
-from fusedisk.drivers.format.qcow2.check_snapshots import SnapshotTable
+from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region, SnapshotTable
 from fusedisk.drivers.format.qcow2.check_table import TableFindings, TableScanner
 from fusedisk.drivers.format.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK, used_pieces
+from fusedisk.drivers.format.qcow2.layout import BitmapDirectory
 
 _TABLES_BETWEEN_CHECKPOINTS = 64
 
@@ -259,3 +266,21 @@ class Walk:
 
 def _ignore(sentence: str) -> None:
     """Do not report: the fault was already reported for the table itself."""
+
+
+# --- persistent bitmaps -------------------------------------------------------------------------------
+
+
+async def bitmap_directory(image: CheckedImage, directory: BitmapDirectory) -> list[Bitmap]:
+    """The bitmaps. Raises ImageError if the directory or an entry of it is invalid."""
+    data = await image.read(directory.offset, directory.size)
+    try:
+        return parse_directory(data, directory.bitmaps, image.header)
+    except InvalidDirectoryError as exc:
+        raise ImageError(f"'{image.filename}' cannot be checked: its directory of bitmaps {exc}.") from None
+
+
+def wrong_entry(image: CheckedImage, entry: int) -> bool:
+    """Whether an entry of a bitmap's table is invalid."""
+    offset = entry & TABLE_ENTRY_OFFSET
+    return bool(entry & TABLE_ENTRY_RESERVED or (offset and entry & TABLE_ENTRY_ONES) or offset & image.cluster_mask)

@@ -38,24 +38,20 @@ from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import zero_fill
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocation
-from fusedisk.drivers.format.qcow2.amend_options import Qcow2AmendOptions
 from fusedisk.drivers.format.qcow2.backing import Backing
-from fusedisk.drivers.format.qcow2.base_record import check_base
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
-from fusedisk.drivers.format.qcow2.first_write import FirstWrite
+from fusedisk.drivers.format.qcow2.file_state import sparse_threshold, uses_clusters, warn_if_incomplete
+from fusedisk.drivers.format.qcow2.first_write import FirstWrite, check_base
 from fusedisk.drivers.format.qcow2.freed import Reason
-from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.incomplete import warn_if_incomplete
-from fusedisk.drivers.format.qcow2.information import specific_information
+from fusedisk.drivers.format.qcow2.header import check_version, check_writable, read_header
+from fusedisk.drivers.format.qcow2.image import Image, specific_information
 from fusedisk.drivers.format.qcow2.layout import Header
-from fusedisk.drivers.format.qcow2.opening import check_version, check_writable, read_header
-from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions, Qcow2Options, cache_sizes
+from fusedisk.drivers.format.qcow2.options import Qcow2AmendOptions, Qcow2CreateOptions, Qcow2Options, cache_sizes
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.resize_driver import ResizeDriver
-from fusedisk.drivers.format.qcow2.sparse import sparse_threshold, uses_clusters
 from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator
 
 log = logging.getLogger(__name__)
@@ -89,7 +85,7 @@ class Qcow2Driver(ResizeDriver):
     _compressing: CompressedWriter | None = None
     _end_was_checked = False
     _sparse_threshold: int | None = None
-    """The number of clusters in use from which data extents may be holes of the file (:mod:`.sparse`); None once
+    """The number of clusters in use from which data extents may be holes of the file (:mod:`.file_state`); None once
     ``has_holes`` has decided."""
 
     # --- recognising and naming -------------------------------------------------------------------------

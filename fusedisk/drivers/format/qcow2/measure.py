@@ -15,9 +15,9 @@ from fusedisk.core.options import CreateOptions, option
 from fusedisk.core.progress import Progress, no_progress
 from fusedisk.crypto.luks_layout import area_size
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.bitmap_directory import Bitmap
-from fusedisk.drivers.format.qcow2.check_bitmaps import bitmap_directory
+from fusedisk.drivers.format.qcow2.bitmaps import Bitmap
 from fusedisk.drivers.format.qcow2.check_open import open_image
+from fusedisk.drivers.format.qcow2.check_walk import bitmap_directory
 
 _REFCOUNT_BITS = (1, 2, 4, 8, 16, 32, 64)
 _KEY_BYTES = {"128": 16, "192": 24, "256": 32}

@@ -42,18 +42,32 @@ Dying at any point leaves an image that is not worse than it was; each step is f
 from __future__ import annotations
 
 import bisect
+from array import array
 
 from fusedisk.block.model.check_result import CheckResult, Repair
+from fusedisk.block.request import io
 from fusedisk.core.errors import ImageError
 from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.check_analysis import Analysis, analyse
-from fusedisk.drivers.format.qcow2.check_open import KNOWN_AUTOCLEAR, CheckedImage, open_image
-from fusedisk.drivers.format.qcow2.check_snapshots import read_snapshot_table
-from fusedisk.drivers.format.qcow2.repair_copied import correct_copied
-from fusedisk.drivers.format.qcow2.repair_entries import mend_tables, stuck_entry
-from fusedisk.drivers.format.qcow2.repair_moves import plan_moves
-from fusedisk.drivers.format.qcow2.repair_refcounts import lower_refcounts, raise_refcounts
+from fusedisk.drivers.format.qcow2.bitmaps import TABLE_ENTRY_OFFSET, TABLE_ENTRY_ONES
+from fusedisk.drivers.format.qcow2.check import Analysis, analyse
+from fusedisk.drivers.format.qcow2.check_open import (
+    KNOWN_AUTOCLEAR,
+    CheckedImage,
+    Region,
+    open_image,
+    read_snapshot_table,
+)
+from fusedisk.drivers.format.qcow2.check_table import ALLOCATED_SUBCLUSTERS
+from fusedisk.drivers.format.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    ZERO,
+)
+from fusedisk.drivers.format.qcow2.repair_refcounts import lower_refcounts, plan_moves, raise_refcounts
 
 _MAX_ROUNDS = 6
 """Mending may uncover further faults (a dropped table shared clusters with others), but it converges quickly."""
@@ -231,3 +245,187 @@ async def _clear_bad_bits(image: CheckedImage) -> None:
     header.incompatible_features &= ~_BAD_BITS
     await image.write(layout.INCOMPATIBLE_FIELD, header.incompatible_features.to_bytes(8, "big"))
     await image.flush()
+
+
+# --- persistent bitmaps -------------------------------------------------------------------------------
+
+
+async def mend_bitmaps(analysis: Analysis) -> bool:
+    """Mend the tables of all bitmaps, or let all become invalid; returns whether anything was changed."""
+    image = analysis.image
+    if image.bitmaps is None:
+        return False
+    tables = analysis.walk.bitmap_tables
+    if not all(image.has_region(*region) for region in (Region(image.bitmaps.offset, image.bitmaps.size), *tables)):
+        image.header.autoclear_features &= ~layout.BITMAPS
+        image.bitmaps = None
+        await image.write(layout.AUTOCLEAR_FIELD, image.header.autoclear_features.to_bytes(8, "big"))
+        return True
+    changed = False
+    for region in tables:
+        before = await image.read_table(region)
+        after = array("Q", (_mended_entry(image, entry) for entry in before))
+        changed |= await image.write_changes(region.offset, before, after)
+    return changed
+
+
+def _mended_entry(image: CheckedImage, entry: int) -> int:
+    """Set all bits of a part that is not in the file: a backup then copies too much, never too little."""
+    offset = entry & TABLE_ENTRY_OFFSET
+    return TABLE_ENTRY_ONES if offset and not image.has_region(offset, image.cluster_size) else entry
+
+
+# --- COPIED flags -------------------------------------------------------------------------------------
+
+
+async def correct_copied(analysis: Analysis) -> None:
+    """Correct the flags in the active L1 table and its L2 tables. The analysis is out of date then."""
+    if not analysis.miscopied:
+        return
+    image, walk = analysis.image, analysis.walk
+    for table in walk.l1_tables:
+        if table.active and walk.miscopied_l1:
+            await _correct(analysis, image.inside(table.region), words=1, data_file=False)
+    for offset in walk.miscopied_tables:
+        region = Region(offset, image.cluster_size)
+        await _correct(analysis, region, words=image.entry_size // 8, data_file=image.data_file)
+    await image.flush()
+
+
+async def _correct(analysis: Analysis, region: Region, *, words: int, data_file: bool) -> None:
+    image, disk = analysis.image, analysis.disk
+    before = await image.read_table(region)
+    after = before[:]
+    for index in range(0, len(before), words):
+        entry = before[index]
+        offset = entry & OFFSET_MASK
+        if entry & COMPRESSED or not offset:
+            continue
+        refcount = 1 if data_file else await disk.get(offset >> image.cluster_bits)
+        after[index] = entry | COPIED if refcount == 1 else entry & ~COPIED
+    await image.write_changes(region.offset, before, after)
+
+
+# --- table entries ------------------------------------------------------------------------------------
+
+_ALL_ZERO_SUBCLUSTERS = ALLOCATED_SUBCLUSTERS << 32
+
+
+async def mend_tables(analysis: Analysis) -> bool:
+    """Mend all tables; returns whether anything was changed. The analysis is out of date then."""
+    image = analysis.image
+    changed = await _grow_over_l1_tables(analysis)
+    changed |= await mend_bitmaps(analysis)
+    foreign: set[int] = set()
+    for offset in analysis.walk.broken_tables:
+        if offset & image.cluster_mask or not offset:
+            continue  # goes with its L1 entries
+        before = await image.read_table(Region(offset, image.cluster_size))
+        after = _mended_table(image, before)
+        if _is_foreign(analysis, offset, before, after):
+            foreign.add(offset)
+        else:
+            changed |= await image.write_changes(offset, before, after)
+    for table in analysis.walk.l1_tables:
+        before = await image.read_table(image.inside(table.region))
+        after = before[:]
+        for index, entry in enumerate(before):
+            if entry and not analysis.is_shared(table, index):
+                after[index] = _mended_l1_entry(image, entry, foreign)
+        changed |= await image.write_changes(table.region.offset, before, after)
+    if changed:
+        await image.flush()
+    return changed
+
+
+async def stuck_entry(analysis: Analysis) -> str | None:
+    """An invalid L1 entry that must not be mended, as something else is in its cluster; None without one."""
+    image = analysis.image
+    for table in analysis.walk.l1_tables:
+        for index, entry in enumerate(await image.read_table(image.inside(table.region))):
+            if entry and analysis.is_shared(table, index) and _mended_l1_entry(image, entry, set()) != entry:
+                return (
+                    f"{table.label} has the invalid entry {entry:#x} in a cluster that is also used for something else"
+                )
+    return None
+
+
+async def _grow_over_l1_tables(analysis: Analysis) -> bool:
+    """Let the file hold all of the L1 tables that start in it; what is added reads as before."""
+    image = analysis.image
+    ends = [
+        table.region.offset + table.region.length
+        for table in analysis.walk.l1_tables
+        if table.region.offset < image.length and not image.has_region(*table.region)
+    ]
+    if not ends:
+        return False
+    await io.truncate(image.file, max(ends))
+    return True
+
+
+def _is_foreign(analysis: Analysis, offset: int, before: array[int], after: array[int]) -> bool:
+    """Whether something else is in the cluster of what an L1 entry calls an L2 table."""
+    weight = analysis.walk.uses[offset].weight
+    if analysis.counts[offset >> analysis.image.cluster_bits] <= weight:
+        return False
+    wrong = sum(old != new and not _is_entry(analysis.image, old) for old, new in zip(before, after, strict=True))
+    return 2 * wrong > len(before) - before.count(0) and not _has_own_clusters(analysis, before, weight)
+
+
+def _is_entry(image: CheckedImage, entry: int) -> bool:
+    """Whether this could be an entry of an L2 table, had the file not been cut off."""
+    return not entry & (COMPRESSED | L2_RESERVED | image.cluster_mask & OFFSET_MASK)
+
+
+def _has_own_clusters(analysis: Analysis, table: array[int], weight: int) -> bool:
+    """Whether an entry leads to a cluster that nothing else refers to, as only those of real tables do."""
+    image, bits = analysis.image, analysis.image.cluster_bits
+    wrong = COMPRESSED | L2_RESERVED | image.cluster_mask & OFFSET_MASK
+    for entry in table[:: image.entry_size // 8]:
+        offset = entry & OFFSET_MASK
+        if offset and not entry & wrong and offset < image.length and analysis.counts[offset >> bits] <= weight:
+            return True
+    return False
+
+
+def _mended_l1_entry(image: CheckedImage, entry: int, foreign: set[int]) -> int:
+    offset = entry & OFFSET_MASK
+    if not offset or offset & image.cluster_mask or offset in foreign:
+        return 0
+    if not image.has_region(offset, image.cluster_size):
+        return 0
+    return entry & ~L1_RESERVED
+
+
+def _mended_table(image: CheckedImage, table: array[int]) -> array[int]:
+    if not image.extended_l2:
+        return array("Q", (mended_entry(image, entry, 0)[0] if entry else 0 for entry in table))
+    mended = table[:]
+    for index in range(0, len(table), 2):
+        mended[index], mended[index + 1] = mended_entry(image, table[index], table[index + 1])
+    return mended
+
+
+def mended_entry(image: CheckedImage, entry: int, bitmap: int) -> tuple[int, int]:
+    """An L2 entry and its bitmap of subclusters (0 where there are none) as they should be."""
+    if entry & COMPRESSED:
+        if image.data_file or not image.has_region(*image.compressed_region(entry)):
+            return _zeroes(image, _ALL_ZERO_SUBCLUSTERS)
+        return entry & ~COPIED, 0
+    entry &= ~L2_RESERVED
+    offset = entry & OFFSET_MASK
+    if not offset and not (image.data_file and entry & COPIED):
+        return entry, bitmap & ~ALLOCATED_SUBCLUSTERS
+    allocated = bitmap & ALLOCATED_SUBCLUSTERS
+    present = image.data_file or image.has_region(offset, image.cluster_size)
+    if offset & image.cluster_mask or not present:
+        return _zeroes(image, (bitmap | allocated << 32) & _ALL_ZERO_SUBCLUSTERS)
+    return entry, bitmap & ~(allocated << 32)
+
+
+def _zeroes(image: CheckedImage, subclusters: int) -> tuple[int, int]:
+    """Return the entry for a cluster that reads as zeroes, as far as the version has one."""
+    if image.extended_l2:
+        return 0, subclusters
+    return (ZERO if image.header.version >= 3 else 0), 0

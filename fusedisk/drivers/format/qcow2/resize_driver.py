@@ -26,7 +26,7 @@ class ResizeDriver(SnapshotDriver):
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
         # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2 import resize
-        from fusedisk.drivers.format.qcow2.bitmap_resize import resizing
+        from fusedisk.drivers.format.qcow2.bitmaps import resizing
 
         allocator, zero_new = self.allocator, bool(flags & ZERO_NEW)
         old = self.image.header.size

@@ -1,8 +1,18 @@
-"""Whether the file of an image ends before what its metadata leads to, as after a copy that was cut short.
+"""What the file of an image tells beyond its content: whether it was cut short, and whether its clusters may be holes.
 
-It costs no more than the refcount table and one refcount block: the highest cluster in use lies past the end of an
+Incomplete images
+-----------------
+The file of an incomplete image ends before what its metadata leads to, as after a copy that was cut short. Looking
+costs no more than the refcount table and one refcount block: the highest cluster in use lies past the end of an
 incomplete file. That alone does not prove it, since a crash may leave clusters in use that were never written. So L2
 tables are read then, those at the end of the file first, which lead to what was written last.
+
+Sparse images
+-------------
+In an image with ``preallocation=metadata`` clusters in use are holes of the file. QEMU's rule, since block status must
+say the same: the file takes up clearly less space than the clusters that are in use. Counting those means reading
+refcount blocks, so it is done when block status first asks, and not at all for a file that is too short to hold that
+many.
 """
 
 from __future__ import annotations
@@ -12,7 +22,10 @@ from array import array
 from collections.abc import Iterator
 from heapq import nlargest
 
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
 from fusedisk.core.alone import checkpoint
+from fusedisk.core.errors import FusediskError
 from fusedisk.core.zeroes import is_zero
 from fusedisk.drivers.format.qcow2.entries import (
     ALL_ALLOCATED,
@@ -23,7 +36,9 @@ from fusedisk.drivers.format.qcow2.entries import (
     Geometry,
     used_pieces,
 )
-from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.image import Image, read_table
+from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.qcow2.refcount_block import refcount_codec
 
 log = logging.getLogger(__name__)
 
@@ -130,3 +145,55 @@ def _data_places(table: array[int], geometry: Geometry) -> Iterator[int]:
             continue
         elif bitmap & ALL_ALLOCATED and (geometry.extended_l2 or not entry & ZERO):
             yield entry & OFFSET_MASK
+
+
+# --- holes --------------------------------------------------------------------------------------------
+
+_BLOCK_OFFSET = ~0x1FF & (1 << 64) - 1
+_TYPECODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
+
+
+async def sparse_threshold(file: Node, header: Header) -> int | None:
+    """How many clusters in use make the image a sparse one; None where there cannot be that many."""
+    try:
+        allocated = await file.driver.allocated_size()
+    except FusediskError:
+        return None
+    if allocated is None:
+        return None
+    present = allocated >> header.cluster_bits
+    threshold = max(present * 10 // 9, present + 2)
+    return threshold if -(-file.length >> header.cluster_bits) >= threshold else None
+
+
+async def uses_clusters(file: Node, header: Header, wanted: int) -> bool:
+    """Whether at least ``wanted`` clusters of the file have a refcount. Raises the errors of reading the file."""
+    bits = 1 << header.refcount_order
+    cluster_size = header.cluster_size
+    entries = cluster_size * 8 // bits
+    clusters_left = -(-file.length >> header.cluster_bits)
+    for entry in await read_table(file, header.refcount_table_offset, header.refcount_table_size() // 8):
+        if clusters_left <= 0:
+            break
+        if offset := entry & _BLOCK_OFFSET:
+            block = await _read(file, offset, cluster_size)
+            wanted -= _in_use(block, bits, min(entries, clusters_left))
+            if wanted <= 0:
+                return True
+        clusters_left -= entries
+    return False
+
+
+def _in_use(block: bytearray, bits: int, entries: int) -> int:
+    """How many of the first ``entries`` refcounts are not zero."""
+    typecode = _TYPECODES.get(bits)
+    if typecode is None:
+        values = refcount_codec(bits, len(block) * 8 // bits).values(block, 0, entries)
+        return entries - values.count(0)
+    return entries - array(typecode, bytes(memoryview(block)[: entries * bits // 8])).count(0)
+
+
+async def _read(file: Node, offset: int, length: int) -> bytearray:
+    data = bytearray(length)
+    await io.read(file, offset, memoryview(data))
+    return data

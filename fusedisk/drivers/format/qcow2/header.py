@@ -1,10 +1,12 @@
-"""Rewriting the header with its extensions and the backing file's name, so that a power cut cannot break it.
+"""The header of an image: reading it on opening, and rewriting it so that a power cut cannot break it.
 
-All of these lie in the first cluster, and only a sector of 512 bytes is written as a whole. The first sector says where
-everything else is, so it alone turns the old header into the new one: what the new one has behind it is written first,
-to bytes that the old one does not use. Where both need the same bytes there is a step between: a header that says what
-the new one says, without the feature name table (which serves error messages only), with its extensions in the
-first sector and the name where neither of the other two has anything.
+Rewriting
+---------
+The header, its extensions and the backing file's name lie in the first cluster, and only a sector of 512 bytes is
+written as a whole. The first sector says where everything else is, so it alone turns the old header into the new one:
+what the new one has behind it is written first, to bytes that the old one does not use. Where both need the same bytes
+there is a step between: a header that says what the new one says, without the feature name table (which serves error
+messages only), with its extensions in the first sector and the name where neither of the other two has anything.
 
 Source: docs/interop/qcow2.txt, "Header", "Header extensions".
 """
@@ -12,14 +14,67 @@ Source: docs/interop/qcow2.txt, "Header", "Header extensions".
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fusedisk.core.errors import ImageError
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io
+from fusedisk.core.errors import ImageError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.qcow2.options import Qcow2Options
+
+log = logging.getLogger(__name__)
+
+
+async def read_header(file: Node, filename: str, *, look_only: bool = False) -> Header:
+    """The validated header of the image in ``file``. Raises ImageError or UnsupportedFeatureError.
+
+    ``look_only``: where its tables lie in impossible places, warn of that and leave them out.
+    """
+    head = await _read(file, layout.V3_HEADER_LENGTH)
+    header = layout.parse_header(head, filename)
+    layout.check_untrusted(header, filename)
+    layout.parse_header_area(header, await _read(file, header.cluster_size), filename)
+    layout.check_features(header, filename)
+    layout.check_table_sizes(header, filename)
+    try:
+        layout.check_table_places(header, file.length, filename)
+    except ImageError as exc:
+        if not look_only:
+            raise
+        log.warning("%s", exc)
+        header.l1_size = header.nb_snapshots = 0
+    return header
+
+
+async def _read(file: Node, length: int) -> bytes:
+    data = bytearray(min(length, file.length))
+    await io.read(file, 0, memoryview(data))
+    return bytes(data)
+
+
+def check_version(options: Qcow2Options, header: Header, filename: str) -> None:
+    """Raise OptionError for options that version 2 cannot have."""
+    if options.discard_no_unref and header.version < 3:
+        raise OptionError(f"'{filename}' is qcow2 of version 2, but discard-no-unref needs version 3 (compat=1.1).")
+    if options.lazy_refcounts and header.version < 3:
+        raise OptionError(f"'{filename}' is qcow2 of version 2, but lazy-refcounts needs version 3 (compat=1.1).")
+
+
+def check_writable(header: Header, filename: str) -> None:
+    """Refuse to write to images whose metadata cannot be relied on. Raises ImageError."""
+    if header.incompatible_features & layout.CORRUPT:
+        raise ImageError(
+            f"'{filename}' is marked corrupt and can only be opened read-only until it is repaired, as by "
+            f"'fusedisk check -r all'."
+        )
+
+
+# --- rewriting the header -----------------------------------------------------------------------------
 
 SECTOR = 512
 
