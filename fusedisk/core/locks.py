@@ -1,4 +1,4 @@
-"""An async mutex whose free case does not suspend."""
+"""A mutex whose free case does not suspend, and a signal that wakes the tasks that wait for it."""
 
 from __future__ import annotations
 
@@ -47,3 +47,28 @@ class Mutex:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+class Signal:
+    """Wakes the tasks that wait for something to change; they look at it again and wait anew if need be.
+
+    ``notify`` is synchronous and costs next to nothing while nobody waits. It is not remembered: a task that begins to
+    wait afterwards waits for the next one.
+    """
+
+    __slots__ = ("_lot",)
+
+    def __init__(self) -> None:
+        self._lot: trio.lowlevel.ParkingLot | None = None
+
+    async def wait(self) -> None:
+        """Wait for the next ``notify``."""
+        refuse_to_wait()
+        if self._lot is None:
+            self._lot = trio.lowlevel.ParkingLot()
+        await self._lot.park()
+
+    def notify(self) -> None:
+        """Wake all tasks that wait."""
+        if self._lot:
+            self._lot.unpark_all()

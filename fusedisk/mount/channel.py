@@ -28,32 +28,18 @@ from fusedisk.core.errors import HostError
 from fusedisk.mount import wire
 from fusedisk.mount.answers import Answers, Work, failed
 from fusedisk.mount.handles import Handle
-from fusedisk.mount.nap import TICK, Nap
+from fusedisk.mount.nap import Nap
 from fusedisk.mount.negotiation import Negotiation
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.passthrough import PassedThrough
 from fusedisk.mount.polling import Polling
 from fusedisk.mount.reply_pipe import LEAST, ReplyPipe
 from fusedisk.mount.requesters import is_dying
+from fusedisk.mount.scheduling import Admission, Turns
 from fusedisk.mount.settings import Passthrough
 from fusedisk.mount.splicing import Spliced
 
 log = logging.getLogger(__name__)
-
-MOST_PLACES = 256
-"""The most requests that are read and not answered yet."""
-MOST_TASKS = 64
-"""The most of them that are served at the same time."""
-MOST_BYTES = 32 << 20
-"""The most bytes of data that they hold."""
-_TURNS = 64
-"""The number of requests answered on the spot after which other work gets its turn."""
-_LONGEST_TURN = 1e-3
-"""Seconds after which other work gets its turn in any case: requests take very different times."""
-_PATIENCE = 3e-3
-"""Additional seconds for work of the event loop that the channel does not know of."""
-_PATIENCE_NAPPING = _PATIENCE - 2 * TICK
-"""The same before a nap, which may take two ticks of its own."""
 
 _LEAST_SPARE, _MOST_SPARE = 2, 8
 """The number of buffers of each kind that are made at the start, and kept for reuse."""
@@ -136,15 +122,14 @@ class Channel:
         self._answers = Answers(operations, self._negotiation, PassedThrough(self._device, passthrough))
         self._spare = [Request() for _ in range(_LEAST_SPARE)]
         self._replies = [_pages(_REPLY + wire.MAX_WRITE) for _ in range(_LEAST_SPARE)]
-        self._places = 0
-        self._tasks = 0
-        self._bytes = 0
-        self._room: trio.Event | None = None
+        self._admission = Admission()
         self._forwarded = 0
+        """Requests that pyfuse3 has not answered yet."""
         self._interruptible: dict[int, tuple[trio.CancelScope, int]] = {}
         """By request number, the scope to cancel, and the thread that must be dying for that; 0: any signal will do."""
         self._polling = Polling(may_ask=len(os.sched_getaffinity(0)) > 1)
         self._nap = Nap(self._device)
+        self._turns = Turns()
 
     async def run(self) -> None:
         """Serve until the mount is gone, then let pyfuse3 end. Raises BrokenConnectionError."""
@@ -180,8 +165,7 @@ class Channel:
     async def _serve(self, nursery: trio.Nursery) -> None:
         """Read requests until the mount is gone; answer them on the spot, or start what answers them.
 
-        Each round of the loop: nap or read · poll or wait if there was no request · answer at once · hand on · give
-        other tasks a turn.
+        The steps of each round are numbered below. Only steps 2, 5 and 6 suspend.
         """
         device, handles = self._device, self._handles
         readv, write, clock, in_background = os.readv, os.write, perf_counter, background.running
@@ -194,26 +178,25 @@ class Channel:
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
         content = data[:0]
-        polling, nap, busy = self._polling, self._nap.take, self._busy
-        shared = self._shared
-        turns, now = 0, clock()
-        turn = now + _LONGEST_TURN
+        polling, nap, busy, turns = self._polling, self._nap.take, self._busy, self._turns
+        admission, shared = self._admission, self._shared
+        turns.begin(clock())
         asked = 0.0
         while True:
-            # Nap instead of polling, unless another task has work to do.
-            if polling.naps and not (self._places or self._forwarded or in_background()) and not nap():
+            # 1. Nap instead of polling, unless another task has work to do.
+            if polling.naps and not (admission.places or self._forwarded or in_background()) and not nap():
                 polling.overslept()
+            # 2. Read. Exits: no request yet (poll again, or wait) · the mount is gone · it was withdrawn · broken.
             try:
                 length = readv(device, vector)
             except BlockingIOError:
-                # No request: poll again until the deadline, then wait in the event loop.
                 now = clock()
-                if now < polling.deadline and not (self._places or self._forwarded or in_background()):
+                if now < polling.deadline and not (admission.places or self._forwarded or in_background()):
                     asked = now
                     continue
                 await trio.lowlevel.wait_readable(device)
-                turns, now = 0, clock()
-                turn = now + _LONGEST_TURN
+                now = clock()
+                turns.begin(now)
                 polling.woke(now, asked)
                 if busy is not None and polling.soon:
                     busy()
@@ -227,7 +210,7 @@ class Channel:
                 raise BrokenConnectionError(
                     f"Reading requests from '/dev/fuse' failed: {exc.strerror}.", errno=exc.errno
                 ) from exc
-            # Decode the header. The fields behind ``unique`` mean something for READ and WRITE only.
+            # 3. Decode the header. The fields behind ``unique`` mean something for READ and WRITE only.
             declared, opcode, unique, number, offset, size, own_flags, flags = unpack(head)
             if length != declared or length < wire.IN_HEADER.size:
                 raise BrokenConnectionError(
@@ -235,7 +218,7 @@ class Channel:
                 )
             answered = False
             handle = handles.get(number)
-            # Answer READ and WRITE at once, if that needs no waiting.
+            # 4. Answer READ and WRITE at once, if that needs no waiting; ``answered`` tells step 5.
             try:
                 if opcode == wire.READ:
                     # The kernel will keep these pages: note them before they are read.
@@ -271,26 +254,21 @@ class Channel:
                 else:
                     answered = True
                     self.answer(unique, -failed("a request", exc))
-            # Hand everything else on. A task that writes keeps the buffer, so the next request gets another one.
+            # 5. Hand everything else on. A task that writes keeps the buffer, so the next request gets another one.
             if not answered and await self._dispatch(nursery, request, length, opcode, unique):
                 request = self._take_request()
                 vector, head, data = request.vector, request.head, request.data
                 content = data[:0]
-            # After a while give other tasks a turn: soon if there are any that we know of, later in any case.
-            turns += 1
+            # 6. After a while give other tasks a turn: soon if there are any that we know of, later in any case.
             now = clock()
-            if (turns >= _TURNS or now >= turn) and (
-                self._places
-                or self._forwarded
-                or in_background()
-                or turns >= 16 * _TURNS
-                or now >= turn + (_PATIENCE_NAPPING if polling.naps else _PATIENCE)
+            if turns.is_over(now) and (
+                admission.places or self._forwarded or in_background() or turns.is_long_over(now, polling.naps)
             ):
                 if busy is not None:
                     busy()
                 await trio.lowlevel.checkpoint()
-                turns, now = 0, clock()
-                turn = now + _LONGEST_TURN
+                now = clock()
+                turns.begin(now)
             polling.answered(now, asked)
             asked = 0.0
 
@@ -320,7 +298,7 @@ class Channel:
             if handle is None or size > wire.MAX_WRITE:
                 self.answer(unique, -errno.EBADF if handle is None else -errno.EINVAL)
             else:
-                await self._take_place()
+                await self._admission.take_place()
                 scope = self._may_interrupt(unique, wire.IN_HEADER.unpack_from(request.head)[6])
                 nursery.start_soon(self._read, unique, handle, offset, size, scope)
             return False
@@ -329,9 +307,9 @@ class Channel:
             if handle is None:
                 self.answer(unique, -errno.EBADF)
                 return False
-            await self._take_place()
-            await self._make_room()
-            self._begin(size)
+            await self._admission.take_place()
+            await self._admission.make_room()
+            self._admission.begin(size)
             nursery.start_soon(self._write, unique, handle, offset, size, flags, request)
             return True
         if opcode == wire.INTERRUPT:
@@ -341,7 +319,7 @@ class Channel:
             return False
         work = self._answers.work(opcode, request.start(length))
         if work is not None:
-            await self._take_place()
+            await self._admission.take_place()
             # fallocate(2) may end with EINTR, and cp and tar do not expect that of lseek(2).
             thread = wire.IN_HEADER.unpack_from(request.head)[6] if opcode == wire.LSEEK else 0
             scope = self._may_interrupt(unique, thread) if opcode in _INTERRUPTIBLE else trio.CancelScope()
@@ -353,35 +331,6 @@ class Channel:
         return False
 
     # --- requests that wait -----------------------------------------------------------------------------
-
-    async def _take_place(self) -> None:
-        """Wait until another request may be known of. While places are left, interrupts are read, too."""
-        while self._places >= MOST_PLACES:
-            await self._changed()
-        self._places += 1
-
-    async def _make_room(self) -> None:
-        """Wait until another request may be served, and may hold data."""
-        while self._tasks >= MOST_TASKS or self._bytes >= MOST_BYTES:
-            await self._changed()
-
-    async def _changed(self) -> None:
-        if self._room is None:
-            self._room = trio.Event()
-        await self._room.wait()
-
-    def _begin(self, size: int) -> None:
-        self._tasks += 1
-        self._bytes += size
-
-    def _end(self, size: int, *, begun: bool = True) -> None:
-        self._places -= 1
-        if begun:
-            self._tasks -= 1
-            self._bytes -= size
-        if self._room is not None:
-            self._room.set()
-            self._room = None
 
     def _may_interrupt(self, unique: int, thread: int) -> trio.CancelScope:
         """Return a scope that ends the request when its client has gone; registered before the next message is read."""
@@ -409,8 +358,8 @@ class Channel:
         reply: memoryview | None = None
         try:
             with scope:
-                await self._make_room()
-                self._begin(size)
+                await self._admission.make_room()
+                self._admission.begin(size)
                 reply = self._take_reply()
                 try:
                     size_read = await handle.export.read_into(offset, reply[_REPLY : _REPLY + size])
@@ -425,7 +374,7 @@ class Channel:
             del self._interruptible[unique]
             if reply is not None and len(self._replies) < _MOST_SPARE:
                 self._replies.append(reply)
-            self._end(size, begun=reply is not None)
+            self._admission.end(size, begun=reply is not None)
 
     async def _write(self, unique: int, handle: Handle, offset: int, size: int, flags: int, request: Request) -> None:
         error, body = 0, b""
@@ -439,7 +388,7 @@ class Channel:
         finally:
             if len(self._spare) < _MOST_SPARE:
                 self._spare.append(request)
-            self._end(size)
+            self._admission.end(size)
         await handle.export.drop_kept(offset, size)
         self.answer(unique, error, body)
 
@@ -448,8 +397,8 @@ class Channel:
         error, body = -errno.EINTR, b""
         try:
             with scope:
-                await self._make_room()
-                self._begin(0)
+                await self._admission.make_room()
+                self._admission.begin(0)
                 begun = True
                 try:
                     body = await work.run()
@@ -458,7 +407,7 @@ class Channel:
                     error = -failed(f"request {opcode}", exc)
         finally:
             self._interruptible.pop(unique, None)
-            self._end(0, begun=begun)
+            self._admission.end(0, begun=begun)
         if work.changes is not None:
             export, offset, length = work.changes
             await export.drop_kept(offset, length)

@@ -19,7 +19,7 @@ import trio.testing
 from fusedisk.block.request import background
 from fusedisk.block.request.immediate import Pieces
 from fusedisk.core.errors import HostError, NoSpaceError
-from fusedisk.mount import channel, wire
+from fusedisk.mount import channel, scheduling, wire
 from fusedisk.mount.channel import Channel
 from fusedisk.mount.handles import Handle
 from fusedisk.mount.reply_pipe import LEAST
@@ -337,10 +337,10 @@ async def test_who_waits_for_a_disk_is_busy_if_requests_come_soon(monkeypatch: p
 async def test_requests_in_flight_are_bounded(setup: Setup) -> None:
     """What is beyond waits where it came from, and is answered in the end."""
     setup.disk.cached = False
-    sent = [await setup.kernel.read(512 * index, 512) for index in range(3 * channel.MOST_TASKS)]
-    await setup.disk.until_held(channel.MOST_TASKS)
+    sent = [await setup.kernel.read(512 * index, 512) for index in range(3 * scheduling.MOST_TASKS)]
+    await setup.disk.until_held(scheduling.MOST_TASKS)
     await trio.testing.wait_all_tasks_blocked()
-    assert setup.disk.most_held == channel.MOST_TASKS
+    assert setup.disk.most_held == scheduling.MOST_TASKS
     setup.disk.go_on.set()
     answered = {}
     for _ in sent:
@@ -351,7 +351,7 @@ async def test_requests_in_flight_are_bounded(setup: Setup) -> None:
 
 
 async def test_bytes_in_flight_are_bounded(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "MOST_BYTES", 8 * 16384)
+    monkeypatch.setattr(scheduling, "MOST_BYTES", 8 * 16384)
     setup.disk.cached = False
     sent = [await setup.kernel.read(0, 16384) for _ in range(16)]
     await setup.disk.until_held(8)
@@ -423,8 +423,8 @@ async def test_an_interrupt_that_comes_at_once(setup: Setup) -> None:
 
 async def test_interrupts_are_heard_although_nothing_more_is_served(setup: Setup) -> None:
     setup.disk.cached = False
-    sent = [await setup.kernel.read(512 * index, 512) for index in range(2 * channel.MOST_TASKS)]
-    await setup.disk.until_held(channel.MOST_TASKS)
+    sent = [await setup.kernel.read(512 * index, 512) for index in range(2 * scheduling.MOST_TASKS)]
+    await setup.disk.until_held(scheduling.MOST_TASKS)
     served, parked = sent[0], sent[-1]
     for unique in (parked, served):
         await setup.kernel.send(wire.INTERRUPT, wire.INTERRUPT_IN.pack(unique))
@@ -436,10 +436,10 @@ async def test_interrupts_are_heard_although_nothing_more_is_served(setup: Setup
 async def test_requests_that_are_known_of_are_bounded(setup: Setup) -> None:
     """The others stay where they are."""
     setup.disk.cached = False
-    sent = [await setup.kernel.read(512 * index, 512) for index in range(channel.MOST_PLACES + 30)]
-    await setup.disk.until_held(channel.MOST_TASKS)
+    sent = [await setup.kernel.read(512 * index, 512) for index in range(scheduling.MOST_PLACES + 30)]
+    await setup.disk.until_held(scheduling.MOST_TASKS)
     await trio.testing.wait_all_tasks_blocked()
-    assert len(setup.channel._interruptible) == channel.MOST_PLACES
+    assert len(setup.channel._interruptible) == scheduling.MOST_PLACES
     setup.disk.go_on.set()
     assert {(await setup.kernel.reply())[0] for _ in sent} == set(sent)
 
