@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from fusedisk.cli import daemon_log, waiting
+from fusedisk.cli import daemon_log, exit_codes, waiting
 from fusedisk.cli.output import tell
 from fusedisk.core.errors import FusediskError, HostError, OptionError
 
@@ -90,7 +90,7 @@ def _ending(status: int) -> str:
 
 
 def _run_child(serve: Callable[[Report], int], log_path: str, sending: int, keep_fd: int | None) -> NoReturn:
-    code = 70
+    code = exit_codes.BUG
     try:
         let_go_of_caller({sending, keep_fd if keep_fd is not None else sending})
         handler = daemon_log.log_to(log_path)

@@ -21,6 +21,7 @@ import trio
 
 from fusedisk.block.graph.gate import Gate
 from fusedisk.block.graph.graph import Graph
+from fusedisk.cli import exit_codes
 from fusedisk.cli.background import Report, notify_service_manager
 from fusedisk.cli.last_resort import SignalWatch, after_grace
 from fusedisk.cli.pid_file import PidFile
@@ -31,7 +32,7 @@ from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
 from fusedisk.export.views import View
-from fusedisk.mount import holders, leaving, memory_pressure, mountpoint, namespaces, runtime
+from fusedisk.mount import holders, memory_pressure, mountpoint, namespaces, own_mount, runtime
 from fusedisk.mount.attachment import Attachment
 from fusedisk.mount.loop_device import LoopSettings
 from fusedisk.mount.loop_follower import LoopFollower
@@ -41,7 +42,6 @@ from fusedisk.mount.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
-EXIT_FAILED, EXIT_BUG = 1, 70
 _SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
 _RETRY = 1.0
 """Seconds between attempts to unmount what is in use by something other than our own file handles."""
@@ -120,8 +120,8 @@ class Daemon:
         if self._report is not None:
             sentence = "; ".join(self._failures) or "the mount was stopped before it was ready."
             self._tell(OptionError(sentence) if self._wrong_usage else HostError(sentence))
-            return EXIT_BUG if self._bug else EXIT_FAILED
-        return EXIT_BUG if self._bug else EXIT_FAILED if self._failures else 0
+            return exit_codes.BUG if self._bug else exit_codes.FAILED
+        return exit_codes.BUG if self._bug else exit_codes.FAILED if self._failures else 0
 
     async def _serve(self) -> None:
         request = self.request
@@ -266,7 +266,7 @@ class Daemon:
                 self._end_record(self.record)
             logging.shutdown()
         finally:
-            os._exit(EXIT_FAILED)
+            os._exit(exit_codes.FAILED)
 
     async def _leave(self, session: Session) -> None:
         """Unmount as soon as the mount is neither in use nor covered; log what it waits for."""
@@ -276,14 +276,14 @@ class Daemon:
             released = session.operations.released
             place = session.place()
             try:
-                obstacle = await trio.to_thread.run_sync(leaving.unmount_own, place, session.device)
+                obstacle = await trio.to_thread.run_sync(own_mount.unmount_own, place, session.device)
                 if obstacle is None:
                     await self._tell_why_not_ended(session)
                     self._is_leaving = False  # another signal is answered again
                     return
                 if obstacle not in told:
                     told.add(obstacle)
-                    found = await trio.to_thread.run_sync(leaving.describe, place, obstacle)
+                    found = await trio.to_thread.run_sync(own_mount.describe, place, obstacle)
                     log.warning(
                         "'%s' is %s: it will be unmounted when that is over (SIGQUIT ends it now).", place, found
                     )

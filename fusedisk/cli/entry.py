@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-EXIT_INTERRUPTED = 130
+from fusedisk.cli import exit_codes
 
 
 def main() -> NoReturn:
@@ -22,7 +22,7 @@ def main() -> NoReturn:
 
         run()
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(exit_codes.INTERRUPTED)
 
 
 def prepare_streams() -> None:

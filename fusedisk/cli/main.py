@@ -21,7 +21,8 @@ import click
 from click.shell_completion import CompletionItem
 
 import fusedisk
-from fusedisk.cli.entry import EXIT_INTERRUPTED, prepare_streams
+from fusedisk.cli import exit_codes
+from fusedisk.cli.entry import prepare_streams
 from fusedisk.cli.output import LineFormatter, flush, tell, tell_lines, write
 from fusedisk.cli.shells import COMPLETE_VARIABLE, completer
 from fusedisk.core import lock_holders
@@ -70,8 +71,6 @@ HELP = click.Option(
 )
 """Replaces click's --help, which ignores write errors."""
 
-EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_BROKEN_PIPE = 1, 2, 70, 141
-
 
 class LazyGroup(click.Group):
     """A group whose commands are the modules that :data:`COMMANDS` names."""
@@ -95,7 +94,7 @@ class LazyGroup(click.Group):
         """Without arguments, print the help to stderr and exit 2."""
         if not args and not ctx.resilient_parsing:
             tell_lines(ctx.get_help())
-            ctx.exit(EXIT_USAGE)
+            ctx.exit(exit_codes.USAGE)
         return super().parse_args(ctx, args)
 
     def resolve_command(
@@ -206,7 +205,7 @@ def _complete(instruction: str) -> None:
     shell, _, wanted = instruction.partition("_")
     asked = completer(shell, cli)
     if asked is None or wanted not in ("source", "complete"):
-        raise click.exceptions.Exit(EXIT_FAILED)
+        raise click.exceptions.Exit(exit_codes.FAILED)
     write(asked.source() if wanted == "source" else f"{asked.complete()}\n")
 
 
@@ -215,7 +214,7 @@ def report_errors(work: Callable[[], None]) -> int:
     try:
         work()
     except SystemExit as exc:
-        return exc.code if isinstance(exc.code, int) else EXIT_FAILED
+        return exc.code if isinstance(exc.code, int) else exit_codes.FAILED
     except BaseException as exc:
         return report(exc)
     return 0
@@ -227,9 +226,9 @@ def report(exc: BaseException) -> int:
         return exc.exit_code
     causes = list(leaves(exc))
     if any(isinstance(cause, KeyboardInterrupt | click.Abort) for cause in causes):
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     if all(isinstance(cause, BrokenPipeError) for cause in causes):
-        return EXIT_BROKEN_PIPE
+        return exit_codes.BROKEN_PIPE
     verbose = logging.getLogger().isEnabledFor(logging.INFO)
     if isinstance(exc, click.ClickException):
         return _report_usage(exc)
@@ -239,13 +238,13 @@ def report(exc: BaseException) -> int:
             where = f" ({cause.where()})" if verbose and cause.where() else ""
             tell(f"{cause}{where}")
         wrong_values = all(isinstance(cause, OptionError | NodeNotFoundError) for cause in causes)
-        return EXIT_USAGE if wrong_values else EXIT_FAILED
+        return exit_codes.USAGE if wrong_values else exit_codes.FAILED
     bug = next(cause for cause in causes if not isinstance(cause, FusediskError))
     if verbose:
         tell_lines("".join(traceback.format_exception(exc)).rstrip())
     hint = "" if verbose else "; run with -v for the traceback (fusedisk -v COMMAND ...)"
     tell(f"internal error: {type(bug).__name__}: {bug}{hint}")
-    return EXIT_BUG
+    return exit_codes.BUG
 
 
 def leaves(exc: BaseException) -> Iterator[BaseException]:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from fusedisk.cli import entry
+from fusedisk.cli import entry, exit_codes
 from fusedisk.cli import main as program
 from fusedisk.cli import mount as mounting
 from fusedisk.cli.output import escape, tell_lines
@@ -22,8 +22,12 @@ from fusedisk.cli.output import escape, tell_lines
 USAGE = "usage: mount.fuse.fusedisk IMAGE DIR [-sfnv] [-o OPTIONS]"
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_FAILED = 1, 4, 8, 32
 """Of mount(8)."""
-_EXIT_CODES = {0: 0, program.EXIT_USAGE: EXIT_USAGE, program.EXIT_BUG: EXIT_BUG}
-_EXIT_CODES[entry.EXIT_INTERRUPTED] = EXIT_INTERRUPTED
+_EXIT_CODES = {
+    0: 0,
+    exit_codes.USAGE: EXIT_USAGE,
+    exit_codes.BUG: EXIT_BUG,
+    exit_codes.INTERRUPTED: EXIT_INTERRUPTED,
+}
 
 _NO_MATTER = """rw defaults auto noauto nofail _netdev user nouser users owner group async nosync dirsync
     dev nodev suid nosuid exec noexec atime noatime diratime nodiratime relatime norelatime strictatime nostrictatime

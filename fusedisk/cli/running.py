@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
-from fusedisk.cli.entry import EXIT_INTERRUPTED
+from fusedisk.cli import exit_codes
 from fusedisk.cli.last_resort import SignalWatch, after_grace
 from fusedisk.cli.output import tell
 
@@ -131,4 +131,4 @@ class _Interrupts:
             )
 
     def _end(self) -> NoReturn:
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(exit_codes.INTERRUPTED)

@@ -11,7 +11,7 @@ import time
 from fusedisk.cli import waiting
 from fusedisk.cli.output import tell
 from fusedisk.core.errors import HostError, OperationBlockedError
-from fusedisk.mount import holders, leaving, namespaces, runtime
+from fusedisk.mount import holders, namespaces, own_mount, runtime
 from fusedisk.mount.mountinfo import Mount
 from fusedisk.mount.runtime import MountRecord
 
@@ -112,7 +112,7 @@ class ServingProcess:
     def _state(self) -> str:
         """The beginning of a sentence."""
         record = self.record
-        if not record.foreign and leaving.is_at(record.place, record.device):
+        if not record.foreign and own_mount.is_at(record.place, record.device):
             return f"'{record.place}' is to end, but its daemon (pid {record.pid})"
         return f"'{record.place}' is unmounted, but its daemon (pid {record.pid})"
 
@@ -126,7 +126,7 @@ class ServingProcess:
     def _copies(self) -> list[namespaces.Copy]:
         """Return the filesystem's other mounts; none once the daemon closes its images or must end."""
         record = self.record
-        if not record.device or self._is_closing() or leaving.is_at(record.place, record.device):
+        if not record.device or self._is_closing() or own_mount.is_at(record.place, record.device):
             return []
         return namespaces.copies(record.device)
 

@@ -78,7 +78,8 @@ def command(targets: tuple[str, ...], every: bool, wait: bool, timeout: float | 
     end = functools.partial(
         _unmount_any if every else _unmount_named, wait=wait or timeout is not None, deadline=deadline, force=force
     )
-    from fusedisk.cli.main import EXIT_FAILED, report
+    from fusedisk.cli import exit_codes
+    from fusedisk.cli.main import report
 
     names = _all_places() if every else list(targets)
     failed = False
@@ -91,7 +92,7 @@ def command(targets: tuple[str, ...], every: bool, wait: bool, timeout: float | 
             report(exc)
             failed = True
     if failed:
-        raise click.exceptions.Exit(EXIT_FAILED)
+        raise click.exceptions.Exit(exit_codes.FAILED)
 
 
 def _all_places() -> list[str]:
@@ -340,11 +341,11 @@ def _refuse_to_wait(path: str) -> None:
 
 def _unmount_without_daemon(mount: Mount) -> None:
     """Unmount without the record of a living daemon: either the daemon died, or its record was lost."""
-    from fusedisk.mount import mountpoint, runtime, unmounting
+    from fusedisk.mount import mountpoint, runtime, umount_calls
 
     record = runtime.find(mount.mountpoint, mount.user_id)
     if mountpoint.is_stale(mount):
-        unmounting.detach(mount.mountpoint)
+        umount_calls.detach(mount.mountpoint)
         tell(f"the daemon of '{mount.mountpoint}' had died, its mount was cleaned up.")
     else:
         _unmount(mount, time.monotonic())
@@ -355,16 +356,16 @@ def _unmount_without_daemon(mount: Mount) -> None:
 def _unmount(mount: Mount, deadline: float | None, record: MountRecord | None = None) -> None:
     """Unmount, trying until the deadline; raises OperationBlockedError with the names of its users or cover."""
     from fusedisk.core.errors import OperationBlockedError
-    from fusedisk.mount import leaving
+    from fusedisk.mount import own_mount
 
     device = record.loop if record is not None else None
     end_that = "end that" if device is None else f"detach it (fusedisk detach {device})"
 
     told = False
-    while (obstacle := leaving.unmount_own(mount.mountpoint, mount.device)) is not None:
+    while (obstacle := own_mount.unmount_own(mount.mountpoint, mount.device)) is not None:
         over = deadline is not None and time.monotonic() >= deadline
         if over or not told:
-            said = f"'{mount.mountpoint}' is {leaving.describe(mount.mountpoint, obstacle)}"
+            said = f"'{mount.mountpoint}' is {own_mount.describe(mount.mountpoint, obstacle)}"
             if over:
                 raise OperationBlockedError(
                     f"{said}: {end_that} first, wait with --wait, or lose unwritten data with --force."

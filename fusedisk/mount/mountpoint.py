@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from fusedisk.core import paths
 from fusedisk.core.errors import HostError, NotSupportedError, OptionError, host_error
-from fusedisk.mount import mountinfo, runtime, unmounting
+from fusedisk.mount import mountinfo, runtime, umount_calls
 
 _FUSE = "/dev/fuse"
 _FUSE_CONF = "/etc/fuse.conf"
@@ -31,7 +31,7 @@ def check_fuse() -> None:
             f"{_FUSE} cannot be opened ({exc.strerror}), which mounting needs: check its permissions.", errno=exc.errno
         ) from exc
     if os.geteuid() != 0:
-        unmounting.find_fusermount()
+        umount_calls.find_fusermount()
 
 
 def clean_stale(mountpoint: str) -> bool:
@@ -42,7 +42,7 @@ def clean_stale(mountpoint: str) -> bool:
     mount = mountinfo.mount_at(mountpoint)
     if mount is None or mount.fstype != mountinfo.FSTYPE or not is_stale(mount):
         return False
-    unmounting.detach(mountpoint)
+    umount_calls.detach(mountpoint)
     return True
 
 

@@ -1,7 +1,7 @@
 """One FUSE mount of this process (pyfuse3 supports only one): mounting, serving, ending.
 
 pyfuse3's own unmounting is lazy and would pull disks from under open files, so it is never used. Instead
-:mod:`fusedisk.mount.leaving` unmounts, the kernel then ends the connection, and :meth:`Session.serve` returns.
+:mod:`fusedisk.mount.own_mount` unmounts, the kernel then ends the connection, and :meth:`Session.serve` returns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import trio
 
 from fusedisk.core.errors import HostError, host_error
 from fusedisk.export.export import Export
-from fusedisk.mount import leaving, mountinfo, unmounting
+from fusedisk.mount import mountinfo, own_mount, umount_calls
 from fusedisk.mount.channel import Channel
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.reply_pipe import ReplyPipe
@@ -122,7 +122,7 @@ class Session:
             finally:
                 self._serving = False
                 # Later its number may be that of another mount in its place: closing the images can take a while.
-                self._there = leaving.is_at(self.mountpoint, self.device)
+                self._there = own_mount.is_at(self.mountpoint, self.device)
                 nursery.cancel_scope.cancel()
 
     def _max_tasks(self) -> int:
@@ -144,8 +144,8 @@ class Session:
             self._channel.close()
         if self._wakefulness is not None:
             self._wakefulness.close()
-        if self._there and leaving.is_on_top(self.mountpoint, self.device):
-            unmounting.detach(self.mountpoint)
+        if self._there and own_mount.is_on_top(self.mountpoint, self.device):
+            umount_calls.detach(self.mountpoint)
 
     async def _wait_ready(self, ready: Callable[[], None]) -> None:
         try:

@@ -24,7 +24,7 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.request.immediate import Immediate
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
-from fusedisk.mount import unmounting
+from fusedisk.mount import umount_calls
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
 from fusedisk.mount.settings import Passthrough, ServeSettings
@@ -92,7 +92,7 @@ async def measure(image: Path, mountpoint: Path, fmt: str, depth: int, before: C
             path = str(mountpoint / exports[0].name)
             before()
             found = await trio.to_thread.run_sync(load, path, depth)
-            await trio.to_thread.run_sync(unmounting.unmount, str(mountpoint))
+            await trio.to_thread.run_sync(umount_calls.unmount, str(mountpoint))
     finally:
         session.close()
         await graph.close()

@@ -12,7 +12,7 @@ import click
 import pytest
 
 import fusedisk
-from fusedisk.cli import main
+from fusedisk.cli import exit_codes, main
 from fusedisk.core import errors
 from tests.support.commands import ROOT
 
@@ -62,7 +62,7 @@ def test_the_groups_options_and_exit_codes_are_documented() -> None:
     for option in _options_of(main.cli):
         assert f"`{option}" in text
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)}
-    assert codes == {0, *(value for name, value in vars(main).items() if name.startswith("EXIT_"))}
+    assert codes == {0, *(value for name, value in vars(exit_codes).items() if name.isupper())}
 
 
 def _command_lines(text: str) -> list[list[str]]:

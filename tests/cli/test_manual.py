@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from fusedisk.cli import main, manual
+from fusedisk.cli import exit_codes, main, manual
 from tests.conftest import require_tool
 from tests.support.commands import process_environment
 
@@ -56,7 +56,7 @@ def test_the_main_page_names_the_commands_and_the_exit_codes() -> None:
     for name in main.COMMANDS:
         assert f"fusedisk-{name}(1)" in printed
     codes = {int(code) for code in manual._EXIT_CODES}
-    assert codes == {0, *(value for name, value in vars(main).items() if name.startswith("EXIT_"))}
+    assert codes == {0, *(value for name, value in vars(exit_codes).items() if name.isupper())}
 
 
 @pytest.mark.parametrize("text", ["a\\b", "'quoted'", ".dot", "--option", '`x` ~^"', "a-b"])

@@ -18,7 +18,7 @@ import psutil, trio
 from fusedisk.block.graph.graph import Graph
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
-from fusedisk.mount import leaving
+from fusedisk.mount import own_mount
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
 
@@ -38,7 +38,7 @@ async def once():
             with open(f"{mountpoint}/disk", "rb") as file:
                 return file.read(4096)
         assert await trio.to_thread.run_sync(look) == b"x" * 4096
-        assert await trio.to_thread.run_sync(leaving.unmount_own, mountpoint, session.device) is None
+        assert await trio.to_thread.run_sync(own_mount.unmount_own, mountpoint, session.device) is None
     session.close()
     await graph.close()
 

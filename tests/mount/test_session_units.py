@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from fusedisk.core.errors import HostError
-from fusedisk.mount import leaving, mountinfo, unmounting
+from fusedisk.mount import mountinfo, own_mount, umount_calls
 from fusedisk.mount.session import Session
 
 
@@ -63,9 +63,9 @@ async def test_only_a_mount_that_was_left_is_taken_away_at_the_end(monkeypatch: 
     session = Session("/nowhere", operations, set())
     session._mount = mountinfo.Mount(1, "0:99", "/nowhere", mountinfo.FSTYPE, "disk", "")
     taken: list[str] = []
-    monkeypatch.setattr(leaving, "is_at", lambda place, device: left)
-    monkeypatch.setattr(leaving, "is_on_top", lambda place, device: True)
-    monkeypatch.setattr(unmounting, "detach", taken.append)
+    monkeypatch.setattr(own_mount, "is_at", lambda place, device: left)
+    monkeypatch.setattr(own_mount, "is_on_top", lambda place, device: True)
+    monkeypatch.setattr(umount_calls, "detach", taken.append)
     monkeypatch.setattr(pyfuse3, "main", _end_at_once)
     monkeypatch.setattr(pyfuse3, "close", lambda unmount: None)
     await session.serve(lambda: None)

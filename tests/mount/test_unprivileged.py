@@ -108,7 +108,7 @@ def test_busy_and_force(user: User, image: Path) -> None:
 
 def test_unmounting_what_is_gone_already_succeeds(user: User, image: Path) -> None:
     """Somebody else was faster; fusermount3 takes that for an error."""
-    script = "import sys; from fusedisk.mount import unmounting; sys.exit(not unmounting.unmount(sys.argv[1]))"
+    script = "import sys; from fusedisk.mount import umount_calls; sys.exit(not umount_calls.unmount(sys.argv[1]))"
     user.run(sys.executable, "-c", script, user.home / "mnt")
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError, PassphraseError
+from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError, PassphraseError
 from fusedisk.core.offload import run_cpu
 from fusedisk.core.progress import Progress
 from fusedisk.crypto import luks, luks_layout, secrets
@@ -35,7 +35,7 @@ from fusedisk.drivers.format.qcow2.header import put_header
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.options import Qcow2AmendOptions
 from fusedisk.drivers.format.qcow2.snapshot import read_l1
-from fusedisk.drivers.format.qcow2.snapshot_references import table_weights
+from fusedisk.drivers.format.qcow2.snapshot_references import corrupt, table_weights
 from fusedisk.drivers.format.qcow2.snapshot_switch import State, Switch
 from fusedisk.drivers.format.qcow2.snapshot_table import encode_snapshots
 
@@ -197,7 +197,7 @@ async def _tables(driver: Qcow2Driver) -> list[_Table]:
     # Snapshots of a hostile image may all lead to one large L1 table, or to tables that overlap.
     places = Counter((shot.l1_table_offset, shot.l1_size) for shot in driver.snapshots)
     if sum(size * 8 for _, size in places) > image.storage.node.length:
-        raise _cannot_be(image, f"the L1 tables of its {len(driver.snapshots)} snapshots are longer than the file")
+        raise corrupt(image, f"the L1 tables of its {len(driver.snapshots)} snapshots are longer than the file")
     for snapshot in {(shot.l1_table_offset, shot.l1_size): shot for shot in driver.snapshots}.values():
         l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
         number = places[snapshot.l1_table_offset, snapshot.l1_size]
@@ -218,10 +218,6 @@ async def _guest_offsets(l1: array[int], span_bits: int) -> dict[int, int]:
         }
         await trio.lowlevel.checkpoint()
     return found
-
-
-def _cannot_be(image: Image, what: str) -> ImageError:
-    return ImageError(f"'{image.filename}' is corrupt: {what}; 'fusedisk check -r all' may repair it.")
 
 
 class _Expansion:
@@ -246,7 +242,10 @@ class _Expansion:
         new = old[:]
         for index in zero:
             if old[index] & self.geometry.l2_bad:
-                raise _cannot_be(self.image, f"entry {index} of its L2 table at {table.offset} is {old[index]:#018x}")
+                raise corrupt(
+                    self.image,
+                    f"entry {index} of its L2 table at {table.offset} is {old[index]:#018x}, which is invalid",
+                )
             new[index] = 0
             if old[index] & OFFSET_MASK:
                 self._freed[(old[index] & OFFSET_MASK) >> self.geometry.cluster_bits] += table.weight
@@ -260,9 +259,9 @@ class _Expansion:
     def _check_place(self, offset: int) -> None:
         what = self.image.metadata_at(offset, self.geometry.cluster_size)
         if what is not None:
-            raise _cannot_be(self.image, f"it has an L2 table at {offset}, where its {what} lies")
+            raise corrupt(self.image, f"it has an L2 table at {offset}, where its {what} lies")
         if offset >= self.image.storage.node.length:
-            raise _cannot_be(self.image, f"it has an L2 table at {offset}, behind the end of the file")
+            raise corrupt(self.image, f"it has an L2 table at {offset}, behind the end of the file")
 
     async def _allocate(self, table: _Table, indices: list[int], new: array[int]) -> None:
         """Give the entries at ``indices`` host clusters of zeroes."""

@@ -48,7 +48,7 @@ async def table_weights(image: Image, l1: array[int], what: str) -> Counter[int]
     for first, piece in used_pieces(l1):
         if functools.reduce(or_, piece) & bad:
             index, entry = next((at, entry) for at, entry in enumerate(piece, first) if entry & bad)
-            raise _cannot_be(image, f"entry {index} of {what} is {entry:#018x}")
+            raise corrupt(image, f"entry {index} of {what} is {entry:#018x}, which is invalid")
         weights.update(filter(None, [entry & OFFSET_MASK for entry in piece]))
         await trio.lowlevel.checkpoint()
     return weights
@@ -63,10 +63,9 @@ async def rewritten(l1: array[int], change: Callable[[int], int]) -> array[int]:
     return found
 
 
-def _cannot_be(image: Image, what: str) -> ImageError:
-    return ImageError(
-        f"'{image.filename}' is corrupt: {what}, which is invalid; 'fusedisk check -r all' may repair it."
-    )
+def corrupt(image: Image, what: str) -> ImageError:
+    """Return the error for a table that holds something invalid: ``what`` is a clause."""
+    return ImageError(f"'{image.filename}' is corrupt: {what}; 'fusedisk check -r all' may repair it.")
 
 
 class L2Table:
@@ -133,7 +132,7 @@ class L2Table:
 
     def _count_clusters(self, counts: Counts, first: int, count: int, weight: int) -> None:
         if first + count > counts.clusters:
-            raise _cannot_be(self.image, f"its L2 table at {self.offset} leads behind the end of the file")
+            raise corrupt(self.image, f"its L2 table at {self.offset} leads behind the end of the file")
         counts.add_run(first, count, weight)
 
     def _count_strip(self, strip: array[int], start: int, counts: Counts, weight: int) -> None:
@@ -145,11 +144,11 @@ class L2Table:
             entries = [0 if entry & COMPRESSED else entry for entry in strip]
         if functools.reduce(or_, entries) & geometry.l2_bad:
             index, bad = next((at, entry) for at, entry in enumerate(entries, start) if entry & geometry.l2_bad)
-            raise _cannot_be(self.image, f"entry {index} of its L2 table at {self.offset} is {bad:#018x}")
+            raise corrupt(self.image, f"entry {index} of its L2 table at {self.offset} is {bad:#018x}")
         bits = geometry.cluster_bits
         clusters = filter(None, [(entry & OFFSET_MASK) >> bits for entry in entries])
         if counts.add(clusters, weight):
-            raise _cannot_be(self.image, f"its L2 table at {self.offset} leads behind the end of the file")
+            raise corrupt(self.image, f"its L2 table at {self.offset} leads behind the end of the file")
 
     # --- COPIED flags -----------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import enum
 import os
 import time
 
-from fusedisk.mount import holders, mountinfo, unmounting
+from fusedisk.mount import holders, mountinfo, umount_calls
 from fusedisk.mount.mountinfo import Mount
 
 _ATTEMPTS = 5
@@ -30,7 +30,7 @@ def unmount_own(place: str, device: str) -> Obstacle | None:
             return None
         if not is_on_top(place, device):
             return Obstacle.COVERED
-        if not unmounting.unmount(place):
+        if not umount_calls.unmount(place):
             time.sleep(_PAUSE)
     return Obstacle.IN_USE
 
