@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fusedisk.cli.image import complete_file, complete_format, gate_options, need
+from fusedisk.cli.image import complete_file, format_option, gate_options, need
 from fusedisk.cli.option_values import collect, option_values
 from fusedisk.cli.output import print_facts
 from fusedisk.cli.progress import progress, progress_option
@@ -39,13 +39,7 @@ Examples:
 If the process dies meanwhile, the image stays intact, with some of the changes made.""",
 )
 @click.argument("image", required=False, shell_complete=complete_file)
-@click.option(
-    "-f",
-    "--format",
-    metavar="FMT",
-    shell_complete=complete_format,
-    help="Format of the image (default: detected).",
-)
+@format_option()
 @option_values(_kinds, "What to change, by the format's own options; 'help' lists them.", required=True)
 @click.option(
     "--force",

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fusedisk.cli.image import complete_file
-from fusedisk.cli.output import tell
-from fusedisk.cli.umount import POLL, unmount, wait_options
+from fusedisk.cli.umount import unmount, wait_options
 
 if TYPE_CHECKING:
     from fusedisk.mount.runtime import MountRecord
@@ -64,7 +63,7 @@ def _state(record: MountRecord) -> str:
 def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
     """Detach the device from the mount's file, trying until the deadline; raises OperationBlockedError with the names
     of its users."""
-    from fusedisk.core.errors import OperationBlockedError
+    from fusedisk.cli import waiting
     from fusedisk.mount import holders, loop_device, loop_users
 
     assert record.loop is not None
@@ -75,24 +74,19 @@ def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
         loop_users.flush_filesystems(device)
         loop_device.detach(device, path, force=True)
         return
-    told = False
-    while loop_device.backing_file(device) == path:
+
+    def obstacle() -> str | None:
+        if loop_device.backing_file(device) != path:
+            return None
         users = loop_users.users(device) + loop_users.openers(device)
-        if not users:
-            # If the daemon has died, unwritten data has nowhere to go.
-            if _take_off(record, device, path):
-                return
-            users = ["in use by something that cannot be seen from here"]
-        over = deadline is not None and time.monotonic() >= deadline
-        if over or not told:
-            said = f"'{device}' is {holders.listed(users)}"
-            if over:
-                raise OperationBlockedError(
-                    f"{said}: end that first, wait with --wait, or lose unwritten data with --force."
-                )
-            tell(f"{said}: waiting until that is over.")
-            told = True
-        time.sleep(POLL)
+        if users:
+            return f"'{device}' is {holders.listed(users)}"
+        # If the daemon has died, unwritten data has nowhere to go.
+        if _take_off(record, device, path):
+            return None
+        return f"'{device}' is in use by something that cannot be seen from here"
+
+    waiting.until_free(obstacle, deadline, "end that")
 
 
 def _take_off(record: MountRecord, device: str, path: str) -> bool:

@@ -95,6 +95,17 @@ def one_image_options(command: _Command) -> _Command:
     return click.argument("image", shell_complete=complete_file)(opening_options(command))
 
 
+def format_option(what: str = "image") -> Callable[[_Command], _Command]:
+    """``--format`` of what already exists."""
+    return click.option(
+        "-f",
+        "--format",
+        metavar="FMT",
+        shell_complete=complete_format,
+        help=f"Format of the {what} (default: detected).",
+    )
+
+
 def opening_options(command: _Command) -> _Command:
     """``--format`` and ``--force-share``."""
     command = click.option(
@@ -103,10 +114,4 @@ def opening_options(command: _Command) -> _Command:
         is_flag=True,
         help="Read while another process writes to the image; the answer may be out of date.",
     )(command)
-    return click.option(
-        "-f",
-        "--format",
-        metavar="FMT",
-        shell_complete=complete_format,
-        help="Format of the image (default: detected).",
-    )(command)
+    return format_option()(command)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusedisk.cli.image import complete_file, complete_format, gate_options, need
+from fusedisk.cli.image import complete_file, format_option, gate_options, need
 from fusedisk.cli.output import output_option, print_json, tell
 from fusedisk.cli.owner import group, user
 
@@ -59,13 +59,7 @@ Then: losetup -fP --show /mnt/disk/vm, fdisk -l /mnt/disk/vm, fusedisk umount /m
 )
 @click.option("--partitions", is_flag=True, help="Show each partition as a file too: NAME.p1 and so on.")
 @click.option("--snapshots", is_flag=True, help="Show each internal snapshot as a read-only file too: NAME@SNAPSHOT.")
-@click.option(
-    "-f",
-    "--format",
-    metavar="FMT",
-    shell_complete=complete_format,
-    help="Format of the images (default: detected).",
-)
+@format_option("images")
 @click.option(
     "--key-file",
     metavar="FILE",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fusedisk.cli.image import complete_file, complete_format, gate_options
+from fusedisk.cli.image import complete_file, format_option, gate_options
 from fusedisk.cli.output import exact_size_text, say
 from fusedisk.cli.progress import allocation_progress, progress_option
 from fusedisk.cli.running import run_async
@@ -39,13 +39,7 @@ Partitions and filesystems stay as large as they are: make them smaller before, 
 )
 @click.argument("image", shell_complete=complete_file)
 @click.argument("size", metavar="[+|-]SIZE")
-@click.option(
-    "-f",
-    "--format",
-    metavar="FMT",
-    shell_complete=complete_format,
-    help="Format of the image (default: detected).",
-)
+@format_option()
 @click.option(
     "--preallocation",
     type=click.Choice(["off", "metadata", "falloc", "full"]),

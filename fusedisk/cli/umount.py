@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fusedisk.mount.mountinfo import Mount
     from fusedisk.mount.runtime import MountRecord
 
-POLL = 0.3
-"""Seconds between attempts with --wait."""
 _PATIENCE = 10.0
 """Seconds that --force waits for flushing from outside: the daemon may hang."""
 
@@ -355,21 +353,14 @@ def _unmount_without_daemon(mount: Mount) -> None:
 
 def _unmount(mount: Mount, deadline: float | None, record: MountRecord | None = None) -> None:
     """Unmount, trying until the deadline; raises OperationBlockedError with the names of its users or cover."""
-    from fusedisk.core.errors import OperationBlockedError
+    from fusedisk.cli import waiting
     from fusedisk.mount import own_mount
 
     device = record.loop if record is not None else None
     end_that = "end that" if device is None else f"detach it (fusedisk detach {device})"
 
-    told = False
-    while (obstacle := own_mount.unmount_own(mount.mountpoint, mount.device)) is not None:
-        over = deadline is not None and time.monotonic() >= deadline
-        if over or not told:
-            said = f"'{mount.mountpoint}' is {own_mount.describe(mount.mountpoint, obstacle)}"
-            if over:
-                raise OperationBlockedError(
-                    f"{said}: {end_that} first, wait with --wait, or lose unwritten data with --force."
-                )
-            tell(f"{said}: waiting until that is over.")
-            told = True
-        time.sleep(POLL)
+    def obstacle() -> str | None:
+        found = own_mount.unmount_own(mount.mountpoint, mount.device)
+        return None if found is None else f"'{mount.mountpoint}' is {own_mount.describe(mount.mountpoint, found)}"
+
+    waiting.until_free(obstacle, deadline, end_that)

@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 
 from fusedisk.cli.output import tell
+from fusedisk.core.errors import OperationBlockedError
 
 _WORD_AFTER, _WORD_IN_SCRIPTS_AFTER = 1.0, 10.0
 """Seconds of waiting after which a message tells the reason: at a terminal, and elsewhere."""
 _MOMENT = 1.0
 """Seconds that a daemon gets at least."""
+POLL = 0.3
+"""Seconds between attempts with --wait."""
 _MAX_SECONDS = 2_000_000.0
 """poll(2) counts milliseconds in 31 bits."""
 
@@ -53,3 +56,20 @@ def tell_when_interrupted(state: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt:
         tell(f"interrupted: {state()}")
         raise
+
+
+def until_free(obstacle: Callable[[], str | None], deadline: float | None, way_out: str) -> None:
+    """Call ``obstacle`` again and again until it returns None. It tries, and returns what is in the way as a sentence
+    without its end. The first one is told to the user; at the deadline (None: never) OperationBlockedError says it,
+    with the ``way_out``: how to end it."""
+    told = False
+    while (said := obstacle()) is not None:
+        over = deadline is not None and time.monotonic() >= deadline
+        if over:
+            raise OperationBlockedError(
+                f"{said}: {way_out} first, wait with --wait, or lose unwritten data with --force."
+            )
+        if not told:
+            tell(f"{said}: waiting until that is over.")
+            told = True
+        time.sleep(POLL)

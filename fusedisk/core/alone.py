@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from fusedisk.core.at_once import is_at_once
+from fusedisk.core.at_once import drive, is_at_once
 
 _Result = TypeVar("_Result")
 
@@ -34,14 +34,9 @@ def run_alone(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
     global _alone
     _alone = True
     try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        result: _Result = stop.value
-        return result
+        return drive(coroutine)
     finally:
         _alone = False
-    coroutine.close()
-    raise RuntimeError(f"{coroutine!r} has suspended, but runs alone")
 
 
 def shield() -> AbstractContextManager[object]:

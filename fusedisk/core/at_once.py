@@ -43,11 +43,17 @@ def run_at_once(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
     """Return the coroutine's result. Raises what it raises, and WouldWait if it has to wait."""
     _state.active = True
     try:
+        return drive(coroutine)
+    finally:
+        _state.active = False
+
+
+def drive(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run a coroutine to its end. Raises what it raises, and RuntimeError if it suspends, which is a bug."""
+    try:
         coroutine.send(None)
     except StopIteration as stop:
         result: _Result = stop.value
         return result
-    finally:
-        _state.active = False
     coroutine.close()
-    raise RuntimeError(f"{coroutine!r} has waited without asking whether it may")
+    raise RuntimeError(f"{coroutine!r} has suspended without asking whether it may")

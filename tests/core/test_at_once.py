@@ -64,6 +64,6 @@ async def _wait() -> None:
 
 
 async def test_a_wait_that_does_not_ask_is_a_bug() -> None:
-    with pytest.raises(RuntimeError, match="has waited without asking"):
+    with pytest.raises(RuntimeError, match="has suspended without asking"):
         run_at_once(_wait())
     refuse_to_wait()

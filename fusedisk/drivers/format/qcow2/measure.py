@@ -6,18 +6,19 @@ Source: docs/interop/qcow2.txt, and what qemu-img measure answers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.image.measure import Measurement, clusters_with_data, round_up
 from fusedisk.core.errors import OptionError
-from fusedisk.core.options import CreateOptions, option
+from fusedisk.core.options import option
 from fusedisk.core.progress import Progress, no_progress
 from fusedisk.crypto.luks_layout import area_size
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmap
 from fusedisk.drivers.format.qcow2.check_open import open_image
 from fusedisk.drivers.format.qcow2.check_walk import bitmap_directory
+from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
 
 _REFCOUNT_BITS = (1, 2, 4, 8, 16, 32, 64)
 _KEY_BYTES = {"128": 16, "192": 24, "256": 32}
@@ -25,41 +26,10 @@ _DIRECTORY_ENTRY = 24
 
 
 @dataclasses.dataclass(slots=True)
-class MeasureOptions(CreateOptions):
-    """The creation options of qcow2. Those that do not matter for the size are there to be accepted."""
+class MeasureOptions(Qcow2CreateOptions):
+    """The creation options of qcow2, with ciphers of LUKS as QEMU measures them."""
 
-    compat: str = option("1.1", help="compatibility level: v2 (0.10) or v3 (1.1)", choices=("0.10", "1.1", "v2", "v3"))
-    backing_file: str | None = option(None, help="image that this one is an overlay of")
-    backing_fmt: str | None = option(None, help="format of the backing file")
-    cluster_size: int = option(65536, kind="size", help="unit of allocation, 512 bytes to 2M")
-    preallocation: str = option(
-        "off",
-        help="space reserved at creation: off, metadata, falloc, full",
-        choices=("off", "metadata", "falloc", "full"),
-    )
-    lazy_refcounts: bool = option(False, kind="bool", help="let programs postpone refcount updates")
-    refcount_bits: int = option(16, kind="int", help="width of a refcount: 1, 2, 4, 8, 16, 32 or 64 bits")
-    extended_l2: bool = option(False, kind="bool", help="subclusters, which double the L2 tables")
-    compression_type: str = option("zlib", help="how clusters are compressed: zlib or zstd", choices=("zlib", "zstd"))
-    data_file: str | None = option(None, help="file that holds the guest's data; the sums count it in")
-    data_file_raw: bool = option(False, kind="bool", help="the data file is the disk, byte for byte")
-    nocow: bool = option(False, kind="bool", help="turn copy-on-write of the host file off (btrfs)")
-    encrypt_format: str | None = option(None, help="encryption: luks or aes", choices=("luks", "aes"))
-    encrypt_key_secret: str | None = option(None, help="not needed to measure")
-    encrypt_cipher_alg: str = option(
-        "aes-256", help="cipher of LUKS, by which its header is sized", choices=("aes-128", "aes-192", "aes-256")
-    )
-    encrypt_cipher_mode: str = option("xts", help="mode of that cipher", choices=("xts", "cbc", "ecb"))
-    encrypt_ivgen_alg: str | None = option(None, help="not needed to measure")
-    encrypt_ivgen_hash_alg: str | None = option(None, help="not needed to measure")
-    encrypt_hash_alg: str | None = option(None, help="not needed to measure")
-    encrypt_iter_time: int | None = option(None, kind="int", help="not needed to measure")
-
-    @classmethod
-    def names(cls) -> dict[str, dataclasses.Field[Any]]:
-        """Those of encryption are a group, ``encrypt.cipher-alg`` and so on."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        return {_option_name(name): field for name, field in fields.items()}
+    encrypt_key_secret: str | None = option(None, name="encrypt.key-secret", help="not needed to measure")
 
     def check(self) -> None:
         """Raises OptionError for values that QEMU refuses, too."""
@@ -89,12 +59,10 @@ class MeasureOptions(CreateOptions):
         """Bytes of the LUKS header, in whole clusters."""
         if self.encrypt_format != "luks":
             return 0
-        key = _KEY_BYTES[self.encrypt_cipher_alg.rpartition("-")[2]]
-        return round_up(area_size(2 * key if self.encrypt_cipher_mode == "xts" else key), self.cluster_size)
-
-
-def _option_name(field: str) -> str:
-    return f"encrypt.{field[8:].replace('_', '-')}" if field.startswith("encrypt_") else field
+        key = _KEY_BYTES[(self.encrypt_cipher_alg or "aes-256").rpartition("-")[2]]
+        if self.encrypt_cipher_mode in (None, "xts"):
+            key *= 2
+        return round_up(area_size(key), self.cluster_size)
 
 
 class _Source(NamedTuple):
