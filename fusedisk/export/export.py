@@ -185,8 +185,7 @@ class Export:
     def _append_now(self, offset: int, data: memoryview) -> bool:
         """Write past the end of the disk, if that is possible without waiting. False: it may be longer already."""
         backend = self.backend
-        # A file grows by its writes; formats that must change their tables first wait for the disk.
-        if backend.quiesced or not backend.immediate.takes_writes() or backend.node.driver.host_descriptor() is None:
+        if backend.quiesced or not backend.immediate.takes_writes():
             return False
         try:
             return run_at_once(self.write(offset, data)) == len(data)

@@ -168,6 +168,22 @@ async def growth(guest: Guest, random_: random.Random, unit: int) -> None:
             await guest.flush()
 
 
+async def appending(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Writes make the disk longer, as on a growable mount; now and then it shrinks, and old content lies behind it."""
+    for round_ in range(4):
+        for index in range(8):
+            length = random_.randrange(1, 2 * unit // SECTOR + 1) * SECTOR
+            at = guest.length
+            await guest.resize(at + length)
+            await guest.write(at, stamped(length))
+            if index % 4 == 3 and random_.random() < 0.5:
+                await guest.flush()
+        if round_ % 2 == 0:
+            await guest.resize(random_.randrange(guest.length // 2, guest.length) // SECTOR * SECTOR)
+            if random_.random() < 0.5:
+                await guest.flush()
+
+
 async def shrinking(guest: Guest, random_: random.Random, unit: int) -> None:
     """The disk shrinks and grows while it is written."""
     for _ in range(8):
@@ -300,6 +316,11 @@ WORKLOADS: dict[str, Workload] = {
         Workload("snapshots-v2", allocation, prepare=SNAPSHOTS, version=2),
         Workload("compressed", mixed, prepare=COMPRESSED),
         Workload("mixed-512", mixed, cluster_size=512),
+        Workload("appending", appending, size=8 * KIB),
+        Workload("appending-512", appending, size=8 * KIB, cluster_size=512),
+        Workload("appending-backing", appending, size=24 * KIB, backing=True),
+        Workload("appending-snapshots", appending, size=8 * KIB, prepare=("write -P 17 0 8k", "snapshot one")),
+        Workload("appending-extended-l2", appending, size=32 * KIB, cluster_size=16 * KIB, options="extended_l2=on"),
         Workload("shrinking", shrinking),
         Workload("shrinking-512", shrinking, cluster_size=512),
         Workload("shrinking-snapshots", shrinking, prepare=SNAPSHOTS),

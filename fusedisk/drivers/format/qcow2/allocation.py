@@ -84,6 +84,8 @@ class Allocator:
         self.backing_length = backing_length
         self.keeps_discarded = False
         """The option discard-no-unref."""
+        self.end_settled = False
+        """Nothing behind the disk's end has changed since the last barrier. Not known of an image just opened."""
         self._in_flight: list[Allocation] = []
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:

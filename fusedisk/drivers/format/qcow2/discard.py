@@ -18,6 +18,7 @@ from array import array
 import trio
 
 from fusedisk.block.request import io
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.backing import NO_BACKING, Backing
@@ -117,8 +118,9 @@ async def change(
     *,
     backing: Backing = NO_BACKING,
     discard_kept: bool = False,
-) -> None:
-    """Replace the entries of whole clusters by ``transform(entry)`` and free what is no longer referred to.
+) -> bool:
+    """Replace the entries of whole clusters by ``transform(entry)`` and free what is no longer referred to. Returns
+    whether any entry changed.
 
     Empty entries stay empty, but for those over a backing file: these become zero entries, in a new L2 table where
     there is none, unless the backing file reads as zeroes for the whole of such a table. ``discard_kept``: what is
@@ -127,16 +129,19 @@ async def change(
     bits, l2_bits = allocator.geometry.cluster_bits, allocator.geometry.l2_bits
     cluster, end = offset >> bits, allocator.geometry.clusters(offset + length)
     covered = allocator.geometry.clusters(backing.end)
+    changed = False
     while (cluster := await _skip_empty(allocator, cluster, end, backing)) < end:
         stop = min(end, (cluster >> l2_bits) + 1 << l2_bits, cluster + _ENTRIES_AT_ONCE)
         if cluster < covered:
             stop = min(stop, covered)
         change_entry = _with_empty(transform, ZERO if cluster < covered else 0)
-        await _change_part(allocator, cluster, stop, change_entry, discard_kept=discard_kept)
+        changed |= await _change_part(allocator, cluster, stop, change_entry, discard_kept=discard_kept)
         cluster = stop
         if cluster < end:
             # A large request must not keep other tasks from running.
+            refuse_to_wait()
             await trio.lowlevel.checkpoint()
+    return changed
 
 
 async def _skip_empty(allocator: Allocator, cluster: int, end: int, backing: Backing) -> int:
@@ -154,14 +159,15 @@ async def _skip_empty(allocator: Allocator, cluster: int, end: int, backing: Bac
             return max(cluster, zero_end >> geometry.span_bits << geometry.l2_bits)
         cluster = stop
         if cluster < end:
+            refuse_to_wait()
             await trio.lowlevel.checkpoint()
     return end
 
 
 async def _change_part(
     allocator: Allocator, cluster: int, end: int, transform: Transform, *, discard_kept: bool
-) -> None:
-    """Change entries of one L2 table, if any is to change."""
+) -> bool:
+    """Change entries of one L2 table, if any is to change; returns whether one did."""
     geometry, clusters, words = allocator.geometry, allocator.clusters, allocator.geometry.entry_words
     l1_index = cluster >> geometry.l2_bits
     base = l1_index << geometry.l2_bits
@@ -173,7 +179,7 @@ async def _change_part(
         if bad is not None:
             raise await clusters.bad_entry(cluster + bad << geometry.cluster_bits, old[bad * words : (bad + 1) * words])
         if clusters.transformed(old, transform) == old:
-            return
+            return False
     await allocator.committer.relieve()
     async with allocator.image.mutex:
         # Read again: the table may have been copied just now, with other flags.
@@ -181,12 +187,13 @@ async def _change_part(
         new = clusters.transformed(old, transform)
         differing = [i // words for i, word in enumerate(old) if word != new[i]]
         if not differing:  # another request was faster
-            return
+            return False
         first, last = differing[0], differing[-1] + 1
         part = slice(first * words, last * words)
         await _replace(allocator, l1_index, cluster - base + first, old[part], new[part])
         if discard_kept and Reason.REQUEST in allocator.refcounts.pass_discard:
             await _discard_kept(allocator, [new[i * words] for i in differing])
+    return True
 
 
 async def _discard_kept(allocator: Allocator, entries: list[int]) -> None:

@@ -4,6 +4,9 @@ Growing: the L1 table, the tail of the last cluster, preallocation, then the siz
 the header, then what leads behind the disk's end, then the file's own end. No request is in flight meanwhile. Whatever
 is done lies behind the disk's end as the header has it, so stopping anywhere, or losing power, leaves the old disk or
 the new one.
+
+A disk that grows write by write mostly finds nothing behind its end. Then the size goes into the header without a
+barrier, and the next flush makes it durable (:func:`grow_size`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from fusedisk.block.model.driver import MAY_UNMAP
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
 from fusedisk.block.request.status import chain_status
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import discard, layout
@@ -33,8 +37,21 @@ _SKIPS_AT_ONCE = 1 << 16
 """Empty L1 entries that one step skips at most."""
 
 
+async def grow_size(allocator: Allocator, length: int) -> None:
+    """Put a larger size into the header without waiting for the disk; the L1 table must cover it.
+
+    For a disk behind whose end nothing has changed since the last barrier: whether the size or the entries of what is
+    written there reach the disk first, what is uncovered has no data.
+    """
+    async with allocator.image.mutex:
+        await allocator.image.before_change(False)
+        await allocator.image.put_header_fields(layout.SIZE_FIELD, length.to_bytes(8, "big"))
+        allocator.image.header.size = length
+
+
 async def set_size(allocator: Allocator, length: int) -> None:
-    """Put the virtual size into the header; the L1 table must cover it."""
+    """Put the virtual size into the header, durably; the L1 table must cover it."""
+    refuse_to_wait()
     async with allocator.committer.exclusive():
         # What the new size uncovers must be there before.
         await allocator.image.barrier()
@@ -100,6 +117,7 @@ async def grow_l1(allocator: Allocator, entries: int) -> None:
     if entries <= len(image.l1):
         return
     header = image.header
+    refuse_to_wait()
     async with allocator.committer.exclusive():
         old_offset, old_size = header.l1_table_offset, geometry.clusters(header.l1_size * 8)
         await image.announce("l1_grow_alloc_table")
@@ -110,15 +128,17 @@ async def grow_l1(allocator: Allocator, entries: int) -> None:
             allocator.refcounts.free([HostRun(old_offset >> geometry.cluster_bits, old_size)])
 
 
-async def clear_behind_end(allocator: Allocator, length: int, backing: Backing) -> None:
-    """Make what lies between the disk's end and ``length`` read as the new space of a growing disk must.
+async def clear_behind_end(allocator: Allocator, length: int, backing: Backing) -> bool:
+    """Make what lies between the disk's end and ``length`` read as the new space of a growing disk must. Returns
+    whether anything changed.
 
     Old mappings there (VM state, leftovers of a shrink) go. ``backing`` is what shall not show through.
     """
     size, geometry = allocator.image.header.size, allocator.geometry
     start = -(-size // geometry.cluster_size) * geometry.cluster_size
-    if start < length:
-        await discard.change(allocator, start, length - start, lambda entry: 0, backing=backing)
+    if start >= length:
+        return False
+    return await discard.change(allocator, start, length - start, lambda entry: 0, backing=backing)
 
 
 async def drop_behind_end(allocator: Allocator, old_size: int) -> None:

@@ -45,7 +45,10 @@ class ResizeDriver(SnapshotDriver):
         allocator, old, size = self.allocator, self.image.header.size, self.image.geometry.cluster_size
         await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
         await self._zero_tail(zero_new)
-        await resize.clear_behind_end(allocator, length, self.shows_through() if zero_new else NO_BACKING)
+        backing = self.shows_through() if zero_new else NO_BACKING
+        settled, self.allocator.end_settled = self.allocator.end_settled, False
+        if not await resize.clear_behind_end(allocator, length, backing):
+            self.allocator.end_settled = settled
         if preallocation != "off":
             try:
                 await resize.preallocate(allocator, -(-old // size) * size, length, preallocation)
@@ -53,17 +56,24 @@ class ResizeDriver(SnapshotDriver):
                 with trio.CancelScope(shield=True):
                     await resize.give_back(allocator, length)
                 raise
+        if self.allocator.end_settled and preallocation == "off" and not self.image.header.has_raw_data_file:
+            await resize.grow_size(allocator, length)
+            return
         await self._resize_raw_data(length)
+        # What the new size uncovers must be there before.
         await resize.set_size(allocator, length)
+        self.allocator.end_settled = True
 
     async def _shrink(self, length: int) -> None:
         from fusedisk.drivers.format.qcow2 import resize
 
         old = self.image.header.size
+        self.allocator.end_settled = False
         await resize.set_size(self.allocator, length)
         await self._resize_raw_data(length)
         await resize.drop_behind_end(self.allocator, old)
         await resize.shorten_file(self.allocator)
+        self.allocator.end_settled = True
 
     async def _resize_raw_data(self, length: int) -> None:
         """Keep a raw data file as long as the disk."""
@@ -84,5 +94,6 @@ class ResizeDriver(SnapshotDriver):
                 await self._read_plain(extent, offset, tail)
             if not is_zero(tail):
                 # As the guest would: in place, or by copying where the cluster is shared or compressed.
+                self.allocator.end_settled = False
                 await transfer.write(self.node, offset, (memoryview(bytes(len(tail))),), 0)
             offset += len(tail)

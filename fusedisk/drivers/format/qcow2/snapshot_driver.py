@@ -113,6 +113,7 @@ class SnapshotDriver(Driver):
             )
         from fusedisk.drivers.format.qcow2 import snapshot
 
+        self.allocator.end_settled = False
         await snapshot.apply(self, self._snapshot(id), progress, no_reads)
 
     async def delete_snapshot(self, id: str, progress: Progress) -> None:

@@ -46,6 +46,7 @@ async def save(driver: VmStateImage, offset: int, data: memoryview) -> None:
     allocator = driver.allocator
     if allocator.image.header.has_data_file:
         raise NotSupportedError(f"'{allocator.image.filename}' keeps its data in another file, which has no VM state.")
+    allocator.end_settled = False
     start = vmstate_offset(allocator) + offset
     entries = resize.l1_entries(allocator, start + len(data))
     if entries * 8 > layout.MAX_L1_SIZE:
@@ -102,6 +103,7 @@ async def drop(driver: VmStateImage, length: int) -> None:
     """The first ``length`` bytes of VM state are in a snapshot; the active state needs them no longer, and the next
     snapshot would keep them once more."""
     allocator = driver.allocator
+    allocator.end_settled = False
     start = vmstate_offset(allocator)
     length = min(length, (len(allocator.image.l1) << allocator.geometry.span_bits) - start)
     if length > 0:
