@@ -34,7 +34,7 @@ from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import Header
 
 if TYPE_CHECKING:
-    from fusedisk.drivers.format.qcow2.resize_driver import ResizeDriver
+    from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def table_entries(header: Header, granularity_bits: int) -> int:
 
 
 @asynccontextmanager
-async def resizing(driver: ResizeDriver) -> AsyncIterator[None]:
+async def resizing(driver: Qcow2Driver) -> AsyncIterator[None]:
     """Let the disk become longer or shorter inside; its valid bitmaps fit it afterwards, also where that fails."""
     bitmaps, committer = driver.bitmaps, driver.committer
     valid = bitmaps.valid
@@ -263,7 +263,7 @@ async def resizing(driver: ResizeDriver) -> AsyncIterator[None]:
     await _fit_all(driver, valid)
 
 
-async def _fit_all(driver: ResizeDriver, bitmaps: list[Bitmap]) -> None:
+async def _fit_all(driver: Qcow2Driver, bitmaps: list[Bitmap]) -> None:
     """Ignore errors, since the resize itself is done."""
     fit: list[Bitmap] = []
     try:
@@ -283,7 +283,7 @@ async def _fit_all(driver: ResizeDriver, bitmaps: list[Bitmap]) -> None:
         )
 
 
-async def _fit(driver: ResizeDriver, bitmap: Bitmap) -> bool:
+async def _fit(driver: Qcow2Driver, bitmap: Bitmap) -> bool:
     """Let a bitmap that is marked as in use fit the disk; returns whether it can. Under the mutex."""
     image, size = driver.image, driver.image.geometry.cluster_size
     if not _is_possible(image, bitmap.table_offset, bitmap.table_entries * 8):
@@ -313,7 +313,7 @@ def _is_possible(image: Image, start: int, length: int) -> bool:
     return inside and not start & image.geometry.cluster_mask and image.occupied_at(start, length) is None
 
 
-async def _move_table(driver: ResizeDriver, bitmap: Bitmap, table: array[int]) -> None:
+async def _move_table(driver: Qcow2Driver, bitmap: Bitmap, table: array[int]) -> None:
     """Give a bitmap another table, which is in the file as a whole whatever part of it the directory tells of."""
     image, geometry, refcounts = driver.image, driver.image.geometry, driver.refcounts
     clusters = geometry.clusters(8 * len(table))

@@ -22,6 +22,7 @@ import trio
 
 from fusedisk.block.model.driver import (
     MAY_UNMAP,
+    ZERO_NEW,
     BackingReference,
     Buffer,
     ChildSpec,
@@ -51,7 +52,7 @@ from fusedisk.drivers.format.qcow2.image import Image, specific_information
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.options import Qcow2AmendOptions, Qcow2CreateOptions, Qcow2Options, cache_sizes
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
-from fusedisk.drivers.format.qcow2.resize_driver import ResizeDriver
+from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
 from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 
 
-class Qcow2Driver(ResizeDriver):
+class Qcow2Driver(SnapshotDriver):
     """One open qcow2 image."""
 
     name = "qcow2"
@@ -352,7 +353,7 @@ class Qcow2Driver(ResizeDriver):
                 done = await self._compressed.read(extent, offset, buffer)
             else:
                 done = extent.length
-                await self._read_plain(extent, offset, buffer[:done])
+                await self.read_plain(extent, offset, buffer[:done])
             if done == len(buffer):
                 return
             # The clusters behind it were rewritten meanwhile.
@@ -369,7 +370,7 @@ class Qcow2Driver(ResizeDriver):
     def cached_source(self, extent: Extent, offset: int) -> tuple[Callable[[int, Buffer], bool], int] | None:
         return self._compressed.source(extent, offset) if self._compressed is not None else None
 
-    async def _read_plain(self, extent: Extent, offset: int, buffer: Buffer) -> None:
+    async def read_plain(self, extent: Extent, offset: int, buffer: Buffer) -> None:
         """Fill ``buffer`` from an extent that needs no transformation."""
         backing = self.node.backing
         if self.encodes and extent.status in (DATA, SPECIAL):
@@ -429,6 +430,12 @@ class Qcow2Driver(ResizeDriver):
             assert self.image.data_file is not None
             await self.prepare_writing()
             await io.write_zeroes(self.image.data_file.node, offset, length, flags)
+
+    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
+        # Imported here: rarely needed.
+        from fusedisk.drivers.format.qcow2 import resize
+
+        await resize.resize(self, length, preallocation, zero_new=bool(flags & ZERO_NEW))
 
     def shows_through(self) -> Backing:
         backing = self.node.backing

@@ -13,28 +13,110 @@ from __future__ import annotations
 
 import logging
 from array import array
+from typing import TYPE_CHECKING
 
 import trio
 
 from fusedisk.block.model.driver import MAY_UNMAP
+from fusedisk.block.model.extent import UNALLOCATED
 from fusedisk.block.model.node import Node
-from fusedisk.block.request import io
+from fusedisk.block.request import io, transfer
 from fusedisk.block.request.status import chain_status
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
-from fusedisk.core.zeroes import ZEROES
+from fusedisk.core.zeroes import ZEROES, is_zero
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
-from fusedisk.drivers.format.qcow2.backing import Backing
+from fusedisk.drivers.format.qcow2.backing import NO_BACKING, Backing
+from fusedisk.drivers.format.qcow2.bitmaps import resizing
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, Geometry, HostRun, next_entry
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.options import PREALLOCATIONS
+
+if TYPE_CHECKING:
+    from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 
 log = logging.getLogger(__name__)
 
 _SECTOR = 512
 _SKIPS_AT_ONCE = 1 << 16
 """Empty L1 entries that one step skips at most."""
+
+
+async def resize(driver: Qcow2Driver, length: int, preallocation: str, *, zero_new: bool) -> None:
+    """Change the length of the disk, see :meth:`fusedisk.block.model.driver.Driver.truncate`."""
+    allocator = driver.allocator
+    old = driver.image.header.size
+    check_size(allocator, length, preallocation, zero_new=zero_new)
+    if length == old:
+        return
+    async with resizing(driver):
+        if length < old:
+            await _shrink(driver, length)
+        else:
+            await _grow(driver, length, preallocation, zero_new=zero_new)
+
+
+async def _grow(driver: Qcow2Driver, length: int, preallocation: str, *, zero_new: bool) -> None:
+    allocator, old, size = driver.allocator, driver.image.header.size, driver.image.geometry.cluster_size
+    await grow_l1(allocator, l1_entries(allocator, length))
+    await _zero_tail(driver, zero_new)
+    backing = driver.shows_through() if zero_new else NO_BACKING
+    settled, driver.allocator.end_settled = driver.allocator.end_settled, False
+    if not await clear_behind_end(allocator, length, backing):
+        driver.allocator.end_settled = settled
+    if preallocation != "off":
+        try:
+            await preallocate(allocator, -(-old // size) * size, length, preallocation)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await give_back(allocator, length)
+            raise
+    if driver.allocator.end_settled and preallocation == "off" and not driver.image.header.has_raw_data_file:
+        await grow_size(allocator, length)
+        return
+    await _resize_raw_data(driver, length)
+    # What the new size uncovers must be there before.
+    await set_size(allocator, length)
+    driver.allocator.end_settled = True
+
+
+async def _shrink(driver: Qcow2Driver, length: int) -> None:
+    old = driver.image.header.size
+    driver.allocator.end_settled = False
+    await set_size(driver.allocator, length)
+    await _resize_raw_data(driver, length)
+    await drop_behind_end(driver.allocator, old)
+    await shorten_file(driver.allocator)
+    driver.allocator.end_settled = True
+
+
+async def _resize_raw_data(driver: Qcow2Driver, length: int) -> None:
+    """Keep a raw data file as long as the disk."""
+    if driver.image.header.has_raw_data_file:
+        assert driver.image.data_file is not None
+        await io.truncate(driver.image.data_file.node, length)
+
+
+async def _zero_tail(driver: Qcow2Driver, zero_new: bool) -> None:
+    """Make what the last cluster holds behind the disk's end zero, before the disk grows over it."""
+    offset = driver.image.header.size
+    end = offset + -offset % driver.image.geometry.cluster_size
+    while offset < end:
+        extent = await driver.map(offset, end - offset)
+        tail = memoryview(bytearray(extent.length))
+        if extent.compressed:
+            await driver.read_special(extent, offset, tail)
+        elif extent.status != UNALLOCATED or zero_new:
+            await driver.read_plain(extent, offset, tail)
+        if not is_zero(tail):
+            # As the guest would: in place, or by copying where the cluster is shared or compressed.
+            driver.allocator.end_settled = False
+            await transfer.write(driver.node, offset, (memoryview(bytes(len(tail))),), 0)
+        offset += len(tail)
+
+
+# --- the steps -----------------------------------------------------------------------------------------
 
 
 async def grow_size(allocator: Allocator, length: int) -> None:
