@@ -20,11 +20,10 @@ import trio
 from fusedisk.core.errors import ImageError
 from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.check_blocks import BlockCodec
-from fusedisk.drivers.format.qcow2.check_counts import MOST
 from fusedisk.drivers.format.qcow2.entries import MAX_HOST_OFFSET, empty_table, encode_table
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.refcount_block import LARGEST, refcount_codec
 
 _FIELDS = struct.Struct(">QIIQQQQI")
 """The header's fields from the offset of the refcount table to the refcount order."""
@@ -62,8 +61,8 @@ class RefcountWidth:
         self.bits = bits
         self.per_block = self.geometry.cluster_size * 8 // bits
         """New refcounts in one block."""
-        self._old_codec = BlockCodec(self.geometry.refcount_bits)
-        self._new_codec = BlockCodec(bits)
+        self._old_codec = refcount_codec(self.geometry.refcount_bits, self.geometry.block_entries)
+        self._new_codec = refcount_codec(bits, self.geometry.cluster_size * 8 // bits)
         self._decoded: tuple[int, array[int]] | None = None
 
     async def check(self) -> None:
@@ -119,7 +118,7 @@ class RefcountWidth:
 
     def _check_width(self, index: int, values: array[int]) -> None:
         largest = max(values)
-        if largest > (1 << self.bits) - 1 or (largest == MOST and self.geometry.refcount_bits > 32):
+        if largest > (1 << self.bits) - 1 or (largest == LARGEST and self.geometry.refcount_bits > 32):
             cluster = index * self.geometry.block_entries + values.index(largest)
             raise ImageError(
                 f"'{self.image.filename}' counts {largest} references to the cluster at "

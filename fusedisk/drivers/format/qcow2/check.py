@@ -24,8 +24,6 @@ from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.block.model.node import Node
 from fusedisk.core.errors import ImageError
 from fusedisk.core.progress import Progress
-from fusedisk.drivers.format.qcow2.check_blocks import DiskRefcounts
-from fusedisk.drivers.format.qcow2.check_counts import WHOLE, Counts
 from fusedisk.drivers.format.qcow2.check_open import (
     SECTOR,
     CheckedImage,
@@ -34,6 +32,7 @@ from fusedisk.drivers.format.qcow2.check_open import (
     read_snapshot_table,
 )
 from fusedisk.drivers.format.qcow2.check_walk import L1Table, Walk
+from fusedisk.drivers.format.qcow2.counts import WHOLE, Counts, DiskRefcounts
 from fusedisk.drivers.format.qcow2.entries import HostRun
 
 

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from operator import itemgetter, sub
 from typing import NamedTuple
 
-from fusedisk.drivers.format.qcow2.check_blocks import UNKNOWN, DiskRefcounts
-from fusedisk.drivers.format.qcow2.check_counts import Counts
 from fusedisk.drivers.format.qcow2.check_open import CheckedImage, decode_table
+from fusedisk.drivers.format.qcow2.counts import UNKNOWN, Counts, DiskRefcounts
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,
     COPIED,

@@ -22,14 +22,14 @@ from fusedisk.drivers.format.qcow2.bitmaps import (
     InvalidDirectoryError,
     parse_directory,
 )
-from fusedisk.drivers.format.qcow2.check_blocks import (
-    REFCOUNT_OFFSET_MASK,
-    REFCOUNT_TABLE_RESERVED,
-    DiskRefcounts,
-)
-from fusedisk.drivers.format.qcow2.check_counts import Counts
 from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region, SnapshotTable
 from fusedisk.drivers.format.qcow2.check_table import TableFindings, TableScanner
+from fusedisk.drivers.format.qcow2.counts import (
+    REFCOUNT_OFFSET_MASK,
+    REFCOUNT_TABLE_RESERVED,
+    Counts,
+    DiskRefcounts,
+)
 from fusedisk.drivers.format.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK, used_pieces
 from fusedisk.drivers.format.qcow2.layout import BitmapDirectory
 

@@ -150,7 +150,6 @@ def _data_places(table: array[int], geometry: Geometry) -> Iterator[int]:
 # --- holes --------------------------------------------------------------------------------------------
 
 _BLOCK_OFFSET = ~0x1FF & (1 << 64) - 1
-_TYPECODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
 
 async def sparse_threshold(file: Node, header: Header) -> int | None:
@@ -171,29 +170,23 @@ async def uses_clusters(file: Node, header: Header, wanted: int) -> bool:
     bits = 1 << header.refcount_order
     cluster_size = header.cluster_size
     entries = cluster_size * 8 // bits
+    codec = refcount_codec(bits, entries)
     clusters_left = -(-file.length >> header.cluster_bits)
     for entry in await read_table(file, header.refcount_table_offset, header.refcount_table_size() // 8):
         if clusters_left <= 0:
             break
         if offset := entry & _BLOCK_OFFSET:
             block = await _read(file, offset, cluster_size)
-            wanted -= _in_use(block, bits, min(entries, clusters_left))
+            counters = codec.decode(block)[: min(entries, clusters_left)]
+            wanted -= len(counters) - counters.count(0)
             if wanted <= 0:
                 return True
         clusters_left -= entries
     return False
 
 
-def _in_use(block: bytearray, bits: int, entries: int) -> int:
-    """How many of the first ``entries`` refcounts are not zero."""
-    typecode = _TYPECODES.get(bits)
-    if typecode is None:
-        values = refcount_codec(bits, len(block) * 8 // bits).values(block, 0, entries)
-        return entries - values.count(0)
-    return entries - array(typecode, bytes(memoryview(block)[: entries * bits // 8])).count(0)
-
-
 async def _read(file: Node, offset: int, length: int) -> bytearray:
+    """Return bytes of the file; zeroes behind its end."""
     data = bytearray(length)
     await io.read(file, offset, memoryview(data))
     return data

@@ -1,14 +1,24 @@
 """Refcount blocks as bytes: reading, changing and searching entries of 1 to 64 bits. No I/O.
 
-A block stays in memory as it is on disk, since searching it for free clusters is then one call of
-``bytes.find``. Source: docs/interop/qcow2.txt, "Host cluster management".
+An open image keeps a block in memory as it is on disk, since searching it for free clusters is then one call of
+``bytes.find``. What works on all refcounts of an image (check, snapshots, amend) decodes whole blocks to arrays of
+32-bit counters. Source: docs/interop/qcow2.txt, "Host cluster management".
 """
 
 from __future__ import annotations
 
 import abc
 import re
+import sys
+from array import array
 from operator import add
+
+COUNTER = "I"
+"""Type of an array of counters."""
+COUNTER_BYTES = 4
+LARGEST = (1 << 32) - 1
+"""The largest counter; it stands for all larger refcounts, which no cluster really has references for."""
+_BIG_ENDIAN = sys.byteorder == "big"
 
 
 class RefcountOverflow(Exception):
@@ -51,6 +61,14 @@ class RefcountCodec(abc.ABC):
     @abc.abstractmethod
     def free_run(self, block: bytearray, index: int, limit: int) -> int:
         """How many entries from ``index`` are zero, at most ``limit``."""
+
+    @abc.abstractmethod
+    def decode(self, block: bytes | bytearray) -> array[int]:
+        """The refcounts of a block, or of whole bytes of one, as counters."""
+
+    @abc.abstractmethod
+    def encode(self, counters: array[int]) -> bytearray:
+        """The bytes of refcounts, which must not be larger than the width allows; whole bytes of them."""
 
     def get(self, block: bytearray, index: int) -> int:
         """One refcount."""
@@ -99,6 +117,26 @@ class WideCodec(RefcountCodec):
     def encoded(self, block: bytearray, index: int, values: list[int]) -> tuple[int, bytes]:
         return index * self._width, b"".join(value.to_bytes(self._width, "big") for value in values)
 
+    def decode(self, block: bytes | bytearray) -> array[int]:
+        # Byte by byte of all refcounts at once: slices with a step are copied in C.
+        width = self._width
+        planes = bytearray(len(block) // width * COUNTER_BYTES)
+        for plane in range(min(width, COUNTER_BYTES)):
+            planes[plane::COUNTER_BYTES] = block[width - 1 - plane :: width]
+        found = _from_planes(planes)
+        for plane in range(width - COUNTER_BYTES):
+            for index, byte in enumerate(block[plane::width] if any(block[plane::width]) else b""):
+                if byte:
+                    found[index] = LARGEST
+        return found
+
+    def encode(self, counters: array[int]) -> bytearray:
+        planes, width = _to_planes(counters), self._width
+        block = bytearray(len(counters) * width)
+        for plane in range(min(width, COUNTER_BYTES)):
+            block[width - 1 - plane :: width] = planes[plane::COUNTER_BYTES]
+        return block
+
     def get(self, block: bytearray, index: int) -> int:
         at = index * self._width
         return int.from_bytes(block[at : at + self._width], "big")
@@ -139,6 +177,10 @@ class NarrowCodec(RefcountCodec):
         self._per_byte = 8 // bits
         with_zero = bytes(byte for byte in range(256) if 0 in self._split(byte))
         self._byte_with_zero = re.compile(b"[" + re.escape(with_zero) + b"]")
+        self._unpacked = [bytes(self._split(byte)) for byte in range(256)]
+        self._shifted = [
+            bytes((byte & self.maximum) << shift for byte in range(256)) for shift in range(0, 8, self.bits)
+        ]
 
     def _split(self, byte: int) -> list[int]:
         return [byte >> shift & self.maximum for shift in range(0, 8, self.bits)]
@@ -158,6 +200,18 @@ class NarrowCodec(RefcountCodec):
         for i, value in enumerate(whole):
             data[i // per] |= value << i % per * self.bits
         return first, bytes(data)
+
+    def decode(self, block: bytes | bytearray) -> array[int]:
+        low = b"".join(map(self._unpacked.__getitem__, block))
+        planes = bytearray(len(low) * COUNTER_BYTES)
+        planes[::COUNTER_BYTES] = low
+        return _from_planes(planes)
+
+    def encode(self, counters: array[int]) -> bytearray:
+        low, packed = _to_planes(counters)[::COUNTER_BYTES], 0
+        for at, shifted in enumerate(self._shifted):
+            packed |= int.from_bytes(low[at :: self._per_byte].translate(shifted), "big")
+        return bytearray(packed.to_bytes(len(low) // self._per_byte, "big"))
 
     def find_free(self, block: bytearray, index: int, count: int) -> tuple[int, int]:
         while index < self.entries:
@@ -193,6 +247,23 @@ def _zero_runs(values: list[int], index: int) -> list[Run]:
         else:
             runs.append((at, 1))
     return runs
+
+
+def _from_planes(planes: bytearray) -> array[int]:
+    """Counters from their bytes, lowest first."""
+    found: array[int] = array(COUNTER)
+    found.frombytes(planes)
+    if _BIG_ENDIAN:
+        found.byteswap()
+    return found
+
+
+def _to_planes(counters: array[int]) -> bytes:
+    """The bytes of counters, lowest first."""
+    if _BIG_ENDIAN:
+        counters = counters[:]
+        counters.byteswap()
+    return counters.tobytes()
 
 
 def refcount_codec(bits: int, entries: int) -> RefcountCodec:

@@ -23,13 +23,12 @@ from fusedisk.block.model.driver import NoReads
 from fusedisk.block.request import io
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.check_blocks import BlockCodec
-from fusedisk.drivers.format.qcow2.check_counts import Counts
+from fusedisk.drivers.format.qcow2.counts import Counts
 from fusedisk.drivers.format.qcow2.entries import ENTRIES_AT_ONCE, HostRun, encode_table
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow
-from fusedisk.drivers.format.qcow2.snapshot_sums import balance
+from fusedisk.drivers.format.qcow2.snapshot_references import balance
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class Switch:
         self.image = image
         self.geometry = image.geometry
         self.refcounts = refcounts
-        self.codec = BlockCodec(self.geometry.refcount_bits)
+        self.codec = refcounts.codec
         self.blocks_at_once = max(ENTRIES_AT_ONCE // self.geometry.block_entries, 1)
         """Refcount blocks that one step works on."""
         clusters = self.geometry.clusters(image.storage.node.length)

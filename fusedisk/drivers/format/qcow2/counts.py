@@ -1,5 +1,7 @@
 """Counting references to host clusters, in memory that follows what is referred to rather than the file's length.
 
+The refcounts in the file are read as such counters, too. A counter that arrives at the largest number stays there.
+
 A sparse file can be a million times longer than what it holds, so counters of a large file come in small chunks that
 are made when something in them is first referred to.
 """
@@ -7,20 +9,23 @@ are made when something in them is first referred to.
 from __future__ import annotations
 
 import functools
+import sys
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from fusedisk.core.errors import FusediskError
+from fusedisk.drivers.format.qcow2.refcount_block import COUNTER, COUNTER_BYTES, LARGEST, refcount_codec
+
+if TYPE_CHECKING:
+    from fusedisk.drivers.format.qcow2.check_open import CheckedImage
 
 WHOLE = 1 << 24
 """Files with up to this many clusters have one chunk, which is fastest: 64 MiB."""
 _SMALL_CHUNK_BITS = 6
 _ONE_CHUNK_BITS = 40
 """More clusters than any file has."""
-_TYPECODE = "I"
-_WIDTH = 4
-MOST = (1 << 32) - 1
-"""A counter that arrives here stays here."""
-
-
 _RUN_AT_ONCE = 1 << 16
 """The most counters that one step of a run changes; arrays of at most this length are reused."""
 
@@ -28,7 +33,7 @@ _RUN_AT_ONCE = 1 << 16
 @functools.lru_cache(maxsize=8)
 def _filled(value: int, count: int) -> array[int]:
     """Counters that are all the same; not to be changed."""
-    return array(_TYPECODE, [value]) * count
+    return array(COUNTER, [value]) * count
 
 
 class Counts:
@@ -62,9 +67,9 @@ class Counts:
             first += high - low
             part = chunk[low:high]
             if part == _filled(0, len(part)):
-                chunk[low:high] = _filled(min(weight, MOST), len(part))
+                chunk[low:high] = _filled(min(weight, LARGEST), len(part))
             else:
-                chunk[low:high] = array(_TYPECODE, [min(value + weight, MOST) for value in part])
+                chunk[low:high] = array(COUNTER, [min(value + weight, LARGEST) for value in part])
 
     def add(self, clusters: Iterable[int], weight: int = 1) -> int:
         """Count ``weight`` references to each of the clusters; returns how many of them the file does not have."""
@@ -77,7 +82,7 @@ class Counts:
                 continue
             chunk = self._chunk(cluster >> self._chunk_bits)
             index = cluster & self._chunk_size - 1
-            chunk[index] = min(chunk[index] + weight, MOST)
+            chunk[index] = min(chunk[index] + weight, LARGEST)
         return missing
 
     def _add_whole(self, clusters: Iterator[int], weight: int) -> int:
@@ -91,13 +96,13 @@ class Counts:
             except IndexError:
                 missing += 1
             except OverflowError:
-                counters[cluster] = MOST
+                counters[cluster] = LARGEST
 
     def _chunk(self, number: int) -> array[int]:
         chunk = self._chunks.get(number)
         if chunk is None:
             size = min(self._chunk_size, self.clusters - (number << self._chunk_bits))
-            chunk = self._chunks[number] = array(_TYPECODE, bytes(_WIDTH * size))
+            chunk = self._chunks[number] = array(COUNTER, bytes(COUNTER_BYTES * size))
         return chunk
 
     def grow(self, clusters: int) -> None:
@@ -108,7 +113,7 @@ class Counts:
         self.clusters, self._behind = clusters, 0
         for number, chunk in self._chunks.items():
             missing = min(self._chunk_size, clusters - (number << self._chunk_bits)) - len(chunk)
-            chunk.frombytes(bytes(_WIDTH * missing))
+            chunk.frombytes(bytes(COUNTER_BYTES * missing))
         if behind:
             self.add_run(old, 1, behind)
 
@@ -131,7 +136,7 @@ class Counts:
         reaches_behind = self._behind and first <= self.clusters < first + count
         if not reaches_behind and not any(number in self._chunks for number in numbers):
             return None
-        found: array[int] = array(_TYPECODE)
+        found: array[int] = array(COUNTER)
         for number in numbers:
             start = number << self._chunk_bits
             low = max(first - start, 0)
@@ -139,9 +144,9 @@ class Counts:
             chunk = self._chunks.get(number)
             piece = chunk[low:high] if chunk is not None else found[:0]
             found.extend(piece)
-            found.frombytes(bytes(_WIDTH * (high - low - len(piece))))
+            found.frombytes(bytes(COUNTER_BYTES * (high - low - len(piece))))
         if reaches_behind:
-            found[self.clusters - first] = min(self._behind, MOST)
+            found[self.clusters - first] = min(self._behind, LARGEST)
         return found
 
     def touched(self, size: int) -> set[int]:
@@ -189,4 +194,120 @@ class Counts:
         if part is None:
             return None
         used = len(part.tobytes().rstrip(b"\0"))
-        return first + (used - 1) // _WIDTH if used else None
+        return first + (used - 1) // COUNTER_BYTES if used else None
+
+
+# --- the refcounts in the file -------------------------------------------------------------------------
+
+REFCOUNT_TABLE_RESERVED = 0x1FF
+REFCOUNT_OFFSET_MASK = (1 << 64) - 1 & ~REFCOUNT_TABLE_RESERVED
+
+_BIG_ENDIAN = sys.byteorder == "big"
+_CACHED_BYTES = 64 << 20
+
+UNKNOWN = 2
+"""In :attr:`DiskRefcounts.ones`: the refcount could not be read."""
+
+
+class DiskRefcounts:
+    """The refcount table and blocks of one image, as they were when it was loaded."""
+
+    def __init__(self, image: CheckedImage) -> None:
+        self.image = image
+        self.codec = refcount_codec(image.refcount_bits, image.block_entries)
+        self.table: array[int] = array("Q")
+        """The refcount table, byte for byte."""
+        self.ones: bytearray | None = None
+        """For each cluster whether its refcount is 1 (never for cluster 0), or UNKNOWN. None in large files."""
+        self._blocks: OrderedDict[int, array[int] | None] = OrderedDict()
+        self._cached_blocks = max(_CACHED_BYTES // (image.block_entries * COUNTER_BYTES), 2)
+
+    async def load(self, *, whole: int) -> None:
+        """Read the table, and where the file has up to ``whole`` clusters, :attr:`ones`. Raises HostError."""
+        image = self.image
+        self.table = await image.read_table(image.refcount_table_region)
+        clusters = image.clusters
+        if clusters > whole:
+            return
+        ones = bytearray(clusters)
+        for number in range(min(len(self.table), -(-clusters // image.block_entries))):
+            if not self.offset(number):
+                continue
+            block = await self.block(number)
+            first = number * image.block_entries
+            count = min(image.block_entries, clusters - first)
+            ones[first : first + count] = bytes([UNKNOWN]) * count if block is None else are_one(block[:count])
+        if ones:
+            ones[0] = 0
+        self.ones = ones
+
+    def offset(self, number: int) -> int:
+        """Host offset of a refcount block; 0 where there is none."""
+        return self.table[number] & REFCOUNT_OFFSET_MASK if number < len(self.table) else 0
+
+    async def block(self, number: int) -> array[int] | None:
+        """The refcounts of a block that the table has; None where it cannot be read."""
+        offset = self.offset(number)
+        if offset in self._blocks:
+            self._blocks.move_to_end(offset)
+            return self._blocks[offset]
+        found = await self._read_block(offset)
+        self._blocks[offset] = found
+        if len(self._blocks) > self._cached_blocks:
+            self._blocks.popitem(last=False)
+        return found
+
+    async def _read_block(self, offset: int) -> array[int] | None:
+        if offset & self.image.cluster_mask:
+            return None
+        try:
+            return self.codec.decode(await self.image.read(offset, self.image.cluster_size))
+        except FusediskError:
+            return None
+
+    async def get(self, cluster: int) -> int | None:
+        """One refcount; None where it cannot be read."""
+        number, index = divmod(cluster, self.image.block_entries)
+        if not self.offset(number):
+            return 0
+        block = await self.block(number)
+        return None if block is None else block[index]
+
+    async def is_known(self, cluster: int) -> bool:
+        """Whether a refcount can be read."""
+        if self.ones is not None and 0 < cluster < len(self.ones):
+            return self.ones[cluster] != UNKNOWN
+        return await self.get(cluster) is not None
+
+    async def ones_of(self, first: int, count: int) -> bytes | bytearray:
+        """:attr:`ones` of some neighbours, however large the file is."""
+        if self.ones is not None and first + count <= len(self.ones):
+            return self.ones[first : first + count]
+        found = b""
+        while count:
+            number, index = divmod(first, self.image.block_entries)
+            part = min(count, self.image.block_entries - index)
+            if self.offset(number):
+                block = await self.block(number)
+                found += bytes([UNKNOWN]) * part if block is None else are_one(block[index : index + part])
+            else:
+                found += bytes(part)
+            first, count = first + part, count - part
+        return found
+
+
+_ONE = bytes([0, 1, *bytes(254)])
+_ZERO = bytes([1, *bytes(255)])
+
+
+def are_one(values: array[int]) -> bytes:
+    """A byte for each number: 1 where it is 1, 0 elsewhere."""
+    planes = values.tobytes()
+    lowest = 3 if _BIG_ENDIAN else 0
+    found = planes[lowest::COUNTER_BYTES].translate(_ONE)
+    for plane in range(COUNTER_BYTES):
+        higher = planes[plane::COUNTER_BYTES]
+        if plane != lowest and higher != bytes(len(higher)):
+            both = int.from_bytes(found, "big") & int.from_bytes(higher.translate(_ZERO), "big")
+            found = both.to_bytes(len(found), "big")
+    return found
