@@ -302,9 +302,19 @@ _ZERO = bytes([1, *bytes(255)])
 
 def are_one(values: array[int]) -> bytes:
     """A byte for each number: 1 where it is 1, 0 elsewhere."""
+    return _are_small(values, _ONE)
+
+
+def are_zero(values: array[int]) -> bytes:
+    """A byte for each number: 1 where it is 0, 0 elsewhere."""
+    return _are_small(values, _ZERO)
+
+
+def _are_small(values: array[int], chosen: bytes) -> bytes:
+    """What ``chosen`` has for each number below 256, and 0 for larger numbers."""
     planes = values.tobytes()
     lowest = 3 if _BIG_ENDIAN else 0
-    found = planes[lowest::COUNTER_BYTES].translate(_ONE)
+    found = planes[lowest::COUNTER_BYTES].translate(chosen)
     for plane in range(COUNTER_BYTES):
         higher = planes[plane::COUNTER_BYTES]
         if plane != lowest and higher != bytes(len(higher)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import re
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from fusedisk.block.model.driver import NoReads
 from fusedisk.block.request import io
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.counts import Counts
+from fusedisk.drivers.format.qcow2.counts import Counts, are_zero
 from fusedisk.drivers.format.qcow2.entries import ENTRIES_AT_ONCE, HostRun, encode_table
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 _BLOCKS_AT_ONCE = 256
 _HOST_BLOCK = 4096
 _L1_BYTES_AT_ONCE = 1 << 20
+_ONES = re.compile(b"\1+")
 _FIELDS = struct.Struct(">QIIQQIIQ")
 """The header's fields from the disk size to the snapshot table."""
 
@@ -309,19 +311,15 @@ class Switch:
         """Clusters of a block that lose their last reference."""
         first = block_index * self.geometry.block_entries
         lost = self.lost.part(first, len(values))
-        if lost is None or lost.count(0) == len(lost):
+        if lost is None:
             return
-        start = end = -1
-        for index in _zeroes(values):
-            if not lost[index]:
-                continue
-            if index != end:
-                if start >= 0:
-                    yield HostRun(first + start, end - start)
-                start = index
-            end = index + 1
-        if start >= 0:
-            yield HostRun(first + start, end - start)
+        free = are_zero(values)
+        if 1 not in free:
+            return
+        # Larger than zero only where nothing is left and something was lost.
+        ended = int.from_bytes(free, "big") & ~int.from_bytes(are_zero(lost), "big")
+        for run in _ONES.finditer(ended.to_bytes(len(free), "big")):
+            yield HostRun(first + run.start(), run.end() - run.start())
 
     async def _discard(self, runs: list[HostRun]) -> None:
         """Free host space. A failure is only logged, since the operation itself is done."""
@@ -336,14 +334,6 @@ class Switch:
             await io.discard_ranges(self.image.storage.node, ranges)
         except FusediskError as exc:
             log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
-
-
-def _zeroes(values: array[int]) -> Iterator[int]:
-    """The indices of the zeroes."""
-    index = -1
-    for _ in range(values.count(0)):
-        index = values.index(0, index + 1)
-        yield index
 
 
 def _joined(runs: Iterable[HostRun]) -> Iterator[HostRun]:
