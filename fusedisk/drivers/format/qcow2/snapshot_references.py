@@ -233,38 +233,45 @@ def balance(values: array[int], gained: array[int] | None, lost: array[int] | No
 
     Raises RefcountOverflow where a result does not fit into ``bits`` bits, RefcountUnderflow where one is negative.
     """
-    arrays = [values, *(part for part in (gained, lost) if part is not None)]
-    raw = [part.tobytes() for part in arrays]
-    if any(part[_TOP::_WIDTH].strip(b"\0") for part in raw):
+    count = len(values)
+    zeroes = bytes(count)
+    total = _guards(count)
+    for part, sign in ((values, 1), (gained, 1), (lost, -1)):
+        if part is None:
+            continue
+        raw = part.tobytes()
+        if raw[_TOP::_WIDTH] != zeroes:
+            return _balance_each(values, gained, lost, bits)
+        total += sign * int.from_bytes(raw, sys.byteorder)
+    result = bytearray(total.to_bytes(count * _WIDTH, sys.byteorder))
+    if result[_TOP::_WIDTH] != b"\x80" * count:
         return _balance_each(values, gained, lost, bits)
-    guards = _guards(len(values))
-    total = guards + sum(_number(part) for part in (values, gained) if part is not None)
-    if lost is not None:
-        total -= _number(lost)
-    result = bytearray(total.to_bytes(len(values) * _WIDTH, sys.byteorder))
-    if result[_TOP::_WIDTH].strip(b"\x80"):
-        return _balance_each(values, gained, lost, bits)
-    result[_TOP::_WIDTH] = bytes(len(values))
+    result[_TOP::_WIDTH] = zeroes
     for place, plane in enumerate(_PLANES):
-        if result[plane::_WIDTH].strip(_allowed(bits - 8 * place)):
+        if not _fits(result[plane::_WIDTH], bits - 8 * place):
             raise RefcountOverflow
     return array("I", bytes(result))
 
 
-def _number(values: array[int]) -> int:
-    return int.from_bytes(values.tobytes(), sys.byteorder)
+def _fits(plane: bytearray, bits: int) -> bool:
+    """Whether no byte has more than ``bits`` bits."""
+    if bits >= 8:
+        return True
+    if bits <= 0:
+        return plane == bytes(len(plane))
+    return not plane.strip(_allowed(bits))
 
 
 @functools.cache
 def _guards(count: int) -> int:
     """The highest bit of each counter: it is borrowed from where a result is negative."""
-    return _number(array("I", [1 << 31]) * count)
+    return int.from_bytes((array("I", [1 << 31]) * count).tobytes(), sys.byteorder)
 
 
 @functools.cache
 def _allowed(bits: int) -> bytes:
-    """What a byte may be of which ``bits`` bits, or what there is of them, belong to a refcount."""
-    return bytes(range(1 << max(min(bits, 8), 0)))
+    """The values that ``bits`` bits of a byte can have."""
+    return bytes(range(1 << bits))
 
 
 def _balance_each(values: array[int], gained: array[int] | None, lost: array[int] | None, bits: int) -> array[int]:
