@@ -50,7 +50,7 @@ async def check(
     async with opening as found:
         if not found.supported:
             raise NotSupportedError(f"'{found.storage.filename}' is {found.driver.name}, which has nothing to check.")
-        return await found.driver.check(found.storage, mode, advance, dry_run=dry_run)
+        return await found.driver.check(found.files, mode, advance, dry_run=dry_run)
 
 
 async def map(

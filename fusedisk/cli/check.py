@@ -87,7 +87,7 @@ async def _check(
             tell(f"'{image}' is a {found.driver.name} image, which has nothing to check.")
             raise click.exceptions.Exit(EXIT_UNSUPPORTED)
         advance = stack.enter_context(progress("checking", 1, asked=asked, bytes=False))
-        result = await found.driver.check(found.storage, mode, advance, dry_run=dry_run)
+        result = await found.driver.check(found.files, mode, advance, dry_run=dry_run)
         return result, {"filename": image, "format": found.driver.name}
 
 

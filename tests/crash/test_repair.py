@@ -10,6 +10,7 @@ import pytest
 
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.check_result import CheckResult, Repair
+from fusedisk.block.model.files import Files
 from fusedisk.core.errors import FusediskError
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.table import DRIVERS
@@ -37,7 +38,7 @@ async def repair(image: bytes) -> tuple[bytes, CheckResult]:
         graph = Graph(MEMORY_DRIVERS)
         try:
             backend = await graph.open_backend({"driver": "memory", "filename": "image"}, writable=True)
-            result = await Qcow2Driver.check(backend.node, Repair.ALL, lambda done, total: None)
+            result = await Qcow2Driver.check(Files(backend.node), Repair.ALL, lambda done, total: None)
         finally:
             await graph.close()
     return bytes(store.data), result
@@ -55,7 +56,7 @@ async def recorded(image: bytes, folder: Path) -> list[Operation]:
         "log": {"driver": "file", "filename": str(log)},
     }
     backend = await graph.open_backend(storage, writable=True)
-    await Qcow2Driver.check(backend.node, Repair.ALL, lambda done, total: None)
+    await Qcow2Driver.check(Files(backend.node), Repair.ALL, lambda done, total: None)
     await graph.close()
     return read_log(log)
 

@@ -16,6 +16,7 @@ from fusedisk.block.graph import backend as backends
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.check_result import CheckResult, Repair
+from fusedisk.block.model.files import Files
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import immediate
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
@@ -242,7 +243,7 @@ async def our_check(path: Path) -> CheckResult:
     graph = Graph(JITTER_DRIVERS)
     try:
         backend = await graph.open_backend({"driver": "file", "filename": str(path)})
-        return await Qcow2Driver.check(backend.node, Repair.NOTHING, lambda done, total: None)
+        return await Qcow2Driver.check(Files(backend.node), Repair.NOTHING, lambda done, total: None)
     finally:
         await graph.close()
 

@@ -130,7 +130,7 @@ async def test_a_plain_opening_mends_no_tables(tmp_path: Path, what: str) -> Non
             pass
     assert image.read_bytes() == content
     async with open_for_check(DRIVERS, str(image), writable=True) as found:
-        assert (await found.driver.check(found.storage, Repair.ALL, no_progress)).clean
+        assert (await found.driver.check(found.files, Repair.ALL, no_progress)).clean
     async with opened(image) as backend:
         await backend.write(0, b"x")
     assert_clean(image)

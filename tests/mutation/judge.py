@@ -141,7 +141,7 @@ class Judge:
             writable = repair is not Repair.NOTHING
             spec = {"driver": "file", "filename": str(self.path)}
             async with open_for_check(DRIVERS, {"driver": "qcow2", "file": spec}, writable=writable) as image:
-                return await image.driver.check(image.storage, repair, lambda done, total: None)
+                return await image.driver.check(image.files, repair, lambda done, total: None)
         except FusediskError as exc:
             try:
                 assert_sentence(exc)

@@ -13,6 +13,7 @@ from typing import Any
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
+from fusedisk.block.model.files import Files
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
 from fusedisk.drivers.table import DRIVERS
@@ -40,7 +41,7 @@ async def create_image(path: Path, **options: Any) -> Path:
     graph = Graph(DRIVERS)
     try:
         backend = await graph.open_backend({"driver": "file", "filename": str(path)}, writable=True)
-        await Qcow2Driver.create(backend.node, Qcow2CreateOptions(**options))
+        await Qcow2Driver.create(Files(backend.node), Qcow2CreateOptions(**options))
     finally:
         await graph.close()
     return path
@@ -76,7 +77,7 @@ async def created_in_memory(store: Store, **options: Any) -> Store:
     with stores(image=store):
         try:
             backend = await graph.open_backend({"driver": "memory", "filename": "image"}, writable=True)
-            await Qcow2Driver.create(backend.node, Qcow2CreateOptions(**options))
+            await Qcow2Driver.create(Files(backend.node), Qcow2CreateOptions(**options))
         finally:
             await graph.close()
     store.steps.calls.clear()

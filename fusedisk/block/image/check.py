@@ -18,8 +18,10 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.opening import common_options
 from fusedisk.block.graph.probing import probe
 from fusedisk.block.graph.registry import Registry
+from fusedisk.block.image.files import CheckedFiles
 from fusedisk.block.model import permissions
 from fusedisk.block.model.driver import Driver
+from fusedisk.block.model.files import Files
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.core.errors import OptionError
 from fusedisk.core.offload import run_opening
@@ -27,10 +29,15 @@ from fusedisk.core.options import nest
 
 
 class Checkable(NamedTuple):
-    """An image's storage, open for a check, and the driver of its format."""
+    """An image's files, open for a check, and the driver of its format."""
 
     driver: type[Driver]
-    storage: Node
+    files: Files
+
+    @property
+    def storage(self) -> Node:
+        """The image's own file."""
+        return self.files.main
 
     @property
     def supported(self) -> bool:
@@ -61,7 +68,8 @@ async def open_for_check(
         storage = await graph.open_node(storage_options, config)
         share = permissions.ALL if force_share else permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
         graph.attach(storage, "check", writable=writable, shared=share)
-        yield Checkable(await probe(drivers, storage) if driver_name is None else drivers.load(driver_name), storage)
+        driver = await probe(drivers, storage) if driver_name is None else drivers.load(driver_name)
+        yield Checkable(driver, CheckedFiles(storage))
     finally:
         with trio.CancelScope(shield=True):
             await graph.close()

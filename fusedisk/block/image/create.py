@@ -1,18 +1,15 @@
-"""Making a new image: the file first, then the format's own structures in it.
+"""Making a new image: its files first, then the format's own structures in them.
 
-A failure leaves no new file behind. An existing file is replaced only after the options are checked, a new data file
-exists, and the protocol driver has its locks. A failure later than that leaves it half-written.
+A failure leaves no new file behind. An existing file is replaced only after the options are checked, all new files
+exist, and the protocol driver has its locks. A failure later than that leaves it half-written.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import os
-import stat
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import trio
 
@@ -20,20 +17,14 @@ from fusedisk.block.graph.filenames import parse_filename, resolve_reference
 from fusedisk.block.graph.gate import Gate
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
+from fusedisk.block.image.files import new_files, target_of
 from fusedisk.block.model.driver import Driver
 from fusedisk.core import paths
-from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError, WouldLoseDataError
+from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, parse_size
 
 SECTOR = 512
 """Sizes of images are whole sectors, as QEMU makes them."""
-
-
-class _Target(NamedTuple):
-    """Where the image goes."""
-
-    protocol: type[Driver]
-    filename: str
 
 
 async def create_image(
@@ -57,7 +48,9 @@ async def create_image(
     LockConflictError for the file itself.
     """
     driver = drivers.load_format(format)
-    target = _target(drivers, driver, filename)
+    if driver.create_options_type is None:
+        raise NotSupportedError(f"{driver.name} images cannot be created.")
+    target = target_of(drivers, filename)
     given = {key: value for key, value in options.items() if value is not None}
     backing = _backing_options(drivers, driver, given, target.filename)
     if backing is not None:
@@ -70,43 +63,12 @@ async def create_image(
     if "size" not in given:
         raise OptionError(f"the new image '{filename}' needs a size, such as 10G.")
     given["size"] = whole_sectors(parse_size(given["size"]))
-    assert driver.create_options_type is not None
     parsed = driver.create_options_type.parse(given, format)
     await driver.check_create(parsed, target.filename)
-    targets = [target]
-    if (data_file := getattr(parsed, "data_file", None)) is not None:
-        targets.append(_data_target(drivers, data_file, target))
-    if not overwrite:
-        for each in targets:
-            _refuse_existing(each.filename)
-    await _write(drivers, driver, targets, parsed)
+    nocow = bool(getattr(parsed, "nocow", False))
+    async with new_files(drivers, target, overwrite=overwrite, nocow=nocow) as files:
+        await driver.create(files, parsed)
     return parsed
-
-
-def _refuse_existing(filename: str) -> None:
-    """Raise WouldLoseDataError for a block device and for a file that is not empty."""
-    try:
-        found = os.stat(filename)
-    except (OSError, ValueError):
-        return
-    if stat.S_ISBLK(found.st_mode):
-        raise WouldLoseDataError(f"'{filename}' is a block device, whose content a new image would replace (--force).")
-    if stat.S_ISREG(found.st_mode) and found.st_size:
-        raise WouldLoseDataError(
-            f"'{filename}' exists and holds {found.st_size} bytes, which a new image would replace (--force).",
-            errno=errno.EEXIST,
-        )
-
-
-def _target(drivers: Registry, driver: type[Driver], filename: str) -> _Target:
-    if driver.create_options_type is None:
-        raise NotSupportedError(f"{driver.name} images cannot be created.")
-    parsed = parse_filename(filename, drivers)
-    name = parsed.get("driver")
-    place = parsed.get("filename")
-    if not isinstance(name, str) or not isinstance(place, str) or parsed.keys() - {"driver", "filename"}:
-        raise OptionError(f"'{filename}' cannot be created, expected the name of a file or device.")
-    return _Target(drivers.load(name), place)
 
 
 def _backing_options(
@@ -169,50 +131,6 @@ def _identity(filename: str) -> tuple[int, int] | None:
 def whole_sectors(size: int) -> int:
     """Return ``size`` rounded up to whole sectors."""
     return min((size + SECTOR - 1) // SECTOR * SECTOR, (1 << 63) - SECTOR)
-
-
-async def _write(drivers: Registry, driver: type[Driver], targets: list[_Target], options: CreateOptions) -> None:
-    """Make the files and let the format write into them. After a failure the new files are removed."""
-    nocow = bool(getattr(options, "nocow", False))
-    made = []
-    try:
-        for each in sorted(targets, key=lambda target: os.path.lexists(target.filename)):
-            if not os.path.lexists(each.filename):
-                made.append(each.filename)
-            await each.protocol.create_file(each.filename, 0, "off", nocow)
-        await _format(drivers, driver, targets, options)
-    except BaseException:
-        for filename in made:
-            with contextlib.suppress(OSError):
-                os.unlink(filename)
-        raise
-
-
-def _data_target(drivers: Registry, data_file: str, image: _Target) -> _Target:
-    """Return the external data file; its name is relative to the image, like that of a backing file."""
-    parsed = parse_filename(resolve_reference(data_file, image.filename), drivers)
-    name, place = parsed.get("driver"), parsed.get("filename")
-    if not isinstance(name, str) or not isinstance(place, str) or parsed.keys() - {"driver", "filename"}:
-        raise OptionError(f"the data file '{data_file}' cannot be created, expected the name of a file or device.")
-    if paths.real(place) == paths.real(image.filename):
-        raise OptionError(f"the new image '{image.filename}' cannot be its own data file.")
-    return _Target(drivers.load(name), place)
-
-
-async def _format(drivers: Registry, driver: type[Driver], targets: list[_Target], options: CreateOptions) -> None:
-    graph = Graph(drivers)
-    try:
-        backends = []
-        for target in targets:
-            spec = {"driver": target.protocol.name, "filename": target.filename}
-            backends.append(await graph.open_backend(spec, name="the new image", writable=True))
-        image, *data_files = (backend.node for backend in backends)
-        await driver.create(image, options, *data_files)
-        for backend in backends:
-            await backend.close()
-    finally:
-        with trio.CancelScope(shield=True):
-            await graph.close()
 
 
 def options_text(options: CreateOptions) -> str:

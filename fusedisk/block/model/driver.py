@@ -31,6 +31,7 @@ from fusedisk.core.options import CreateOptions, Options
 if TYPE_CHECKING:
     from fusedisk.block.model.check_result import CheckResult, Repair
     from fusedisk.block.model.edge import Child
+    from fusedisk.block.model.files import Files
     from fusedisk.block.model.limits import Limits
     from fusedisk.block.model.node import Node, NodeConfig
     from fusedisk.block.model.snapshot_info import SnapshotInfo
@@ -464,9 +465,10 @@ class Driver:
     # --- checking ---------------------------------------------------------------------------------------
 
     @classmethod
-    async def check(cls, file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
-        """Format drivers: check the image in ``file``, which has no other writer, and repair what ``repair`` allows;
-        ``file`` is writable for that. A repaired image is checked again: the result says what is still wrong.
+    async def check(cls, files: Files, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
+        """Format drivers: check the image in ``files.main``, which has no other writer, and repair what ``repair``
+        allows; the file is writable for that. Other files that the image names come from ``files.open``. A repaired
+        image is checked again: the result says what is still wrong.
         ``dry_run``: change nothing, but report what a repair would do.
 
         Raises ImageError if the image is beyond interpretation or beyond repair.
@@ -481,10 +483,10 @@ class Driver:
         existing file is replaced."""
 
     @classmethod
-    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
-        """Format drivers: write an empty image into the open, writable, empty node ``file``, using
-        :mod:`fusedisk.block.request.io`. ``options`` is an instance of ``create_options_type`` with its size filled in;
-        ``data_file`` is an empty node too, if the options name one."""
+    async def create(cls, files: Files, options: Any) -> None:
+        """Format drivers: write an empty image into the file or files that ``files.create`` gives, using
+        :mod:`fusedisk.block.request.io`. ``options`` is an instance of ``create_options_type`` with its size filled
+        in."""
         raise NotSupportedError(f"{cls.name} images cannot be created.")
 
     @classmethod

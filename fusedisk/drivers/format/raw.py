@@ -11,6 +11,7 @@ from typing import Any
 
 from fusedisk.block.model.driver import ChildSpec, Driver, Role
 from fusedisk.block.model.extent import DATA, Extent, WriteExtent
+from fusedisk.block.model.files import Files
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
@@ -142,6 +143,7 @@ class RawDriver(Driver):
         return self.node.children["file"].node.driver.has_zero_init()
 
     @classmethod
-    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
+    async def create(cls, files: Files, options: Any) -> None:
         """Make an image of ``size`` bytes."""
+        (file,) = await files.create()
         await io.truncate(file, options.size, options.preallocation)

@@ -10,6 +10,7 @@ import os
 
 from fusedisk.block.model.driver import Role
 from fusedisk.block.model.edge import Child
+from fusedisk.block.model.files import Files
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
 from fusedisk.core.errors import OptionError
@@ -106,15 +107,17 @@ def _encrypts(options: Qcow2CreateOptions) -> bool:
     return any(name.startswith("encrypt.") and value is not None for name, value in options.given().items())
 
 
-async def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None = None) -> None:
-    """Write an empty image into the writable, empty node ``file``, with its data in ``data_file`` where there is one.
-    The size is rounded up to 512 bytes.
+async def create(files: Files, options: Qcow2CreateOptions) -> None:
+    """Write an empty image, with its data in a file of its own if the options name one. The size is rounded up to 512
+    bytes.
 
     Raises OptionError for options that do not fit together, ImageError for sizes that the cluster size does
     not allow.
     """
     header = new_header(options)
     length = _length(options)
+    file, *others = await files.create(*([options.data_file] if options.data_file else []))
+    data_file = others[0] if others else None
     image = await _write_minimal(file, header)
     image.writable = True
     image.barriers = False

@@ -30,6 +30,7 @@ from fusedisk.block.model.driver import (
 )
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
+from fusedisk.block.model.files import Files
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.block.request import io
@@ -498,11 +499,11 @@ class Qcow2Driver(SnapshotDriver):
     # --- checking and creation --------------------------------------------------------------------------
 
     @classmethod
-    async def check(cls, file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
+    async def check(cls, files: Files, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
         # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2.check import check
 
-        return await check(file, repair, progress, dry_run=dry_run)
+        return await check(files.main, repair, progress, dry_run=dry_run)
 
     @classmethod
     async def check_create(cls, options: Any, filename: str) -> None:
@@ -512,10 +513,10 @@ class Qcow2Driver(SnapshotDriver):
         await create.check(options, filename)
 
     @classmethod
-    async def create(cls, file: Node, options: Any, data_file: Node | None = None) -> None:
+    async def create(cls, files: Files, options: Any) -> None:
         from fusedisk.drivers.format.qcow2 import create
 
-        await create.create(file, options, data_file)
+        await create.create(files, options)
 
 
 def _nothing(offset: int, length: int) -> WriteExtent | None:
