@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fusedisk.block.image.create import create_image
-from fusedisk.drivers.table import DRIVERS
 from tests.conftest import require_root, require_tool, run_tool
+from tests.support.registry import FORMAT_DRIVERS as DRIVERS
 
 SIZE = 4 << 20
 """Bytes of every sample."""
@@ -132,10 +132,13 @@ SAMPLES: dict[str, Sample] = {
     "copy-on-read": Sample(_copy_on_read, writes_always=True),
     "blkdebug": Sample(filtering("blkdebug", "image"), storage="image"),
     "blklogwrites": Sample(_log_writes),
+    "tiny": Sample(created("tiny"), plain_name=True),
 }
 """By the driver's name in the table. Variants of a driver carry a second word: ``qcow2 v2``."""
 
 VARIANTS: dict[str, Sample] = {
+    "tiny large": Sample(created("tiny", block_size=1 << 20), plain_name=True),
+    "tiny tree": Sample(created("tiny", levels=2), plain_name=True),
     "qcow2 v2": Sample(created("qcow2", compat="0.10"), plain_name=True),
     "qcow2 small": Sample(created("qcow2", cluster_size=512), plain_name=True),
     "qcow2 large": Sample(created("qcow2", cluster_size=2 << 20), plain_name=True),

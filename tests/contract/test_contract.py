@@ -29,12 +29,12 @@ from fusedisk.core.errors import (
     OptionError,
     ReadOnlyError,
 )
-from fusedisk.drivers.table import DRIVERS
 from tests.block.conftest import assert_idle
 from tests.contract.samples import ALL, SAMPLES, SIZE, Options, Sample, driver_of
 from tests.hostile.sentence import assert_sentence
 from tests.support.mounts import wait_until
 from tests.support.oracle import random_bytes, random_range, random_request
+from tests.support.registry import FORMAT_DRIVERS as DRIVERS
 
 REMEMBERING = [name for name, sample in ALL.items() if sample.remembers]
 STORING = [name for name, sample in ALL.items() if sample.storage]

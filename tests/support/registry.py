@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusedisk.block.graph.registry import Registry
+from fusedisk.drivers.table import DRIVERS
 
 TEST_DRIVERS = Registry(
     {
@@ -16,3 +17,9 @@ TEST_DRIVERS = Registry(
     prefixes={"memory": "memory", "file": "file"},
     probed=("toy", "raw"),
 )
+
+
+FORMAT_DRIVERS = Registry(
+    {**DRIVERS._table, "tiny": "tests.support.tiny:TinyDriver"}, DRIVERS.prefixes, ("tiny", *DRIVERS._probed)
+)
+"""All real drivers and the small dynamic format of the tests."""

@@ -28,7 +28,6 @@ from fusedisk.core.errors import CorruptImageError, FusediskError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.cache import TableCache
 from fusedisk.drivers.format.qcow2.entries import (
     COPIED,
     ENTRIES_AT_ONCE,
@@ -42,6 +41,7 @@ from fusedisk.drivers.format.qcow2.entries import (
     used_pieces,
 )
 from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.table_cache import TableCache
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,6 @@ from fusedisk.block.request import io
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.cache import TableCache
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,
     MAX_HOST_OFFSET,
@@ -45,6 +44,7 @@ from fusedisk.drivers.format.qcow2.entries import (
 from fusedisk.drivers.format.qcow2.freed import ExternalRange, Freed, Reason
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow, refcount_codec
+from fusedisk.drivers.format.table_cache import TableCache
 
 log = logging.getLogger(__name__)
 

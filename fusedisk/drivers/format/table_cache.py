@@ -1,4 +1,6 @@
-"""Tables of one kind (L2 tables, refcount blocks), bounded in bytes, each loaded whole.
+"""Tables of one kind (qcow2's L2 tables and refcount blocks, the second level of a block table), each loaded whole.
+
+The cache is bounded in bytes.
 
 ``load`` may run concurrently; callers that want the same table share one read. Tables that are changed and not yet
 written are pinned by their owner: they stay, even if they exceed the size of the cache.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from fusedisk.drivers.format.qcow2.cache import TableCache
+from fusedisk.drivers.format.table_cache import TableCache
 from tests.support.tasks import start
 
 
