@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import trio
 
@@ -19,12 +17,10 @@ from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import immediate
-from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
-from fusedisk.drivers.format.qcow2.layout import DIRTY
 from tests.conftest import qemu_img
 from tests.differential.oracle import Mismatch, Oracle, Request, random_request
 from tests.differential.scenario import MIB, SECRET, Chain, Scenario, build, open_options
-from tests.support.jitter import JITTER_DRIVERS
+from tests.support.registry import PROFILE_DRIVERS
 
 _MOST_SNAPSHOTS = 4
 
@@ -46,9 +42,11 @@ class Batch:
 def batches(scenario: Scenario, oracle: Oracle, count: int) -> Iterator[Batch]:
     """The steps of a run. Depends on the seed and on the oracle's windows and length only."""
     rng = random.Random(f"batches {scenario.seed}")
+    kinds = ("apart", "overlapping", "grow", "shrink", "reopen", "create", "apply", "delete")
+    resizes, snapshots = ("resize" in scenario.profile.can), ("snapshots" in scenario.profile.can)
+    weights = (60, 30, 4 * resizes, 4 * resizes, 3, 4 * snapshots, 3 * snapshots, 2 * snapshots)
     for _ in range(count):
-        kinds = ("apart", "overlapping", "grow", "shrink", "reopen", "create", "apply", "delete")
-        kind = rng.choices(kinds, (60, 30, 4, 4, 3, 4, 3, 2))[0]
+        kind = rng.choices(kinds, weights)[0]
         if kind == "grow":
             yield Batch(
                 kind, length=oracle.length + rng.choice((512, 3 * 512, scenario.cluster_size, rng.randrange(1, MIB)))
@@ -78,6 +76,8 @@ def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: in
         request = random_request(rng, windows, min(scenario.cluster_size, 256 << 10), scenario.cluster_size)
         if request.kind == "compressed" and not scenario.compresses:
             continue
+        if request.kind == "discard" and "discard" not in scenario.profile.can:
+            continue
         if apart and any(request.overlaps(other) and (request.changes or other.changes) for other in taken):
             continue
         taken.append(request)
@@ -93,11 +93,11 @@ backends._MOST_TRIES_OFF = 1
 class Run:
     """The state of one run."""
 
-    def __init__(self, scenario: Scenario, directory: Path) -> None:
+    def __init__(self, scenario: Scenario, directory: Path, chain: Chain) -> None:
         self.scenario = scenario
         self.directory = directory
         self.scratch = directory / "scratch"
-        self.chain: Chain = build(scenario, directory)
+        self.chain = chain
         self.fingerprints = self.chain.fingerprints()
         self.oracle = Oracle.of_image(self.chain, scenario.windows, self.scratch)
         self.kept: dict[str, Oracle] = {}
@@ -109,7 +109,7 @@ class Run:
 
     async def open(self) -> None:
         """Open the chain, with other options each time."""
-        self.graph = Graph(JITTER_DRIVERS)
+        self.graph = Graph(PROFILE_DRIVERS)
         options = open_options(self.scenario, self.chain, self._opening)
         self.backend = await self.graph.open_backend(options, writable=True)
         if random.Random(f"short way {self.scenario.seed} {self._snapshots}").random() < 0.5:
@@ -178,33 +178,33 @@ class Run:
     def _check_copy(self, *, compare: bool) -> None:
         if self.scenario.data_file:
             return  # a copy of the image alone would share the data file with us
-        copy = self.directory / "copy.qcow2"
+        copy = self.directory / "copy"
         shutil.copyfile(self.chain.top, copy)
         try:
-            if is_dirty(copy):
-                # Its refcounts are behind, and say so; QEMU too counts them again before it writes.
+            if self.scenario.profile.asks_for_repair(copy.read_bytes()[:512]):
+                # QEMU, too, repairs it before it writes.
                 qemu_img("check", "-q", "-r", "all", *SECRET, self.chain.name(copy), check=False)
-            found = check_image(self.chain, copy)
-            wrong = {key: found[key] for key in ("corruptions", "check-errors") if found.get(key)}
+            wrong = self.chain.check(copy)
+            wrong.pop("leaks", None)
             if wrong:
-                raise Mismatch(f"qemu-img check of the image as it lies: {wrong}")
+                raise Mismatch(f"the judge's check of the image as it lies: {wrong}")
             if compare:
                 content = Oracle.of_image(self.chain, self.oracle.windows, self.scratch, copy)
-                self.oracle.compare(content, "QEMU's reading of the image as it lies")
+                self.oracle.compare(content, "the judge's reading of the image as it lies")
         finally:
             copy.unlink()
 
     async def check_closed(self) -> None:
-        """The image is whole to QEMU and to us, and QEMU reads from it what the oracle says; nothing below it has
-        changed."""
-        ours = await our_check(self.chain.top)
+        """The image is whole to the judge and to us, and the judge reads from it what the oracle says; nothing below it
+        has changed."""
+        if self.scenario.profile.may_leak:
+            await our_check(self.chain, Repair.LEAKS)
+        ours = await our_check(self.chain)
         if not ours.clean:
             raise Mismatch(f"our check: {ours.findings[:3]}")
-        found = check_image(self.chain)
-        wrong = {key: found[key] for key in ("corruptions", "leaks", "check-errors") if found.get(key)}
-        if wrong:
-            raise Mismatch(f"qemu-img check: {wrong}")
-        self.oracle.compare(Oracle.of_image(self.chain, self.oracle.windows, self.scratch), "QEMU's reading")
+        if wrong := self.chain.check():
+            raise Mismatch(f"the judge's check: {wrong}")
+        self.oracle.compare(Oracle.of_image(self.chain, self.oracle.windows, self.scratch), "the judge's reading")
         for name, expected in self.kept.items():
             self._check_snapshot(name, expected)
         if self.chain.fingerprints() != self.fingerprints:
@@ -212,38 +212,26 @@ class Run:
 
     def _check_snapshot(self, name: str, expected: Oracle) -> None:
         """QEMU applies a snapshot to a copy of the image, and finds there what the disk held."""
-        copy = self.directory / "copy.qcow2"
+        copy = self.directory / "copy"
         shutil.copyfile(self.chain.top, copy)
         try:
             qemu_img("snapshot", *SECRET, "-a", name, self.chain.name(copy))
             content = Oracle.of_image(self.chain, expected.windows, self.scratch, copy)
             expected.compare(content, f"QEMU's reading of snapshot {name}")
-            found = check_image(self.chain, copy)
-            if found.get("corruptions") or found.get("check-errors"):
+            found = self.chain.check(copy)
+            if found.keys() - {"leaks"}:
                 raise Mismatch(f"qemu-img check of the image with snapshot {name} applied: {found}")
         finally:
             copy.unlink()
 
 
-def is_dirty(path: Path) -> bool:
-    """Whether the dirty bit of a qcow2 image is set."""
-    with path.open("rb") as file:
-        head = file.read(80)
-    return int.from_bytes(head[4:8], "big") >= 3 and bool(int.from_bytes(head[72:80], "big") & DIRTY)
-
-
-def check_image(chain: Chain, copy: Path | None = None) -> dict[str, Any]:
-    """What ``qemu-img check`` says of the active image, or of a copy of it."""
-    report: dict[str, Any] = json.loads(qemu_img("check", "--output=json", *SECRET, chain.name(copy), check=False))
-    return report
-
-
-async def our_check(path: Path) -> CheckResult:
-    """What our check says of an image that is closed."""
-    graph = Graph(JITTER_DRIVERS)
+async def our_check(chain: Chain, repair: Repair = Repair.NOTHING) -> CheckResult:
+    """What our check says of the active image, which is closed."""
+    graph = Graph(PROFILE_DRIVERS)
     try:
-        backend = await graph.open_backend({"driver": "file", "filename": str(path)})
-        return await Qcow2Driver.check(Files(backend.node), Repair.NOTHING, lambda done, total: None)
+        spec = {"driver": "file", "filename": str(chain.top)}
+        backend = await graph.open_backend(spec, writable=repair is not Repair.NOTHING)
+        return await chain.profile.driver.check(Files(backend.node), repair, lambda done, total: None)
     finally:
         await graph.close()
 
@@ -253,7 +241,7 @@ async def run(scenario: Scenario, directory: Path, count: int, *, look_every: in
 
     Returns None, or after how many batches something was wrong, and what.
     """
-    state = Run(scenario, directory)
+    state = Run(scenario, directory, await build(scenario, directory))
     done, last = 0, ""
     try:
         await state.open()

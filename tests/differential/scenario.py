@@ -1,4 +1,4 @@
-"""What a seed stands for: a chain of images, made by qemu-img and qemu-io, and how it is opened."""
+"""What a seed stands for: a format, a chain of images, and how it is opened."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from fusedisk.drivers.format.qcow2.layout import MIN_EXTENDED_L2_CLUSTER
 from tests.conftest import qemu_img, qemu_io
+from tests.support.profiles import QCOW2, FormatProfile, QemuJudge
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER_SIZES = tuple(512 << shift for shift in range(13))
@@ -30,6 +31,7 @@ class Scenario:
     """The active image and what lies below it."""
 
     seed: int
+    profile: FormatProfile
     cluster_size: int
     version: str
     depth: int
@@ -38,8 +40,21 @@ class Scenario:
     windows: tuple[Window, ...]
 
     @classmethod
-    def of(cls, seed: int) -> Scenario:
-        """The scenario of a seed. From ``SYSTEMATIC`` on they go through all cluster sizes, versions and depths."""
+    def of(cls, seed: int, profile: FormatProfile | None = None) -> Scenario:
+        """The scenario of a seed, for qcow2 unless another profile is given."""
+        return cls._of_qcow2(seed) if profile in (None, QCOW2) else cls._of_other(seed, profile)
+
+    @classmethod
+    def _of_other(cls, seed: int, profile: FormatProfile) -> Scenario:
+        rng = random.Random(f"scenario {profile.name} {seed}")
+        depth = rng.choice((1, 2)) if "backing" in profile.can else 1
+        cluster_size = rng.choice(profile.block_sizes)
+        size = rng.randrange(128 * KIB, max(2 * MIB, 8 * cluster_size)) // 512 * 512
+        return cls(seed, profile, cluster_size, "", depth, size, ((0, size),))
+
+    @classmethod
+    def _of_qcow2(cls, seed: int) -> Scenario:
+        """From ``SYSTEMATIC`` on they go through all cluster sizes, versions and depths."""
         rng = random.Random(f"scenario {seed}")
         depth: int
         cluster_size, version, depth = (
@@ -53,12 +68,12 @@ class Scenario:
             cluster_size = CLUSTER_SIZES[number % len(CLUSTER_SIZES)]
             version, depth = VERSIONS[version_index], DEPTHS[depth_index]
         size, windows = _layout(rng, cluster_size)
-        return cls(seed, cluster_size, version, depth, size, windows)
+        return cls(seed, QCOW2, cluster_size, version, depth, size, windows)
 
     @property
     def batches(self) -> int:
         """How long the run is: where every combination has its turn, eight hundred requests and more."""
-        if SYSTEMATIC <= self.seed < ENCRYPTED:
+        if self.profile is QCOW2 and SYSTEMATIC <= self.seed < ENCRYPTED:
             return 500 if self.cluster_size < 64 * KIB else 200  # large ones take several times as long
         return 60
 
@@ -71,6 +86,8 @@ class Scenario:
     def encryption(self) -> tuple[str | None, ...]:
         """``luks``, ``aes`` or None for each image of the chain that can be encrypted, the base first."""
         rng = random.Random(f"encryption {self.seed}")
+        if "encryption" not in self.profile.can:
+            return (None,) * self.depth
         if rng.random() >= 0.12 and self.seed < ENCRYPTED:
             return (None,) * self.depth
         found: list[str | None] = [rng.choice(("luks", "luks", "aes")) for _ in range(self.depth)]
@@ -84,12 +101,12 @@ class Scenario:
     @property
     def compresses(self) -> bool:
         """Whether we can write compressed clusters."""
-        return not self.data_file and self.encryption[-1] is None
+        return "compressed" in self.profile.can and not self.data_file and self.encryption[-1] is None
 
     def __str__(self) -> str:
         return (
-            f"seed {self.seed}: clusters of {self.cluster_size}, version {self.version}, depth {self.depth}, "
-            f"{self.size} bytes, windows {self.windows}, encryption {self.encryption}"
+            f"{self.profile.name}, seed {self.seed}: clusters of {self.cluster_size}, version {self.version}, "
+            f"depth {self.depth}, {self.size} bytes, windows {self.windows}, encryption {self.encryption}"
         )
 
 
@@ -111,6 +128,7 @@ def _layout(rng: random.Random, cluster_size: int) -> tuple[int, tuple[Window, .
 class Chain:
     """The files of a scenario, the base first."""
 
+    profile: FormatProfile
     key: Path
     """The file with the passphrase of all that is encrypted."""
     files: list[Path] = dataclasses.field(default_factory=list)
@@ -122,6 +140,29 @@ class Chain:
         self.files.append(path)
         self.formats.append(fmt)
         self.encrypted.append(encrypted)
+
+    def read(self, windows: tuple[Window, ...], scratch: Path, copy: Path | None = None) -> tuple[list[bytes], int]:
+        """Return what the judge reads in the active image, or in a copy of it, and the length of the disk."""
+        if self.profile is not QCOW2:
+            return self.profile.judge.read(copy or self.top, list(windows), scratch)
+        found = []
+        for offset, count in windows:
+            window = {"driver": "raw", "offset": offset, "size": count, "file": self.theirs(copy)}
+            qemu_img("convert", *SECRET, "-O", "raw", f"json:{json.dumps(window)}", scratch)
+            found.append(scratch.read_bytes().ljust(count, b"\0"))
+            scratch.unlink()
+        information = json.loads(qemu_img("info", "--output=json", "-f", "qcow2", copy or self.top))
+        return found, information["virtual-size"]
+
+    def check(self, copy: Path | None = None) -> dict[str, int]:
+        """Return what the judge finds wrong with the active image, or with a copy of it; kinds without fault are left
+        out."""
+        if self.profile is not QCOW2:
+            verdict = self.profile.judge.check(copy or self.top)
+            report = {"corruptions": verdict.corruptions, "leaks": verdict.leaks}
+        else:
+            report = json.loads(qemu_img("check", "--output=json", *SECRET, self.name(copy), check=False))
+        return {key: report[key] for key in ("corruptions", "leaks", "check-errors") if report.get(key)}
 
     @property
     def top(self) -> Path:
@@ -161,10 +202,13 @@ SECRET = ("--object", "secret,id=key,data=secret")
 """What QEMU's tools need to open an image of a chain."""
 
 
-def build(scenario: Scenario, directory: Path) -> Chain:
-    """Make the chain with QEMU's tools."""
+async def build(scenario: Scenario, directory: Path) -> Chain:
+    """Make the chain: that of qcow2 with QEMU's tools."""
     rng = random.Random(f"chain {scenario.seed}")
-    chain = Chain(directory / "key")
+    chain = Chain(scenario.profile, directory / "key")
+    if scenario.profile is not QCOW2:
+        await _build_other(scenario, chain, directory, rng)
+        return chain
     chain.key.write_text("secret")
     for level in range(scenario.depth):
         top = level == scenario.depth - 1
@@ -173,6 +217,36 @@ def build(scenario: Scenario, directory: Path) -> Chain:
         else:
             _add_overlay(scenario, chain, directory, rng, top=top)
     return chain
+
+
+async def _build_other(scenario: Scenario, chain: Chain, directory: Path, rng: random.Random) -> None:
+    """An image, perhaps over a raw file; where QEMU's tools know the format, they write to it first."""
+    profile = scenario.profile
+    if scenario.depth > 1:
+        chain.add(_raw(scenario, directory, rng, _length(scenario, rng) + rng.randrange(512)), "raw")
+    path = directory / f"disk.{profile.name}"
+    options = profile.block(scenario.cluster_size) | profile.create_options(rng)
+    await profile.create(path, scenario.size, options, (chain.files[0], "raw") if chain.files else None)
+    chain.add(path, profile.name)
+    if isinstance(profile.judge, QemuJudge):
+        commands = qemu_commands(rng, _windows(scenario, scenario.size), scenario.cluster_size, count=8)
+        qemu_io(path, *commands, fmt=profile.name, options="-d unmap")
+
+
+def _raw(scenario: Scenario, directory: Path, rng: random.Random, length: int) -> Path:
+    """A raw file with data here and there."""
+    raw = directory / "base.raw"
+    with raw.open("wb") as file:
+        file.truncate(length)
+        for offset, count in _windows(scenario, length):
+            for _ in range(4):
+                start = offset + rng.randrange(count)
+                file.seek(start)
+                # Compressible, and no two blocks the same.
+                part = rng.randbytes(8 * KIB) + bytes(4 * KIB)
+                file.write((part * (count // len(part) + 1))[: min(count // 3 + 1, offset + count - start)])
+        file.truncate(length)
+    return raw
 
 
 def _length(scenario: Scenario, rng: random.Random) -> int:
@@ -197,18 +271,8 @@ def _add_base(scenario: Scenario, chain: Chain, directory: Path, rng: random.Ran
     if kind in ("qcow2", "snapshots"):
         _add_overlay(scenario, chain, directory, rng, top=False)
         return
-    raw = directory / "base.raw"
     length += rng.randrange(1, 512) if kind == "raw-odd" else 0
-    with raw.open("wb") as file:
-        file.truncate(length)
-        for offset, count in _windows(scenario, length):
-            for _ in range(4):
-                start = offset + rng.randrange(count)
-                file.seek(start)
-                # Compressible, and no two blocks the same.
-                part = rng.randbytes(8 * KIB) + bytes(4 * KIB)
-                file.write((part * (count // len(part) + 1))[: min(count // 3 + 1, offset + count - start)])
-        file.truncate(length)
+    raw = _raw(scenario, directory, rng, length)
     if kind != "compressed":
         chain.add(raw, "raw")
         return
@@ -333,6 +397,10 @@ def open_options(scenario: Scenario, chain: Chain, rng: random.Random) -> dict[s
         "detect-zeroes": rng.choice(("off", "off", "on", "unmap")),
         "copy-on-read": rng.random() < 0.2,
         "cache": {"no-flush": rng.random() < 0.9},
+    }
+    if scenario.profile is not QCOW2:
+        return options | scenario.profile.open_options(rng)
+    options |= {
         "overlap-check": rng.choice(("constant", "cached", "cached", "all")),
         "pass-discard-other": rng.random() < 0.3,
         "discard-no-unref": scenario.version == "1.1" and rng.random() < 0.2,

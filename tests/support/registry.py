@@ -23,3 +23,14 @@ FORMAT_DRIVERS = Registry(
     {**DRIVERS._table, "tiny": "tests.support.tiny:TinyDriver"}, DRIVERS.prefixes, ("tiny", *DRIVERS._probed)
 )
 """All real drivers and the small dynamic format of the tests."""
+
+PROFILE_DRIVERS = Registry(
+    {
+        **FORMAT_DRIVERS._table,
+        "jitter": "tests.support.jitter:JitterDriver",
+        "memory": "tests.support.memory:MemoryDriver",
+    },
+    {**DRIVERS.prefixes, "memory": "memory"},
+    FORMAT_DRIVERS._probed,
+)
+"""The same, with the filter and the storage of the long tests."""

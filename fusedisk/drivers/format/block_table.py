@@ -189,7 +189,8 @@ class BlockTable:
             pending = self._in_flight.get(block)
             if pending is not None:
                 refuse_to_wait()
-                pending.done = pending.done or trio.Event()
+                if pending.done is None:
+                    pending.done = trio.Event()
                 await pending.done.wait()
                 continue
             found = self.lookup(offset, length)
@@ -220,6 +221,8 @@ class BlockTable:
         allocation = Allocation(block, count)
         for each in range(block, block + count):
             self._in_flight[each] = allocation
+        # Asked now: the table may leave the cache while there is no space yet.
+        head, tail = self._reads_zero(block), self._reads_zero(block + count - 1)
         try:
             place, taken, zeroes = await self.space.take(count)
         except BaseException:
@@ -230,10 +233,9 @@ class BlockTable:
         allocation.place, allocation.count = place, taken
         length = min(length, (block + taken) * self.size - offset)
         unit = self.size if self.parts is None else self.parts.unit
-        zeroes = zeroes and self.parts is None
-        head = zeroes and self._reads_zero(block)
-        tail = zeroes and self._reads_zero(block + taken - 1)
-        return self._extent(allocation, offset, length, unit, zero_head=head, zero_tail=tail)
+        # Blocks that read as zeroes are taken at the end of the file only, and then all of them.
+        zeroes = zeroes and taken == count and self.parts is None
+        return self._extent(allocation, offset, length, unit, zero_head=zeroes and head, zero_tail=zeroes and tail)
 
     def _without_data(self, block: int, end: int) -> int:
         """Return how many blocks from this one on, up to the disk offset ``end``, are to be allocated together."""
