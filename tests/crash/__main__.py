@@ -17,9 +17,10 @@ from tests.crash.amending import AMENDING
 from tests.crash.judge import Checker, Result, judge
 from tests.crash.recording import Recording
 from tests.crash.replay import power_cuts, prefixes
-from tests.crash.workloads import WORKLOADS
+from tests.crash.workloads import FORMATS, WORKLOADS
+from tests.support.profiles import PROFILES
 
-ALL = WORKLOADS | AMENDING
+ALL = WORKLOADS | AMENDING | FORMATS
 
 COLUMNS = (
     "workload",
@@ -102,17 +103,19 @@ async def replay_all(names: Sequence[str], seeds: range, cuts: int, tries: int) 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[WORKLOAD]...")
+@click.option("--format", "formats", multiple=True, type=click.Choice([*PROFILES]), help="Only these formats.")
 @click.option("--seed", default=1, show_default=True, help="The first seed.")
 @click.option("--seeds", default=1, show_default=True, help="How many recordings of each workload.")
 @click.option("--cuts", default=100, show_default=True, help="Places of each recording where the power goes.")
 @click.option("--tries", default=4, show_default=True, help="Ways in which it goes at each of them.")
-def main(names: tuple[str, ...], seed: int, seeds: int, cuts: int, tries: int) -> None:
+def main(names: tuple[str, ...], formats: tuple[str, ...], seed: int, seeds: int, cuts: int, tries: int) -> None:
     """Replay crashes of each WORKLOAD, or of all."""
     logging.getLogger("fusedisk").setLevel(logging.ERROR)  # images that are not closed properly are what we are after
     unknown = set(names) - ALL.keys()
     if unknown:
         raise click.BadParameter(f"no workload '{min(unknown)}', known are {', '.join(ALL)}.")
-    good = trio.run(replay_all, names or tuple(ALL), range(seed, seed + seeds), cuts, tries)
+    chosen = names or tuple(name for name in ALL if not formats or ALL[name].profile.name in formats)
+    good = trio.run(replay_all, chosen, range(seed, seed + seeds), cuts, tries)
     sys.exit(0 if good else 1)
 
 

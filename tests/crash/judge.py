@@ -1,4 +1,4 @@
-"""Looking at what a crash left: it opens, ``qemu-img check`` finds no corruption, and the guest's data is there.
+"""Looking at what a crash left: it opens, the judge of its format finds no corruption, and the guest's data is there.
 
 Images whose dirty bit asks for it are repaired first, as every writable open does.
 """
@@ -6,9 +6,7 @@ Images whose dirty bit asks for it are repaired first, as every writable open do
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,30 +16,19 @@ from typing import Any, NamedTuple, Self
 
 from fusedisk.block.graph.graph import Graph
 from fusedisk.core.errors import FusediskError
-from fusedisk.drivers.format.qcow2.layout import DIRTY
-from tests.conftest import require_tool
 from tests.crash.oracle import views
 from tests.crash.recording import Recording
 from tests.crash.replay import Crash
 from tests.support.memory import Store, stores
-from tests.support.qcow2 import MEMORY_DRIVERS
+from tests.support.profiles import QCOW2, FormatProfile, Verdict
 
 _MEMORY = Path("/dev/shm")
 
 
-class Verdict(NamedTuple):
-    """What ``qemu-img check`` says."""
-
-    corruptions: int
-    leaks: int
-    text: str
-
-
 class Checker:
-    """``qemu-img check`` in a few processes at a time, once for each different image."""
+    """The checks of judges, a few at a time, once for each different image."""
 
     def __init__(self, processes: int | None = None) -> None:
-        self._tool = require_tool("qemu-img")
         self._pool = ThreadPoolExecutor(processes or os.cpu_count() or 1)
         self._known: dict[bytes, Future[Verdict]] = {}
         self._folder = tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None)
@@ -60,27 +47,20 @@ class Checker:
         """How many different images there were."""
         return len(self._known)
 
-    def check(self, image: bytes) -> Future[Verdict]:
+    def check(self, image: bytes, profile: FormatProfile = QCOW2) -> Future[Verdict]:
         """Check ``image`` some time soon."""
         key = hashlib.blake2b(image, digest_size=16).digest()
         if key not in self._known:
-            self._known[key] = self._pool.submit(self._run, image, key.hex())
+            self._known[key] = self._pool.submit(self._run, image, key.hex(), profile)
         return self._known[key]
 
-    def _run(self, image: bytes, name: str) -> Verdict:
+    def _run(self, image: bytes, name: str, profile: FormatProfile) -> Verdict:
         path = Path(self._folder.name) / name
         path.write_bytes(image)
         try:
-            command = [self._tool, "check", "-f", "qcow2", "--output=json", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            return profile.judge.check(path)
         finally:
             path.unlink()
-        try:
-            report: dict[str, Any] = json.loads(done.stdout)
-        except ValueError:
-            return Verdict(1, 0, done.stderr)
-        corruptions = int(report.get("corruptions", 0)) + int(report.get("check-errors", 0))
-        return Verdict(corruptions, int(report.get("leaks", 0)), done.stderr)
 
 
 class Content(NamedTuple):
@@ -91,18 +71,20 @@ class Content(NamedTuple):
     """By name."""
 
 
-async def content_of(image: bytes, backing: Path | None) -> Content:
+async def content_of(image: bytes, backing: Path | None, profile: FormatProfile = QCOW2) -> Content:
     """What a guest reads in the image and in its snapshots. Raises FusediskError where one cannot be read."""
-    disk, names = await _read(image, backing)
-    return Content(disk, {name: (await _read(image, backing, snapshot=name))[0] for name in names})
+    disk, names = await _read(image, backing, profile)
+    return Content(disk, {name: (await _read(image, backing, profile, snapshot=name))[0] for name in names})
 
 
-async def _read(image: bytes, backing: Path | None, *, snapshot: str | None = None) -> tuple[bytes, list[str]]:
+async def _read(
+    image: bytes, backing: Path | None, profile: FormatProfile, *, snapshot: str | None = None
+) -> tuple[bytes, list[str]]:
     """What the disk holds, or a snapshot of it, and the names of the snapshots."""
-    graph = Graph(MEMORY_DRIVERS)
+    graph = Graph(profile.drivers)
     store = Store(0)
     store.data = bytearray(image)
-    spec: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "memory", "filename": "image"}}
+    spec: dict[str, Any] = {"driver": profile.name, "file": {"driver": "memory", "filename": "image"}}
     if snapshot is not None:
         spec["internal-snapshot"] = snapshot
     if backing is not None:
@@ -120,16 +102,16 @@ async def _read(image: bytes, backing: Path | None, *, snapshot: str | None = No
             await graph.close()
 
 
-async def repaired(image: bytes) -> bytes:
+async def repaired(image: bytes, profile: FormatProfile = QCOW2) -> bytes:
     """What opening and closing leaves of an image that was not closed properly, and asks to be repaired."""
-    if int.from_bytes(image[4:8], "big") < 3 or not int.from_bytes(image[72:80], "big") & DIRTY:
+    if not profile.asks_for_repair(image):
         return image
-    graph = Graph(MEMORY_DRIVERS)
+    graph = Graph(profile.drivers)
     store = Store(0)
     store.data = bytearray(image)
     with stores(image=store):
         try:
-            spec = {"driver": "qcow2", "file": {"driver": "memory", "filename": "image"}, "backing": None}
+            spec = {"driver": profile.name, "file": {"driver": "memory", "filename": "image"}, "backing": None}
             await graph.open_backend(spec, writable=True)
         finally:
             await graph.close()
@@ -156,7 +138,7 @@ async def judge(
     most_failures: int = 10,
 ) -> Result:
     """Look at every crash; see :meth:`Oracle.complaints` for ``zeroes_too``."""
-    allowed = views(recording.log)
+    allowed, profile = views(recording.log), recording.profile
     failures: list[str] = []
     pending: list[tuple[Crash, Future[Verdict]]] = []
     contents: dict[bytes, Content | FusediskError] = {}
@@ -167,8 +149,10 @@ async def judge(
         key = hashlib.blake2b(crash.image, digest_size=16).digest()
         if key not in contents:
             try:
-                pending.append((crash._replace(image=b""), checker.check(await repaired(crash.image))))
-                contents[key] = await content_of(crash.image, recording.backing)
+                pending.append(
+                    (crash._replace(image=b""), checker.check(await repaired(crash.image, profile), profile))
+                )
+                contents[key] = await content_of(crash.image, recording.backing, profile)
             except FusediskError as exc:
                 contents[key] = exc
         found = contents[key]
@@ -187,5 +171,5 @@ async def judge(
         verdict = future.result()
         leaks = max(leaks, verdict.leaks)
         if verdict.corruptions:
-            failures.append(f"after operation {crash.cut}, {crash.what}: qemu-img check: {verdict.text[:400]}")
+            failures.append(f"after operation {crash.cut}, {crash.what}: the judge: {verdict.text[:400]}")
     return Result(count, len(contents), leaks, failures)

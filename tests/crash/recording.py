@@ -12,10 +12,9 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.filter.blklogwrites import BlklogwritesDriver
-from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
-from fusedisk.drivers.table import DRIVERS
 from tests.crash.oracle import Oracle
 from tests.crash.replay import SECTOR, Operation, read_log
+from tests.support.profiles import QCOW2, FormatProfile
 
 
 class Recording(NamedTuple):
@@ -27,6 +26,7 @@ class Recording(NamedTuple):
     oracle: Oracle
     backing: Path | None
     """A raw file below the image."""
+    profile: FormatProfile = QCOW2
 
 
 class Guest:
@@ -129,10 +129,10 @@ class Guest:
 
 
 @asynccontextmanager
-async def guest_of(image: Path, log: Path, **options: Any) -> AsyncIterator[Guest]:
-    """A guest on the qcow2 image over a log of its writes; ``options`` are the qcow2 driver's."""
+async def guest_of(image: Path, log: Path, profile: FormatProfile = QCOW2, **options: Any) -> AsyncIterator[Guest]:
+    """A guest on the image over a log of its writes; ``options`` are the format driver's."""
     log.write_bytes(b"")
-    graph = Graph(DRIVERS)
+    graph = Graph(profile.drivers)
     try:
         storage = {
             "driver": "blklogwrites",
@@ -140,7 +140,7 @@ async def guest_of(image: Path, log: Path, **options: Any) -> AsyncIterator[Gues
             "log": {"driver": "file", "filename": str(log), "locking": "off"},
             "node-name": "log",
         }
-        spec = {"driver": "qcow2", "file": storage, "discard": "unmap", **options}
+        spec = {"driver": profile.name, "file": storage, "discard": "unmap", **options}
         backend = await graph.open_backend(spec, writable=True)
         driver = graph.node("log").driver
         assert isinstance(driver, BlklogwritesDriver)
@@ -152,18 +152,24 @@ async def guest_of(image: Path, log: Path, **options: Any) -> AsyncIterator[Gues
 
 
 async def record(
-    image: Path, workload: Any, *, backing: Path | None = None, max_freed: int | None = None, **options: Any
+    image: Path,
+    workload: Any,
+    *,
+    profile: FormatProfile = QCOW2,
+    backing: Path | None = None,
+    pressure: bool = False,
+    **options: Any,
 ) -> Recording:
     """Run ``workload(guest)`` on ``image``, close it, and return what happened, closing included.
 
-    ``max_freed``: how many freed clusters make the driver commit by itself.
+    ``pressure``: little memory, so that the driver writes metadata by itself.
     """
     base = image.read_bytes()
     log = image.with_suffix(".log")
-    async with guest_of(image, log, **options) as guest:
-        if max_freed is not None:
-            driver = guest.backend.node.driver
-            assert isinstance(driver, Qcow2Driver)
-            driver.committer.max_freed = max_freed
+    if pressure:
+        options |= profile.pressure_options
+    async with guest_of(image, log, profile, **options) as guest:
+        if pressure:
+            profile.under_pressure(guest.backend.node.driver)
         await workload(guest)
-    return Recording(base, read_log(log), guest.oracle, backing)
+    return Recording(base, read_log(log), guest.oracle, backing, profile)

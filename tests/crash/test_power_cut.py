@@ -10,8 +10,10 @@ import pytest
 
 from tests.crash.judge import Checker, judge
 from tests.crash.replay import power_cuts
-from tests.crash.workloads import WORKLOADS
+from tests.crash.workloads import FORMATS, WORKLOADS
 from tests.support.thinning import thinned
+
+ALL = WORKLOADS | FORMATS
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def checker() -> Iterator[Checker]:
 
 
 async def check_power_cuts(name: str, folder: Path, checker: Checker, seed: int, cuts: int, tries: int) -> None:
-    recording = await WORKLOADS[name].record(folder, seed)
+    recording = await ALL[name].record(folder, seed)
     random_ = random.Random(seed)
     changes = [cut for cut, operation in enumerate(recording.log, 1) if operation.kind in ("write", "discard")]
     chosen = sorted(random_.sample(changes, min(cuts, len(changes))))
@@ -31,13 +33,13 @@ async def check_power_cuts(name: str, folder: Path, checker: Checker, seed: int,
     assert result.different > 20
 
 
-@pytest.mark.parametrize("name", thinned(WORKLOADS, 6))
+@pytest.mark.parametrize("name", [*thinned(WORKLOADS, 6), *thinned(FORMATS, 6)])
 async def test_some_power_cuts(name: str, tmp_path: Path, checker: Checker) -> None:
     await check_power_cuts(name, tmp_path, checker, seed=1, cuts=20, tries=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("seed", [2, 3])
 async def test_many_power_cuts(name: str, seed: int, tmp_path: Path, checker: Checker) -> None:
     await check_power_cuts(name, tmp_path, checker, seed, cuts=150, tries=4)

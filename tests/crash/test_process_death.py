@@ -9,8 +9,10 @@ import pytest
 
 from tests.crash.judge import Checker, judge
 from tests.crash.replay import prefixes
-from tests.crash.workloads import WORKLOADS
+from tests.crash.workloads import FORMATS, WORKLOADS
 from tests.support.thinning import thinned
+
+ALL = WORKLOADS | FORMATS
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def checker() -> Iterator[Checker]:
 
 
 async def check_prefixes(name: str, folder: Path, checker: Checker, seed: int, count: int) -> None:
-    recording = await WORKLOADS[name].record(folder, seed)
+    recording = await ALL[name].record(folder, seed)
     changes = sum(operation.kind in ("write", "discard") for operation in recording.log)
     every = max(1, changes // count)
     result = await judge(recording, prefixes(recording.base, recording.log, every), checker)
@@ -28,13 +30,13 @@ async def check_prefixes(name: str, folder: Path, checker: Checker, seed: int, c
     assert result.different > 30
 
 
-@pytest.mark.parametrize("name", thinned(WORKLOADS, 6))
+@pytest.mark.parametrize("name", [*thinned(WORKLOADS, 6), *thinned(FORMATS, 6)])
 async def test_some_prefixes(name: str, tmp_path: Path, checker: Checker) -> None:
     await check_prefixes(name, tmp_path, checker, seed=1, count=40)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("seed", [2, 3])
 async def test_every_prefix(name: str, seed: int, tmp_path: Path, checker: Checker) -> None:
     await check_prefixes(name, tmp_path, checker, seed, count=10**9)

@@ -13,6 +13,7 @@ import trio
 from tests.conftest import qemu_img, qemu_io
 from tests.crash.recording import Guest, Recording, record
 from tests.crash.replay import SECTOR
+from tests.support.profiles import PROFILES, QCOW2, FormatProfile
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -30,26 +31,27 @@ class Workload(NamedTuple):
     cluster_size: int = 4096
     version: int = 3
     options: str = ""
-    """More of qemu-img's creation options."""
+    """More creation options, as for qemu-img."""
     prepare: tuple[str, ...] = ()
-    """qemu-io commands for the image, ``snapshot NAME`` for an internal snapshot between them."""
+    """qcow2 only: qemu-io commands for the image, ``snapshot NAME`` for an internal snapshot between them."""
     backing: bool = False
     pressure: bool = False
     """Little memory, so that there are commits between the guest's flushes."""
+    profile: FormatProfile = QCOW2
 
     async def record(self, folder: Path, seed: int) -> Recording:
         """Make the image, run the workload on it, and return what happened."""
-        image, below = folder / f"{self.name}.qcow2", folder / f"{self.name}.raw"
-        args: list[str | Path] = []
+        image, below = folder / f"{self.name}.{self.profile.name}", folder / f"{self.name}.raw"
         if self.backing:
             random_ = random.Random(self.name)
             below.write_bytes(
                 b"".join(b"base%08d" % random_.randrange(10**8) * 42 + b"....base" for _ in range(self.size // SECTOR))
             )
-            args = ["-b", below, "-F", "raw"]
-        compat = "0.10" if self.version == 2 else "1.1"
-        options = f"cluster_size={self.cluster_size},compat={compat}" + (f",{self.options}" if self.options else "")
-        qemu_img("create", "-q", "-f", "qcow2", "-o", options, *args, image, str(self.size))
+        options: dict[str, object] = self.profile.block(self.cluster_size)
+        if self.profile is QCOW2:
+            options["compat"] = "0.10" if self.version == 2 else "1.1"
+        options |= dict(option.split("=") for option in self.options.split(",") if option)
+        await self.profile.create(image, self.size, options, (below, "raw") if self.backing else None)
         for is_snapshot, commands in itertools.groupby(self.prepare, lambda command: command.startswith("snapshot ")):
             if is_snapshot:
                 for command in commands:
@@ -60,8 +62,8 @@ class Workload(NamedTuple):
         async def run(guest: Guest) -> None:
             await self.run(guest, random.Random(seed), self.cluster_size)
 
-        settings = {"max_freed": 3, "l2-cache-size": 1024} if self.pressure else {}
-        return await record(image, run, backing=below if self.backing else None, **settings)
+        backing = below if self.backing else None
+        return await record(image, run, profile=self.profile, backing=backing, pressure=self.pressure)
 
 
 _stamps = itertools.count(1)
@@ -360,3 +362,33 @@ WORKLOADS: dict[str, Workload] = {
         Workload("parallel-backing", parallel, backing=True),
     )
 }
+
+
+def workloads_of(profile: FormatProfile) -> Iterator[Workload]:
+    """Yield the workloads that any format has to stand, each on every kind of its images."""
+    can = profile.can
+    runs: dict[str, Run] = {"allocation": allocation, "small": small, "overwrite": overwrite, "parallel": parallel}
+    if {"zeroes", "discard"} <= can:
+        runs |= {"mixed": mixed, "discard": discards, "write-zeroes": zeroes}
+    if "resize" in can:
+        runs |= {"growth": growth, "shrinking": shrinking}
+    for variant, more in profile.variants.items():
+        options = ",".join(f"{name}={value}" for name, value in more.items())
+        for name, run in runs.items():
+            size = 16 * KIB if run is growth else 256 * KIB
+            name = "-".join(part for part in (profile.name, variant, name) if part)
+            plain = Workload(name, run, size, profile.block_sizes[1], options=options, profile=profile)
+            block = profile.block_sizes[0]
+            yield plain
+            yield plain._replace(name=f"{name}-{block}", cluster_size=block)
+            if "backing" in can and run not in (growth, shrinking):
+                yield plain._replace(name=f"{name}-backing", backing=True)
+
+
+FORMATS: dict[str, Workload] = {
+    workload.name: workload
+    for profile in PROFILES.values()
+    if profile is not QCOW2
+    for workload in workloads_of(profile)
+}
+"""The workloads of all formats that have nothing more."""

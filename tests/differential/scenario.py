@@ -225,7 +225,7 @@ async def _build_other(scenario: Scenario, chain: Chain, directory: Path, rng: r
     if scenario.depth > 1:
         chain.add(_raw(scenario, directory, rng, _length(scenario, rng) + rng.randrange(512)), "raw")
     path = directory / f"disk.{profile.name}"
-    options = profile.block(scenario.cluster_size) | profile.create_options(rng)
+    options = profile.block(scenario.cluster_size) | rng.choice([*profile.variants.values()])
     await profile.create(path, scenario.size, options, (chain.files[0], "raw") if chain.files else None)
     chain.add(path, profile.name)
     if isinstance(profile.judge, QemuJudge):

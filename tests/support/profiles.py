@@ -10,7 +10,7 @@ import dataclasses
 import json
 import random
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -105,8 +105,8 @@ class FormatProfile:
     block_sizes: tuple[int, ...] = (64 * KIB,)
     block_option: str | None = None
     """The creation option with the size of a block; None if there is none."""
-    create_options: Callable[[random.Random], dict[str, Any]] = _nothing
-    """Draws other options for a new image."""
+    variants: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: {"": {}})
+    """Other creation options of kinds of images that are tested apart, by the name of the kind."""
     open_options: Callable[[random.Random], dict[str, Any]] = _nothing
     """Draws the driver's options, for each time an image is opened."""
     asks_for_repair: Callable[[bytes], bool] = _never
@@ -173,7 +173,7 @@ TINY = FormatProfile(
     frozenset(("zeroes", "discard", "resize", "backing")),
     block_sizes=(512, 4 * KIB, 64 * KIB, MIB),
     block_option="block_size",
-    create_options=lambda rng: {"levels": rng.choice((1, 2))},
+    variants={"flat": {}, "tree": {"levels": 2}},
     may_leak=True,
     places=Places,
 )

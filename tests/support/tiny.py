@@ -142,7 +142,7 @@ class TinyDriver(TableDriver):
     async def create(cls, files: Files, options: Any) -> None:
         (file,) = await files.create()
         # Room to grow to four times the size.
-        blocks = max(-(-4 * options.size // options.block_size), 1024)
+        blocks = max(-(-4 * options.size // options.block_size), 4096)
         count = blocks if options.levels == 1 else -(-blocks // PER_TABLE)
         header = Header(options.size, options.block_size, count, options.levels, options.backing_file or "")
         await io.write(file, SECTOR, (memoryview(bytes(header.first - SECTOR)),))

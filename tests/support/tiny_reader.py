@@ -27,19 +27,18 @@ class TinyReader:
         raw = self.image[place : place + 4 * count].ljust(4 * count, b"\0")
         return struct.unpack(f">{count}I", raw)
 
-    def tables(self) -> Iterator[tuple[int, ...]]:
-        """Yield the host offsets of each table's copies, empty for one that does not exist."""
+    def tables(self, copy: int = 0) -> Iterator[int]:
+        """Yield the host offset of each table, 0 for one that does not exist; of the first copies or the second."""
         if self.levels == 1:
-            yield (SECTOR,)
-            return
-        for pair in zip(self.words(SECTOR, self.count), self.words(SECTOR + self.directory, self.count), strict=True):
-            yield tuple(entry * SECTOR for entry in pair if entry > 1)
+            yield SECTOR
+        else:
+            yield from (entry * SECTOR for entry in self.words(SECTOR + copy * self.directory, self.count))
 
-    def entries(self) -> Iterator[int]:
+    def entries(self, copy: int = 0) -> Iterator[int]:
         """Yield the entries of all blocks."""
-        for places in self.tables():
-            count = self.count if self.levels == 1 else PER_TABLE
-            yield from self.words(places[0], count) if places else (0,) * count
+        count = self.count if self.levels == 1 else PER_TABLE
+        for place in self.tables(copy):
+            yield from self.words(place, count) if place else (0,) * count
 
     def disk(self, below: bytes) -> bytes:
         """Return the content of the disk over its backing file's."""
@@ -57,25 +56,25 @@ class TinyReader:
         return bytes(content)
 
     def check(self) -> tuple[int, int, str]:
-        """Count corruptions and leaks, and tell of the first corruption."""
+        """Count corruptions and leaks, and tell of the corruptions. Copies that differ are no worse than a leak, but
+        each must be sound by itself."""
         wrong = []
         end = self.first
-        for places in self.tables():
-            count = self.count if self.levels == 1 else PER_TABLE
-            if len(places) == 1 and self.levels == 2:
-                wrong.append("a table without its copy")
-            if len({self.words(place, count) for place in places}) > 1:
-                wrong.append("a table that differs from its copy")
-            end = max(end, *(place + 4 * count for place in places), 0)
-        blocks = [entry * SECTOR for entry in self.entries() if entry > 1]
-        if len(set(blocks)) < len(blocks):
-            wrong.append("a block that is used twice")
-        if any(place < self.first or place >= len(self.image) for place in blocks):
-            wrong.append("a block outside of the file")
-        if self.levels == 1 and any((place - self.first) % self.block for place in blocks):
-            wrong.append("a block between the places for blocks")
-        end = max([end, *(place + self.block for place in blocks if place < len(self.image))])
-        return len(wrong), max(len(self.image) - end, 0) // self.block, "; ".join(wrong)
+        for copy in range(self.levels):
+            blocks = [entry * SECTOR for entry in self.entries(copy) if entry > 1]
+            tables = [place for place in self.tables(copy) if place] if self.levels == 2 else []
+            used = [*blocks, *tables]
+            if len(set(used)) < len(used):
+                wrong.append("a place that is used twice")
+            if any(place < self.first or place >= len(self.image) for place in used):
+                wrong.append("a place outside of the file")
+            if self.levels == 1 and any((place - self.first) % self.block for place in blocks):
+                wrong.append("a block between the places for blocks")
+            inside = [place for place in blocks if place < len(self.image)]
+            end = max([end, *(place + self.block for place in inside), *(place + 4 * PER_TABLE for place in tables)])
+        leaks = max(len(self.image) - end, 0) // self.block
+        stale = self.levels == 2 and [*self.entries(0)] != [*self.entries(1)]
+        return len(wrong), leaks + stale, "; ".join(wrong)
 
 
 class Places:
@@ -86,7 +85,7 @@ class Places:
         self.image = image
         self.cluster_size: int = reader.block
         header = [(8, 8), (16, 4), (20, 4), (24, 4), (28, 4)]
-        tables = [place for places in reader.tables() for place in places]
+        tables = [place for copy in range(reader.levels) for place in reader.tables(copy) if place]
         count = min(reader.count, PER_TABLE)
         entries = [(place + 4 * number, 4) for place in tables for number in range(count)]
         used = [place for place in entries if any(image[place[0] : place[0] + 4])]

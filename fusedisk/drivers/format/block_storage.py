@@ -24,8 +24,8 @@ from fusedisk.drivers.format.table_cache import TableCache
 
 SECTOR = 512
 """Changes are written in units of this: a disk writes a sector whole or not at all, and no entry lies in two."""
-AHEAD = 4 << 20
-"""Bytes by which the file grows at once."""
+MIN_AHEAD, MAX_AHEAD = 64 << 10, 4 << 20
+"""Bytes by which the file grows at once: an eighth of its length between these."""
 
 Allocate = Callable[[int], bytearray | memoryview]
 """Returns a writable buffer of so many bytes for a table."""
@@ -135,9 +135,14 @@ class Flat:
         """Return the table of the block, which is about to change; make it if there is none."""
         return self.level
 
-    async def check(self, result: CheckResult) -> None:
-        """Count what is wrong with all entries, and what leaks."""
+    async def check(self, result: CheckResult) -> list[int]:
+        """Count what is wrong with all entries, and what leaks. Return a block of each table whose copies differ."""
         self.area.check(self.entries.places(self.block_entries()), 0, result)
+        if await self.level.same():
+            return []
+        result.corruptions += 1
+        result.note("the block table differs from its copy.")
+        return [0]
 
     def changed(self) -> list[list[Level]]:
         """Return the tables with changes, in the order in which they must reach the disk."""
@@ -166,6 +171,7 @@ class Tree:
         self._storage = storage
         self._directories = directories
         self._per_table = per_table
+        self._table_size = -(-per_table * entries.width // SECTOR) * SECTOR
         self._space = space
         self.area = space.area
         self._allocate = allocate
@@ -202,35 +208,46 @@ class Tree:
         await self._cache.load(block // self._per_table)
 
     async def _read(self, number: int) -> Level:
-        places = [each.entries.place(each.table[number]) for each in self._directories]
-        level = Level(self._storage, self.entries, self._per_table, places, self._allocate)
+        level = Level(self._storage, self.entries, self._per_table, self._places(number), self._allocate)
         await level.read()
         self.area.require(self.entries.places(level.table), self._storage.filename)
         return level
 
-    async def check(self, result: CheckResult) -> None:
-        """See :meth:`Flat.check`; also compare the copies of each table."""
+    async def check(self, result: CheckResult) -> list[int]:
+        """See :meth:`Flat.check`; also compare the copies of each table. A crash may leave them different: the first is
+        the right one."""
         found: list[int] = []
+        stale: list[int] = []
         used = 0
-        size = self._per_table * self.entries.width
-        tables = Area(0, self._storage.length, size=size)
+        tables = Area(0, self._storage.length, size=self._per_table * self.entries.width)
         for number in range(len(self._directories[0].table)):
-            words = [(each.entries, each.table[number]) for each in self._directories]
-            kinds = {entries.kind(word) for entries, word in words}
-            if kinds == {UNALLOCATED}:
+            places = self._places(number)
+            if not places:
                 continue
-            places = [entries.place(word) for entries, word in words]
-            wrong = ["without one of its copies"] if UNALLOCATED in kinds else list(tables.wrong(places))
-            if not wrong:
-                level = Level(self._storage, self.entries, self._per_table, places)
-                if not await level.same():
-                    wrong = ["whose copies differ"]
-                found += self.entries.places(level.table)
-                used = max(used, max(places) + size)
-            for each in wrong:
+            for wrong in (wrongs := list(tables.wrong(places))):
                 result.corruptions += 1
-                result.note(f"table {number} lies {each}." if each.startswith("at") else f"there is a table {each}.")
+                result.note(f"table {number} lies {wrong}.")
+            if wrongs:
+                continue
+            level = Level(self._storage, self.entries, self._per_table, places)
+            if not await level.same() or len(places) < len(self._directories):
+                stale.append(number * self._per_table)
+                result.corruptions += 1
+                result.note(f"table {number} has a copy that is missing or differs from it.")
+            found += self.entries.places(level.table)
+            used = max(used, max(places) + tables.size)
         self.area.check(found, used, result)
+        return stale
+
+    def _places(self, number: int) -> list[int]:
+        """Return where a table lies, the first copy first; nothing for a table that does not exist."""
+        places = [
+            each.entries.place(each.table[number])
+            for each in self._directories
+            if each.entries.kind(each.table[number]) != UNALLOCATED
+        ]
+        first = self._directories[0]
+        return places if first.entries.kind(first.table[number]) != UNALLOCATED else []
 
     async def change(self, block: int) -> Level:
         """Return the table of the block, which is about to change; make it if there is none."""
@@ -241,13 +258,25 @@ class Tree:
         if level is None:
             async with self._making:
                 level = self._cache.get(number) or await self._make(number)
-        self._changed[number] = level
+        if number not in self._changed:
+            self._changed[number] = level
+            if len(self._directories) > 1:
+                await self._mend_copies(number, level)
         return level
+
+    async def _mend_copies(self, number: int, level: Level) -> None:
+        """Write all of a table that has copies: after a crash one may be missing or older."""
+        level.mark(0, self._per_table)
+        places = list(level.places)
+        for directory in self._directories[len(places) :]:
+            places.append(await self._space.take_bytes(self._table_size))
+            directory.table[number] = directory.entries.entry(places[-1])
+            directory.mark(number)
+        level.places = tuple(places)
 
     async def _make(self, number: int) -> Level:
         """Give a new table space in the file. Until the directory is written, nothing on disk leads there."""
-        size = -(-self._per_table * self.entries.width // SECTOR) * SECTOR
-        places = [await self._space.take_bytes(size) for _ in self._directories]
+        places = [await self._space.take_bytes(self._table_size) for _ in self._directories]
         level = Level(self._storage, self.entries, self._per_table, places, self._allocate)
         level.mark(0, self._per_table)
         for directory, place in zip(self._directories, places, strict=True):
@@ -319,8 +348,9 @@ class Space:
 
     async def grow(self, end: int) -> None:
         """Make the file long enough for blocks up to ``end``. No guest data is on its way to what lies behind it."""
+        step = min(max(end // 8, MIN_AHEAD), MAX_AHEAD)
         try:
-            await io.truncate(self.storage, -(-end // AHEAD) * AHEAD)
+            await io.truncate(self.storage, end + step)
         except NoSpaceError:
             await io.truncate(self.storage, end)
         except NotSupportedError:

@@ -425,14 +425,22 @@ class BlockTable:
         self.space.settle(gone, freed)
 
     async def check(self, repair: Repair) -> CheckResult:
-        """Count what is wrong with the tables, which are not in use otherwise; ``repair`` cuts off leaks at the end of
-        the file. Corruptions are not repaired: which of two blocks is right is not for a program to say."""
+        """Count what is wrong with the tables, which are not in use otherwise. ``repair`` cuts off leaks at the end of
+        the file and, if it is ALL, writes copies again that differ. Other corruptions stay: which of two blocks is the
+        right one is not for a program to say."""
         result = CheckResult(total_clusters=self.tables.blocks)
-        await self.tables.check(result)
+        stale = await self.tables.check(result)
         if result.leaks and repair is not Repair.NOTHING:
             await io.truncate(self.edge.node, result.image_end_offset)
             result.leaks, result.leaks_fixed = 0, result.leaks
             result.repairs.append(f"the file is cut off behind its last block, at {result.image_end_offset}.")
+        if stale and repair is Repair.ALL and result.corruptions == len(stale):
+            for block in stale:
+                level = await self.tables.change(block)
+                level.mark(0, len(level.table))
+            await self.write_out()
+            result.corruptions, result.corruptions_fixed = 0, len(stale)
+            result.repairs.append(f"the copies of {len(stale)} tables are written again.")
         return result
 
     async def finish(self) -> None:
