@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from typing import Protocol
 
 _OFFSETS = 0x00FF_FFFF_FFFF_FE00
 _HEADER = struct.Struct(">IIQIIQIIQQIIQ")
@@ -13,8 +14,20 @@ _BITMAPS_EXTENSION = 0x23852875
 _FAR = (1 << 20, 1 << 31, 1 << 40, 1 << 55, 1 << 56, 1 << 62, (1 << 63) - 512)
 
 
+class Metadata(Protocol):
+    """Where the metadata of a whole image is, and what its fields lead to; see :class:`Places`."""
+
+    image: bytes
+    cluster_size: int
+    kinds: dict[str, list[tuple[int, int]]]
+    clusters: list[int]
+
+    def field(self, offset: int) -> int:
+        """Return what a field says that leads to this host offset."""
+
+
 class Places:
-    """Where the metadata of a whole image is: host offsets of fields by kind, each with the field's length."""
+    """Where the metadata of a whole qcow2 image is: host offsets of fields by kind, each with the field's length."""
 
     def __init__(self, image: bytes) -> None:
         self.image = image
@@ -43,6 +56,10 @@ class Places:
             {self.word(at) & _OFFSETS for kind in ("l1", "used_l2", "table") for at, _ in self.kinds[kind]}
         )
         """Host offsets that something refers to."""
+
+    def field(self, offset: int) -> int:
+        """Return what an entry says that leads to this host offset, but for its flags."""
+        return offset
 
     def word(self, place: int) -> int:
         """Eight bytes as a number; 0 behind the end."""
@@ -107,11 +124,11 @@ def _words(start: int, length: int) -> list[tuple[int, int]]:
 
 _WEIGHTS = {
     "header": 3, "extensions": 1, "l1": 3, "used_l2": 6, "l2": 1, "table": 2, "blocks": 4, "snapshots": 2,
-    "snapshot_l1": 2, "bitmaps": 4, "length": 1,
+    "snapshot_l1": 2, "bitmaps": 4, "length": 1, "directory": 2, "entries": 2, "used": 6,
 }  # fmt: skip
 
 
-def damage(places: Places, rng: random.Random) -> tuple[bytes, list[str]]:
+def damage(places: Metadata, rng: random.Random) -> tuple[bytes, list[str]]:
     """A broken copy of an image, and what was done to it."""
     broken = bytearray(places.image)
     done = []
@@ -125,7 +142,7 @@ def damage(places: Places, rng: random.Random) -> tuple[bytes, list[str]]:
     return bytes(broken), done
 
 
-def _change_length(broken: bytearray, places: Places, rng: random.Random) -> str:
+def _change_length(broken: bytearray, places: Metadata, rng: random.Random) -> str:
     change = rng.choice((-512, -places.cluster_size, -rng.randrange(len(broken)), 512, 3 * places.cluster_size))
     if change < 0:
         del broken[change:]
@@ -134,7 +151,7 @@ def _change_length(broken: bytearray, places: Places, rng: random.Random) -> str
     return f"length by {change}"
 
 
-def _change_field(broken: bytearray, places: Places, at: int, length: int, rng: random.Random) -> str:
+def _change_field(broken: bytearray, places: Metadata, at: int, length: int, rng: random.Random) -> str:
     if at + length > len(broken):
         return "nothing, it is cut off"
     old = int.from_bytes(broken[at : at + length], "big")
@@ -143,7 +160,12 @@ def _change_field(broken: bytearray, places: Places, at: int, length: int, rng: 
     return f"{old:#x} at {at} became {value:#x}"
 
 
-def _new_value(old: int, broken: bytearray, places: Places, length: int, rng: random.Random) -> int:
+def _swapped(places: Metadata) -> list[str]:
+    """The kinds of fields that are swapped with others."""
+    return [kind for kind in ("l1", "used_l2", "table", "blocks", "used", "directory") if places.kinds.get(kind)]
+
+
+def _new_value(old: int, broken: bytearray, places: Metadata, length: int, rng: random.Random) -> int:
     size = places.cluster_size
     match rng.randrange(11):
         case 0 | 1:
@@ -153,11 +175,11 @@ def _new_value(old: int, broken: bytearray, places: Places, length: int, rng: ra
         case 3:
             return 0
         case 4:  # to some cluster, perhaps just behind the end
-            return rng.choice((0, 1 << 63)) | rng.randrange(len(broken) // size + 2) * size
+            return rng.choice((0, 1 << 63)) | places.field(rng.randrange(len(broken) // size + 2) * size)
         case 5:  # to a cluster that something else uses
-            return 1 << 63 | int(rng.choice(places.clusters))
+            return 1 << 63 | places.field(int(rng.choice(places.clusters)))
         case 6:  # swapped with another field
-            other, other_length = rng.choice(places.kinds[rng.choice(("l1", "used_l2", "table", "blocks"))])
+            other, other_length = rng.choice(places.kinds[rng.choice(_swapped(places))])
             value = int.from_bytes(broken[other : other + other_length], "big")
             if length == other_length:
                 broken[other : other + length] = old.to_bytes(length, "big")

@@ -1,4 +1,4 @@
-"""Small real images to damage: one set of qcow2's features each, made by QEMU's tools."""
+"""Small real images to damage: one set of qcow2's features each, made by QEMU's tools, and one of each other format."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import signal
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fusedisk.block.graph.graph import Graph
 from tests.conftest import qemu_img, require_tool
 from tests.support.images import KIB, MIB, make_qcow2, make_sparse_raw
+from tests.support.profiles import PROFILES, QCOW2, FormatProfile
 
 SECRET = "secret,id=key,data=secret"
 """QEMU's object with the passphrase of encrypted images."""
@@ -29,6 +32,7 @@ class Sample:
     """``luks`` or ``aes`` where it is encrypted."""
     backed: bool = False
     """What is unallocated is read from a backing file."""
+    profile: FormatProfile = QCOW2
 
     def qemu_name(self, path: Path, *, backing: bool = False) -> str:
         """A copy's name for qemu-img. Files that the image refers to are given, so that damaged names do not matter;
@@ -189,3 +193,36 @@ FEATURE_SETS: dict[str, Callable[[Path], Sample]] = {
     "preallocated": _plain(2 * MIB, "write -P 1 0 200k", cluster_size=4096, preallocation="metadata"),
 }
 """Makers of samples, by the name of the set; each takes an empty folder."""
+
+
+async def _of_format(profile: FormatProfile, options: dict[str, Any], folder: Path) -> Sample:
+    """An image of a format with nothing but a profile, with data here and there."""
+    path = folder / f"disk.{profile.name}"
+    await profile.create(path, 4 * MIB, profile.block(profile.block_sizes[1]) | options)
+    graph = Graph(profile.drivers)
+    try:
+        spec = {"driver": profile.name, "file": {"driver": "file", "filename": str(path)}}
+        disk = await graph.open_backend(spec, writable=True)
+        for number, (offset, length) in enumerate(((700, 100), (0, 200), (1000, 3), (2048, 64)), 1):
+            await disk.write(offset * KIB, bytes([number]) * (length * KIB))
+        await disk.write_zeroes(720 * KIB, 40 * KIB)
+    finally:
+        await graph.close()
+    return Sample(path, path.read_bytes(), profile=profile)
+
+
+_Making = Callable[[Path], Awaitable[Sample]]
+OTHER_SETS: dict[str, _Making] = {
+    f"{profile.name}-{variant}".rstrip("-"): partial(_of_format, profile, options)
+    for profile in PROFILES.values()
+    if profile.places is not None and profile is not QCOW2
+    for variant, options in profile.variants.items()
+}
+"""The same for other formats: a sample of each kind of their images."""
+
+ALL_SETS = [*FEATURE_SETS, *OTHER_SETS]
+
+
+async def make_sample(name: str, folder: Path) -> Sample:
+    """Make the sample of a set in an empty folder."""
+    return await OTHER_SETS[name](folder) if name in OTHER_SETS else FEATURE_SETS[name](folder)

@@ -13,7 +13,6 @@ from pathlib import Path
 from fusedisk.block.image.check import open_for_check
 from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.core.errors import FusediskError, ImageError
-from fusedisk.drivers.table import DRIVERS
 from tests.conftest import require_tool
 from tests.hostile.sentence import assert_sentence
 from tests.mutation.guest import Disks, Guest, lost
@@ -58,12 +57,48 @@ EXCEPTIONS = {
 """Where QEMU is no judge."""
 
 
-class Judge:
-    """Judges copies of one sample, in a folder of its own."""
+class Checks:
+    """Our checks and repairs of copies of one sample, in a folder of its own."""
 
     def __init__(self, sample: Sample, folder: Path) -> None:
         self.sample = sample
-        self.path = folder / "damaged.qcow2"
+        self.path = folder / f"damaged.{sample.profile.name}"
+
+    async def _ours(self, repair: Repair, verdict: Verdict) -> CheckResult | FusediskError | None:
+        """What our check says; None where it does what it never may."""
+        start, profile = time.process_time(), self.sample.profile
+        try:
+            writable = repair is not Repair.NOTHING
+            spec = {"driver": "file", "filename": str(self.path)}
+            async with open_for_check(
+                profile.drivers, {"driver": profile.name, "file": spec}, writable=writable
+            ) as image:
+                return await image.driver.check(image.files, repair, lambda done, total: None)
+        except FusediskError as exc:
+            self._assert_sentence(exc, verdict)
+            return exc
+        except Exception as exc:
+            verdict.wrong.append(f"{repair.value}: {type(exc).__name__}: {exc}")
+            return None
+        finally:
+            seconds = time.process_time() - start
+            verdict.seconds = max(verdict.seconds, seconds)
+            if seconds > PATIENCE:
+                verdict.wrong.append(f"{seconds:.1f} s for one check or repair ({repair.value})")
+
+    @staticmethod
+    def _assert_sentence(exc: FusediskError, verdict: Verdict) -> None:
+        try:
+            assert_sentence(exc)
+        except AssertionError as wrong:
+            verdict.wrong.append(f"not a sentence: {wrong}")
+
+
+class Judge(Checks):
+    """Judges copies of one qcow2 sample."""
+
+    def __init__(self, sample: Sample, folder: Path) -> None:
+        super().__init__(sample, folder)
         self._out, self._err = folder / "out", folder / "err"
         self.data = sample.data_file.read_bytes() if sample.data_file else None
         self.metadata = Guest(sample.content, sample, self.data).metadata()
@@ -133,29 +168,6 @@ class Judge:
     def _lost(self, before: Disks, after: bytes) -> list[str]:
         now = Guest(after, self.sample, self.data).disks()
         return lost(before, now, "unallocated" if self.sample.backed else "zeroes")
-
-    async def _ours(self, repair: Repair, verdict: Verdict) -> CheckResult | FusediskError | None:
-        """What our check says; None where it does what it never may."""
-        start = time.process_time()
-        try:
-            writable = repair is not Repair.NOTHING
-            spec = {"driver": "file", "filename": str(self.path)}
-            async with open_for_check(DRIVERS, {"driver": "qcow2", "file": spec}, writable=writable) as image:
-                return await image.driver.check(image.files, repair, lambda done, total: None)
-        except FusediskError as exc:
-            try:
-                assert_sentence(exc)
-            except AssertionError as wrong:
-                verdict.wrong.append(f"not a sentence: {wrong}")
-            return exc
-        except Exception as exc:
-            verdict.wrong.append(f"{repair.value}: {type(exc).__name__}: {exc}")
-            return None
-        finally:
-            seconds = time.process_time() - start
-            verdict.seconds = max(verdict.seconds, seconds)
-            if seconds > PATIENCE:
-                verdict.wrong.append(f"{seconds:.1f} s for one check or repair ({repair.value})")
 
     def _qemu(self, command: str, *options: str) -> subprocess.Popen[bytes]:
         """Start qemu-img. It writes to files: line by line through a pipe would take longer than the check."""

@@ -13,8 +13,10 @@ from pathlib import Path
 import trio
 
 from tests.mutation.damage import Places, damage
-from tests.mutation.images import FEATURE_SETS
+from tests.mutation.images import make_sample
 from tests.mutation.judge import Judge, Verdict
+from tests.mutation.plain_judge import PlainJudge
+from tests.support.profiles import QCOW2
 
 MEMORY = 400 << 20
 """Bytes by which the process may grow, whatever an image says."""
@@ -69,9 +71,9 @@ class Tally:
 
 async def run(name: str, seeds: Iterable[int], folder: Path, report: Report) -> Tally:
     """Damage a sample of the feature set once for each seed, and judge."""
-    sample = FEATURE_SETS[name](folder)
-    judge = Judge(sample, folder)
-    places = Places(sample.content)
+    sample = await make_sample(name, folder)
+    judge = Judge(sample, folder) if sample.profile is QCOW2 else PlainJudge(sample, folder)
+    places = (sample.profile.places or Places)(sample.content)
     whole = await judge.judge(sample.content)
     assert not whole.wrong, f"{name}: the whole image: {whole.wrong}"
     tally = Tally()

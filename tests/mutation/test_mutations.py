@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import qemu_io
 from tests.mutation.guest import Guest
-from tests.mutation.images import FEATURE_SETS
+from tests.mutation.images import ALL_SETS, FEATURE_SETS, OTHER_SETS
 from tests.mutation.judge import Verdict
 from tests.mutation.runs import MEMORY, run
 from tests.support.thinning import thinned
@@ -46,9 +46,9 @@ async def _run(name: str, seeds: range, folder: Path) -> None:
     assert tally.grown < MEMORY
 
 
-@pytest.mark.parametrize("name", thinned(FEATURE_SETS))
+@pytest.mark.parametrize("name", [*thinned(FEATURE_SETS), *OTHER_SETS])
 async def test_a_few(name: str, tmp_path: Path) -> None:
-    await _run(name, range(4), tmp_path)
+    await _run(name, range(4 if name in FEATURE_SETS else 100), tmp_path)
 
 
 @pytest.mark.parametrize(("name", "seed"), thinned(FOUND))
@@ -57,7 +57,7 @@ async def test_found_once(name: str, seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FEATURE_SETS)
+@pytest.mark.parametrize("name", ALL_SETS)
 async def test_many(name: str, tmp_path: Path) -> None:
     await _run(name, range(1000, 1060), tmp_path)
 

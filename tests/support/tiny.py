@@ -26,6 +26,7 @@ from fusedisk.drivers.format.table_driver import TableDriver
 
 SECTOR = 512
 PER_TABLE = 128
+MAX_NAME = 255
 ENTRIES = Entries(4, "big", unit=SECTOR, kinds={0: UNALLOCATED, 1: ZERO})
 _HEADER = struct.Struct(">8sQIIII")
 _MAGIC = b"TINYDISK"
@@ -50,6 +51,8 @@ class Header:
         magic, length, block_size, count, levels, named = _HEADER.unpack_from(raw)
         if magic != _MAGIC or levels not in (1, 2) or block_size % SECTOR or not SECTOR <= block_size <= 1 << 25:
             raise ImageError(f"'{file.filename}' is not a tiny image.")
+        if named > MAX_NAME or b"\0" in bytes(raw[_HEADER.size :][:named]):
+            raise ImageError(f"'{file.filename}' has an invalid name for its backing file.")
         if length > count * block_size * (PER_TABLE if levels == 2 else 1):
             raise ImageError(f"'{file.filename}' has a disk of {length} bytes, which its {count} entries do not cover.")
         return cls(length, block_size, count, levels, bytes(raw[_HEADER.size :][:named]).decode(errors="replace"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 
@@ -63,10 +64,13 @@ class TinyReader:
         for copy in range(self.levels):
             blocks = [entry * SECTOR for entry in self.entries(copy) if entry > 1]
             tables = [place for place in self.tables(copy) if place] if self.levels == 2 else []
-            used = [*blocks, *tables]
-            if len(set(used)) < len(used):
+            taken = sorted(
+                [(place, place + self.block) for place in blocks] + [(at, at + 4 * PER_TABLE) for at in tables]
+            )
+            if any(start < end for (_, end), (start, _) in itertools.pairwise(taken)):
                 wrong.append("a place that is used twice")
-            if any(place < self.first or place >= len(self.image) for place in used):
+            room = len(self.image) - (self.block - 1 if self.levels == 2 else 0)
+            if any(place < self.first or place >= room for place in blocks):
                 wrong.append("a place outside of the file")
             if self.levels == 1 and any((place - self.first) % self.block for place in blocks):
                 wrong.append("a block between the places for blocks")
@@ -94,3 +98,7 @@ class Places:
         self.kinds["directory"] = directory
         self.clusters = [entry * SECTOR for entry in reader.entries() if entry > 1] or [reader.first]
         """Host offsets that something refers to."""
+
+    def field(self, offset: int) -> int:
+        """Return what an entry says that leads to this host offset."""
+        return offset // SECTOR

@@ -5,6 +5,7 @@ No I/O. In memory a table is a view of numbers in the machine's byte order, over
 
 from __future__ import annotations
 
+import itertools
 import sys
 from array import array
 from collections.abc import Iterator, Mapping
@@ -109,25 +110,32 @@ class Area:
 
     def wrong(self, places: list[int]) -> Iterator[str]:
         """Yield what is wrong with the host offsets of blocks, a part of a sentence each."""
-        first, last = self.first + self.lead, self.end - 1
-        seen: set[int] = set()
-        for place in places:
+        first, last, stride = self.first + self.lead, self._last(), self.lead + self.size
+        before = None
+        for place in sorted(places):
             if place < first:
                 yield f"at {place}, in front of the first block at {first}"
             elif place > last:
                 yield f"at {place}, past the end of the file at {self.end}"
             elif (place - first) % self.align:
                 yield f"at {place}, which is not {first} plus a multiple of {self.align}"
-            elif place in seen:
+            elif before is not None and place < before + stride:
                 yield f"at {place}, where another block lies"
-            seen.add(place)
+            before = place
+
+    def _last(self) -> int:
+        """Return the highest offset of a block's data. A grid leaves room for a last block that is cut short; where
+        blocks and tables lie as they come, all must be whole."""
+        return self.end - 1 if self.align >= self.size else self.end - self.size
 
     def require(self, places: list[int], filename: str) -> None:
         """Raise CorruptImageError unless all blocks lie in this part of the file, each at a place of its own."""
         if not places:
             return
-        first, align = self.first + self.lead, self.align
-        good = min(places) >= first and max(places) < self.end and len(set(places)) == len(places)
+        first, align, stride = self.first + self.lead, self.align, self.lead + self.size
+        found = sorted(places)
+        good = found[0] >= first and found[-1] <= self._last()
+        good = good and all(after - before >= stride for before, after in itertools.pairwise(found))
         if not good or (align > 1 and any((place - first) % align for place in places)):
             raise CorruptImageError(f"'{filename}' has a block {next(self.wrong(places))}.")
 

@@ -223,6 +223,10 @@ class Tree:
         for number in range(len(self._directories[0].table)):
             places = self._places(number)
             if not places:
+                if any(each.entries.kind(each.table[number]) != UNALLOCATED for each in self._directories[1:]):
+                    stale.append(number * self._per_table)
+                    result.corruptions += 1
+                    result.note(f"table {number} exists only as a copy.")
                 continue
             for wrong in (wrongs := list(tables.wrong(places))):
                 result.corruptions += 1

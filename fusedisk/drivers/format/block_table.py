@@ -427,18 +427,21 @@ class BlockTable:
     async def check(self, repair: Repair) -> CheckResult:
         """Count what is wrong with the tables, which are not in use otherwise. ``repair`` cuts off leaks at the end of
         the file and, if it is ALL, writes copies again that differ. Other corruptions stay: which of two blocks is the
-        right one is not for a program to say."""
+        right one is not for a program to say. Then the leaks stay, too, as they may be what a wrong entry meant."""
         result = CheckResult(total_clusters=self.tables.blocks)
         stale = await self.tables.check(result)
+        if result.corruptions > len(stale):
+            return result
         if result.leaks and repair is not Repair.NOTHING:
             await io.truncate(self.edge.node, result.image_end_offset)
+            self.space.end = min(self.space.end, result.image_end_offset)
             result.leaks, result.leaks_fixed = 0, result.leaks
             result.repairs.append(f"the file is cut off behind its last block, at {result.image_end_offset}.")
-        if stale and repair is Repair.ALL and result.corruptions == len(stale):
+        if stale and repair is Repair.ALL:
             for block in stale:
                 level = await self.tables.change(block)
                 level.mark(0, len(level.table))
-            await self.write_out()
+            await self.finish()
             result.corruptions, result.corruptions_fixed = 0, len(stale)
             result.repairs.append(f"the copies of {len(stale)} tables are written again.")
         return result
