@@ -117,8 +117,13 @@ def zstd_inflater() -> Inflate:
     return inflate
 
 
-CODECS: dict[str, Callable[[], Codec]] = {"deflate-4k": lambda: raw_deflate(12), "zstd": zstd}
-"""By name: raw deflate with a window of 4 KiB, zstd frames."""
+def zlib_stream() -> Codec:
+    """A zlib stream, with its header and checksum."""
+    return _whole_only(zlib_inflater(15))
+
+
+CODECS: dict[str, Callable[[], Codec]] = {"deflate-4k": lambda: raw_deflate(12), "zstd": zstd, "zlib": zlib_stream}
+"""By name: raw deflate with a window of 4 KiB, zstd frames, zlib streams."""
 
 
 def _whole(content: bytes, size: int) -> bytes:

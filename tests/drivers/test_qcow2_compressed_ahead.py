@@ -13,7 +13,7 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import background
 from fusedisk.core.errors import CorruptImageError, HostError
-from fusedisk.drivers.format.qcow2 import compressed
+from fusedisk.drivers.format import compressed_pieces as compressed
 from tests.conftest import qemu_img
 from tests.support.compressed import CLUSTER, CONTENT, SIZE, entries, inflated, new_store, read_on, reading
 from tests.support.memory import Store, stores

@@ -15,7 +15,7 @@ import trio
 from fusedisk.block.model.extent import DATA, SPECIAL, ZERO
 from fusedisk.compression.inflate import InflateError
 from fusedisk.core.errors import CorruptImageError, HostError
-from fusedisk.drivers.format.qcow2 import compressed
+from fusedisk.drivers.format import compressed_pieces as compressed
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from tests.conftest import qemu_img
 from tests.support.compressed import (

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fusedisk.block.graph.backend import Backend
-from fusedisk.drivers.format.qcow2.compressed import CompressedReader
+from fusedisk.drivers.format.compressed_pieces import CompressedPieces
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, OFFSET_MASK
 from tests.support.memory import Store
 from tests.support.qcow2 import created_in_memory, driver_of, in_memory
@@ -50,7 +50,7 @@ async def reading(store: Store, **options: Any) -> AsyncIterator[Backend]:
         yield backend
 
 
-def reader_of(backend: Backend) -> CompressedReader:
+def reader_of(backend: Backend) -> CompressedPieces:
     found = driver_of(backend)._compressed
     assert found is not None
     return found

@@ -64,8 +64,8 @@ SECTOR = 512
 if TYPE_CHECKING:
     from fusedisk.block.model.check_result import CheckResult, Repair
     from fusedisk.core.progress import Progress
+    from fusedisk.drivers.format.compressed_pieces import CompressedPieces
     from fusedisk.drivers.format.qcow2.compress import CompressedWriter
-    from fusedisk.drivers.format.qcow2.compressed import CompressedReader
 
 
 class Qcow2Driver(SnapshotDriver):
@@ -83,7 +83,7 @@ class Qcow2Driver(SnapshotDriver):
 
     clusters: ClusterMap
 
-    _compressed: CompressedReader | None = None
+    _compressed: CompressedPieces | None = None
     _compressing: CompressedWriter | None = None
     _end_was_checked = False
     _sparse_threshold: int | None = None
@@ -348,9 +348,9 @@ class Qcow2Driver(SnapshotDriver):
         while True:
             if extent.compressed:
                 if self._compressed is None:
-                    from fusedisk.drivers.format.qcow2.compressed import CompressedReader
+                    from fusedisk.drivers.format.qcow2.compressed import compressed_reader
 
-                    self._compressed = CompressedReader(self.node, self.clusters)
+                    self._compressed = compressed_reader(self.node, self.clusters)
                 done = await self._compressed.read(extent, offset, buffer)
             else:
                 done = extent.length
