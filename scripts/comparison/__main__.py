@@ -1,4 +1,4 @@
-"""``scripts/compare-qcow2``: ours and theirs in turns, medians and their ratio."""
+"""``scripts/compare``: ours and theirs in turns, medians and their ratio."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from rich.table import Table
 from scripts.comparison.cases import MIB, Case, Failed, check, has_snapshot_command, host_calls, snapshot, speed
 
 GROUPS = ("host-calls", "speed", "check", "snapshot")
+QCOW2_GROUPS = ("check", "snapshot")
+"""What only qcow2 has: metadata without data, and snapshots."""
 
 
 @click.command()
+@click.option("--format", "format", default="qcow2", show_default=True, help="A format that both can write.")
 @click.option("--case", "groups", multiple=True, type=click.Choice(GROUPS), help="What to compare (default: all).")
 @click.option("--runs", default=5, show_default=True, help="How often; the medians are told.")
 @click.option("--size", default=1024, show_default=True, metavar="MIB", help="The disk of the speed cases.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the images go (default: the temporary folder).")
-def main(groups: tuple[str, ...], runs: int, size: int, folder: Path | None) -> None:
-    """Compare fusedisk's qcow2 with QEMU's tools on the same work.
+def main(format: str, groups: tuple[str, ...], runs: int, size: int, folder: Path | None) -> None:
+    """Compare fusedisk with QEMU's tools on the same work.
 
     Ratios are ours divided by theirs. Host calls are those to the file of the image, opening and closing
     included, and do not depend on the machine's load.
@@ -33,7 +36,7 @@ def main(groups: tuple[str, ...], runs: int, size: int, folder: Path | None) -> 
         table.add_column(column, justify="left" if column in ("case", "unit") else "right")
     failed = False
     with tempfile.TemporaryDirectory(prefix="fusedisk-compare.", dir=folder) as made:
-        for case in _cases(groups or GROUPS, size * MIB, console):
+        for case in _cases(format, groups or GROUPS, size * MIB, console):
             console.print(case.name, style="dim")
             try:
                 _add_rows(table, case, *_compare(case, Path(made).resolve(), 1 if case.group == "host-calls" else runs))
@@ -44,17 +47,20 @@ def main(groups: tuple[str, ...], runs: int, size: int, folder: Path | None) -> 
     raise SystemExit(int(failed))
 
 
-def _cases(groups: tuple[str, ...], size: int, console: Console) -> list[Case]:
+def _cases(format: str, groups: tuple[str, ...], size: int, console: Console) -> list[Case]:
     cases: list[Case] = []
+    if format != "qcow2":
+        groups = tuple(group for group in groups if group not in QCOW2_GROUPS)
     if "host-calls" in groups:
         cases += [
-            host_calls(pattern, flush_every, over)
+            host_calls(format, pattern, flush_every, over)
             for over in (False, True)
+            if format == "qcow2" or not over
             for pattern in ("sequential", "random")
             for flush_every in (1, 16, 0)
         ]
     if "speed" in groups:
-        cases += [speed("sequential", size), speed("random", size)]
+        cases += [speed(format, "sequential", size), speed(format, "random", size)]
     if "check" in groups:
         cases.append(check())
     if "snapshot" in groups:

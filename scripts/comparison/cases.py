@@ -40,9 +40,9 @@ def run(*command: str | Path, text: str = "") -> str:
     return done.stdout
 
 
-def make(folder: Path, size: int, *options: str, over: bool = False) -> Path:
+def make(folder: Path, size: int, *options: str, format: str = "qcow2", over: bool = False) -> Path:
     """A new image, perhaps over a raw file full of data."""
-    image = folder / "disk.qcow2"
+    image = folder / f"disk.{format}"
     image.unlink(missing_ok=True)
     below: list[str | Path] = []
     if over:
@@ -50,7 +50,7 @@ def make(folder: Path, size: int, *options: str, over: bool = False) -> Path:
         if not raw.exists():
             raw.write_bytes(b"\x07" * size)
         below = ["-b", raw, "-F", "raw"]
-    run("qemu-img", "create", "-q", "-f", "qcow2", *options, *below, image, str(size))
+    run("qemu-img", "create", "-q", "-f", format, *options, *below, image, str(size))
     return image
 
 
@@ -76,22 +76,22 @@ def count_calls(folder: Path, image: Path, command: list[str | Path], text: str)
     return {"writes": calls["writes"], "flushes": calls["flushes"]}
 
 
-def host_calls(pattern: str, flush_every: int, over: bool, count: int = 512) -> Case:
+def host_calls(format: str, pattern: str, flush_every: int, over: bool, count: int = 512) -> Case:
     """Allocating writes of 4 KiB."""
     block, size = 4 * KIB, 64 * MIB
     places = offsets(pattern, count, block, size)
 
     def ours(folder: Path) -> dict[str, float]:
-        image = make(folder, size, over=over)
+        image = make(folder, size, format=format, over=over)
         text = "\n".join(map(str, places))
-        return count_calls(folder, image, _writer(image, block, flush_every), text)
+        return count_calls(folder, image, _writer(image, block, flush_every, format), text)
 
     def theirs(folder: Path) -> dict[str, float]:
-        image = make(folder, size, over=over)
+        image = make(folder, size, format=format, over=over)
         return count_calls(
             folder,
             image,
-            ["qemu-io", "-t", "writeback", "-f", "qcow2", image],
+            ["qemu-io", "-t", "writeback", "-f", format, image],
             _qemu_io_text(places, block, flush_every),
         )
 
@@ -99,8 +99,8 @@ def host_calls(pattern: str, flush_every: int, over: bool, count: int = 512) -> 
     return Case("host-calls", f"{pattern} 4k, {flush}{', over a backing file' if over else ''}", ours, theirs)
 
 
-def _writer(image: Path, block: int, flush_every: int) -> list[str | Path]:
-    return [sys.executable, "-m", "scripts.comparison.writer", image, str(block), str(flush_every)]
+def _writer(image: Path, block: int, flush_every: int, format: str) -> list[str | Path]:
+    return [sys.executable, "-m", "scripts.comparison.writer", image, str(block), str(flush_every), format]
 
 
 def _qemu_io_text(places: list[int], block: int, flush_every: int) -> str:
@@ -115,24 +115,24 @@ def _qemu_io_text(places: list[int], block: int, flush_every: int) -> str:
 # --- speed ----------------------------------------------------------------------------------------------
 
 
-def speed(pattern: str, size: int, block: int = 64 * KIB) -> Case:
+def speed(format: str, pattern: str, size: int, block: int = 64 * KIB) -> Case:
     """First writes of a whole disk, one at a time, into the page cache."""
     places = offsets(pattern, size // block, block, size)
 
     def ours(folder: Path) -> dict[str, float]:
-        image = make(folder, size)
+        image = make(folder, size, format=format)
         text = "\n".join(map(str, places))
-        return {"MiB/s": size / MIB / float(run(*_writer(image, block, 0), text=text))}
+        return {"MiB/s": size / MIB / float(run(*_writer(image, block, 0, format), text=text))}
 
     def theirs(folder: Path) -> dict[str, float]:
-        image = make(folder, size)
+        image = make(folder, size, format=format)
         if pattern == "sequential":
-            args = ("-w", "-t", "writeback", "-d", "1", "-c", str(len(places)), "-s", str(block), "-f", "qcow2")
+            args = ("-w", "-t", "writeback", "-d", "1", "-c", str(len(places)), "-s", str(block), "-f", format)
             out = run("qemu-img", "bench", *args, image)
             seconds = float(re.findall(r"completed in ([\d.]+) seconds", out)[0])
         else:  # qemu-img bench has no random order; qemu-io reads a line for each write
             start = time.perf_counter()
-            run("qemu-io", "-t", "writeback", "-f", "qcow2", image, text=_qemu_io_text(places, block, 0))
+            run("qemu-io", "-t", "writeback", "-f", format, image, text=_qemu_io_text(places, block, 0))
             seconds = time.perf_counter() - start
         return {"MiB/s": size / MIB / seconds}
 

@@ -1,4 +1,4 @@
-"""``python -m scripts.comparison.writer IMAGE BLOCK FLUSH-EVERY``: write where stdin says, through the library.
+"""``python -m scripts.comparison.writer IMAGE BLOCK FLUSH-EVERY FORMAT``: write where stdin says, through the library.
 
 A line of stdin is an offset. Prints the seconds that it took, opening and closing left out.
 """
@@ -13,10 +13,10 @@ import trio
 import fusedisk
 
 
-async def write(image: str, block: int, flush_every: int, offsets: list[int]) -> float:
+async def write(image: str, block: int, flush_every: int, format: str, offsets: list[int]) -> float:
     """Write ``block`` bytes at each offset, and flush after every ``flush_every`` writes (0: never)."""
     data = b"\x05" * block
-    async with fusedisk.open(image, writable=True) as disk:
+    async with fusedisk.open(image, format=format, writable=True) as disk:
         start = time.perf_counter()
         for number, offset in enumerate(offsets, 1):
             await disk.write(offset, data)
@@ -26,5 +26,5 @@ async def write(image: str, block: int, flush_every: int, offsets: list[int]) ->
 
 
 if __name__ == "__main__":
-    image, block, flush_every = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    print(trio.run(write, image, block, flush_every, [int(line) for line in sys.stdin]))
+    image, block, flush_every, format = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    print(trio.run(write, image, block, flush_every, format, [int(line) for line in sys.stdin]))
