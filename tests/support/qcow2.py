@@ -14,6 +14,7 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
 from fusedisk.block.model.files import Files
+from fusedisk.block.model.node import Node
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
 from fusedisk.drivers.table import DRIVERS
@@ -41,10 +42,22 @@ async def create_image(path: Path, **options: Any) -> Path:
     graph = Graph(DRIVERS)
     try:
         backend = await graph.open_backend({"driver": "file", "filename": str(path)}, writable=True)
-        await Qcow2Driver.create(Files(backend.node), Qcow2CreateOptions(**options))
+        await Qcow2Driver.create(_Existing(backend.node, graph), Qcow2CreateOptions(**options))
     finally:
         await graph.close()
     return path
+
+
+class _Existing(Files):
+    """Files that the test has made already."""
+
+    def __init__(self, main: Node, graph: Graph) -> None:
+        super().__init__(main)
+        self._graph = graph
+
+    async def create(self, *others: str) -> list[Node]:
+        specs = [{"driver": "file", "filename": name} for name in others]
+        return [self.main, *[(await self._graph.open_backend(spec, writable=True)).node for spec in specs]]
 
 
 @asynccontextmanager
