@@ -44,13 +44,13 @@ async def test_a_shared_backing_file_stays_for_the_other(graph: Graph) -> None:
             },
             NodeConfig(),
         )
-        node.owned = True
+        node.kept_by_name = True
         options = {"driver": "toy", "table": "layer1", "file": {"driver": "memory", "filename": "file1"}}
         second = await graph.open_backend({**options, "backing": "base"}, name="one", writable=True)
         third = await graph.open_backend(
             {"driver": "memory", "filename": "file2", "node-name": "extra", "read-only": True}, name="three"
         )
-        node.owned = False
+        node.kept_by_name = False
         await first.close()
         assert base.opened == 1
         await second.close()
@@ -60,15 +60,15 @@ async def test_a_shared_backing_file_stays_for_the_other(graph: Graph) -> None:
         await third.close()
 
 
-async def test_owned_nodes_stay_without_users(graph: Graph) -> None:
+async def test_nodes_kept_by_name_stay_without_users(graph: Graph) -> None:
     with stores(disk=Store(512)):
         backend = await graph.open_backend({"driver": "memory", "filename": "disk", "node-name": "d"})
         node = backend.node
-        node.owned = True
+        node.kept_by_name = True
         await backend.close()
         assert graph.node("d") is node
-        node.owned = False
-        await graph.collect(node)
+        node.kept_by_name = False
+        await graph.close_if_unused(node)
         assert not graph.nodes
 
 
@@ -275,7 +275,7 @@ async def test_a_neighbour_that_refuses_to_loosen_does_not_stop_the_closing(
     chain = Chain(Table(512), Table(512))
     with chain.known():
         base = await graph.open_node({"driver": "memory", "filename": "file0", "node-name": "base"}, NodeConfig())
-        base.owned = True
+        base.kept_by_name = True
         options = {"driver": "toy", "table": "layer1", "file": {"driver": "memory", "filename": "file1"}}
         below = {"driver": "toy", "table": "layer0", "file": "base"}
         backend = await graph.open_backend({**options, "backing": below}, writable=True)
@@ -288,6 +288,6 @@ async def test_a_neighbour_that_refuses_to_loosen_does_not_stop_the_closing(
             await backend.close()
         monkeypatch.undo()
         assert list(graph.nodes) == ["base"]
-        base.owned = False
-        await graph.collect(base)
+        base.kept_by_name = False
+        await graph.close_if_unused(base)
         assert [part.opened for part in (*chain.layers, *chain.files)] == [0] * 4

@@ -38,7 +38,7 @@ async def test_two_writers_conflict(graph: Graph) -> None:
 async def test_a_user_that_shares_no_writing_conflicts_with_a_writer(graph: Graph, writer_first: bool) -> None:
     with stores(disk=Store(512)):
         node = await graph.open_node({"driver": "memory", "filename": "disk"}, NodeConfig(read_only=False))
-        node.owned = True
+        node.kept_by_name = True
 
         def writer() -> object:
             return graph.attach(node, "writer", writable=True, perm=READ | WRITE, shared=permissions.ALL)
@@ -56,8 +56,8 @@ async def test_a_user_that_shares_no_writing_conflicts_with_a_writer(graph: Grap
         await first.close()
         second = order[1]()
         await second.close()
-        node.owned = False
-        await graph.collect(node)
+        node.kept_by_name = False
+        await graph.close_if_unused(node)
 
 
 async def test_nobody_writes_to_a_backing_file_in_use(graph: Graph) -> None:
@@ -94,7 +94,7 @@ async def test_what_a_driver_refuses_changes_nothing(graph: Graph, monkeypatch: 
     chain = Chain(Table(512), Table(512))
     with chain.known():
         node = await graph.open_node(chain.options(), NodeConfig())
-        node.owned = True
+        node.kept_by_name = True
         for part in (node, node.children["file"].node):
             part.config.read_only = False
         edge = node.children["file"]
@@ -108,21 +108,21 @@ async def test_what_a_driver_refuses_changes_nothing(graph: Graph, monkeypatch: 
         assert calls.count("abort file0") == calls.count("check file0")
         assert calls.count("abort file1") == calls.count("check file1") - 1
         assert not node.parents
-        node.owned = False
-        await graph.collect(node)
+        node.kept_by_name = False
+        await graph.close_if_unused(node)
 
 
 async def test_permissions_loosen_when_a_user_goes(graph: Graph) -> None:
     store = Store(512)
     with stores(disk=store):
         node = await graph.open_node({"driver": "memory", "filename": "disk"}, NodeConfig(read_only=False))
-        node.owned = True
+        node.kept_by_name = True
         writer = graph.attach(node, "writer", writable=True)
         assert store.permissions[-1][0] & WRITE
         await writer.close()
         assert store.permissions[-1] == (0, permissions.ALL)
-        node.owned = False
-        await graph.collect(node)
+        node.kept_by_name = False
+        await graph.close_if_unused(node)
 
 
 async def test_writes_need_a_user_that_asked(graph: Graph) -> None:

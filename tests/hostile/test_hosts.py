@@ -201,7 +201,7 @@ async def test_read_only_media(tmp_path: Path) -> None:
         assert node.config.read_only
         with pytest.raises(FusediskError, match="is open read-only"):
             graph.attach(node, "writer", writable=True)
-        await graph.collect(node)
+        await graph.close_if_unused(node)
         assert not graph.nodes
 
 

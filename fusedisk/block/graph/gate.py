@@ -86,7 +86,7 @@ class Gate:
 
 
 @dataclasses.dataclass(slots=True, frozen=True)
-class Reference:
+class ImageReference:
     """A file name in an image's header, and what it may open. Nodes opened because of it carry it."""
 
     gate: Gate

@@ -26,7 +26,7 @@ from fusedisk.core.errors import (
 
 log = logging.getLogger(__name__)
 
-EXCLUSIVE = permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
+WRITER_SHARES = permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
 """What a writer shares: others may read, nobody else may write."""
 
 
@@ -79,7 +79,7 @@ class Graph:
         try:
             return self.attach(node, name or node.name, writable=writable, write_cache=write_cache)
         except BaseException as exc:
-            await self.abandon(node, exc)
+            await self.close_failed_opening(node, exc)
             raise
 
     async def open_node(
@@ -90,7 +90,7 @@ class Graph:
         format: str | None = None,
         group: object | None = None,
     ) -> Node:
-        """Open a node and all below it. The caller attaches an edge, or sets ``owned``, before it next awaits.
+        """Open a node and all below it. The caller attaches an edge, or sets ``kept_by_name``, before it next awaits.
 
         Edges to nodes that ``spec`` refers to by name belong to ``group``.
         """
@@ -99,7 +99,11 @@ class Graph:
     async def open_child(
         self, parent: Node, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool
     ) -> Child:
-        """Open and attach a child for a driver; see :meth:`Node.open_child`."""
+        """Open and attach a child from inside ``Driver.open``.
+
+        ``implicit``: the reference comes from the image itself, so it goes through the gate and is resolved relative
+        to the image.
+        """
         return await Opener(self).open_child(parent, name, role, reference, implicit=implicit)
 
     def new_node(self, name: str | None, config: NodeConfig, explicit: frozenset[str], inherits: Node | None) -> Node:
@@ -141,11 +145,11 @@ class Graph:
         node.driver.refresh_limits(limits)
         node.limits = limits
 
-    async def abandon(self, node: Node, cause: BaseException, *, opened: bool = True) -> None:
+    async def close_failed_opening(self, node: Node, cause: BaseException, *, opened: bool = True) -> None:
         """Close what a failed opening leaves behind. Errors are only logged: ``cause`` is the one to report."""
         with shield():
             try:
-                await self.collect(node, opened=opened)
+                await self.close_if_unused(node, opened=opened)
             except FusediskError as exc:
                 log.warning("while giving up on '%s': %s (after: %s)", node.name, exc, cause)
 
@@ -197,7 +201,7 @@ class Graph:
             elif node.config.copy_on_read and not node.config.read_only:
                 perm |= permissions.WRITE_UNCHANGED
         edge.perm = perm
-        edge.shared = shared if shared is not None else EXCLUSIVE if writable else permissions.ALL
+        edge.shared = shared if shared is not None else WRITER_SHARES if writable else permissions.ALL
         node.parents.append(edge)
         try:
             update_permissions([node])
@@ -239,7 +243,7 @@ class Graph:
         del self._backends[edge]
         edge.node.parents.remove(edge)
         try:
-            await self.collect(edge.node)
+            await self.close_if_unused(edge.node)
         except FusediskError as exc:
             failure = failure or exc
         if self.nodes.get(edge.node.name) is edge.node:
@@ -286,13 +290,13 @@ class Graph:
 
     # --- closing ----------------------------------------------------------------------------------------
 
-    async def collect(self, node: Node, *, opened: bool = True) -> None:
+    async def close_if_unused(self, node: Node, *, opened: bool = True) -> None:
         """Close ``node`` if it is unused, then every node that only it used. Raises the first error, at the end."""
         failure: FusediskError | None = None
         queue = [(node, opened)]
         while queue:
             unused, started = queue.pop(0)
-            if unused.parents or unused.owned or self.nodes.get(unused.name) is not unused:
+            if unused.parents or unused.kept_by_name or self.nodes.get(unused.name) is not unused:
                 continue
             # Out of the table, no other task can find the node, attach to it or close it again.
             del self.nodes[unused.name]
@@ -312,7 +316,7 @@ class Graph:
             for edge in list(unused.children.values()):
                 edge.node.parents.remove(edge)
                 try:
-                    if edge.node.parents or edge.node.owned:
+                    if edge.node.parents or edge.node.kept_by_name:
                         update_permissions([edge.node])
                 except FusediskError as exc:
                     failure = failure or exc
@@ -330,9 +334,9 @@ class Graph:
             except Exception as exc:
                 failure = failure or exc
         for node in list(self.nodes.values()):
-            node.owned = False
+            node.kept_by_name = False
             try:
-                await self.collect(node)
+                await self.close_if_unused(node)
             except FusediskError as exc:
                 failure = failure or exc
         if failure is not None:
@@ -383,7 +387,7 @@ class Graph:
                     above.change_mapping()
         if new.length != old.length:
             self.resized(new)
-        await self.collect(old)
+        await self.close_if_unused(old)
 
     @staticmethod
     def _move(edges: list[Child], old: Node, new: Node) -> None:
@@ -403,7 +407,7 @@ class Graph:
             try:
                 await self.replace(node, above)
             except BaseException as exc:
-                await self.abandon(above, exc)
+                await self.close_failed_opening(above, exc)
                 raise
         return above
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from fusedisk.block.graph.filenames import check_filename, parse_filename, resolve_reference
-from fusedisk.block.graph.gate import Reference, home_of
+from fusedisk.block.graph.gate import ImageReference, home_of
 from fusedisk.block.graph.probing import RAW, probe, tell_guess
 from fusedisk.block.model.driver import Role
 from fusedisk.block.model.edge import Child
-from fusedisk.block.model.node import Node, NodeConfig
-from fusedisk.block.model.node import Reference as NodeReference
+from fusedisk.block.model.node import Node, NodeConfig, Reference
 from fusedisk.core.errors import FusediskError, GateError, ImageError, OptionError
 from fusedisk.core.host_open import Identity, identity
 from fusedisk.core.offload import run_opening
@@ -21,6 +21,17 @@ from fusedisk.core.options import nest, parse_bool
 
 if TYPE_CHECKING:
     from fusedisk.block.graph.graph import Graph
+
+
+class _Unset(enum.Enum):
+    UNSET = enum.auto()
+
+
+UNSET: Final = _Unset.UNSET
+"""The options say nothing about the backing file, so the image's header decides."""
+BackingOption = Literal[_Unset.UNSET] | str | dict[str, Any] | None
+"""The user's ``backing`` option: unset, the name of an open node, the options of one to open, or None for no backing
+file."""
 
 
 class Opener:
@@ -81,19 +92,21 @@ class Opener:
                 node.missing_backing = exc
                 return top
             # Otherwise close them: every node of the chain hangs on the top one.
-            await self.graph.abandon(top, exc)
+            await self.graph.close_failed_opening(top, exc)
             raise
         return top
 
-    async def _backing_options(self, node: Node, given: Any) -> tuple[Any, NodeReference | None] | None:
+    async def _backing_options(
+        self, node: Node, given: BackingOption
+    ) -> tuple[str | dict[str, Any], Reference | None] | None:
         """Return the options of the backing child to open for ``node``, and the reference if they come from the image.
         None: there is no backing child to open.
 
-        ``given`` is the user's ``backing`` option of ``node``: None, a node name or options; ``...`` if it is not set.
+        ``given`` is the user's ``backing`` option of ``node``.
         """
         if not node.driver.supports_backing or node.backing is not None:
             return None
-        if given is not ...:
+        if given is not UNSET:
             node.backing_overridden = True
             return None if given is None else (given, node.config.reference)
         reference = node.driver.backing_reference() if self.graph.follow_backing else None
@@ -111,30 +124,36 @@ class Opener:
 
     async def _follow(self, node: Node, text: str) -> tuple[dict[str, Any], Reference]:
         """Return options for the file that the image ``node`` refers to as ``text``, and the reference for the gate."""
-        place = self._place(node)
+        place = self._base_file(node)
 
         def look() -> tuple[dict[str, Any], Reference]:
             options = parse_filename(resolve_reference(text, place), self.drivers)
             home = home_of(node.driver.storage_descriptor())
-            return _harmless(options), Reference(self.graph.gate, place or node.filename, text, home)
+            return _without_privileged_options(options), ImageReference(
+                self.graph.gate, place or node.filename, text, home
+            )
 
         return await run_opening(look)
 
-    async def _open_backing(self, node: Node, given: Any, reference: NodeReference | None) -> tuple[Node, Any]:
+    async def _open_backing(
+        self, node: Node, given: str | dict[str, Any], reference: Reference | None
+    ) -> tuple[Node, BackingOption]:
         if isinstance(given, str):
             below = self._existing(given, node.config)
             self.graph.attach_child(node, below, "backing", Role.BACKING)
-            return below, ...
-        config = dataclasses.replace(node.config.inherited(Role.BACKING), reference=reference)
-        below, deeper = await self._open_guarded(node, given, config)
+            return below, UNSET
+        config = dataclasses.replace(node.config.defaults_for_child(Role.BACKING), reference=reference)
+        below, deeper = await self._open_with_context(node, given, config)
         try:
             self.graph.attach_child(node, below, "backing", Role.BACKING)
         except BaseException as exc:
-            await self.graph.abandon(below, exc)
+            await self.graph.close_failed_opening(below, exc)
             raise
         return below, deeper
 
-    async def _open_guarded(self, node: Node, given: dict[str, Any], config: NodeConfig) -> tuple[Node, Any]:
+    async def _open_with_context(
+        self, node: Node, given: dict[str, Any], config: NodeConfig
+    ) -> tuple[Node, BackingOption]:
         """Open a backing file; errors name the image that refers to it."""
         try:
             return await self.open_one(given, config, node)
@@ -153,7 +172,7 @@ class Opener:
         return self.graph.node(name)
 
     @staticmethod
-    def _place(node: Node) -> str | None:
+    def _base_file(node: Node) -> str | None:
         """Return the local file whose directory is the base for relative references of ``node``."""
         storage = node.children.get("file")
         return storage.node.exact_filename() if storage else node.exact_filename()
@@ -161,12 +180,12 @@ class Opener:
     async def open_child(
         self, parent: Node, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool
     ) -> Child:
-        """Open and attach a child for a driver; see :meth:`Node.open_child`."""
+        """See :meth:`Graph.open_child`."""
         options: dict[str, Any]
         if isinstance(reference, str) and not implicit:
             below = self._existing(reference, parent.config)
             return self.graph.attach_child(parent, below, name, role, group=self.group)
-        config = parent.config.inherited(role)
+        config = parent.config.defaults_for_child(role)
         if isinstance(reference, str):
             options, config.reference = await self._follow(parent, reference)
         else:
@@ -177,7 +196,7 @@ class Opener:
         try:
             edge = self.graph.attach_child(parent, node, name, role)
         except BaseException as exc:
-            await self.graph.abandon(node, exc)
+            await self.graph.close_failed_opening(node, exc)
             raise
         edge.implied = implicit
         return edge
@@ -189,22 +208,24 @@ class Opener:
             raise OptionError("options of a 'file' child need a 'driver' or a 'filename'.")
         return parse_filename(filename, self.drivers) | {k: v for k, v in options.items() if k != "filename"}
 
-    async def open_one(self, options: dict[str, Any], config: NodeConfig, inherits: Node | None) -> tuple[Node, Any]:
-        """Open one node with all its children but the backing file. Returns it and the user's ``backing`` option,
-        ``...`` if it is not set."""
+    async def open_one(
+        self, options: dict[str, Any], config: NodeConfig, inherits: Node | None
+    ) -> tuple[Node, BackingOption]:
+        """Open one node with all its children but the backing file. Returns it and the user's ``backing``
+        option."""
         options = dict(options)
-        config, explicit = common_options(options, config)
-        name = _string(options, "node-name")
-        backing = _child(options, "backing") if "backing" in options else ...
-        driver_name = _string(options, "driver")
+        config, explicit = pop_common_options(options, config)
+        name = _pop_string(options, "node-name")
+        backing: BackingOption = _pop_child(options, "backing") if "backing" in options else UNSET
+        driver_name = _pop_string(options, "driver")
         if driver_name is None or not self.drivers.load(driver_name).is_protocol:
             self._filename_to_file(options)
         if driver_name is None:
             return await self._open_probed(options, config, explicit, inherits, name, backing)
         driver_type = self.drivers.load(driver_name)
-        if backing is not ... and not driver_type.supports_backing:
+        if backing is not UNSET and not driver_type.supports_backing:
             raise OptionError(f"{driver_name} has no backing file, the option 'backing' is for formats that do.")
-        children = {spec.name: _child(options, spec.option_name) for spec in driver_type.child_specs}
+        children = {spec.name: _pop_child(options, spec.option_name) for spec in driver_type.child_specs}
         node = self.graph.new_node(name, config, explicit, inherits)
         try:
             node.driver = driver_type(node, driver_type.options_type.parse(options, driver_name))
@@ -215,7 +236,7 @@ class Opener:
                     raise OptionError(f"{driver_name} needs the option '{spec.option_name}'.")
             await self.graph.start(node)
         except BaseException as exc:
-            await self.graph.abandon(node, exc, opened=False)
+            await self.graph.close_failed_opening(node, exc, opened=False)
             raise
         return node, backing
 
@@ -234,10 +255,10 @@ class Opener:
         explicit: frozenset[str],
         inherits: Node | None,
         name: str | None,
-        backing: Any,
-    ) -> tuple[Node, Any]:
+        backing: BackingOption,
+    ) -> tuple[Node, BackingOption]:
         """Open the storage, detect the format from its bytes, and open that over it."""
-        given = _child(options, "file")
+        given = _pop_child(options, "file")
         if given is None:
             raise OptionError("an image needs the option 'driver', 'file' or 'filename'.")
         storage: Node
@@ -246,7 +267,7 @@ class Opener:
         else:
             if "driver" not in given:
                 given = self._protocol_options(given)
-            storage = await self._open_chain(given, config.inherited(Role.FILE), None)
+            storage = await self._open_chain(given, config.defaults_for_child(Role.FILE), None)
         try:
             driver_type = await probe(self.drivers, storage, inherits)
             node = self.graph.new_node(name, config, explicit, inherits)
@@ -255,20 +276,20 @@ class Opener:
             if not isinstance(given, str):
                 storage.inherits_from = node
         except BaseException as exc:
-            await self.graph.abandon(storage, exc)
+            await self.graph.close_failed_opening(storage, exc)
             raise
         try:
             node.driver = driver_type(node, driver_type.options_type.parse(options, driver_type.name))
-            if backing is not ... and not driver_type.supports_backing:
+            if backing is not UNSET and not driver_type.supports_backing:
                 raise OptionError(f"'{storage.filename}' is {driver_type.name}, which has no backing file.")
             self.graph.attach_child(node, storage, "file", Role.FILE)
             await self.graph.start(node)
             if node.guards_probe and not self.graph.look_only:
                 tell_guess(storage, inherits)
         except BaseException as exc:
-            await self.graph.abandon(node, exc, opened=False)
+            await self.graph.close_failed_opening(node, exc, opened=False)
             if storage.name in self.graph.nodes:
-                await self.graph.abandon(storage, exc)
+                await self.graph.close_failed_opening(storage, exc)
             raise
         return node, backing
 
@@ -316,16 +337,16 @@ def _file_identity(filename: str | None) -> Identity | None:
         return None
 
 
-def _harmless(options: dict[str, Any]) -> dict[str, Any]:
+def _without_privileged_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of an image's reference without those reserved to the user: node names and write access."""
     return {
-        key: _harmless(value) if isinstance(value, dict) else value
+        key: _without_privileged_options(value) if isinstance(value, dict) else value
         for key, value in options.items()
         if key not in ("node-name", "read-only", "auto-read-only")
     }
 
 
-def _string(options: dict[str, Any], name: str) -> str | None:
+def _pop_string(options: dict[str, Any], name: str) -> str | None:
     """Remove a string from ``options`` and return it; None if it is missing."""
     value = options.pop(name, None)
     if value is not None and not isinstance(value, str):
@@ -335,7 +356,7 @@ def _string(options: dict[str, Any], name: str) -> str | None:
     return value
 
 
-def _child(options: dict[str, Any], name: str) -> str | dict[str, Any] | None:
+def _pop_child(options: dict[str, Any], name: str) -> str | dict[str, Any] | None:
     """Remove the description of a child from ``options`` and return it; None if it is missing."""
     value = options.pop(name, None)
     if value is not None and not isinstance(value, (str, dict)):
@@ -343,7 +364,7 @@ def _child(options: dict[str, Any], name: str) -> str | dict[str, Any] | None:
     return value
 
 
-def common_options(options: dict[str, Any], defaults: NodeConfig) -> tuple[NodeConfig, frozenset[str]]:
+def pop_common_options(options: dict[str, Any], defaults: NodeConfig) -> tuple[NodeConfig, frozenset[str]]:
     """Remove the options that every node has from ``options``. Returns the settings, and the fields of NodeConfig that
     the options set. Raises OptionError."""
     found: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import trio
 
 from fusedisk.block.graph.graph import Graph
-from fusedisk.block.graph.opening import common_options
+from fusedisk.block.graph.opening import pop_common_options
 from fusedisk.block.graph.permission_update import PreparedPermissions
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.block.request import io
@@ -35,7 +35,7 @@ async def reopen(graph: Graph, changes: Mapping[Node, Mapping[str, Any]]) -> Non
     queue: dict[Node, _Change] = {}
     for node, given in changes.items():
         options = nest(given)
-        config, explicit = common_options(options, node.config)
+        config, explicit = pop_common_options(options, node.config)
         merged = {**node.driver.options.given(), **options}
         parsed = node.driver.options_type.parse(merged, node.driver.name)
         queue[node] = _Change(config, node.explicit | explicit, parsed)
@@ -55,7 +55,7 @@ def _enqueue_children(queue: dict[Node, _Change], node: Node) -> None:
         child = edge.node
         if child.inherits_from is not node or child in queue or edge.role is None:
             continue
-        inherited = queue[node].config.inherited(edge.role)
+        inherited = queue[node].config.defaults_for_child(edge.role)
         kept = {name: getattr(child.config, name) for name in (*child.explicit, "reference")}
         queue[child] = _Change(dataclasses.replace(inherited, **kept), child.explicit, child.driver.options)
         _enqueue_children(queue, child)

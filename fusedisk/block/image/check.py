@@ -15,7 +15,7 @@ import trio
 from fusedisk.block.graph.filenames import parse_filename
 from fusedisk.block.graph.gate import Gate
 from fusedisk.block.graph.graph import Graph
-from fusedisk.block.graph.opening import common_options
+from fusedisk.block.graph.opening import pop_common_options
 from fusedisk.block.graph.probing import probe
 from fusedisk.block.graph.registry import Registry
 from fusedisk.block.image.files import CheckedFiles
@@ -61,7 +61,7 @@ async def open_for_check(
     Raises HostError, LockConflictError, OptionError or, for a format that is only recognised, UnsupportedFeatureError.
     """
     options = await run_opening(_format_options, spec, format, drivers)
-    config, _ = common_options(options, NodeConfig(read_only=not writable, force_share=force_share))
+    config, _ = pop_common_options(options, NodeConfig(read_only=not writable, force_share=force_share))
     driver_name, storage_options = _storage_options(options, drivers)
     graph = Graph(drivers, gate)
     try:

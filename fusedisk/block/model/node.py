@@ -24,7 +24,7 @@ BeforeWrite = Callable[[int, int], Awaitable[None]]
 
 
 class Reference(Protocol):
-    """A file name in an image's header, and what it may open; see :class:`fusedisk.block.graph.gate.Reference`."""
+    """A file name in an image's header, and what it may open; see :class:`fusedisk.block.graph.gate.ImageReference`."""
 
     def check_driver(self, driver: Driver) -> None:
         """Raise GateError for a driver that images may not name."""
@@ -60,7 +60,7 @@ class Owner(Protocol):
     async def open_child(
         self, parent: Node, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool
     ) -> Child:
-        """See :meth:`Node.open_child`."""
+        """Open and attach a child from inside ``Driver.open``."""
 
     def resized(self, node: Node) -> None:
         """Tell the users attached to ``node`` that its length has changed."""
@@ -93,7 +93,7 @@ class NodeConfig:
     reference: Reference | None = None
     """The reference in an image's header for which the node is opened; None if the user names it. Used by the gate."""
 
-    def given(self, fields: Iterable[str]) -> dict[str, Any]:
+    def as_qmp_options(self, fields: Iterable[str]) -> dict[str, Any]:
         """Return these fields as QMP's nested options."""
         options: dict[str, Any] = {}
         for field in fields:
@@ -106,7 +106,7 @@ class NodeConfig:
                 options[field.replace("_", "-")] = value
         return options
 
-    def inherited(self, role: Role) -> NodeConfig:
+    def defaults_for_child(self, role: Role) -> NodeConfig:
         """Return the default settings for a child of this node."""
         if role is Role.BACKING:
             return dataclasses.replace(
@@ -123,7 +123,7 @@ class NodeConfig:
 class Node:
     """One node: a driver, its settings, its edges and its requests in flight.
 
-    Only the graph makes nodes. A node lives while it has a parent edge or is ``owned``.
+    Only the graph makes nodes. A node lives while it has a parent edge or is ``kept_by_name``.
 
     It has three names. ``exact_filename()`` is a plain file name, None if only options can describe the node.
     ``options_filename()`` is always a ``json:`` name with all options. ``filename``, for messages, is the first of the
@@ -138,7 +138,7 @@ class Node:
         self.config = config
         self.children: dict[str, Child] = {}
         self.parents: list[Child] = []
-        self.owned = False
+        self.kept_by_name = False
         """Stays open without a parent, under its name (QMP's blockdev-add)."""
         self.inherits_from: Node | None = None
         self.explicit: frozenset[str] = frozenset()
@@ -183,16 +183,6 @@ class Node:
         for edge in self.parents:
             perm |= edge.perm
         return perm
-
-    async def open_child(
-        self, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool = False
-    ) -> Child:
-        """Open and attach a child from inside ``Driver.open``.
-
-        ``implicit``: the reference comes from the image itself, so it goes through the gate and is resolved relative
-        to the image.
-        """
-        return await self.graph.open_child(self, name, role, reference, implicit=implicit)
 
     # --- state ------------------------------------------------------------------------------------------
 
@@ -239,7 +229,7 @@ class Node:
     def full_options(self) -> dict[str, Any]:
         """Return nested options that open this node again, children included."""
         options: dict[str, Any] = {"driver": self.driver.name, **self.driver.options.given()}
-        options |= self.config.given(sorted(self.explicit))
+        options |= self.config.as_qmp_options(sorted(self.explicit))
         if not self.name.startswith("#"):
             options["node-name"] = self.name
         names = {spec.name: spec.option_name for spec in self.driver.child_specs}

@@ -178,7 +178,7 @@ class Qcow2Driver(SnapshotDriver):
                 f"'{node.filename}' has an external data file and does not name it: give the option 'data-file'."
             )
         try:
-            return await node.open_child("data-file", Role.DATA_FILE, name, implicit=True)
+            return await node.graph.open_child(node, "data-file", Role.DATA_FILE, name, implicit=True)
         except FusediskError as exc:
             exc.message = f"the data file of '{node.filename}' cannot be opened: {exc.message}"
             raise
