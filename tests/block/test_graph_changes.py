@@ -120,29 +120,36 @@ async def test_a_cancelled_drain_lets_requests_go_on(graph: Graph) -> None:
         await reader.join()
 
 
-async def test_who_attaches_during_a_drain_is_drained_too(graph: Graph) -> None:
+@pytest.mark.parametrize("waits", [True, False], ids=["while it waits", "in the section"])
+async def test_a_user_that_attaches_during_a_drain_is_held_back_too(graph: Graph, waits: bool) -> None:
     store = Store(SIZE)
     async with memory_backend(graph, store, **{"node-name": "d"}) as backend, trio.open_nursery() as nursery:
         held = store.steps.hold("read")
         reader = await start(nursery, lambda: backend.read(0, 1))
-        inside: list[int] = []
+        if not waits:
+            held.release()
+            await reader.join()
+        inside, leave = trio.Event(), trio.Event()
 
         async def drain() -> None:
             async with graph.drained(backend.node):
-                inside.append(sum(other.in_flight for other in graph.backends_over(backend.node)))
+                inside.set()
+                await leave.wait()
+                assert not any(user.in_flight for user in graph.backends_over(backend.node))
 
         draining = await start(nursery, drain)
+        assert inside.is_set() is not waits
         other = graph.attach(backend.node, "other", writable=False)
-        late_hold = store.steps.hold("read", 5)
         late = await start(nursery, lambda: other.read(5, 1))
         held.release()
         await reader.join()
         await trio.testing.wait_all_tasks_blocked()
-        assert not inside, "the other one's read is still in flight"
-        late_hold.release()
+        assert inside.is_set()
+        assert other.in_flight == 0
+        assert not late.done
+        leave.set()
         await late.join()
         await draining.join()
-        assert inside == [0]
         await other.close()
 
 
@@ -160,7 +167,7 @@ async def test_filters_come_and_go_under_load(graph: Graph, seed: int) -> None:
         async with _load(backend, seed) as oracle:
             for _ in range(5):
                 generation = node.generation
-                added = await graph.insert_above(node, {"driver": "copy-on-read"})
+                added = await graph.insert_filter(node, {"driver": "copy-on-read"})
                 assert backend.node is added
                 assert added.children["file"].node is node
                 await _let_others_run()
@@ -169,7 +176,7 @@ async def test_filters_come_and_go_under_load(graph: Graph, seed: int) -> None:
                 assert added.closed
                 assert node.generation >= generation
                 storage = node.children["file"].node
-                below = await graph.insert_above(storage, {"driver": "copy-on-read"})
+                below = await graph.insert_filter(storage, {"driver": "copy-on-read"})
                 assert node.children["file"].node is below
                 await graph.replace(below, storage)
                 assert node.children["file"].node is storage
@@ -246,7 +253,7 @@ async def test_a_filter_that_cannot_be_opened_leaves_all_as_it_was(graph: Graph)
     async with chain_backend(graph, chain) as backend:
         node = backend.node
         with pytest.raises(OptionError, match="no option 'nonsense'"):
-            await graph.insert_above(node, {"driver": "copy-on-read", "nonsense": 1})
+            await graph.insert_filter(node, {"driver": "copy-on-read", "nonsense": 1})
         assert backend.node is node
         assert len(graph.nodes) == 2
         await backend.write(0, b"x")

@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fusedisk.block.graph.backend import Backend
+from fusedisk.block.graph.drain import Drain, Target
+from fusedisk.block.graph.edits import Edits, edited
 from fusedisk.block.graph.gate import Gate
 from fusedisk.block.graph.opening import Opener
 from fusedisk.block.graph.permission_update import update_permissions
 from fusedisk.block.graph.registry import Registry
+from fusedisk.block.graph.transaction import GraphChange
 from fusedisk.block.model import permissions
 from fusedisk.block.model.driver import Role
 from fusedisk.block.model.edge import Child
@@ -23,6 +26,7 @@ from fusedisk.core.errors import (
     NodeNotFoundError,
     OptionError,
 )
+from fusedisk.core.locks import Mutex
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +56,11 @@ class Graph:
         them."""
         self.nodes: dict[str, Node] = {}
         self._backends: dict[Child, Backend] = {}
+        self._drains: list[Drain] = []
+        self.change_mutex = Mutex()
+        """Held while a transaction prepares and commits; its users are drained by then."""
+        self.changing_users: list[Backend] | None = None
+        """The drained users of the transaction that holds ``change_mutex``."""
         self._counter = 0
 
     # --- opening ----------------------------------------------------------------------------------------
@@ -127,6 +136,7 @@ class Graph:
         try:
             node.length = await node.driver.length()
             self.refresh_limits(node)
+            node.note_opened()
         except BaseException as exc:
             with shield():
                 try:
@@ -155,26 +165,18 @@ class Graph:
 
     # --- edges ------------------------------------------------------------------------------------------
 
-    def attach_child(self, parent: Node, node: Node, name: str, role: Role, *, group: object | None = None) -> Child:
-        """Make ``node`` the child ``name`` of ``parent``. Raises OptionError or a permission error; then there is no
-        edge."""
-        if name in parent.children:
-            raise OptionError(f"node '{parent.name}' has a child '{name}' already.")
-        if _reaches(node, parent):
-            raise OptionError(f"node '{node.name}' cannot be below '{parent.name}': the graph would have a loop.")
-        # A parent with auto-read-only is only as writable as its storage.
-        if parent.config.auto_read_only and node.config.read_only and role is not Role.BACKING:
-            parent.config.read_only = True
+    def attach_child(
+        self, parent: Node, node: Node, name: str, role: Role, *, group: object | None = None, dormant: bool = False
+    ) -> Child:
+        """Make ``node`` the child ``name`` of ``parent``, which is being opened; :meth:`GraphChange.attach_child` is
+        for open ones. Raises OptionError or a permission error; then there is no edge."""
         edge = Child(name, role, parent, node, f"node '{parent.name}'")
         edge.group = group
-        parent.children[name] = edge
-        node.parents.append(edge)
-        try:
-            update_permissions([parent])
-        except BaseException:
-            del parent.children[name]
-            node.parents.remove(edge)
-            raise
+        edge.dormant = dormant
+        with edited(self) as edits:
+            edits.link(edge)
+            edits.follow_read_only([parent])
+        parent.opened_children[name] = node.serial
         return edge
 
     def attach(
@@ -192,6 +194,15 @@ class Graph:
         By default the user needs the read permission, with ``writable`` also write and resize. A writer lets others
         read, a reader lets them do anything.
         """
+        backend, edge = self.new_backend(node, name, writable, write_cache, perm, shared)
+        with edited(self) as edits:
+            self.register(edits, backend, edge)
+        return backend
+
+    def new_backend(
+        self, node: Node, name: str, writable: bool, write_cache: bool, perm: int | None, shared: int | None
+    ) -> tuple[Backend, Child]:
+        """Return a user and its root edge, not attached yet; see :meth:`attach`."""
         backend = Backend(self, name, write_cache=write_cache)
         edge = Child("root", None, None, node, f"'{name}'")
         if perm is None:
@@ -202,15 +213,13 @@ class Graph:
                 perm |= permissions.WRITE_UNCHANGED
         edge.perm = perm
         edge.shared = shared if shared is not None else WRITER_SHARES if writable else permissions.ALL
-        node.parents.append(edge)
-        try:
-            update_permissions([node])
-        except BaseException:
-            node.parents.remove(edge)
-            raise
-        backend.root = edge
-        self._backends[edge] = backend
-        return backend
+        return backend, edge
+
+    def register(self, edits: Edits, backend: Backend, edge: Child) -> None:
+        """Link the root edge of a new user."""
+        edits.link(edge)
+        edits.set(backend, "root", edge)
+        edits.set(self, "_backends", {**self._backends, edge: backend})
 
     async def detach(self, backend: Backend) -> None:
         """Flush, detach, and close the nodes that are unused then. Raises the first error after releasing everything.
@@ -223,6 +232,9 @@ class Graph:
         backend.quiesce()
         try:
             await backend.wait_idle()
+            while self.changing_users is not None and backend in self.changing_users:
+                async with self.change_mutex:
+                    pass
         except BaseException:
             backend.resume()
             raise
@@ -240,8 +252,8 @@ class Graph:
             failure = exc
         backend.root = None
         backend.resume()
-        del self._backends[edge]
-        edge.node.parents.remove(edge)
+        self._backends = {root: user for root, user in self._backends.items() if root is not edge}
+        edge.node.parents = [parent for parent in edge.node.parents if parent is not edge]
         try:
             await self.close_if_unused(edge.node)
         except FusediskError as exc:
@@ -254,6 +266,15 @@ class Graph:
     def backend_of(self, edge: Child) -> Backend | None:
         """Return the backend with this root edge."""
         return self._backends.get(edge)
+
+    def users_over(self, target: Target) -> list[Backend]:
+        """Return all backends whose requests reach a node, or take an edge."""
+        if isinstance(target, Node):
+            return self.backends_over(target)
+        if target.parent is not None:
+            return self.backends_over(target.parent)
+        backend = self._backends.get(target)
+        return [backend] if backend is not None else []
 
     def backends_over(self, node: Node) -> list[Backend]:
         """Return all backends whose requests reach ``node``."""
@@ -282,7 +303,8 @@ class Graph:
         return found
 
     def resized(self, node: Node) -> None:
-        """Tell the backends attached directly to ``node`` that its length has changed."""
+        """Tell the backends attached directly to ``node`` that its length has changed. Nodes above that did not ask for
+        the change keep theirs: a filter passes such a request on itself, and no other user may resize below it."""
         for edge in node.parents:
             backend = self._backends.get(edge)
             if backend is not None:
@@ -314,14 +336,14 @@ class Graph:
                 )
             unused.closed = True
             for edge in list(unused.children.values()):
-                edge.node.parents.remove(edge)
+                edge.node.parents = [parent for parent in edge.node.parents if parent is not edge]
                 try:
                     if edge.node.parents or edge.node.kept_by_name:
                         update_permissions([edge.node])
                 except FusediskError as exc:
                     failure = failure or exc
                 queue.append((edge.node, True))
-            unused.children.clear()
+            unused.children = {}
         if failure is not None:
             raise failure
 
@@ -345,100 +367,55 @@ class Graph:
     # --- changing under load ----------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def drained(self, *nodes: Node) -> AsyncIterator[None]:
-        """Run the block while no request is in flight on any of ``nodes``.
+    async def drained(self, *targets: Target) -> AsyncIterator[Drain]:
+        """Run the block while no request is in flight on any of the nodes, or by any of the edges, in ``targets``.
 
-        Stops the backends above and waits for their requests. Never use it from inside a request.
+        Holds back the users above and waits for their requests. Never use it from inside a request.
         """
-        backends: list[Backend] = []
+        drain = Drain(self)
+        self._drains.append(drain)
         try:
-            # In a loop, since another backend may attach during the wait.
-            while new := {user: None for node in nodes for user in self.backends_over(node) if user not in backends}:
-                for backend in new:
-                    backend.quiesce()
-                    backends.append(backend)
-                for backend in new:
-                    await backend.wait_idle()
-            yield
+            await drain.add(targets)
+            yield drain
         finally:
-            for backend in backends:
-                backend.resume()
+            self._drains.remove(drain)
+            drain.end()
 
-    async def replace(self, old: Node, new: Node) -> None:
-        """Let every parent of ``old`` (but ``new`` itself) use ``new`` instead, under load.
+    def edges_changed(self) -> None:
+        """Called after each change of edges: users that have come to reach drained nodes are held back, too."""
+        self.changes += 1
+        for drain in self._drains:
+            drain.hold_back_new()
 
-        ``old`` is closed if it is unused then. Raises OperationBlockedError if the operation is blocked, OptionError if
-        it would make a loop, PermissionConflictError if permissions conflict; then nothing has changed.
-        """
-        old.check_operation("replace")
-        async with self.drained(old, new):
-            moved = [edge for edge in old.parents if edge.parent is not new]
-            if any(edge.parent is not None and _reaches(new, edge.parent) for edge in moved):
-                raise OptionError(f"node '{new.name}' cannot replace '{old.name}': the graph would have a loop.")
-            self._move(moved, old, new)
-            try:
-                update_permissions([old, new])
-            except BaseException:
-                self._move(moved, new, old)
-                update_permissions([old, new])
-                raise
-            for edge in moved:
-                for above in _above(edge):
-                    above.change_mapping()
-        if new.length != old.length:
-            self.resized(new)
-        await self.close_if_unused(old)
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[GraphChange]:
+        """Collect changes in the block and put all of them into force at its end, or none; see :class:`GraphChange`."""
+        change = GraphChange(self)
+        try:
+            yield change
+            await change.commit()
+        except BaseException as exc:
+            await change.close_opened(exc)
+            raise
 
-    @staticmethod
-    def _move(edges: list[Child], old: Node, new: Node) -> None:
-        for edge in edges:
-            old.parents.remove(edge)
-            edge.node = new
-            edge.implied = False
-            new.parents.append(edge)
+    async def replace(self, old: Node | Child, new: Node) -> None:
+        """Let every parent of ``old``, or one edge, use ``new`` instead; see :meth:`GraphChange.replace`."""
+        async with self.changing() as change:
+            change.replace(old, new)
 
-    async def insert_above(self, node: Node, options: dict[str, Any]) -> Node:
-        """Open a filter and insert it between ``node`` and all its parents, under load. Returns the filter."""
-        config = dataclasses.replace(
-            node.config, detect_zeroes="off", copy_on_read=False, discard_unmap=True, reference=None
-        )
-        async with self.drained(node):
-            above, _ = await Opener(self).open_one({**options, "file": node.name}, config, None)
-            try:
-                await self.replace(node, above)
-            except BaseException as exc:
-                await self.close_failed_opening(above, exc)
-                raise
-        return above
+    async def insert_filter(self, target: Node | Child, options: dict[str, Any]) -> Node:
+        """Open a filter and insert it between a node and all its parents, or into one edge. Returns the filter."""
+        async with self.changing() as change:
+            filter = await change.open_filter(target, options)
+            change.insert_filter(filter, target)
+        return filter
 
-    async def remove_filter(self, node: Node) -> None:
+    async def remove_filter(self, filter: Node) -> None:
         """Remove a filter: connect its parents to its child, then close it."""
-        if not node.driver.is_filter:
-            raise OptionError(f"node '{node.name}' is {node.driver.name}, only filters can be removed.")
-        await self.replace(node, node.children["file"].node)
+        async with self.changing() as change:
+            change.remove_filter(filter)
 
-
-def _above(edge: Child) -> list[Node]:
-    """Return all nodes from which ``edge`` can be reached."""
-    found: dict[Node, None] = {}
-    queue = [edge]
-    while queue:
-        parent = queue.pop().parent
-        if parent is not None and parent not in found:
-            found[parent] = None
-            queue.extend(parent.parents)
-    return list(found)
-
-
-def _reaches(start: Node, wanted: Node) -> bool:
-    """Whether ``wanted`` is ``start`` or below it."""
-    seen, queue = {start}, [start]
-    while queue:
-        node = queue.pop()
-        if node is wanted:
-            return True
-        for edge in node.children.values():
-            if edge.node not in seen:
-                seen.add(edge.node)
-                queue.append(edge.node)
-    return False
+    async def set_backing(self, node: Node, backing: Node | None, *, named: bool = False) -> None:
+        """Give an image another backing file, or none; see :meth:`GraphChange.set_backing`."""
+        async with self.changing() as change:
+            change.set_backing(node, backing, named=named)

@@ -37,10 +37,12 @@ file."""
 class Opener:
     """Opens nodes into a graph. After a failure nothing stays open."""
 
-    def __init__(self, graph: Graph, group: object | None = None) -> None:
+    def __init__(self, graph: Graph, group: object | None = None, *, dormant: bool = False) -> None:
         self.graph = graph
         self.group = group
         """The group of the edges to nodes that options refer to by name."""
+        self.dormant = dormant
+        """Those edges are dormant, as the nodes are for a change of the graph that is not in force yet."""
         self.drivers = graph.drivers
 
     async def open(self, spec: str | Mapping[str, Any], config: NodeConfig, format: str | None) -> Node:
@@ -140,7 +142,7 @@ class Opener:
     ) -> tuple[Node, BackingOption]:
         if isinstance(given, str):
             below = self._existing(given, node.config)
-            self.graph.attach_child(node, below, "backing", Role.BACKING)
+            self.graph.attach_child(node, below, "backing", Role.BACKING, dormant=self.dormant)
             return below, UNSET
         config = dataclasses.replace(node.config.defaults_for_child(Role.BACKING), reference=reference)
         below, deeper = await self._open_with_context(node, given, config)
@@ -184,7 +186,7 @@ class Opener:
         options: dict[str, Any]
         if isinstance(reference, str) and not implicit:
             below = self._existing(reference, parent.config)
-            return self.graph.attach_child(parent, below, name, role, group=self.group)
+            return self.graph.attach_child(parent, below, name, role, group=self.group, dormant=self.dormant)
         config = parent.config.defaults_for_child(role)
         if isinstance(reference, str):
             options, config.reference = await self._follow(parent, reference)
@@ -282,7 +284,8 @@ class Opener:
             node.driver = driver_type(node, driver_type.options_type.parse(options, driver_type.name))
             if backing is not UNSET and not driver_type.supports_backing:
                 raise OptionError(f"'{storage.filename}' is {driver_type.name}, which has no backing file.")
-            self.graph.attach_child(node, storage, "file", Role.FILE)
+            dormant = self.dormant and isinstance(given, str)
+            self.graph.attach_child(node, storage, "file", Role.FILE, dormant=dormant)
             await self.graph.start(node)
             if node.guards_probe and not self.graph.look_only:
                 tell_guess(storage, inherits)

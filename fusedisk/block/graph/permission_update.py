@@ -9,6 +9,7 @@ from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node
 from fusedisk.core.errors import PermissionConflictError, ReadOnlyError
 
+_ONLY_READ = permissions.CONSISTENT_READ, permissions.ALL
 _CHANGING = permissions.WRITE | permissions.WRITE_UNCHANGED | permissions.RESIZE
 
 
@@ -23,12 +24,14 @@ class PreparedPermissions:
         self._wanted: dict[Child, tuple[int, int]] = {}
         self._checked: list[tuple[Node, int, int]] = []
         try:
-            for node in _top_down(roots):
+            for node in top_down(roots):
                 perm, shared = self._cumulative(node)
                 node.driver.check_permissions(perm, shared)
                 self._checked.append((node, perm, shared))
                 for edge in node.children.values():
-                    self._wanted[edge] = node.driver.child_permissions(edge, perm, shared)
+                    self._wanted[edge] = (
+                        _ONLY_READ if edge.dormant else node.driver.child_permissions(edge, perm, shared)
+                    )
         except BaseException:
             self.abort()
             raise
@@ -70,7 +73,7 @@ def update_permissions(roots: Iterable[Node]) -> None:
     PreparedPermissions(roots).commit()
 
 
-def _top_down(roots: Iterable[Node]) -> list[Node]:
+def top_down(roots: Iterable[Node]) -> list[Node]:
     """Return ``roots`` and all nodes below them, parents before children."""
     order: list[Node] = []
     done: set[Node] = set()

@@ -111,6 +111,8 @@ class Driver:
     """True if every place in this driver that can block calls :func:`fusedisk.core.at_once.refuse_to_wait` first. The
     core may then run a request without starting a task. Host I/O in worker threads does call it."""
     supports_backing: ClassVar[bool] = False
+    takes_children: ClassVar[bool] = False
+    """True if children may come and go while the node is open, in addition to the backing file."""
     length_unit: ClassVar[int] = 1
     """A new length of the node must be a multiple of this, in bytes."""
     options_type: ClassVar[type[Options]] = Options
@@ -154,7 +156,8 @@ class Driver:
     # --- life -------------------------------------------------------------------------------------------
 
     async def backing_opened(self) -> None:
-        """Called after the backing file of a newly opened image is attached. Formats with ``supports_backing``."""
+        """Called after a backing file is attached: when the image is opened, and when another one takes its place.
+        Formats with ``supports_backing``."""
 
     async def open(self) -> None:
         """Open with ``self.options`` and ``self.node.config``; children of ``child_specs`` are attached.
@@ -176,11 +179,14 @@ class Driver:
         return None
 
     def reopen_commit(self, state: object) -> None:
-        """Put the prepared settings into force; must not fail. ``node.config`` is already the new one; the caller sets
-        ``options`` afterwards."""
+        """Put the prepared settings into force; must not fail. ``node.config`` and ``options`` are the new ones."""
 
     def reopen_abort(self, state: object) -> None:
         """Drop the prepared settings; must not fail."""
+
+    def check_children(self) -> None:
+        """Raise OptionError if the driver, as its options are now, cannot work over the children that it has now.
+        Called after a change of either, before it comes into force; synchronous."""
 
     # --- size, limits, permissions ----------------------------------------------------------------------
 

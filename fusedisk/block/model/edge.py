@@ -18,7 +18,7 @@ class Child:
     ``parent`` is None for the root edge of a :class:`~fusedisk.block.graph.backend.Backend`.
     """
 
-    __slots__ = ("group", "implied", "name", "node", "owner", "parent", "perm", "role", "shared")
+    __slots__ = ("dormant", "frozen", "group", "implied", "name", "node", "owner", "parent", "perm", "role", "shared")
 
     def __init__(self, name: str, role: Role | None, parent: Node | None, node: Node, owner: str) -> None:
         self.name = name
@@ -31,5 +31,9 @@ class Child:
         """The parent's image names the node, so opening the parent opens it too (``implicit`` of ``open_child``)."""
         self.group: object | None = None
         """Edges of one group belong to one user, such as a disk and its partitions, and do not exclude each other."""
+        self.dormant = False
+        """The parent was opened for a change of the graph that is not in force yet: it may read only."""
+        self.frozen: list[str] = []
+        """Why the edge must stay as it is, such as a job that relies on it: sentences without their full stops."""
         self.perm = 0
         self.shared = permissions.ALL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -34,6 +35,9 @@ class Reference(Protocol):
 
     def check_file(self, fd: int) -> None:
         """Raise GateError unless the file behind a descriptor may be opened."""
+
+
+_serials = itertools.count()
 
 
 class User(Protocol):
@@ -125,9 +129,10 @@ class Node:
 
     Only the graph makes nodes. A node lives while it has a parent edge or is ``kept_by_name``.
 
-    It has three names. ``exact_filename()`` is a plain file name, None if only options can describe the node.
-    ``options_filename()`` is always a ``json:`` name with all options. ``filename``, for messages, is the first of the
-    two that exists; ``printable_name`` is the shortest one that opens the same thing again.
+    It has four names. ``exact_filename()`` is the plain name of the file that it stores its bytes in, None without
+    one; it says nothing of backing files. ``options_filename()`` is always a ``json:`` name with all options.
+    ``filename``, for messages, is the plain name as long as it leads to the same bytes. ``printable_name`` is the
+    shortest name that opens the same thing again.
     """
 
     driver: Driver
@@ -135,6 +140,8 @@ class Node:
     def __init__(self, graph: Owner, name: str, config: NodeConfig) -> None:
         self.graph = graph
         self.name = name
+        self.serial = next(_serials)
+        """Tells nodes apart, also after one is closed."""
         self.config = config
         self.children: dict[str, Child] = {}
         self.parents: list[Child] = []
@@ -143,6 +150,10 @@ class Node:
         self.inherits_from: Node | None = None
         self.explicit: frozenset[str] = frozenset()
         """Fields of ``config`` that the options set; the others follow ``inherits_from``."""
+        self.opened_children: dict[str, int] = {}
+        """The serials of the children that opening the node again would give it."""
+        self._opened_options: dict[str, Any] | None = None
+        """The driver's options and the explicit settings that the node was opened with."""
         self.probed = False
         """The driver was chosen by probing."""
         self.guards_probe = False
@@ -175,6 +186,13 @@ class Node:
     def backing(self) -> Child | None:
         """The backing edge, None without one."""
         return self.children.get("backing")
+
+    @property
+    def filtered(self) -> Child | None:
+        """The edge to the child that a filter passes everything to; None for other drivers."""
+        if not self.driver.is_filter:
+            return None
+        return next((edge for edge in self.children.values() if edge.role is Role.FILTERED), None)
 
     @property
     def perm(self) -> int:
@@ -218,13 +236,61 @@ class Node:
     # --- names ------------------------------------------------------------------------------------------
 
     def exact_filename(self) -> str | None:
-        """Return a plain file name that leads to the same bytes, None if only options can describe the node."""
+        """Return the plain name of the file with the node's bytes, None if only options can describe them."""
         return self.driver.exact_filename()
 
     @property
     def filename(self) -> str:
-        """The name for messages: the plain name, else ``json:`` options."""
-        return self.exact_filename() or self.options_filename()
+        """The name for messages: the plain name if that leads to the same bytes, else ``json:`` options."""
+        exact = self.exact_filename()
+        return exact if exact is not None and self.is_as_opened(bytes_only=True) else self.options_filename()
+
+    def note_opened(self) -> None:
+        """Remember the options that the node was opened with."""
+        self._opened_options = self._own_options()
+
+    def _own_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = self.driver.options.given()
+        return options | self.config.as_qmp_options(sorted(self.explicit))
+
+    def is_as_opened(self, *, bytes_only: bool = False) -> bool:
+        """Whether opening the node again would give the same nodes, here and below: no child was replaced, no option
+        was changed. ``bytes_only``: settings that have come, and filters that were inserted, do not count."""
+        queue, seen = [self], {self}
+        while queue:
+            node = queue.pop()
+            if node._differs(bytes_only):
+                return False
+            for edge in node.children.values():
+                if edge.node not in seen:
+                    seen.add(edge.node)
+                    queue.append(edge.node)
+        return True
+
+    def _differs(self, bytes_only: bool) -> bool:
+        children = {name: edge.node.serial for name, edge in self.children.items()}
+        if bytes_only and children.keys() == self.opened_children.keys():
+            for name, edge in self.children.items():
+                node, wanted = edge.node, self.opened_children[name]
+                while node.serial != wanted and (below := node.filtered) is not None:
+                    node = below.node
+                children[name] = node.serial
+        if children != self.opened_children:
+            return True
+        opened = self._opened_options
+        if opened is None:
+            return False
+        found = self._own_options()
+        return (
+            any(found.get(key) != opened.get(key) for key in self.driver.options.names())
+            if bytes_only
+            else (found != opened)
+        )
+
+    def _header_leads_to(self, child: Child) -> bool:
+        """Whether the node's image names this child, so that opening the node opens it, too."""
+        by_header = not self.backing_overridden if child.role is Role.BACKING else child.implied
+        return by_header and self.opened_children.get(child.name) == child.node.serial and child.node.is_as_opened()
 
     def full_options(self) -> dict[str, Any]:
         """Return nested options that open this node again, children included."""
@@ -234,9 +300,9 @@ class Node:
             options["node-name"] = self.name
         names = {spec.name: spec.option_name for spec in self.driver.child_specs}
         for child in self.children.values():
-            if not child.implied and (child.role is not Role.BACKING or self.backing_overridden):
+            if not self._header_leads_to(child):
                 options[names.get(child.name, child.name)] = child.node.full_options()
-        if self.driver.supports_backing and self.backing_overridden and self.backing is None:
+        if self.backing is None and (self.backing_overridden or "backing" in self.opened_children):
             options["backing"] = None
         return options
 

@@ -66,20 +66,19 @@ class RawDriver(Driver):
 
     async def open(self) -> None:
         """Check the window. Raises OptionError unless it lies in the file."""
-        storage = self.node.children["file"].node
-        size = self.options.size
-        if self._offset > storage.length or (size is not None and self._offset + size > storage.length):
+        self.check_children()
+
+    def check_children(self) -> None:
+        """Raise OptionError unless the window lies in the file."""
+        storage, offset, size = self.node.children["file"].node, self.options.offset, self.options.size
+        if offset + (size or 0) > storage.length:
             raise OptionError(
-                f"offset {self._offset} and size {'to the end' if size is None else size} ask for more than "
+                f"offset {offset} and size {'to the end' if size is None else size} ask for more than "
                 f"the {storage.length} bytes of '{storage.filename}'."
             )
 
     async def reopen_prepare(self, config: Any, options: Any) -> object:
-        """Accept a new window if it lies in the file."""
-        storage = self.node.children["file"].node
-        size = storage.length - options.offset if options.size is None else options.size
-        if size < 0 or options.offset + size > storage.length:
-            raise OptionError(f"the new window of '{storage.filename}' goes past its {storage.length} bytes.")
+        """Accept a new window; ``check_children`` checks it."""
         return options
 
     def reopen_commit(self, state: object) -> None:

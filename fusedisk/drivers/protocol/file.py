@@ -21,7 +21,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from fusedisk.block.graph.filenames import check_filename, has_protocol
 from fusedisk.block.model.driver import MAY_UNMAP, Buffer, Driver
@@ -70,11 +70,13 @@ class FileOptions(Options):
     )
 
 
-class _Reopened(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class _Reopened:
     """State between ``reopen_prepare`` and its end."""
 
     file: HostFile
-    locks: ImageLocks | None
+    locks: ImageLocks | None = None
+    """The image locks on the new descriptor, once the new permissions are checked."""
 
 
 class FileDriver(Driver):
@@ -94,6 +96,8 @@ class FileDriver(Driver):
     _can_discard = True
     _can_punch = True
     _can_zero_range = True
+    _reopened: _Reopened | None = None
+    """What ``reopen_prepare`` has opened, until its end."""
     _flush_failure: OSError | None = None
     """The error of the first failed flush: the kernel may have dropped unwritten data, so later flushes fail too."""
     _padded = False
@@ -252,13 +256,9 @@ class FileDriver(Driver):
         place = f"/proc/self/fd/{self.file.fd}"
         granted = dataclasses.replace(config, reference=None)
         file = await run_opening(self._open_file, place, granted, unwanted=HostFile.close)
-        try:
-            locks = self.locks.moved_to(file.fd) if self.locks is not None else None
-        except BaseException:
-            file.close()
-            raise
         config.read_only = file.read_only
-        return _Reopened(file, locks)
+        self._reopened = _Reopened(file)
+        return self._reopened
 
     def reopen_commit(self, state: object) -> None:
         if not isinstance(state, _Reopened):
@@ -269,12 +269,13 @@ class FileDriver(Driver):
             self.locks.release()
         with contextlib.suppress(OSError):
             self.file.close()
-        self.file, self.locks = state
+        self.file, self.locks, self._reopened = state.file, state.locks, None
         self._flush_failure = None
         self.node.change_mapping()
 
     def reopen_abort(self, state: object) -> None:
         if isinstance(state, _Reopened):
+            self._reopened = None
             with contextlib.suppress(OSError):
                 state.file.close()
 
@@ -291,8 +292,15 @@ class FileDriver(Driver):
             limits.memory_alignment = alignment.memory
 
     def check_permissions(self, perm: int, shared: int) -> None:
-        if self.locks is not None:
-            self.locks.check(perm, shared)
+        if self.locks is None:
+            return
+        self.locks.check(perm, shared)
+        if self._reopened is not None:
+            try:
+                self._reopened.locks = self.locks.moved_to(self._reopened.file.fd)
+            except BaseException:
+                self.locks.abort()
+                raise
 
     def commit_permissions(self, perm: int, shared: int) -> None:
         if self.locks is not None:
