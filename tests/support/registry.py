@@ -12,6 +12,7 @@ TEST_DRIVERS = Registry(
         "raw": "fusedisk.drivers.format.raw:RawDriver",
         "memory": "tests.support.memory:MemoryDriver",
         "file": "fusedisk.drivers.protocol.file:FileDriver",
+        "blkdebug": "fusedisk.drivers.filter.blkdebug:BlkdebugDriver",
         "copy-on-read": "fusedisk.drivers.filter.copy_on_read:CopyOnReadDriver",
     },
     prefixes={"memory": "memory", "file": "file"},

@@ -131,8 +131,8 @@ class Node:
 
     It has four names. ``exact_filename()`` is the plain name of the file that it stores its bytes in, None without
     one; it says nothing of backing files. ``options_filename()`` is always a ``json:`` name with all options.
-    ``filename``, for messages, is the plain name as long as it leads to the same bytes. ``printable_name`` is the
-    shortest name that opens the same thing again.
+    ``filename``, for messages, is the plain name until a change of the graph makes it lead to other bytes than the
+    node's. ``printable_name`` is the shortest name that opens the same thing again.
     """
 
     driver: Driver
@@ -241,7 +241,8 @@ class Node:
 
     @property
     def filename(self) -> str:
-        """The name for messages: the plain name if that leads to the same bytes, else ``json:`` options."""
+        """The name for messages: the plain name, or ``json:`` options if there is none, or if a change of the graph
+        makes it lead elsewhere."""
         exact = self.exact_filename()
         return exact if exact is not None and self.is_as_opened(bytes_only=True) else self.options_filename()
 
