@@ -9,7 +9,7 @@ from fusedisk.block.graph.gate import Gate
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.permission_update import top_down
 from fusedisk.block.model import permissions
-from fusedisk.block.model.node import Node
+from fusedisk.block.model.node import Node, NodeConfig
 
 
 def assert_sound(graph: Graph) -> None:
@@ -76,7 +76,7 @@ async def read_by_name(node: Node) -> bytes:
 async def _read(node: Node, name: str) -> bytes:
     graph = Graph(node.graph.drivers, Gate(allow_any=True))  # type: ignore[attr-defined]
     spec: Any = _read_only(json.loads(name[5:])) if name.startswith("json:") else name
-    backend = await graph.open_backend(spec)
+    backend = await graph.open_backend(spec, config=NodeConfig(force_share=True))  # the disk is in use
     try:
         return bytes(await backend.read(0, backend.length))
     finally:
