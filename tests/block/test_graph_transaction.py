@@ -94,6 +94,7 @@ async def test_the_name_is_plain_again_when_all_is_as_the_header_says(graph: Gra
         await graph.set_backing(top, await open_disk(graph, raw("other")))
         assert top.options_filename() != plain
         await graph.set_backing(top, base, named=True)
+        assert not top.backing_overridden
         assert top.options_filename() == plain
         base.kept_by_name = False
         assert await read_by_name(top) == b"b" * SIZE
@@ -102,8 +103,10 @@ async def test_the_name_is_plain_again_when_all_is_as_the_header_says(graph: Gra
 async def test_a_detached_backing_file_is_not_opened_by_the_name(graph: Graph) -> None:
     async with overlay(graph) as backend:
         top = backend.node
+        assert not top.backing_overridden
         await graph.set_backing(top, None)
         assert top.backing is None
+        assert top.backing_overridden
         assert top.full_options()["backing"] is None
         assert await read_by_name(top) == await backend.read(0, SIZE) == bytearray(SIZE)
         await graph.set_backing(top, await open_disk(graph, raw("other")))
@@ -191,6 +194,18 @@ async def test_settings_are_inherited_through_an_inserted_filter(graph: Graph) -
         await graph.remove_filter(added)
         await reopen(graph, {node: {"cache.no-flush": False}})
         assert not storage.config.cache_no_flush
+        await backend.close()
+
+
+async def test_what_a_removed_filter_had_opened_stands_on_its_own(graph: Graph) -> None:
+    with stores(disk=filled(b"d")):
+        backend = await graph.open_backend({"driver": "blkdebug", "image": raw("disk")}, writable=True)
+        assert backend.node.filtered is not None
+        below = backend.node.filtered.node
+        assert below.inherits_from is backend.node
+        await graph.remove_filter(backend.node)
+        assert backend.node is below
+        assert below.inherits_from is None
         await backend.close()
 
 
@@ -441,6 +456,11 @@ async def test_words_for_what_is_refused(graph: Graph) -> None:
             await graph.insert_filter(top, {"driver": "raw"})
         await _detach(graph, top.backing)
         assert top.backing is None
+        assert top.backing_overridden
+        top.block_operation("replace", "a job works on it")
+        with pytest.raises(OperationBlockedError, match=r"^Node 'top' cannot do replace now: a job works on it\.$"):
+            await graph.insert_filter(top, {"driver": "blkdebug"})
+        top.unblock_operation("replace", "a job works on it")
         other = await open_disk(graph, raw("other"))
         async with graph.changing() as change:
             change.attach_child(top, other, "backing", Role.BACKING)
@@ -491,6 +511,50 @@ async def test_only_users_whose_requests_change_are_drained(graph: Graph) -> Non
         await reader.close()
 
 
+async def test_the_users_of_the_new_node_are_not_drained(graph: Graph) -> None:
+    async with overlay(graph) as backend, trio.open_nursery() as nursery:
+        other = await open_disk(graph, raw("other"))
+        reader = graph.attach(other, "reader", writable=False)
+        store: Store = other.children["file"].node.driver.store  # type: ignore[attr-defined]
+        held = store.steps.hold("read")
+        waiting = await start(nursery, lambda: reader.read(0, 1))
+        await held.reached.wait()
+        assert backend.node.backing is not None
+        with trio.fail_after(10):
+            await graph.replace(backend.node.backing.node, other)
+            assert await backend.read(0, 1) == b"o"
+        assert not waiting.done
+        held.release()
+        await waiting.join()
+        await reader.close()
+
+
+async def test_a_drain_waits_for_all_users(graph: Graph) -> None:
+    async with overlay(graph) as backend, trio.open_nursery() as nursery:
+        store: Store = backend.node.backing.node.children["file"].node.driver.store  # type: ignore[union-attr, attr-defined]
+        reader = graph.attach(backend.node, "reader", writable=False)
+        holds = [store.steps.hold("read", offset) for offset in (10, 20)]
+        reads = [
+            await start(nursery, lambda user=user, at=at: user.read(at, 1))
+            for user, at in ((backend, 10), (reader, 20))
+        ]
+        for hold in holds:
+            await hold.reached.wait()
+
+        async def section() -> None:
+            async with graph.drained(backend.node):
+                assert backend.in_flight == reader.in_flight == 0
+
+        change = await start(nursery, section)
+        for hold, read in zip(holds, reads, strict=True):
+            assert not change.done
+            hold.release()
+            await read.join()
+            await trio.testing.wait_all_tasks_blocked()
+        await change.join()
+        await reader.close()
+
+
 async def test_a_filter_is_open_before_anything_is_held_back(graph: Graph) -> None:
     async with overlay(graph) as backend, trio.open_nursery() as nursery:
         slow = Store(512)
@@ -525,8 +589,9 @@ async def test_a_backend_is_not_closed_while_a_change_is_prepared(graph: Graph) 
             await prepare.reached.wait()
             closing = await start(nursery, backend.close)
             await trio.testing.wait_all_tasks_blocked()
-            assert not store.steps.of("flush")
-            assert not closing.done
+            flushed, closed = store.steps.of("flush"), closing.done
             prepare.release()
             await closing.join()
+        assert not flushed
+        assert not closed
         assert store.durable[:1] == b"x"

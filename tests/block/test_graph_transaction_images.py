@@ -128,6 +128,8 @@ async def test_image_locks_follow_a_reopening_and_come_back_after_a_failure(tmp_
         del lowest.check_permissions  # type: ignore[method-assign]
         assert storage.driver.locks is locks  # type: ignore[attr-defined]
         await refused()
+        reader = graph.attach(storage, "reader", writable=False)
+        await reader.close()
         assert_sound(graph)
         await backend.write(0, b"x")
 

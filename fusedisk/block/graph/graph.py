@@ -383,7 +383,6 @@ class Graph:
 
     def edges_changed(self) -> None:
         """Called after each change of edges: users that have come to reach drained nodes are held back, too."""
-        self.changes += 1
         for drain in self._drains:
             drain.hold_back_new()
 
