@@ -258,21 +258,15 @@ async def test_data_is_flushed_before_its_writer_leaves(graph: Graph) -> None:
 # --- several changes at once --------------------------------------------------------------------------------
 
 
-SNAPSHOT: dict[str, Any] = {
-    "driver": "toy",
-    "table": "snap",
-    "file": {"driver": "memory", "filename": "snapfile"},
-    "backing": None,
-}
+SNAPSHOT: dict[str, Any] = {"driver": "toy", "table": "snap", "file": {"driver": "memory", "filename": "snapfile"}}
 
 
 async def take_snapshot(graph: Graph, backend: Backend) -> Node:
     """What blockdev-snapshot does: a new overlay takes the writes, the old disk becomes read-only below it."""
     old = backend.node
     async with graph.changing() as change:
-        new = await change.open_node(SNAPSHOT, over=old)
+        new = await change.open_node({**SNAPSHOT, "backing": old.name}, over=old)
         change.replace(old, new)
-        change.set_backing(new, old)
         change.reopen(old, {"read-only": True})
     return new
 
@@ -460,6 +454,9 @@ async def test_words_for_what_is_refused(graph: Graph) -> None:
         top.block_operation("replace", "a job works on it")
         with pytest.raises(OperationBlockedError, match=r"^Node 'top' cannot do replace now: a job works on it\.$"):
             await graph.insert_filter(top, {"driver": "blkdebug"})
+        assert backend.root is not None
+        with pytest.raises(OperationBlockedError):
+            await graph.replace(backend.root, top.children["file"].node)
         top.unblock_operation("replace", "a job works on it")
         other = await open_disk(graph, raw("other"))
         async with graph.changing() as change:

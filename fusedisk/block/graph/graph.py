@@ -19,6 +19,7 @@ from fusedisk.block.graph.transaction import GraphChange
 from fusedisk.block.model import permissions
 from fusedisk.block.model.driver import Role
 from fusedisk.block.model.edge import Child
+from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.core.alone import shield
 from fusedisk.core.errors import (
@@ -148,7 +149,7 @@ class Graph:
     @staticmethod
     def refresh_limits(node: Node) -> None:
         """Read the driver's limits again."""
-        limits = type(node.limits)()
+        limits = Limits()
         storage = node.children.get("file")
         if storage is not None and node.driver.is_filter:
             limits.cluster_size = storage.node.limits.cluster_size

@@ -80,7 +80,7 @@ class GraphChange:
         config = dataclasses.replace(
             over.config, detect_zeroes="off", copy_on_read=False, discard_unmap=True, reference=None
         )
-        node, _ = await Opener(self._graph, dormant=True).open_one(dict(options), config, None)
+        node = await Opener(self._graph, dormant=True).open(options, config, None)
         self._opened.append(node)
         return node
 
@@ -128,8 +128,7 @@ class GraphChange:
             return [old] if isinstance(old, Child) else [edge for edge in old.parents if edge.parent is not new]
 
         def apply(edits: Edits) -> None:
-            if isinstance(old, Node):
-                old.check_operation("replace")
+            (old if isinstance(old, Node) else old.node).check_operation("replace")
             for edge in edges():
                 edits.move(edge, new)
 
