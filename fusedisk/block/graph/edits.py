@@ -11,7 +11,7 @@ from fusedisk.block.graph.permission_update import PreparedPermissions, top_down
 from fusedisk.block.model.driver import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node
-from fusedisk.core.errors import OperationBlockedError, OptionError
+from fusedisk.core.errors import NodeNotFoundError, OperationBlockedError, OptionError
 
 if TYPE_CHECKING:
     from fusedisk.block.graph.graph import Graph
@@ -50,9 +50,13 @@ class Edits:
     # --- edges ------------------------------------------------------------------------------------------
 
     def link(self, edge: Child) -> None:
-        """Add a new edge. Raises OptionError if the parent has a child of that name."""
+        """Add a new edge. Raises OptionError if the parent has a child of that name, NodeNotFoundError if an end is
+        closed by now."""
         parent, node = edge.parent, edge.node
+        _check_open(node)
         if parent is not None:
+            if parent.graph.nodes.get(parent.name) is not parent:
+                raise NodeNotFoundError(f"node '{parent.name}' is closed by now.")
             if edge.name in parent.children:
                 raise OptionError(f"node '{parent.name}' has a child '{edge.name}' already.")
             self.set(parent, "children", {**parent.children, edge.name: edge})
@@ -61,8 +65,8 @@ class Edits:
         self._note(edge, None)
 
     def unlink(self, edge: Child) -> None:
-        """Remove an edge. Raises OperationBlockedError if it is frozen."""
-        _check_thawed(edge)
+        """Remove an edge. Raises OperationBlockedError if it is frozen, OptionError if it is gone already."""
+        _check_changeable(edge)
         parent, node = edge.parent, edge.node
         if parent is not None:
             self.set(parent, "children", {name: other for name, other in parent.children.items() if other is not edge})
@@ -70,8 +74,10 @@ class Edits:
         self._note(edge, node)
 
     def move(self, edge: Child, node: Node) -> None:
-        """Let an edge lead to another node. Raises OperationBlockedError if it is frozen."""
-        _check_thawed(edge)
+        """Let an edge lead to another node. Raises OperationBlockedError if it is frozen, OptionError if it is gone,
+        NodeNotFoundError if the node is closed by now."""
+        _check_changeable(edge)
+        _check_open(node)
         old = edge.node
         self.set(old, "parents", [other for other in old.parents if other is not edge])
         self.set(edge, "node", node)
@@ -131,9 +137,16 @@ def edited(graph: Graph) -> Iterator[Edits]:
     graph.edges_changed()
 
 
-def _check_thawed(edge: Child) -> None:
+def _check_open(node: Node) -> None:
+    if not node.is_open:
+        raise NodeNotFoundError(f"node '{node.name}' is not open yet, or closed by now.")
+
+
+def _check_changeable(edge: Child) -> None:
+    place = f"'{edge.parent.name}'" if edge.parent is not None else edge.owner
+    if edge not in edge.node.parents:
+        raise OptionError(f"the link '{edge.name}' from {place} is gone by now.")
     if edge.frozen:
-        place = f"'{edge.parent.name}'" if edge.parent is not None else edge.owner
         raise OperationBlockedError(f"The link '{edge.name}' from {place} cannot change now: {edge.frozen[0]}.")
 
 

@@ -14,7 +14,7 @@ from fusedisk.block.graph.probing import RAW, probe, tell_guess
 from fusedisk.block.model.driver import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node, NodeConfig, Reference
-from fusedisk.core.errors import FusediskError, GateError, ImageError, OptionError
+from fusedisk.core.errors import FusediskError, GateError, ImageError, NodeNotFoundError, OptionError
 from fusedisk.core.host_open import Identity, identity
 from fusedisk.core.offload import run_opening
 from fusedisk.core.options import nest, parse_bool
@@ -171,7 +171,10 @@ class Opener:
         """Return the open node ``name``, to which the options of a node with ``config`` refer."""
         if config.reference is not None:
             config.reference.check_node(name)
-        return self.graph.node(name)
+        found = self.graph.node(name)
+        if not found.is_open:
+            raise NodeNotFoundError(f"node '{name}' is not open yet.")
+        return found
 
     @staticmethod
     def _base_file(node: Node) -> str | None:

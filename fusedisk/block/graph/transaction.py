@@ -303,7 +303,8 @@ class GraphChange:
             affected = with_all_above(edits.nodes)
             edits.follow_read_only(affected)
             for node in affected:
-                node.driver.check_children()
+                if node.is_open:
+                    node.driver.check_children()
             return edits, PreparedPermissions(edits.roots)
         except BaseException:
             edits.undo()
@@ -313,15 +314,22 @@ class GraphChange:
         """Read lengths and limits again, children before parents, and forget what was resolved."""
         with_new_backing = {edge.parent for edge in edits.changed if edge.role is Role.BACKING}
         for node in with_all_above(edits.nodes):
-            try:
-                node.length = await node.driver.length()
-            except FusediskError as exc:
-                log.warning("'%s' keeps its length of %d bytes: %s", node.filename, node.length, exc)
-            self._graph.refresh_limits(node)
-            node.change_mapping()
-            if node in with_new_backing:
-                await node.driver.backing_opened()
+            # Other tasks may be opening the node, or close it at each await; then it is theirs.
+            if node.is_open:
+                await self._refresh_length(node)
+            if node.is_open:
+                self._graph.refresh_limits(node)
+                node.change_mapping()
+                if node in with_new_backing:
+                    await node.driver.backing_opened()
         self._graph.changes += 1
+
+    @staticmethod
+    async def _refresh_length(node: Node) -> None:
+        try:
+            node.length = await node.driver.length()
+        except FusediskError as exc:
+            log.warning("'%s' keeps its length of %d bytes: %s", node.filename, node.length, exc)
 
     async def _close_unused(self, edits: Edits) -> None:
         failure: FusediskError | None = None

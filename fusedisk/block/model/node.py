@@ -60,6 +60,8 @@ class Owner(Protocol):
     """The number of changes to edges, permissions and settings."""
     look_only: bool
     """Images are open for their headers, not for their disks."""
+    nodes: dict[str, Node]
+    """All open nodes, by name."""
 
     async def open_child(
         self, parent: Node, name: str, role: Role, reference: str | dict[str, Any], *, implicit: bool
@@ -249,6 +251,13 @@ class Node:
     def note_opened(self) -> None:
         """Remember the options that the node was opened with."""
         self._opened_options = self._own_options()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the node can be used: not while it is being opened or closed, or waits for the change of the graph
+        that it was opened for."""
+        known = self._opened_options is not None and self.graph.nodes.get(self.name) is self
+        return known and not any(edge.dormant for edge in self.children.values())
 
     def _own_options(self) -> dict[str, Any]:
         options: dict[str, Any] = self.driver.options.given()
