@@ -161,7 +161,7 @@ class Node:
         self.guards_probe = False
         """A guessed raw image: a write that would make it look like another format is refused."""
         self.backing_overridden = False
-        """The backing child differs from what the header says."""
+        """The options or a change of the graph say what the backing file is, not the header."""
         self.missing_backing: FusediskError | None = None
         """Why the backing file is not open, in a ``look_only`` graph."""
         self.length = 0
