@@ -329,7 +329,7 @@ class Export:
 
     async def extend(self, length: int) -> None:
         """Make the disk at least ``length`` bytes long, whether writes may do that or not."""
-        unit = self.backend.node.driver.length_unit
+        unit = self.backend.node.limits.length_unit
         async with self._resize:
             if length > self.length:
                 await self._set_length(-(-length // unit) * unit)
@@ -472,8 +472,7 @@ def _backing_chain(top: Node) -> list[Node]:
     chain: list[Node] = []
     node: Node | None = top
     while node is not None:
-        while node.driver.is_filter:
-            node = node.children["file"].node
+        node = node.unfiltered
         chain.append(node)
         node = node.backing.node if node.backing is not None else None
     return chain

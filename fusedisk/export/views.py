@@ -285,11 +285,10 @@ async def _open_snapshot(
         "l2-cache-size": max(_CACHES // count, _SMALLEST_CACHE),
         "backing": image.backing.node.name if image.backing is not None else None,
     }
-    options = {child.name: child.option_name for child in image.driver.child_specs}
     for edge in image.children.values():
         if edge.role is not Role.BACKING:
             group = edge.group = edge.group or group
-            spec[options[edge.name]] = edge.node.name
+            spec[edge.name] = edge.node.name
     config = NodeConfig(force_share=image.config.force_share)
     source = f"{disk.source} (snapshot {snapshot.id})"
     backend = await graph.open_backend(spec, name=source, config=config, group=group)

@@ -149,7 +149,37 @@ VARIANTS: dict[str, Sample] = {
     "qcow2 subclusters": Sample(created("qcow2", extended_l2=True), plain_name=True),
 }
 
-ALL = SAMPLES | VARIANTS
+
+def over(name: str) -> Sample:
+    """A filter without any difference over another sample."""
+
+    @contextlib.asynccontextmanager
+    async def make(directory: Path) -> AsyncIterator[Options]:
+        async with SAMPLES[name].make(directory) as below:
+            yield {"driver": "bare", "file": below}
+
+    return dataclasses.replace(SAMPLES[name], make=make, storage="file", plain_name=False)
+
+
+@contextlib.asynccontextmanager
+async def _joined(directory: Path) -> AsyncIterator[Options]:
+    """Parts of odd sizes and of different formats."""
+    parts = []
+    for format, size in (("qcow2", 1_000_448), ("raw", 512), ("raw", SIZE - 1_000_960)):
+        path = str(directory / f"part{len(parts)}")
+        await create_image(DRIVERS, format, path, {"size": size})
+        parts.append({"driver": format, "file": {"driver": "file", "filename": path}})
+    yield {"driver": "joined", "children": parts}
+
+
+OF_TESTS: dict[str, Sample] = {
+    **{f"bare {name}": over(name) for name in SAMPLES},
+    "tickets": Sample(filtering("tickets", tickets=1 << 40)),
+    "joined": Sample(_joined, storage="children"),
+}
+"""Drivers of :mod:`tests.support.filters`."""
+
+ALL = SAMPLES | VARIANTS | OF_TESTS
 
 
 def driver_of(name: str) -> str:

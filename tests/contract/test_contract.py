@@ -20,6 +20,7 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.reopen import reopen
 from fusedisk.block.image.create import create_image
 from fusedisk.block.image.information import image_information
+from fusedisk.block.image.mapping import map_entries
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO
 from fusedisk.core.errors import (
     FusediskError,
@@ -30,8 +31,9 @@ from fusedisk.core.errors import (
     ReadOnlyError,
 )
 from tests.block.conftest import assert_idle
-from tests.contract.samples import ALL, SAMPLES, SIZE, Options, Sample, driver_of
+from tests.contract.samples import ALL, SAMPLES, SIZE, Options, Sample
 from tests.hostile.sentence import assert_sentence
+from tests.support.filters import CONTRACT_DRIVERS
 from tests.support.mounts import wait_until
 from tests.support.oracle import random_bytes, random_range, random_request
 from tests.support.registry import FORMAT_DRIVERS as DRIVERS
@@ -51,7 +53,7 @@ class Disk:
     async def open(self, *, writable: bool = True, **more: Any) -> AsyncIterator[Backend]:
         """A backend on it; everything is closed and gone afterwards."""
         before = sorted(os.listdir("/proc/self/fd"))
-        graph = Graph(DRIVERS)
+        graph = Graph(CONTRACT_DRIVERS)
         writable = writable or self.sample.writes_always
         backend = await graph.open_backend({**self.options, **more}, name="disk", writable=writable)
         try:
@@ -74,8 +76,7 @@ async def disk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 
 def every(*names: str) -> pytest.MarkDecorator:
     """Run a test for each of these samples; for all of them, without any."""
-    marks = {"host_device": [pytest.mark.root]}
-    chosen = [pytest.param(name, marks=marks.get(driver_of(name), [])) for name in names or ALL]
+    chosen = [pytest.param(name, marks=[pytest.mark.root] if "host_device" in name else []) for name in names or ALL]
     return pytest.mark.parametrize("disk", chosen, indirect=True)
 
 
@@ -87,7 +88,7 @@ def test_every_driver_has_a_sample() -> None:
 
 @every()
 async def test_declarations(disk: Disk) -> None:
-    driver = DRIVERS.load(disk.options["driver"])
+    driver = CONTRACT_DRIVERS.load(disk.options["driver"])
     assert driver.name == disk.options["driver"]
     assert driver.__doc__
     assert not (driver.is_protocol and driver.is_filter)
@@ -96,7 +97,7 @@ async def test_declarations(disk: Disk) -> None:
     for name, field in driver.options_type.names().items():
         assert field.metadata.get("help"), f"the option {name} has no help"
     for prefix in driver.prefixes:
-        assert DRIVERS.by_prefix(prefix) is driver
+        assert CONTRACT_DRIVERS.by_prefix(prefix) is driver
 
 
 @every()
@@ -222,7 +223,7 @@ async def test_read_only_means_read_only(disk: Disk, tmp_path: Path) -> None:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
 
     if disk.sample.writes_always:
-        graph = Graph(DRIVERS)
+        graph = Graph(CONTRACT_DRIVERS)
         with pytest.raises(ReadOnlyError) as refused:
             await graph.open_backend(disk.options)
         assert_sentence(refused.value)
@@ -307,7 +308,7 @@ async def test_its_name_opens_it_again(disk: Disk) -> None:
         name = backend.node.printable_name
         options = backend.node.full_options()
     assert options["driver"] == disk.options["driver"]
-    graph = Graph(DRIVERS)
+    graph = Graph(CONTRACT_DRIVERS)
     again = await graph.open_backend(name, writable=disk.sample.writes_always)
     assert again.node.driver.name == disk.options["driver"]
     assert again.node.printable_name == name
@@ -318,7 +319,7 @@ async def test_its_name_opens_it_again(disk: Disk) -> None:
 @every(*(name for name, sample in ALL.items() if sample.plain_name))
 async def test_created_images_are_probed(disk: Disk) -> None:
     path = disk.options["file"]["filename"]
-    graph = Graph(DRIVERS)
+    graph = Graph(CONTRACT_DRIVERS)
     backend = await graph.open_backend(path)
     assert backend.node.driver.name == disk.options["driver"]
     assert backend.node.printable_name == path
@@ -331,7 +332,7 @@ async def test_reopening(disk: Disk) -> None:
     """Read-only and back, in place; a setting that cannot be refused changes nothing."""
     if disk.sample.writes_always:
         return
-    graph = Graph(DRIVERS)
+    graph = Graph(CONTRACT_DRIVERS)
     backend = await graph.open_backend({**disk.options, "node-name": "n"}, writable=False)
     node = backend.node
     await reopen(graph, {node: {"read-only": False}})
@@ -354,7 +355,7 @@ async def test_reopening(disk: Disk) -> None:
 
 @every()
 async def test_unknown_options_are_refused(disk: Disk) -> None:
-    graph = Graph(DRIVERS)
+    graph = Graph(CONTRACT_DRIVERS)
     with pytest.raises(OptionError, match="has no option 'nonsense'") as caught:
         await graph.open_backend({**disk.options, "nonsense": 1}, writable=True)
     assert_sentence(caught.value, disk.options["driver"])
@@ -364,7 +365,7 @@ async def test_unknown_options_are_refused(disk: Disk) -> None:
 @every(*(name for name, sample in ALL.items() if sample.locked))
 async def test_a_second_writer_is_refused(disk: Disk) -> None:
     async with disk.open() as backend:
-        graph = Graph(DRIVERS)
+        graph = Graph(CONTRACT_DRIVERS)
         with pytest.raises(LockConflictError) as caught:
             await graph.open_backend(disk.options, writable=True)
         assert_sentence(caught.value)
@@ -378,9 +379,13 @@ async def test_errors_of_the_storage_come_through(disk: Disk, iotype: str) -> No
     """As one of ours, with the host's errno; the next request works."""
     assert disk.sample.storage is not None
     rule = {"event": "none", "errno": errno.ENOSPC if iotype == "write" else errno.EIO, "iotype": iotype, "once": True}
-    broken = {"driver": "blkdebug", "image": disk.options[disk.sample.storage], "inject-error": [rule]}
+    storage = disk.options[disk.sample.storage]
+    first, *others = storage if isinstance(storage, list) else [storage]
+    broken: Any = {"driver": "blkdebug", "image": first, "inject-error": [rule]}
+    if isinstance(storage, list):
+        broken = [broken, *others]
     before = sorted(os.listdir("/proc/self/fd"))
-    graph = Graph(DRIVERS)
+    graph = Graph(CONTRACT_DRIVERS)
     errors: list[FusediskError] = []
     while True:
         try:
@@ -391,7 +396,7 @@ async def test_errors_of_the_storage_come_through(disk: Disk, iotype: str) -> No
             # It was needed for opening; without the fault it opens.
             errors.append(exc)
             assert not graph.nodes
-            broken = disk.options[disk.sample.storage]
+            broken = storage
             continue
         break
     content = b"x" * 70_000
@@ -446,7 +451,7 @@ async def test_requests_may_be_cancelled(disk: Disk) -> None:
 async def test_opening_may_be_cancelled(disk: Disk) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     for delay in range(8):
-        graph = Graph(DRIVERS)
+        graph = Graph(CONTRACT_DRIVERS)
         async with trio.open_nursery() as nursery:
 
             async def work(graph: Graph = graph) -> None:
@@ -480,3 +485,56 @@ async def test_what_can_be_created_refuses_nonsense(name: str, tmp_path: Path) -
         await create_image(DRIVERS, name, str(tmp_path / "new"), {"size": SIZE, "nonsense": 1})
     assert_sentence(caught.value, name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.root] if name == "host_device" else []) for name in SAMPLES]
+)
+async def test_a_bare_filter_behaves_as_what_is_below(name: str, tmp_path: Path) -> None:
+    """The same requests, once without and once with the filter: the same answers, space and refusals."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "filtered").mkdir()
+    async with ALL[name].make(tmp_path / "plain") as plain, ALL[f"bare {name}"].make(tmp_path / "filtered") as filtered:
+        async with Disk(ALL[name], plain).open(discard="unmap") as backend:
+            expected = [answer async for answer in _answers(backend)]
+        async with Disk(ALL[name], filtered).open(discard="unmap") as backend:
+            found = [answer async for answer in _answers(backend)]
+    assert [answer for answer, _ in found] == [answer for answer, _ in expected]
+    # The host's file system decides when it gives blocks to written pages.
+    assert all(abs(one - other) <= 64 << 10 for (_, one), (_, other) in zip(found, expected, strict=True))
+
+
+async def _answers(backend: Backend) -> AsyncIterator[tuple[object, int]]:
+    """Make requests of each kind; tell after each how it ended, the length, the map, and the space on the host."""
+    rng = random.Random(11)
+    kib = 1 << 10
+    for _ in range(40):
+        kind = rng.choice(
+            ("write", "write", "zero", "unmap", "discard", "preallocate", "truncate", "compress", "flush")
+        )
+        offset, length = random_range(rng, backend.length, 400 * kib)
+        if rng.random() < 0.5:
+            offset, length = offset // (64 * kib) * 64 * kib, 64 * kib
+        length = min(length, backend.length - offset)
+        try:
+            if kind == "write":
+                await backend.write(offset, random_bytes(rng, length))
+            elif kind in ("zero", "unmap"):
+                await backend.write_zeroes(offset, length, may_unmap=kind == "unmap")
+            elif kind == "discard":
+                await backend.discard(offset, length)
+            elif kind == "preallocate":
+                await backend.preallocate(offset, length)
+            elif kind == "truncate":
+                await backend.truncate(rng.randrange(SIZE // 2, SIZE) // 512 * 512)
+            elif kind == "compress":
+                await backend.write_compressed(offset, bytes(length))
+            else:
+                await backend.flush()
+            outcome: object = "done"
+        except FusediskError as exc:
+            outcome = type(exc)
+        entries = [entry._replace(filename=None) async for entry in map_entries(backend)]
+        size = await backend.node.driver.allocated_size()
+        content = await backend.read(0, backend.length)
+        yield (kind, offset, length, outcome, backend.length, entries, content), size or 0

@@ -38,7 +38,7 @@ def debug_node(backend: Backend) -> BlkdebugDriver:
     """The first blkdebug driver below a backend."""
     node: Node = backend.node
     while not isinstance(node.driver, BlkdebugDriver):
-        node = node.children["file"].node
+        node = (node.filtered or node.children["file"]).node
     return node.driver
 
 

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import trio
 
 from fusedisk.block.graph.registry import Registry
-from fusedisk.block.model.driver import Buffer, ChildSpec, FilterDriver, Role
-from fusedisk.block.model.extent import DATA, Extent
-from fusedisk.block.request import io
+from fusedisk.block.model.driver import Buffer, ChildSpec, Role
+from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.table import DRIVERS
@@ -47,41 +46,36 @@ class JitterDriver(FilterDriver):
 
     async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         await self._give_way()
-        for buffer in buffers:
-            await io.read(self.filtered.node, offset, buffer)
-            offset += len(buffer)
+        await super().preadv(offset, buffers)
         await self._give_way()
 
     async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
         await self._give_way()
-        await io.write(self.filtered.node, offset, buffers, flags)
+        await super().pwritev(offset, buffers, flags)
         await self._give_way()
 
     def read_now(self, offset: int, buffer: Buffer) -> bool:
-        return self._rng.random() < 0.8 and self.filtered.node.driver.read_now(offset, buffer)
+        return self._rng.random() < 0.8 and self.below.driver.read_now(offset, buffer)
 
     def write_now(self, offset: int, buffer: Buffer) -> bool:
-        below = self.filtered.node
+        below = self.below
         if self._rng.random() < 0.2 or not below.driver.write_now(offset, buffer):
             return False
         below.written += 1
-        below.length = max(below.length, offset + len(buffer))
+        below.take_length(max(below.length, offset + len(buffer)))
         return True
-
-    async def map(self, offset: int, length: int) -> Extent:
-        return Extent(DATA, length, self.filtered, offset, recurse=True)
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self._give_way()
-        await io.write_zeroes(self.filtered.node, offset, length, flags)
+        await super().write_zeroes(offset, length, flags)
 
     async def discard(self, offset: int, length: int) -> None:
         await self._give_way()
-        await io.discard(self.filtered.node, offset, length)
+        await super().discard(offset, length)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
         await self._give_way()
-        await io.truncate(self.filtered.node, length, preallocation, flags)
+        await super().truncate(length, preallocation, flags)
 
 
 JITTER_DRIVERS = Registry(

@@ -59,6 +59,8 @@ class Backend:
         """The number of callers of ``quiesce``; while it is not 0, no new request starts."""
         self.immediate = Immediate(self)
         """The short way for requests that need not wait."""
+        self._draining: list[Node] = []
+        """The nodes that were told of a drain, which may not be those that are below when it ends."""
         self._resume: trio.Event | None = None
         self._idle: trio.Event | None = None
         self._tries_off = 0
@@ -85,7 +87,7 @@ class Backend:
 
     def warn_of_writing(self, way: str) -> None:
         """If the first write to the disk has an extra cost, log the cost and the ``way`` to avoid it."""
-        cost = snapshot.snapshot_node(self.node).driver.cost_of_writing() if self.writable else None
+        cost = self.node.driver.cost_of_writing() if self.writable else None
         if cost is not None:
             log.warning("%s; %s.", cost, way)
 
@@ -224,13 +226,13 @@ class Backend:
         longer = length > node.length
         while True:
             node.written += 1
-            node.length = max(node.length, length)
-            storage = node.children.get("file")
+            node.take_length(max(node.length, length))
+            storage = node.storage
             if storage is None:
                 break
             node = storage.node
         if longer:
-            self.graph.resized(self.node)
+            self.node.resized()
 
     async def require_keys(self) -> None:
         """Raise PassphraseError now, not at the first request, if the key of an encrypted node is missing or wrong."""
@@ -357,8 +359,12 @@ class Backend:
         self._end()
 
     def quiesce(self) -> None:
-        """Start no new request until ``resume``; may be nested."""
+        """Start no new request until ``resume``, and have drivers let go of those held back; may be nested."""
         self.quiesced += 1
+        if self.quiesced == 1 and self.root is not None:
+            self._draining = self.root.node.with_all_below()
+            for node in self._draining:
+                node.begin_drain()
 
     async def wait_idle(self) -> None:
         """Wait until no request is in flight. Never call it from inside a request of this backend."""
@@ -378,6 +384,10 @@ class Backend:
     def resume(self) -> None:
         """Undo one ``quiesce``."""
         self.quiesced -= 1
+        if not self.quiesced:
+            for node in self._draining:
+                node.end_drain()
+            self._draining = []
         if not self.quiesced and self._resume is not None:
             self._resume.set()
             self._resume = None

@@ -150,9 +150,6 @@ class Graph:
     def refresh_limits(node: Node) -> None:
         """Read the driver's limits again."""
         limits = Limits()
-        storage = node.children.get("file")
-        if storage is not None and node.driver.is_filter:
-            limits.cluster_size = storage.node.limits.cluster_size
         node.driver.refresh_limits(limits)
         node.limits = limits
 

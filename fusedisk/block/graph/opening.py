@@ -179,7 +179,7 @@ class Opener:
     @staticmethod
     def _base_file(node: Node) -> str | None:
         """Return the local file whose directory is the base for relative references of ``node``."""
-        storage = node.children.get("file")
+        storage = node.storage
         return storage.node.exact_filename() if storage else node.exact_filename()
 
     async def open_child(
@@ -230,15 +230,16 @@ class Opener:
         driver_type = self.drivers.load(driver_name)
         if backing is not UNSET and not driver_type.supports_backing:
             raise OptionError(f"{driver_name} has no backing file, the option 'backing' is for formats that do.")
-        children = {spec.name: _pop_child(options, spec.option_name) for spec in driver_type.child_specs}
+        specs = driver_type.children_of(options)
+        children = [_pop_child(options, spec.name) for spec in specs]
         node = self.graph.new_node(name, config, explicit, inherits)
         try:
             node.driver = driver_type(node, driver_type.options_type.parse(options, driver_name))
-            for spec in driver_type.child_specs:
-                if (given := children[spec.name]) is not None:
+            for spec, given in zip(specs, children, strict=True):
+                if given is not None:
                     await self.open_child(node, spec.name, spec.role, given, implicit=False)
                 elif spec.required:
-                    raise OptionError(f"{driver_name} needs the option '{spec.option_name}'.")
+                    raise OptionError(f"{driver_name} needs the option '{spec.name}'.")
             await self.graph.start(node)
         except BaseException as exc:
             await self.graph.close_failed_opening(node, exc, opened=False)
@@ -363,11 +364,29 @@ def _pop_string(options: dict[str, Any], name: str) -> str | None:
 
 
 def _pop_child(options: dict[str, Any], name: str) -> str | dict[str, Any] | None:
-    """Remove the description of a child from ``options`` and return it; None if it is missing."""
-    value = options.pop(name, None)
+    """Remove the description of a child from ``options`` and return it; None if it is missing. Of a list, the first
+    item is removed: call it in the order of the list."""
+    group, dot, index = name.rpartition(".")
+    if dot and index.isdigit():
+        value = _pop_first(options, group)
+    else:
+        value = options.pop(name, None)
     if value is not None and not isinstance(value, (str, dict)):
         raise OptionError(f"option '{name}' is a {type(value).__name__}, expected the name of a node or its options.")
     return value
+
+
+def _pop_first(options: dict[str, Any], name: str) -> Any:
+    """Remove the first item of a list, and the list with its last item. Returns None if there is none."""
+    items = options.pop(name, None)
+    if not items:
+        return None
+    if not isinstance(items, list):
+        raise OptionError(f"option '{name}' is a {type(items).__name__}, expected a list.")
+    first, *rest = items
+    if rest:
+        options[name] = rest
+    return first
 
 
 def pop_common_options(options: dict[str, Any], defaults: NodeConfig) -> tuple[NodeConfig, frozenset[str]]:

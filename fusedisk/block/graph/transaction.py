@@ -72,7 +72,7 @@ class GraphChange:
         spec = next((spec for spec in kind.child_specs if spec.role is Role.FILTERED), None) if kind else None
         if kind is None or spec is None or not kind.is_filter:
             raise OptionError(f"driver '{driver}' is no filter, only filters can be inserted.")
-        return await self.open_node({**options, spec.option_name: node.name}, over=node)
+        return await self.open_node({**options, spec.name: node.name}, over=node)
 
     async def open_node(self, options: Mapping[str, Any], *, over: Node) -> Node:
         """Open a node with the settings of ``over``, which the options may refer to by name. Until the change is in
@@ -204,8 +204,8 @@ class GraphChange:
         be None for no backing file; other options not given stay as they are."""
         left = dict(options)
         for spec in node.driver.child_specs:
-            if isinstance(name := left.get(spec.option_name), str):
-                del left[spec.option_name]
+            if isinstance(name := left.get(spec.name), str):
+                del left[spec.name]
                 if spec.name not in node.children:
                     raise NotSupportedError(f"node '{node.name}' has no child '{spec.name}' that could be replaced.")
                 self.replace(node.children[spec.name], self._graph.node(name))

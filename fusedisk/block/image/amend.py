@@ -81,6 +81,6 @@ async def amend_node(
         try:
             await node.driver.amend(parsed, progress, force=force)
         finally:
-            node.length = await node.driver.length()
+            node.take_length(await node.driver.length())
     if node.length != old:
-        node.graph.resized(node)
+        node.resized()

@@ -114,6 +114,6 @@ def _storage_options(options: dict[str, Any], drivers: Registry) -> tuple[str | 
         options.pop(name, None)
     if driver is not None:
         kind = drivers.load(str(driver))
-        children = {child.option_name for child in kind.child_specs}
+        children = {child.name.partition(".")[0] for child in kind.children_of(options)}
         kind.options_type.parse({key: value for key, value in options.items() if key not in children}, str(driver))
     return driver, storage

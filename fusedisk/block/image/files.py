@@ -121,6 +121,6 @@ class CheckedFiles(Files):
     """The files of an image that is checked."""
 
     async def open(self, name: str) -> Node:
-        children = self.main.children
-        edge = await self.main.open_child(f"file-{len(children) + 1}", Role.DATA_FILE, name, implicit=True)
+        main, number = self.main, len(self.main.children) + 1
+        edge = await main.graph.open_child(main, f"file-{number}", Role.DATA_FILE, name, implicit=True)
         return edge.node

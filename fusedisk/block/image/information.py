@@ -36,16 +36,10 @@ async def chain_information(node: Node) -> tuple[list[dict[str, Any]], FusediskE
     """Return the information about the image and each of its backing files, from the top down, and the error that kept
     the next one from being opened, if any."""
     chain = [await image_information(node)]
-    while (below := _below_filters(node)).backing is not None:
+    while (below := node.unfiltered).backing is not None:
         node = below.backing.node
         chain.append(await image_information(node))
     return chain, below.missing_backing
-
-
-def _below_filters(node: Node) -> Node:
-    while node.driver.is_filter:
-        node = node.children["file"].node
-    return node
 
 
 def _backing_information(node: Node) -> dict[str, Any]:
@@ -56,7 +50,7 @@ def _backing_information(node: Node) -> dict[str, Any]:
     information: dict[str, Any] = {"backing-filename": reference.filename}
     if reference.format is not None:
         information["backing-filename-format"] = reference.format
-    storage = node.children.get("file")
+    storage = node.storage
     place = storage.node.exact_filename() if storage else None
     try:
         information["full-backing-filename"] = resolve_reference(reference.filename, place)

@@ -19,12 +19,12 @@ Everything here runs in the one trio thread. Threads do host I/O and CPU work on
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from fusedisk.block.model import permissions
-from fusedisk.block.model.extent import DATA, Extent, WriteExtent
+from fusedisk.block.model.extent import Extent, WriteExtent
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.core.options import CreateOptions, Options
 
@@ -65,6 +65,8 @@ class Role(enum.Enum):
     """Holds the data that this layer does not have."""
     DATA_FILE = "data-file"
     """Guest data of a format whose metadata lies in ``file``."""
+    DATA = "data"
+    """An image or a file with guest data, one of several."""
     FILTERED = "filtered"
     """The child of a filter: same data, same length."""
 
@@ -73,15 +75,17 @@ class ChildSpec(NamedTuple):
     """A child that the graph opens from the options before the driver's ``open`` runs."""
 
     name: str
+    """Also the option that describes the child; ``children.0`` is the first item of the list ``children``."""
     role: Role
     required: bool = True
-    option: str = ""
-    """The option that describes the child, if its name is not ``name``."""
 
-    @property
-    def option_name(self) -> str:
-        """The name of the option that describes the child."""
-        return self.option or self.name
+
+def children_in_list(options: Mapping[str, Any], name: str, role: Role) -> tuple[ChildSpec, ...]:
+    """Return a spec for each item of the list option ``name``."""
+    items = options.get(name)
+    if not isinstance(items, list) or not items:
+        return (ChildSpec(f"{name}.0", role),)  # opening says what is missing
+    return tuple(ChildSpec(f"{name}.{index}", role) for index in range(len(items)))
 
 
 class BackingReference(NamedTuple):
@@ -104,7 +108,7 @@ class Driver:
     is_protocol: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     passes_status: ClassVar[bool] = False
-    """True if every byte is the ``file`` child's, so that block status is the child's answer unchanged."""
+    """True if every byte is a child's, so that block status is the child's answer unchanged."""
     moves_bytes: ClassVar[bool] = False
     """True if the driver has ``preadv`` and ``pwritev``; otherwise the core calls ``map``."""
     asks_before_waiting: ClassVar[bool] = False
@@ -113,18 +117,23 @@ class Driver:
     supports_backing: ClassVar[bool] = False
     takes_children: ClassVar[bool] = False
     """True if children may come and go while the node is open, in addition to the backing file."""
-    length_unit: ClassVar[int] = 1
-    """A new length of the node must be a multiple of this, in bytes."""
     options_type: ClassVar[type[Options]] = Options
     create_options_type: ClassVar[type[CreateOptions] | None] = None
     """None: images of this kind cannot be created."""
     amend_options_type: ClassVar[type[CreateOptions] | None] = None
     """The settings that can be changed later, each with the default None. None: no setting can be changed."""
     child_specs: ClassVar[tuple[ChildSpec, ...]] = ()
+    """The children that the graph opens, the same for all options; see ``children_of``."""
 
     def __init__(self, node: Node, options: Any) -> None:
         self.node = node
         self.options = options
+
+    @classmethod
+    def children_of(cls, options: Mapping[str, Any]) -> tuple[ChildSpec, ...]:
+        """Return the children that the graph opens before ``open`` for these nested options; by default
+        ``child_specs``. :func:`children_in_list` helps drivers with a list of children."""
+        return cls.child_specs
 
     # --- recognising and naming -------------------------------------------------------------------------
 
@@ -140,9 +149,9 @@ class Driver:
 
     def exact_filename(self) -> str | None:
         """Return a plain name that opens the same thing with this driver; None if only options can describe it. The
-        default is the ``file`` child's."""
-        child = self.node.children.get("file")
-        return child.node.exact_filename() if child else None
+        default is the storage's."""
+        storage = self.node.storage
+        return storage.node.exact_filename() if storage else None
 
     def may_be_named(self) -> bool:
         """Whether an image's reference may name this driver with these options: it must open local files at most, and
@@ -160,7 +169,7 @@ class Driver:
         Formats with ``supports_backing``."""
 
     async def open(self) -> None:
-        """Open with ``self.options`` and ``self.node.config``; children of ``child_specs`` are attached.
+        """Open with ``self.options`` and ``self.node.config``; children of ``children_of`` are attached.
 
         On failure it releases everything it acquired before it raises. It writes nothing unless the node is writable.
         """
@@ -195,7 +204,8 @@ class Driver:
         raise NotImplementedError
 
     def refresh_limits(self, limits: Limits) -> None:
-        """Fill in limits, which start as the defaults; a filter's start with its child's cluster size."""
+        """Fill in limits, which start as the defaults: limits of the children are not inherited, because the core goes
+        through the children's doors, which keep them. Drivers with ``moves_bytes`` set ``request_alignment`` here."""
 
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
         """Return the permissions that this node needs on ``child`` and those that it shares there, if its own parents
@@ -259,10 +269,8 @@ class Driver:
 
     async def map(self, offset: int, length: int) -> Extent:
         """Return the status of a prefix of the range, as long as is cheap to find out (adjacent clusters make one
-        extent). Protocol drivers answer DATA or ZERO, for block status only, and their DATA extents name no child. The
-        default: all data, in the ``file`` child at the same offset."""
-        child = self.node.children.get("file")
-        return Extent(DATA, length, child, offset, recurse=True)
+        extent). Protocol drivers answer DATA or ZERO, for block status only, and their DATA extents name no child."""
+        raise NotImplementedError
 
     async def has_holes(self) -> bool:
         """Whether data extents with ``recurse`` may be holes of the child. False: block status takes them as data
@@ -278,9 +286,7 @@ class Driver:
         space: a crash leaks it, no more. Waits for allocations in flight over the same clusters. Not called for
         drivers with ``moves_bytes``.
         """
-        child = self.node.children.get("file")
-        assert child is not None
-        return WriteExtent(length, child, offset)
+        raise NotImplementedError
 
     async def publish(self, allocation: object) -> None:
         """Make the written allocation visible. After an error the old mapping stays, and the allocation is released as
@@ -346,9 +352,9 @@ class Driver:
 
     def storage_descriptor(self) -> int | None:
         """Return a descriptor of the host file that ``exact_filename`` names, None if there is none. It belongs to the
-        driver, which may replace it when the node is reopened. The default is the ``file`` child's."""
-        child = self.node.children.get("file")
-        return child.node.driver.storage_descriptor() if child else None
+        driver, which may replace it when the node is reopened. The default is the storage's."""
+        storage = self.node.storage
+        return storage.node.driver.storage_descriptor() if storage else None
 
     def host_descriptor(self) -> int | None:
         """Return a descriptor of a host file with the same bytes as this node, for direct access; None if there is no
@@ -380,6 +386,12 @@ class Driver:
         for offset, length in ranges:
             await self.discard(offset, length)
 
+    async def flush(self, flush_layers: Callable[[], Awaitable[None]]) -> None:
+        """Put every write answered before this call on stable storage. Called with ``flush_layers``, which does all
+        that most drivers need: ``flush_to_os``, then a flush of each child but the backing file, then
+        ``flush_to_disk`` for protocols. Override it to do more, or to flush the children in another way."""
+        await flush_layers()
+
     async def flush_to_os(self) -> None:
         """Write all internal caches to the children, so that the data survives the death of this process."""
 
@@ -391,14 +403,19 @@ class Driver:
         full, and applies to the space added. Raises NotSupportedError if that is impossible."""
         raise NotSupportedError(f"{self.name} images cannot be resized.")
 
+    def drain_begin(self) -> None:
+        """Let go of requests that the driver holds back for a reason of its own (throttling, waiting for a server), and
+        hold none back until ``drain_end``: a drain waits for them. Called once, however many users are drained."""
+
+    def drain_end(self) -> None:
+        """Requests may be held back again. Also called for a driver that has been closed meanwhile."""
+
     async def debug_event(self, event: str) -> None:
         """Learn that a parent is about to do ``event`` (a name of QAPI's BlkdebugEvent) to this node.
 
         Filters pass it down, blkdebug acts on it, all other drivers ignore it. It may suspend, and does not raise.
         Plain reads and overwrites have no events.
         """
-        if self.is_filter:
-            await self.node.children["file"].node.driver.debug_event(event)
 
     # --- internal snapshots -----------------------------------------------------------------------------
 
@@ -506,19 +523,3 @@ def _backing_permissions(perm: int, shared: int) -> tuple[int, int]:
     if shared & permissions.WRITE:
         share |= permissions.WRITE | permissions.RESIZE
     return perm & permissions.CONSISTENT_READ, share
-
-
-class FilterDriver(Driver):
-    """A driver with one child of the same data and length; passes everything on unless overridden."""
-
-    is_filter = True
-    passes_status = True
-    supports_backing = False
-
-    @property
-    def filtered(self) -> Child:
-        """The one child."""
-        return self.node.children["file"]
-
-    async def length(self) -> int:
-        return await self.filtered.node.driver.length()

@@ -12,6 +12,7 @@ class Limits:
     __slots__ = (
         "cluster_size",
         "discard_alignment",
+        "length_unit",
         "max_discard",
         "max_transfer",
         "max_write_zeroes",
@@ -36,3 +37,5 @@ class Limits:
         self.max_discard = 1 << 40
         self.cluster_size = 0
         """The format's unit of allocation, 0 if there is none. Serialising requests and copy-on-read widen to it."""
+        self.length_unit = 1
+        """A new length of the node must be a multiple of this."""

@@ -179,6 +179,7 @@ class Node:
         self.serialising = 0
         """The number of tracked requests that are serialising; the short ways are closed while there are any."""
         self.before_write: list[BeforeWrite] = []
+        self._drains = 0
         self.close_notifiers: list[Callable[[Node], None]] = []
         self.blockers: dict[str, list[str]] = {}
 
@@ -197,6 +198,21 @@ class Node:
         return next((edge for edge in self.children.values() if edge.role is Role.FILTERED), None)
 
     @property
+    def unfiltered(self) -> Node:
+        """This node, or the first one below its filters."""
+        node = self
+        while (edge := node.filtered) is not None:
+            node = edge.node
+        return node
+
+    @property
+    def storage(self) -> Child | None:
+        """The edge to the file that a format lies in; None for filters and protocols."""
+        if self.driver.is_filter:
+            return None
+        return next((edge for edge in self.children.values() if edge.role is Role.FILE), None)
+
+    @property
     def perm(self) -> int:
         """Permissions that the parents need, together."""
         perm = 0
@@ -204,11 +220,37 @@ class Node:
             perm |= edge.perm
         return perm
 
+    def with_all_below(self) -> list[Node]:
+        """Return this node and all nodes below it, each once, from the top down."""
+        found = {self: None}
+        queue = [self]
+        while queue:
+            for edge in queue.pop().children.values():
+                if edge.node not in found:
+                    found[edge.node] = None
+                    queue.append(edge.node)
+        return list(found)
+
     # --- state ------------------------------------------------------------------------------------------
 
     def change_mapping(self) -> None:
         """Invalidate everything resolved on this node so far."""
         self.generation += 1
+
+    def take_length(self, length: int) -> None:
+        """Take a new length, here and in every filter above."""
+        self.length = length
+        for edge in self.parents:
+            if edge.role is Role.FILTERED and edge.parent is not None:
+                edge.parent.take_length(length)
+
+    def resized(self) -> None:
+        """Tell the users of this node and of every filter above that its length was changed, other than by a write."""
+        self.graph.resized(self)
+        for edge in self.parents:
+            if edge.role is Role.FILTERED and edge.parent is not None:
+                edge.parent.change_mapping()
+                edge.parent.resized()
 
     def fence(self, reason: str) -> None:
         """Accept no more writes. ``reason`` is a whole sentence about what is corrupt."""
@@ -216,6 +258,18 @@ class Node:
             self.fenced = reason
             log.error("%s: %s No more writes are accepted.", self.filename, reason)
             self.change_mapping()
+
+    def begin_drain(self) -> None:
+        """Have the driver let go of requests; may be nested, since several users may be drained."""
+        self._drains += 1
+        if self._drains == 1:
+            self.driver.drain_begin()
+
+    def end_drain(self) -> None:
+        """Undo one ``begin_drain``."""
+        self._drains -= 1
+        if not self._drains:
+            self.driver.drain_end()
 
     def block_operation(self, operation: str, reason: str) -> None:
         """Forbid an operation such as ``resize`` until ``unblock_operation`` is called with the same reason, which is a
@@ -308,10 +362,9 @@ class Node:
         options |= self.config.as_qmp_options(sorted(self.explicit))
         if not self.name.startswith("#"):
             options["node-name"] = self.name
-        names = {spec.name: spec.option_name for spec in self.driver.child_specs}
         for child in self.children.values():
             if not self._header_leads_to(child):
-                options[names.get(child.name, child.name)] = child.node.full_options()
+                _put_child(options, child.name, child.node.full_options())
         if self.backing is None and (self.backing_overridden or "backing" in self.opened_children):
             options["backing"] = None
         return options
@@ -327,7 +380,7 @@ class Node:
         options = self.full_options()
         if exact is None or options.keys() - {"driver", "file", "filename", "node-name"}:
             return self.options_filename()
-        storage = self.children.get("file")
+        storage = self.storage
         if storage is None:  # a bare protocol: its plain name would be probed for a format
             return self.options_filename()
         below = storage.node
@@ -335,10 +388,23 @@ class Node:
         return exact if self.probed and plain else self.options_filename()
 
 
+def _put_child(options: dict[str, Any], name: str, child: dict[str, Any]) -> None:
+    """Add the options of a child; ``children.0`` goes into the list ``children``. Children come in their order."""
+    group, dot, index = name.rpartition(".")
+    if dot and index.isdigit():
+        options.setdefault(group, []).append(child)
+    else:
+        options[name] = child
+
+
 def _without_names(options: dict[str, Any]) -> dict[str, Any]:
     """Remove node names: they are unique in a graph, so they would stop the same options from opening again."""
     return {
-        key: _without_names(value) if isinstance(value, dict) else value
+        key: _without_names(value)
+        if isinstance(value, dict)
+        else [_without_names(item) if isinstance(item, dict) else item for item in value]
+        if isinstance(value, list)
+        else value
         for key, value in options.items()
         if key != "node-name"
     }

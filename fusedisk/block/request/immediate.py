@@ -129,7 +129,7 @@ class Immediate:
         """Whether the graph only maps requests: no node detects zeroes or has before-write hooks."""
         if self._changes != self._graph.changes:
             self._look()
-        return self._reads and not self._detects and not any(each.before_write for each in _below(self._node))
+        return self._reads and not self._detects and not any(each.before_write for each in self._node.with_all_below())
 
     def read(self, offset: int, buffer: Buffer) -> bool:
         """Fill ``buffer`` from ``offset``. False: ``buffer`` may hold anything."""
@@ -216,7 +216,7 @@ class Immediate:
             self._reads = self._writes = self._asks = False
             return
         self._node = node = root.node
-        below = _below(node)
+        below = node.with_all_below()
         # If the image has another writer, the file must be asked each time.
         self._reads = not any(each.config.copy_on_read or each.config.force_share for each in below)
         self._writes = self._reads and bool(root.perm & permissions.WRITE) and backend.write_cache
@@ -224,7 +224,7 @@ class Immediate:
         self._asks = all(each.driver.asks_before_waiting and not each.driver.encodes for each in below)
         for each in below:
             backing = each.backing
-            if backing is not None and all(layer.config.read_only for layer in _below(backing.node)):
+            if backing is not None and all(layer.config.read_only for layer in backing.node.with_all_below()):
                 self._chains[backing.node] = RunMap(_MOST_RUNS)
 
     # --- reading ----------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ class Immediate:
             node.written += 1
             if offset + length > node.length:
                 # An image file grows when clusters beyond its end are written.
-                node.length = offset + length
+                node.take_length(offset + length)
             return True
         if offset + length > node.length:
             return False
@@ -449,18 +449,6 @@ def _lend(driver: Driver, offset: int, length: int, parts: list[Lent]) -> bool:
         return False
     parts.append((descriptor, offset, length))
     return True
-
-
-def _below(node: Node) -> list[Node]:
-    """Return ``node`` and all nodes below it."""
-    found = {node: None}
-    queue = [node]
-    while queue:
-        for edge in queue.pop().children.values():
-            if edge.node not in found:
-                found[edge.node] = None
-                queue.append(edge.node)
-    return list(found)
 
 
 _NOWHERE: _Place = (fill_with_zeroes, 0, 0, None)

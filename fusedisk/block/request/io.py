@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import trio
 
@@ -252,7 +253,7 @@ def check_writable(node: Node, flags: int = 0) -> None:
 def _wrote(node: Node, end: int) -> None:
     node.written += 1
     if end > node.length and node.driver.moves_bytes:
-        node.length = end
+        node.take_length(end)
 
 
 def _guarding_request(end: int, align: int) -> Request:
@@ -455,21 +456,26 @@ async def flush(node: Node) -> None:
         raise NoMediumError(f"Node '{node.name}' is closed.")
     if node.config.read_only:
         return
-    storage = node.children.get("file")
     try:
-        if storage is not None:
-            await storage.node.driver.debug_event("flush_to_os")
-        await node.driver.flush_to_os()
-        if storage is not None:
-            await storage.node.driver.debug_event("flush_to_disk")
-        for child in list(node.children.values()):
-            if child.role is not Role.BACKING:
-                await flush(child.node)
-        if node.driver.is_protocol:
-            await _flush_to_disk(node)
+        await node.driver.flush(partial(_flush_layers, node))
     except FusediskError as exc:
         exc.at(node.name, "flush")
         raise
+
+
+async def _flush_layers(node: Node) -> None:
+    """Flush the driver's caches, the children, and the host's cache."""
+    storage = node.filtered or node.storage
+    if storage is not None:
+        await storage.node.driver.debug_event("flush_to_os")
+    await node.driver.flush_to_os()
+    if storage is not None:
+        await storage.node.driver.debug_event("flush_to_disk")
+    for child in list(node.children.values()):
+        if child.role is not Role.BACKING:
+            await flush(child.node)
+    if node.driver.is_protocol:
+        await _flush_to_disk(node)
 
 
 async def _flush_to_disk(node: Node) -> None:
@@ -505,7 +511,7 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
             flags |= ZERO_NEW
         with nullcontext() if is_at_once() else trio.CancelScope(shield=True):
             await node.driver.truncate(length, preallocation, flags)
-            node.length = await node.driver.length()
+            node.take_length(await node.driver.length())
         node.written += 1
         node.change_mapping()
     except FusediskError as exc:
@@ -513,4 +519,5 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
         raise
     finally:
         request.leave(node)
-    node.graph.resized(node)
+    if node.filtered is None:  # the users of filters above are told, too
+        node.resized()

@@ -1,4 +1,4 @@
-"""Internal snapshots of a node: the door for making, applying and deleting them.
+"""Internal snapshots of a node: the door for making, applying and deleting them. Filters pass them to what is below.
 
 A snapshot lies between requests: it holds every write answered before, and none that comes later. So these operations
 wait for every request in flight on the node, and hold back all later ones. Plain reads go on meanwhile, since they
@@ -7,7 +7,7 @@ find the same bytes before and after; only for the moment when an applied snapsh
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -46,36 +46,21 @@ def find_snapshot_by(
     raise SnapshotNotFoundError(f"'{filename}' has no snapshot with {wanted or 'no id and no name'}.")
 
 
-def snapshot_node(node: Node) -> Node:
-    """Return the node that holds the disk's snapshots: ``node``, or the first node below its filters."""
-    while node.driver.is_filter:
-        node = node.children["file"].node
-    return node
-
-
-def _filters_over(node: Node) -> Iterator[Node]:
-    """Yield the filters from ``node`` down to its :func:`snapshot_node`."""
-    while node.driver.is_filter:
-        yield node
-        node = node.children["file"].node
-
-
 def list_snapshots(node: Node) -> list[SnapshotInfo]:
     """Return the snapshots in the order of the image's table."""
-    return snapshot_node(node).driver.list_snapshots()
+    return node.unfiltered.driver.list_snapshots()
 
 
 async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
     """Make a snapshot of the disk as it is now, see :meth:`fusedisk.block.model.driver.Driver.create_snapshot`."""
-    node = snapshot_node(node)
+    node = node.unfiltered
     async with alone(node, "snapshot", lets_reads=True):
         return await node.driver.create_snapshot(snapshot, progress)
 
 
 async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Restore the disk's content and length from a snapshot."""
-    filters = list(_filters_over(node))
-    node = snapshot_node(node)
+    node = node.unfiltered
     old = node.length
     async with alone(node, "snapshot", lets_reads=True) as request:
         size = next((found.disk_size for found in node.driver.list_snapshots() if found.id == id), old)
@@ -85,10 +70,7 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
                 raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
         await node.driver.apply_snapshot(id, progress, partial(_no_reads, node, request))
     if node.length != old:
-        for changed in (node, *reversed(filters)):
-            changed.length = await changed.driver.length()
-            changed.change_mapping()
-            changed.graph.resized(changed)
+        node.resized()
 
 
 @asynccontextmanager
@@ -98,14 +80,14 @@ async def _no_reads(node: Node, request: Request) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        node.length = await node.driver.length()
+        node.take_length(await node.driver.length())
         node.change_mapping()
         request.let_reads_pass()
 
 
 async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Delete a snapshot and free the space that only it used."""
-    node = snapshot_node(node)
+    node = node.unfiltered
     async with alone(node, "snapshot", lets_reads=True):
         await node.driver.delete_snapshot(id, progress)
 
@@ -113,7 +95,7 @@ async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress)
 async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
     """Write to the VM state that goes into the next snapshot."""
     check_vmstate_range(offset, len(data))
-    node = snapshot_node(node)
+    node = node.unfiltered
     async with alone(node, "save-vmstate"):
         await node.driver.save_vmstate(offset, data)
 
@@ -121,7 +103,7 @@ async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
 async def load_vmstate(node: Node, offset: int, buffer: memoryview) -> None:
     """Read from the VM state that belongs to the disk's content; zeroes if there is none."""
     check_vmstate_range(offset, len(buffer))
-    node = snapshot_node(node)
+    node = node.unfiltered
     request = Request(0, 1 << 63, False)
     request.enter(node)
     try:

@@ -23,9 +23,9 @@ async def tracked(node: Node, offset: int, length: int) -> AsyncIterator[None]:
             request.enter(node)
             requests[request] = node
             await request.wait_for_earlier(node)
-            if not node.driver.is_filter:
+            if (below := node.filtered) is None:
                 break
-            node = node.children["file"].node
+            node = below.node
         yield
     finally:
         for request, entered in requests.items():
@@ -46,22 +46,25 @@ async def chain_status(node: Node, offset: int, length: int, base: Node | None =
         extent = await layer.driver.map(offset, length)
         check_extent(layer, extent, length)
         length = extent.length
-        if extent.status != UNALLOCATED:
+        is_filter = layer.driver.is_filter
+        if not is_filter and extent.status != UNALLOCATED:
             return await _layer_status(layer, extent, offset, depth)
         below = _next_layer(layer)
         if below is None or below is base or offset >= below.length:
             # The zeroes behind a shorter backing file belong to the overlay that goes past its end.
             allocated = below is None and not layer.driver.supports_backing
-            reserved = (extent.offset, extent.child.node.filename) if extent.child is not None else (None, None)
+            place = extent.child if not is_filter else None
+            reserved = (extent.offset, place.node.filename) if place is not None else (None, None)
             return BlockStatus(length, False, True, allocated, depth, *reserved)
-        depth += 1
+        depth += not is_filter
         layer = below
         length = min(length, layer.length - offset)
 
 
 def _next_layer(node: Node) -> Node | None:
-    backing = node.backing
-    return backing.node if backing else None
+    """Return the node that shows where ``node`` has nothing of its own: everywhere, for a filter."""
+    edge = node.filtered or node.backing
+    return edge.node if edge else None
 
 
 async def _layer_status(layer: Node, extent: Extent, offset: int, depth: int) -> BlockStatus:
@@ -102,7 +105,7 @@ async def is_allocated_above(top: Node, base: Node | None, offset: int, length: 
             return True, length
         extent = await layer.driver.map(offset, min(length, layer.length - offset))
         check_extent(layer, extent, length)
-        if extent.status != UNALLOCATED:
+        if extent.status != UNALLOCATED and not layer.driver.is_filter:
             return True, extent.length
         length = extent.length
         layer = _next_layer(layer)

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import trio
 
-from fusedisk.block.model.driver import FUA, MAY_UNMAP, NO_FALLBACK, UNCHANGED, Buffer
+from fusedisk.block.model.driver import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK, UNCHANGED, Buffer
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
@@ -114,7 +114,7 @@ async def _write_extent(node: Node, offset: int, buffer: Buffer, flags: int) -> 
     driver = node.driver
     extent = await driver.map_write(offset, len(buffer))
     count = extent.length
-    flags &= UNCHANGED
+    flags &= UNCHANGED | COMPRESSED  # a compressed write comes here only on its way through a filter
     allocation = extent.allocation
     try:
         if not 0 < count <= len(buffer):

@@ -15,18 +15,18 @@ import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import trio
 
 from fusedisk.block.graph.filenames import parse_filename
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import FUA, NO_FALLBACK, Buffer, ChildSpec, FilterDriver, Role
+from fusedisk.block.model.driver import NO_FALLBACK, Buffer, ChildSpec, Role
 from fusedisk.block.model.edge import Child
-from fusedisk.block.model.extent import DATA, Extent
+from fusedisk.block.model.extent import Extent
 from fusedisk.block.model.limits import Limits
-from fusedisk.block.request import io
+from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.errors import HostError, NoSpaceError, OptionError, host_error
 from fusedisk.core.host_open import Found, kind_name
 from fusedisk.core.offload import run_opening
@@ -92,7 +92,7 @@ class BlkdebugDriver(FilterDriver):
 
     name = "blkdebug"
     prefixes = ("blkdebug",)
-    child_specs = (ChildSpec("file", Role.FILTERED, option="image"),)
+    child_specs = (ChildSpec("image", Role.FILTERED),)
     options_type: ClassVar[type[Options]] = BlkdebugOptions
     moves_bytes = True
 
@@ -131,7 +131,7 @@ class BlkdebugDriver(FilterDriver):
 
     def _check_limits(self) -> None:
         options = self.options
-        align = options.align or self.filtered.node.limits.request_alignment
+        align = options.align or self.below.limits.request_alignment
         if options.align and (options.align & (options.align - 1) or options.align > _LARGEST):
             raise OptionError(f"blkdebug option 'align' is {options.align}, expected a power of two.")
         for name, unit in (
@@ -146,9 +146,9 @@ class BlkdebugDriver(FilterDriver):
                 raise OptionError(f"blkdebug option '{name}' is {value}, expected a multiple of {unit}.")
 
     def refresh_limits(self, limits: Limits) -> None:
-        options, below = self.options, self.filtered.node.limits
-        limits.request_alignment = max(options.align, below.request_alignment)
-        limits.memory_alignment = below.memory_alignment
+        super().refresh_limits(limits)
+        options = self.options
+        limits.request_alignment = max(options.align, self.below.limits.request_alignment)
         limits.max_transfer = options.max_transfer or limits.max_transfer
         limits.zeroes_alignment = options.opt_write_zero or limits.zeroes_alignment
         limits.max_write_zeroes = options.max_write_zero or limits.max_write_zeroes
@@ -156,6 +156,7 @@ class BlkdebugDriver(FilterDriver):
         limits.max_discard = options.max_discard or limits.max_discard
 
     def child_permissions(self, child: Child, perm: int, shared: int) -> tuple[int, int]:
+        perm, shared = super().child_permissions(child, perm, shared)
         for name in self.options.take_child_perms:
             perm |= _PERMISSIONS[name]
         for name in self.options.unshare_child_perms:
@@ -231,34 +232,36 @@ class BlkdebugDriver(FilterDriver):
     async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         for buffer in buffers:
             await self._check("read", offset, len(buffer))
-            await io.read(self.filtered.node, offset, buffer)
+            await super().preadv(offset, (buffer,))
             offset += len(buffer)
 
     async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
         await self.debug_event("pwritev")
         await self._check("write", offset, sum(map(len, buffers)))
-        await io.write(self.filtered.node, offset, buffers, flags & ~FUA)
+        await super().pwritev(offset, buffers, flags)
         await self.debug_event("pwritev_done")
 
     async def map(self, offset: int, length: int) -> Extent:
         await self._check("block-status", offset, length)
-        return Extent(DATA, length, self.filtered, offset, recurse=True)
+        return await super().map(offset, length)
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self.debug_event("pwritev_zero")
         await self._check("write-zeroes", offset, length)
         # NO_FALLBACK: if the child cannot zero, the core writes zeroes through this node, so the rules see the writes.
-        await io.write_zeroes(self.filtered.node, offset, length, flags | NO_FALLBACK)
+        await super().write_zeroes(offset, length, flags | NO_FALLBACK)
 
     async def discard(self, offset: int, length: int) -> None:
         await self._check("discard", offset, length)
-        await io.discard(self.filtered.node, offset, length)
+        await super().discard(offset, length)
 
-    async def flush_to_os(self) -> None:
+    async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        for offset, length in ranges:
+            await self.discard(offset, length)
+
+    async def flush(self, flush_layers: Callable[[], Awaitable[None]]) -> None:
         await self._check("flush")
-
-    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
-        await io.truncate(self.filtered.node, length, preallocation, flags)
+        await flush_layers()
 
 
 def _read_text(filename: str) -> str:

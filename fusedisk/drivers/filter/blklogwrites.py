@@ -13,14 +13,14 @@ BlockdevOptionsBlklogwrites.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar
 
-from fusedisk.block.model.driver import FUA, NO_FALLBACK, Buffer, ChildSpec, FilterDriver, Role
-from fusedisk.block.model.extent import DATA, Extent
+from fusedisk.block.model.driver import NO_FALLBACK, Buffer, ChildSpec, Role
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
+from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.errors import OptionError, OutOfRangeError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.options import Options, option
@@ -104,9 +104,8 @@ class BlklogwritesDriver(FilterDriver):
                 await self._put_superblock()
 
     def refresh_limits(self, limits: Limits) -> None:
-        below = self.filtered.node.limits
-        limits.request_alignment = max(self.sector_size, below.request_alignment)
-        limits.memory_alignment = below.memory_alignment
+        super().refresh_limits(limits)
+        limits.request_alignment = max(self.sector_size, self.below.limits.request_alignment)
 
     # --- the log ----------------------------------------------------------------------------------------
 
@@ -142,37 +141,34 @@ class BlklogwritesDriver(FilterDriver):
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        for buffer in buffers:
-            await io.read(self.filtered.node, offset, buffer)
-            offset += len(buffer)
-
     async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
-        await io.write(self.filtered.node, offset, buffers, flags & ~FUA)
+        await super().pwritev(offset, buffers, flags)
         await self._log(offset, sum(map(len, buffers)), 0, buffers)
-
-    async def map(self, offset: int, length: int) -> Extent:
-        return Extent(DATA, length, self.filtered, offset, recurse=True)
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         # Without the fallback below, so that the writes that it leads to come through here and are logged.
-        await io.write_zeroes(self.filtered.node, offset, length, flags | NO_FALLBACK)
+        await super().write_zeroes(offset, length, flags | NO_FALLBACK)
         await self._log(offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
-        await io.discard(self.filtered.node, offset, length)
+        await super().discard(offset, length)
         end = min(offset + length, self.node.length) // self.sector_size * self.sector_size
         if end > offset:
             await self._log(offset, end - offset, layout.DISCARD)
 
-    async def flush_to_os(self) -> None:
+    async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        for offset, length in ranges:
+            await self.discard(offset, length)
+
+    async def flush(self, flush_layers: Callable[[], Awaitable[None]]) -> None:
         async with self._mutex:
-            await io.flush(self.filtered.node)
+            await io.flush(self.below)
             await self._append(Entry(0, 0, layout.FLUSH))
+        await io.flush(self.log)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
         old, size = self.node.length, self.sector_size
-        await io.truncate(self.filtered.node, length, preallocation, flags)
+        await super().truncate(length, preallocation, flags)
         if length > old and length >= size:
             await self._log(length // size * size - size, size)
         elif length < old:

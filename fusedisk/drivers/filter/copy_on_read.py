@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import COPY_ON_READ, Buffer, ChildSpec, FilterDriver, Role
+from fusedisk.block.model.driver import COPY_ON_READ, Buffer, ChildSpec, Role
 from fusedisk.block.model.edge import Child
-from fusedisk.block.model.extent import DATA, Extent
 from fusedisk.block.request import io
+from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.errors import OptionError
 
 
@@ -29,7 +29,7 @@ class CopyOnReadDriver(FilterDriver):
 
     async def open(self) -> None:
         """Raise OptionError over a read-only node, which cannot store what is read."""
-        below = self.filtered.node
+        below = self.below
         if below.config.read_only:
             raise OptionError(f"copy-on-read writes into '{below.filename}', which is open read-only.")
 
@@ -40,25 +40,5 @@ class CopyOnReadDriver(FilterDriver):
     async def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Read with the copy-on-read flag."""
         for buffer in buffers:
-            await io.read(self.filtered.node, offset, buffer, COPY_ON_READ)
+            await io.read(self.below, offset, buffer, COPY_ON_READ)
             offset += len(buffer)
-
-    async def pwritev(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
-        """Pass through."""
-        await io.write(self.filtered.node, offset, buffers, flags)
-
-    async def map(self, offset: int, length: int) -> Extent:
-        """For block status: ask the node below."""
-        return Extent(DATA, length, self.filtered, offset, recurse=True)
-
-    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        """Pass through."""
-        await io.write_zeroes(self.filtered.node, offset, length, flags)
-
-    async def discard(self, offset: int, length: int) -> None:
-        """Pass through."""
-        await io.discard(self.filtered.node, offset, length)
-
-    async def truncate(self, length: int, preallocation: str, flags: int) -> None:
-        """Pass through."""
-        await io.truncate(self.filtered.node, length, preallocation, flags)

@@ -75,7 +75,6 @@ class Qcow2Driver(SnapshotDriver):
     asks_before_waiting = True
     supports_backing = True
     compresses = True
-    length_unit = SECTOR
     options_type: ClassVar[type[Options]] = Qcow2Options
     create_options_type: ClassVar[type[CreateOptions] | None] = Qcow2CreateOptions
     amend_options_type: ClassVar[type[CreateOptions] | None] = Qcow2AmendOptions
@@ -282,6 +281,7 @@ class Qcow2Driver(SnapshotDriver):
 
     def refresh_limits(self, limits: Limits) -> None:
         limits.cluster_size = limits.discard_alignment = self.image.geometry.cluster_size
+        limits.length_unit = SECTOR
         limits.zeroes_alignment = self.image.geometry.subcluster_size
         if self.encodes:
             limits.request_alignment = max(limits.request_alignment, SECTOR)
