@@ -2,9 +2,32 @@
 
 A driver says where bytes lie; the core (:mod:`fusedisk.block.request.io`) moves them. There are three kinds:
 
-* a **protocol** driver reaches bytes outside the process and moves them itself: ``preadv`` and ``pwritev``;
-* a **format** driver answers ``map`` and ``map_write`` over its ``file`` child and never moves guest data;
-* a **filter** passes everything to its one child and overrides what it changes.
+======================  ============================  ============================  ============================
+Kind                    protocol                      format                        filter
+======================  ============================  ============================  ============================
+What it does            reaches bytes outside the     answers where bytes lie in    passes everything to one
+                        process                       its children                  child, with differences
+Base class              ``Driver``                    ``Driver``                    ``request.filter``'s
+                                                                                    ``FilterDriver``
+Sets                    ``is_protocol``,              ``child_specs``               ``child_specs``, with one
+                        ``moves_bytes``                                             child of role FILTERED
+Must implement          ``length``, ``preadv``,       ``open``, ``length``,         nothing
+                        ``pwritev``, ``map`` (for     ``map``; to be writable,
+                        block status)                 ``map_write``,
+                                                      ``flush_to_os``; if it
+                                                      allocates, ``publish`` and
+                                                      ``abandon``
+Most implement          ``open``, ``close``,          ``probe``, ``close``,         what differs; with
+                        ``refresh_limits``,           ``refresh_limits``,           ``moves_bytes``, ``preadv``
+                        ``write_zeroes``,             ``write_zeroes``,             and ``pwritev``, too
+                        ``discard``, ``truncate``,    ``discard``, ``truncate``,
+                        ``flush_to_disk``,            ``create``, ``check``
+                        ``exact_filename``
+======================  ============================  ============================  ============================
+
+A driver whose children depend on its options overrides ``children_of``. One whose image names more files opens them in
+``open``. Nothing but the driver itself may rely on a child's name: use ``node.filtered``, ``node.storage`` and
+``node.backing``.
 
 What a driver may rely on: the core has checked range, alignment, read-only and permissions, no request is empty, none
 is longer than the driver's limits, requests that free host space are serialised against every overlapping request,
@@ -12,6 +35,20 @@ and ``publish``, ``write_zeroes``, ``discard`` and ``truncate`` run shielded fro
 what must not be cut short in it, it shields itself). What it must do: raise only :mod:`fusedisk.core.errors` classes,
 keep its state consistent at every ``await``, never hold a lock across a request to another node's door unless it says
 why that is safe. What it must not do: check ranges again, call the door of its own node, await in ``finally``.
+
+**Fast path.** A new driver needs nothing for it. An export first asks :mod:`fusedisk.block.request.immediate`, which
+answers a request without a task if the drivers can do so without waiting:
+
+* Read: ``lookup`` of the top node, then of the children and backing files that it leads to. It ends at ``read_now`` of
+  a driver that moves bytes, or at ``read_cached`` for a SPECIAL extent. Where ranges lead may be remembered, with
+  ``cached_source`` for SPECIAL extents; then only the last step is called again.
+* Read without a copy: the same lookups, which end at ``resident_descriptor`` or ``cached_pieces``.
+* Overwrite: ``lookup_in_place`` from child to child, down to ``write_now``.
+* A write that this cannot answer is tried as a coroutine without a task, if all drivers set ``asks_before_waiting``.
+
+None of these waits. None or False sends the request through the door, which calls ``map`` and ``map_write``, or
+``preadv`` and ``pwritev``. Formats start with ``lookup`` and ``lookup_in_place``, drivers that move bytes with
+``read_now`` and ``write_now``.
 
 Everything here runs in the one trio thread. Threads do host I/O and CPU work only (:mod:`fusedisk.core.offload`).
 """
@@ -308,11 +345,7 @@ class Driver:
         changed, for images that cannot have compressed clusters."""
         raise NotImplementedError
 
-    # --- data, without waiting --------------------------------------------------------------------------
-    #
-    # The short way (``immediate``) and exports call these before they start a task. None of them waits; None or False
-    # sends the request through the door (``io``). Formats start with ``lookup`` and ``lookup_in_place``, drivers that
-    # move bytes with ``read_now`` and ``write_now``. A new driver needs none of them.
+    # --- data, without waiting: see "Fast path" in the module's head ------------------------------------
 
     def lookup(self, offset: int, length: int) -> Extent | None:
         """Return the answer of ``map`` if that takes no I/O; otherwise None."""
