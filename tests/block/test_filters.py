@@ -19,7 +19,7 @@ from fusedisk.block.image.information import image_information
 from fusedisk.block.model.driver import COMPRESSED
 from fusedisk.block.request import io
 from fusedisk.block.request.status import chain_status, is_allocated_above
-from fusedisk.core.errors import OptionError
+from fusedisk.core.errors import HostError, OptionError
 from fusedisk.drivers.table import DRIVERS
 from tests.block.conftest import assert_idle
 from tests.support import tasks
@@ -88,6 +88,15 @@ async def test_discards_free_space(raw: Path, filter_over: Any) -> None:
         assert used(raw) <= before - 768 * KIB
         await io.discard_ranges(backend.node, [(768 * KIB, 64 * KIB), (896 * KIB, 64 * KIB)])
         assert used(raw) <= before - 896 * KIB
+
+
+async def test_a_filter_that_overrides_discard_sees_each_of_many_ranges(raw: Path) -> None:
+    rule = {"event": "none", "iotype": "discard", "sector": 200}
+    options = {"driver": "blkdebug", "image": of_file(raw), "inject-error": [rule], "discard": "unmap"}
+    async with opened(options) as backend:
+        await io.discard_ranges(backend.node, [(0, 512), (64 * KIB, 512)])
+        with pytest.raises(HostError):
+            await io.discard_ranges(backend.node, [(0, 512), (200 * 512, 512)])
 
 
 async def test_preallocation_reserves_space(tmp_path: Path, filter_over: Any) -> None:

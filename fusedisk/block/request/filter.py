@@ -103,6 +103,9 @@ class FilterDriver(Driver):
         await io.discard(self.below, offset, length)
 
     async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if type(self).discard is not FilterDriver.discard:
+            await super().discard_ranges(ranges)  # the subclass sees each range
+            return
         await io.discard_ranges(self.below, ranges)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:

@@ -255,10 +255,6 @@ class BlkdebugDriver(FilterDriver):
         await self._check("discard", offset, length)
         await super().discard(offset, length)
 
-    async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
-        for offset, length in ranges:
-            await self.discard(offset, length)
-
     async def flush(self, flush_layers: Callable[[], Awaitable[None]]) -> None:
         await self._check("flush")
         await flush_layers()

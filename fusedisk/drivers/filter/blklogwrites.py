@@ -156,10 +156,6 @@ class BlklogwritesDriver(FilterDriver):
         if end > offset:
             await self._log(offset, end - offset, layout.DISCARD)
 
-    async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
-        for offset, length in ranges:
-            await self.discard(offset, length)
-
     async def flush(self, flush_layers: Callable[[], Awaitable[None]]) -> None:
         async with self._mutex:
             await io.flush(self.below)
