@@ -237,20 +237,23 @@ class Node:
         """Invalidate everything resolved on this node so far."""
         self.generation += 1
 
+    def with_filters_above(self) -> list[Node]:
+        """Return this node and every filter over it, which have the same content and the same length."""
+        found = [self]
+        for node in found:
+            found += [edge.parent for edge in node.parents if edge.role is Role.FILTERED and edge.parent is not None]
+        return found
+
     def take_length(self, length: int) -> None:
         """Take a new length, here and in every filter above."""
-        self.length = length
-        for edge in self.parents:
-            if edge.role is Role.FILTERED and edge.parent is not None:
-                edge.parent.take_length(length)
+        for node in self.with_filters_above():
+            node.length = length
 
     def resized(self) -> None:
         """Tell the users of this node and of every filter above that its length was changed, other than by a write."""
-        self.graph.resized(self)
-        for edge in self.parents:
-            if edge.role is Role.FILTERED and edge.parent is not None:
-                edge.parent.change_mapping()
-                edge.parent.resized()
+        for node in self.with_filters_above():
+            node.change_mapping()
+            node.graph.resized(node)
 
     def fence(self, reason: str) -> None:
         """Accept no more writes. ``reason`` is a whole sentence about what is corrupt."""
