@@ -34,7 +34,8 @@ from fusedisk.core.options import Options, option
 from fusedisk.drivers.filter.blkdebug_rules import EVENTS, RULE_TYPES, InjectError, Rules, SetState, parse_config
 
 _PERMISSIONS = {name.replace(" ", "-"): bit for bit, name in permissions.NAMES.items()}
-_LARGEST = (1 << 31) - 1
+_MAX_OPTION_SIZE = (1 << 31) - 1
+"""QEMU keeps these options in an int."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -132,7 +133,7 @@ class BlkdebugDriver(FilterDriver):
     def _check_limits(self) -> None:
         options = self.options
         align = options.align or self.below.limits.request_alignment
-        if options.align and (options.align & (options.align - 1) or options.align > _LARGEST):
+        if options.align and (options.align & (options.align - 1) or options.align > _MAX_OPTION_SIZE):
             raise OptionError(f"blkdebug option 'align' is {options.align}, expected a power of two.")
         for name, unit in (
             ("max-transfer", align),
@@ -142,7 +143,7 @@ class BlkdebugDriver(FilterDriver):
             ("max-discard", max(options.opt_discard, align)),
         ):
             value = getattr(options, name.replace("-", "_"))
-            if value % unit or value > _LARGEST:
+            if value % unit or value > _MAX_OPTION_SIZE:
                 raise OptionError(f"blkdebug option '{name}' is {value}, expected a multiple of {unit}.")
 
     def refresh_limits(self, limits: Limits) -> None:
