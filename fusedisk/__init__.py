@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "fusedisk.api": ("Disk", "amend", "create", "open"),
-    "fusedisk.block.image.check": ("CheckResult",),
+    "fusedisk.block.model.check_result": ("CheckResult",),
     "fusedisk.block.model.extent": ("BlockStatus",),
     "fusedisk.block.image.mapping": ("MapEntry",),
     "fusedisk.block.image.measure": ("Measurement",),
