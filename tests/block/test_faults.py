@@ -39,9 +39,8 @@ REQUESTS: dict[str, Request] = {
 
 def _chain() -> tuple[Chain, bytes]:
     base, top = Table(SIZE - 300, CLUSTER), Table(SIZE, CLUSTER)
-    base.clusters = {n: 512 + n * CLUSTER for n in range(16)}
-    base.end = 512 + SIZE
-    base.special[4] = bytes(CLUSTER)
+    base.put(*range(16))
+    base.invert(4, bytes(CLUSTER))
     chain = Chain(base, top, memory={"request_alignment": 512})
     chain.files[0].data[:] = b"o" * base.end
     content = bytearray(b"o" * (SIZE - 300) + bytes(300))

@@ -156,8 +156,7 @@ async def test_a_user_that_attaches_during_a_drain_is_held_back_too(graph: Graph
 @pytest.mark.parametrize("seed", range(3))
 async def test_filters_come_and_go_under_load(graph: Graph, seed: int) -> None:
     base, top = Table(SIZE), Table(SIZE)
-    base.clusters = {n: 512 + 512 * n for n in range(SIZE // 512)}
-    base.end = 512 + SIZE
+    base.put(*range(SIZE // 512))
     chain = Chain(base, top)
     chain.files[0].data[:] = random.Random(seed).randbytes(base.end)
     for part in (*chain.layers, *chain.files):

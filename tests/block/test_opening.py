@@ -220,7 +220,7 @@ async def test_a_long_chain(graph: Graph, tmp_path: Path) -> None:
         layers[f"t{n}"].backing = _json_name(below)
     graph.gate.allow_any = True
     stores_["f0"].data[:] = bytes(512) + b"deep".ljust(512, b"\0")
-    layers["t0"].clusters[0] = 512
+    layers["t0"].put(0)
     with tables(**layers), stores(**stores_):
         top = {"driver": "toy", "table": f"t{depth - 1}", "file": {"driver": "memory", "filename": f"f{depth - 1}"}}
         backend = await graph.open_backend(top)

@@ -94,8 +94,7 @@ async def test_growing_over_a_longer_backing_file_shows_zeroes(graph: Graph, see
     rng = random.Random(seed)
     base, top = Table(20_000, 1024), Table(rng.randrange(1, 10_000), 1024)
     chain = Chain(base, top)
-    base.clusters = {n: 512 + n * 1024 for n in range(20)}
-    base.end = 512 + 20 * 1024
+    base.put(*range(20))
     chain.files[0].data[:] = b"\xbb" * base.end
     oracle = bytearray(b"\xbb" * top.length)
     async with chain_backend(graph, chain) as backend:

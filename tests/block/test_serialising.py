@@ -110,7 +110,7 @@ async def test_a_discard_waits_for_a_write_into_its_clusters(graph: Graph) -> No
         await writer.join()
         await discard.join()
         assert await reader.join() == bytes(BLOCK)
-        assert not table.clusters
+        assert not table.clusters()
 
 
 @pytest.mark.parametrize("cluster_size", [512, 4096])
@@ -126,7 +126,7 @@ async def test_second_write_into_a_new_cluster_waits_for_the_first(graph: Graph,
         await first.join()
         await second.join()
         assert await backend.read(0, cluster_size) == b"1" * 100 + b"2" * 100 + bytes(cluster_size - 200)
-        assert len(table.clusters) == 1
+        assert len(table.clusters()) == 1
 
 
 async def _request(rng: random.Random, backend: Backend, number: int) -> tuple[int, int, int]:

@@ -24,11 +24,6 @@ from tests.support.toy import Table
 CLUSTER = 512
 
 
-def _allocate(table: Table, cluster: int) -> None:
-    table.clusters[cluster] = table.end
-    table.end += CLUSTER
-
-
 async def _all_status(backend: Backend) -> list[BlockStatus]:
     """Status of the whole disk, asserted to cover it without gaps."""
     found, offset = [], 0
@@ -42,11 +37,11 @@ async def _all_status(backend: Backend) -> list[BlockStatus]:
 
 async def test_each_kind_of_extent(graph: Graph) -> None:
     base, top = Table(5 * CLUSTER), Table(6 * CLUSTER)
-    _allocate(base, 0)
-    _allocate(base, 1)
-    _allocate(top, 1)
-    top.zeroed.add(2)
-    top.special[3] = bytes(CLUSTER)
+    base.put(0)
+    base.put(1)
+    top.put(1)
+    top.zero(2)
+    top.invert(3, bytes(CLUSTER))
     async with chain_backend(graph, Chain(base, top)) as backend:
         assert await _all_status(backend) == [
             BlockStatus(CLUSTER, data=True, zero=False, allocated=True, depth=1, offset=512, filename="memory:file0"),
@@ -80,11 +75,11 @@ async def test_status_tells_the_truth_about_what_is_read(graph: Graph, seed: int
         for cluster in range(-(-table.length // CLUSTER)):
             kind = rng.choice(("data", "zero", "special", "none", "none"))
             if kind == "data":
-                _allocate(table, cluster)
+                table.put(cluster)
             elif kind == "zero":
-                table.zeroed.add(cluster)
+                table.zero(cluster)
             elif kind == "special":
-                table.special[cluster] = rng.randbytes(CLUSTER)
+                table.invert(cluster, rng.randbytes(CLUSTER))
         layers.append(table)
     chain = Chain(*layers)
     for file, table in zip(chain.files, layers, strict=True):
@@ -112,9 +107,9 @@ async def _allocated(top: Node, base: Node | None) -> list[tuple[int, bool]]:
 
 async def test_is_allocated_above(graph: Graph) -> None:
     base, middle, top = Table(4 * CLUSTER), Table(4 * CLUSTER), Table(4 * CLUSTER)
-    _allocate(base, 0)
-    _allocate(middle, 1)
-    _allocate(top, 2)
+    base.put(0)
+    middle.put(1)
+    top.put(2)
     async with chain_backend(graph, Chain(base, middle, top)) as backend:
         nodes = [graph.node(f"layer{index}") for index in range(3)]
         assert backend.node is nodes[2]
@@ -128,7 +123,7 @@ async def test_a_short_layer_in_between_hides_what_lies_below(graph: Graph) -> N
     """Behind its end there are zeroes, whatever the base holds: not to be mistaken for the base's data."""
     base, middle, top = Table(4 * CLUSTER), Table(CLUSTER), Table(4 * CLUSTER)
     for cluster in range(4):
-        _allocate(base, cluster)
+        base.put(cluster)
     chain = Chain(base, middle, top)
     chain.files[0].data[:] = b"\xff" * base.end
     async with chain_backend(graph, chain) as backend:

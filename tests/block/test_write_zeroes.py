@@ -8,6 +8,7 @@ import pytest
 
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.driver import MAY_UNMAP, NO_FALLBACK
+from fusedisk.block.model.extent import ZERO
 from fusedisk.block.request import io
 from fusedisk.core.errors import HostError, NotSupportedError
 from tests.support.memory import Store
@@ -59,21 +60,20 @@ async def test_a_part_of_a_cluster_that_reads_zero_anyway_stays_unallocated(grap
     base, top = Table(4 * CLUSTER, CLUSTER), Table(6 * CLUSTER, CLUSTER)
     async with chain_backend(graph, Chain(base, top)) as backend:
         await backend.write_zeroes(100, 5 * CLUSTER)
-        assert not top.clusters
-        assert top.zeroed == set(range(6))
+        assert not top.clusters()
+        assert top.clusters(ZERO) == set(range(6))
 
 
 async def test_zeroing_a_part_keeps_the_rest_of_the_cluster(graph: Graph) -> None:
     base, top = Table(4 * CLUSTER, CLUSTER), Table(4 * CLUSTER, CLUSTER)
     chain = Chain(base, top)
-    base.clusters = {n: 512 + n * CLUSTER for n in range(4)}
-    base.end = 512 + 4 * CLUSTER
+    base.put(*range(4))
     chain.files[0].data[:] = FULL * base.end
     async with chain_backend(graph, chain) as backend:
         await backend.write_zeroes(100, 2 * CLUSTER)
         expected = FULL * 100 + bytes(2 * CLUSTER) + FULL * (2 * CLUSTER - 100)
         assert await backend.read(0, backend.length) == expected
-        assert top.zeroed == {1}
+        assert top.clusters(ZERO) == {1}
 
 
 async def test_the_unaligned_end_of_a_disk_is_zeroed_as_a_unit(graph: Graph) -> None:
@@ -82,7 +82,7 @@ async def test_the_unaligned_end_of_a_disk_is_zeroed_as_a_unit(graph: Graph) -> 
         await backend.write(0, FULL * backend.length)
         await backend.write_zeroes(2 * CLUSTER, 100)
         assert await backend.read(0, backend.length) == FULL * 2 * CLUSTER + bytes(100)
-        assert table.zeroed == {2}
+        assert table.clusters() == {0, 1}
 
 
 @pytest.mark.parametrize(("detect", "flags"), [("off", None), ("on", 0), ("unmap", MAY_UNMAP)])
@@ -107,7 +107,7 @@ async def test_detect_zeroes_changes_no_content(graph: Graph, detect: str) -> No
             await backend.write(offset, bytes(3000))
             oracle[offset : offset + 3000] = bytes(3000)
         assert await backend.read(0, len(oracle)) == oracle
-        assert chain.layers[1].zeroed
+        assert chain.layers[1].clusters(ZERO)
 
 
 async def test_discard_is_narrowed_to_whole_units(graph: Graph) -> None:
@@ -141,7 +141,7 @@ async def test_discard_without_the_operation_leaves_everything(graph: Graph) -> 
 async def test_discard_in_an_overlay_shows_no_old_data(graph: Graph) -> None:
     base, top = Table(4 * CLUSTER, CLUSTER), Table(4 * CLUSTER, CLUSTER)
     chain = Chain(base, top)
-    base.clusters, base.end = {0: 512, 1: 512 + CLUSTER}, 512 + 2 * CLUSTER
+    base.put(0, 1)
     chain.files[0].data[:] = b"o" * base.end
     async with chain_backend(graph, chain, discard="unmap") as backend:
         await backend.write(0, b"n" * CLUSTER)

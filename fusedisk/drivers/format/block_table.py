@@ -109,6 +109,11 @@ class BlockTable:
         self._in_flight: dict[int, Allocation] = {}
         self._writing = Mutex()
 
+    @property
+    def busy(self) -> bool:
+        """Whether there are allocations in flight."""
+        return bool(self._in_flight)
+
     # --- looking up -------------------------------------------------------------------------------------
 
     def lookup(self, offset: int, length: int) -> Extent | None:
