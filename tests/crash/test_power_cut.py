@@ -42,4 +42,5 @@ async def test_some_power_cuts(name: str, tmp_path: Path, checker: Checker) -> N
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("seed", [2, 3])
 async def test_many_power_cuts(name: str, seed: int, tmp_path: Path, checker: Checker) -> None:
-    await check_power_cuts(name, tmp_path, checker, seed, cuts=150, tries=4)
+    cuts = 150 if name in WORKLOADS else 30
+    await check_power_cuts(name, tmp_path, checker, seed, cuts=cuts, tries=4)
