@@ -119,19 +119,28 @@ class BlockTable:
     def lookup(self, offset: int, length: int) -> Extent | None:
         """Return where a prefix of the range lies, None if a table must be loaded for that."""
         size = self.size
-        block, inside = divmod(offset, size)
-        found = self._find(block, -(-(inside + length) // size))
-        if found is None:
+        block = offset // size
+        inside = offset - block * size
+        part = self.tables.part(block)
+        if part is None:
             return None
+        if inside + length <= size and self.parts is None:
+            # Most requests: data within one block.
+            entry, entries = part[0][part[1]], self.entries
+            if entry & entries.kind_mask not in entries.kinds and not entry & entries.special:
+                place = entries.base + (entry & entries.place_mask) * entries.unit
+                return Extent(DATA, length, self.edge, place + inside)
+        found = self._find(block, -(-(inside + length) // size))
+        assert found is not None
         kind, table, index, count = found
         length = min(count * size - inside, length)
         if kind == DATA:
             place = self.entries.place(table[index])
             if self.parts is not None:
-                part = self.parts.lookup(block, place, inside, length)
-                if part is None:
+                present = self.parts.lookup(block, place, inside, length)
+                if present is None:
                     return None
-                kind, length = part
+                kind, length = present
             return Extent(kind, length, self.edge if kind == DATA else None, place + inside if kind == DATA else 0)
         if kind == SPECIAL:
             token = array(self.entries.code, table[index : index + count].tobytes())
