@@ -295,6 +295,28 @@ async def test_holes_of_an_earlier_run_are_filled() -> None:
     assert len(store.data) == FIRST + 3 * BLOCK
 
 
+async def test_what_follows_the_blocks_of_an_unchanged_image_is_left_alone() -> None:
+    store = empty()
+    store.data += b"signature"
+    async with opened(flat, store) as disk:
+        await disk.read(0, BLOCK)
+    assert store.data.endswith(b"signature")
+
+
+async def test_a_table_without_its_copy_gets_one_when_it_changes() -> None:
+    store = empty()
+    async with opened(tree, store) as disk:
+        await disk.write(0, b"one")
+    first, second = (struct.unpack_from("<I", store.data, at)[0] * SECTOR for at in (512, 1024))
+    assert store.data[first : first + 32] == store.data[second : second + 32]
+    store.data[1024:1028] = FREE
+    async with opened(tree, store) as disk:
+        await disk.write(BLOCK, b"two")
+    third = struct.unpack_from("<I", store.data, 1024)[0] * SECTOR
+    assert third not in (first, second)
+    assert store.data[first : first + 32] == store.data[third : third + 32]
+
+
 async def test_tables_may_lie_in_any_buffer() -> None:
     made: list[bytearray] = []
 

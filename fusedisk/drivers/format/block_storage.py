@@ -179,7 +179,9 @@ class Tree:
         self._cache: TableCache[Level] = TableCache(self._read, per_table * entries.width, 2)
         self._cache.set_size(cache_size)
         self._changed: dict[int, Level] = {}
-        self._cache.is_pinned = self._changed.__contains__
+        self._mending: set[int] = set()
+        """Tables that get copies: they stay in memory."""
+        self._cache.is_pinned = lambda number: number in self._changed or number in self._mending
         self._making = Mutex()
 
     @property
@@ -254,31 +256,43 @@ class Tree:
         return places if first.entries.kind(first.table[number]) != UNALLOCATED else []
 
     async def change(self, block: int) -> Level:
-        """Return the table of the block, which is about to change; make it if there is none."""
+        """Return the table of the block, which is about to change; make it if there is none. Nothing is awaited after
+        the table is found, so the caller changes what :meth:`changed` will find."""
         number = block // self._per_table
-        if self.part(block) is None:
-            await self.load(block)
+        while True:
+            if self.part(block) is None:
+                await self.load(block)
+            level = self._cache.get(number)
+            if level is None or len(level.places) < len(self._directories):
+                async with self._making:
+                    await self._complete(number)
+                continue
+            if number not in self._changed:
+                self._changed[number] = level
+                if len(level.places) > 1:  # after a crash a copy may be older
+                    level.mark(0, self._per_table)
+            return level
+
+    async def _complete(self, number: int) -> None:
+        """Make a table that does not exist, or the copies that a crash has left out."""
         level = self._cache.get(number)
         if level is None:
-            async with self._making:
-                level = self._cache.get(number) or await self._make(number)
-        if number not in self._changed:
-            self._changed[number] = level
-            if len(self._directories) > 1:
-                await self._mend_copies(number, level)
-        return level
+            if not self._places(number):
+                await self._make(number)
+            return
+        self._mending.add(number)
+        try:
+            for directory in self._directories[len(level.places) :]:
+                place = await self._space.take_bytes(self._table_size)
+                level.places = (*level.places, place)
+                directory.table[number] = directory.entries.entry(place)
+                directory.mark(number)
+                level.mark(0, self._per_table)
+                self._changed[number] = level
+        finally:
+            self._mending.discard(number)
 
-    async def _mend_copies(self, number: int, level: Level) -> None:
-        """Write all of a table that has copies: after a crash one may be missing or older."""
-        level.mark(0, self._per_table)
-        places = list(level.places)
-        for directory in self._directories[len(places) :]:
-            places.append(await self._space.take_bytes(self._table_size))
-            directory.table[number] = directory.entries.entry(places[-1])
-            directory.mark(number)
-        level.places = tuple(places)
-
-    async def _make(self, number: int) -> Level:
+    async def _make(self, number: int) -> None:
         """Give a new table space in the file. Until the directory is written, nothing on disk leads there."""
         places = [await self._space.take_bytes(self._table_size) for _ in self._directories]
         level = Level(self._storage, self.entries, self._per_table, places, self._allocate)
@@ -286,8 +300,8 @@ class Tree:
         for directory, place in zip(self._directories, places, strict=True):
             directory.table[number] = directory.entries.entry(place)
             directory.mark(number)
+        self._changed[number] = level
         self._cache.put(number, level)
-        return level
 
     def changed(self) -> list[list[Level]]:
         """See :meth:`Flat.changed`: tables first, then the directories that lead to them."""
@@ -301,7 +315,7 @@ class Space:
     """Host space for blocks and tables: freed blocks first, then at the end of the file, which grows in large steps.
 
     A block that is freed may be used again when its old entry is gone from the disk for sure. Formats with something
-    behind their blocks (the footer of VHD) override ``grow``.
+    behind their blocks (the footer of VHD) override ``grow`` and ``trim``.
     """
 
     def __init__(self, storage: Node, area: Area, *, end: int, free: Sequence[int] = (), reuses: bool = True) -> None:
@@ -317,6 +331,8 @@ class Space:
         self._gone: list[int] = []
         """Their entries are gone from the file, but maybe not from the disk."""
         self._growing = Mutex()
+        self._changed = False
+        """Whether the file has grown, or blocks were freed."""
 
     @property
     def waiting(self) -> int:
@@ -343,6 +359,7 @@ class Space:
 
     async def _take_end(self, size: int, align: int) -> int:
         async with self._growing:
+            self._changed = True
             start = self.area.first + -(-(self.end - self.area.first) // align) * align
             if start + size > self.storage.length:
                 await self.grow(start + size)
@@ -361,7 +378,10 @@ class Space:
             pass  # the data itself makes it longer
 
     async def trim(self) -> None:
-        """Cut off what is unused at the end of the file, when all entries are written and flushed."""
+        """Cut off what is unused at the end of the file, when all entries are written and flushed. What an image has
+        there that was not changed is left alone."""
+        if not self._changed:
+            return
         stride = self.area.lead + self.area.size
         unused = sorted(self._free)
         while unused and unused[-1] + self.area.size == self.end:
@@ -379,6 +399,7 @@ class Space:
     def free(self, place: int) -> None:
         """Take back a block whose entry has just changed in memory."""
         if self.reuses:
+            self._changed = True
             self._freed.append(place)
 
     def begin(self) -> tuple[list[int], list[int]]:

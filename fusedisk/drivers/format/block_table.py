@@ -490,7 +490,8 @@ async def flat_table(
     end, holes = area.end, list[int]()
     if strict:
         end, holes = await run_cpu(_examine, entries, tables.block_entries(), area, storage.filename)
-    return BlockTable(node, edge, tables, Space(storage, area, end=end, free=holes, reuses=reuses), parts=parts)
+    space = Space(storage, area, end=end, free=holes if reuses else (), reuses=reuses)
+    return BlockTable(node, edge, tables, space, parts=parts)
 
 
 def _examine(entries: Entries, table: Table, area: Area, filename: str) -> tuple[int, list[int]]:
