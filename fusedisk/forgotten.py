@@ -10,6 +10,7 @@ from contextlib import suppress
 import trio
 
 from fusedisk.block.graph.backend import Backend
+from fusedisk.core.locks import Signal
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class Forgotten:
         self._process = os.getpid()
         self._token = trio.lowlevel.current_trio_token()
         self._backends: deque[Backend] = deque()
-        self._some = trio.Event()
+        self._some = Signal()
         self._closing = trio.Lock()
         trio.lowlevel.spawn_system_task(self._work, name="closing forgotten disks")
 
@@ -38,13 +39,12 @@ class Forgotten:
         return True
 
     def _wake(self) -> None:
-        self._some.set()
+        self._some.notify()
 
     async def _work(self) -> None:
         try:
             while True:
                 await self._some.wait()
-                self._some = trio.Event()
                 await self.close()
         except trio.Cancelled:  # the run's main task has ended
             await self.close()

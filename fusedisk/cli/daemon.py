@@ -273,7 +273,6 @@ class Daemon:
         await self._release_loop()
         told = set()
         while True:
-            released = session.operations.released
             place = session.place()
             try:
                 obstacle = await trio.to_thread.run_sync(own_mount.unmount_own, place, session.device)
@@ -290,7 +289,7 @@ class Daemon:
             except FusediskError as exc:
                 log.error("%s", exc)
             with trio.move_on_after(_RETRY):
-                await released.wait()
+                await session.operations.released.wait()
 
     async def _tell_why_not_ended(self, session: Session) -> None:
         """Warn if the mount, which is gone here, still has users elsewhere."""

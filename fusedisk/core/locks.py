@@ -50,25 +50,36 @@ class Mutex:
 
 
 class Signal:
-    """Wakes the tasks that wait for something to change; they look at it again and wait anew if need be.
+    """Wakes the tasks that wait for something to happen; they look at it again and wait anew if need be.
 
-    ``notify`` is synchronous and costs next to nothing while nobody waits. It is not remembered: a task that begins to
-    wait afterwards waits for the next one.
+    If no task waits, the next ``wait`` returns at once, however many signals there were. ``notify`` costs next to
+    nothing while nobody waits.
     """
 
-    __slots__ = ("_lot",)
+    __slots__ = ("_given", "_lot")
 
     def __init__(self) -> None:
+        self._given = False
         self._lot: trio.lowlevel.ParkingLot | None = None
-
-    async def wait(self) -> None:
-        """Wait for the next ``notify``."""
-        refuse_to_wait()
-        if self._lot is None:
-            self._lot = trio.lowlevel.ParkingLot()
-        await self._lot.park()
 
     def notify(self) -> None:
         """Wake all tasks that wait."""
         if self._lot:
             self._lot.unpark_all()
+        else:
+            self._given = True
+
+    async def wait(self) -> None:
+        """Wait for the next signal, or take the one that nobody has waited for."""
+        refuse_to_wait()
+        if self._given:
+            await trio.lowlevel.checkpoint()
+            self._given = False
+            return
+        if self._lot is None:
+            self._lot = trio.lowlevel.ParkingLot()
+        await self._lot.park()
+
+    def clear(self) -> None:
+        """Forget a signal that nobody has waited for."""
+        self._given = False

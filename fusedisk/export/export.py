@@ -28,7 +28,7 @@ from fusedisk.block.model.node import Node
 from fusedisk.block.request.immediate import Lent, Pieces
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
-from fusedisk.core.locks import Mutex
+from fusedisk.core.locks import Mutex, Signal
 from fusedisk.core.offload import run_host_io
 from fusedisk.export.family import Family
 
@@ -109,7 +109,7 @@ class Export:
         self._passed_through = False
         self._reported = False
         """The kernel has the current attributes cached: no request since then has made it forget them."""
-        self._written = trio.Event()
+        self._written = Signal()
         """There are writes that :meth:`write_behind` has not seen."""
         self._resize = Mutex()
         self._resizing = 0
@@ -130,7 +130,7 @@ class Export:
         self._family = other._family
         self._own_clock = other._own_clock
         self._mtime_ns, self._ctime_ns = other._mtime_ns, other._ctime_ns
-        self._is_up_to_date()
+        self._mark_up_to_date()
         self.shared_views = other.shared_views = self.writable or other.writable
 
     # --- data -------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class Export:
         while True:
             await self._written.wait()
             await trio.sleep(WRITE_BEHIND_SECONDS)
-            self._written = trio.Event()
+            self._written.clear()
             try:
                 await self.backend.write_back()
             except FusediskError as exc:
@@ -348,7 +348,7 @@ class Export:
         each such request."""
         self._unflushed = self._changed = True
         self._reported = False
-        self._written.set()
+        self._written.notify()
         family = self._family
         if self._own_clock:
             family.written_ns = time.time_ns()
@@ -384,7 +384,7 @@ class Export:
         if self._changed:
             if self._own_clock:
                 self._mtime_ns = self._ctime_ns = self._family.written_ns
-                self._is_up_to_date()
+                self._mark_up_to_date()
             else:
                 await self._look_at_files()
         allocated = await self.allocated()
@@ -416,7 +416,7 @@ class Export:
 
     def set_mtime(self, mtime_ns: int) -> None:
         """Set the modification time until the next write."""
-        self._is_up_to_date()
+        self._mark_up_to_date()
         self._mtime_ns = mtime_ns
         self._ctime_ns = time.time_ns()
 
@@ -424,13 +424,13 @@ class Export:
         """Fix the modification time, whatever happens to the image's files. For exports that are never written to."""
         self._mtime_ns = self._ctime_ns = mtime_ns
 
-    def _is_up_to_date(self) -> None:
+    def _mark_up_to_date(self) -> None:
         self._changed = False
         self._family.up_to_date.add(self)
 
     async def _look_at_files(self) -> None:
         """Set the times to the newest mtime of the chain's files."""
-        self._is_up_to_date()
+        self._mark_up_to_date()
         paths = [node.exact_filename() for node in _storage(self.backend.node)]
         newest = await run_host_io(_newest_mtime, paths)
         if newest:

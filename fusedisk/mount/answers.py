@@ -100,9 +100,9 @@ class Answers:
         export = self._operations.export_of(inode)
         number, handle = await self._handles.open(export, flags)
         if self._negotiation.passthrough:
-            handle.backing = self._passed.opened(export)
-            if handle.backing:
-                return wire.OPEN_OUT.pack(number, wire.FOPEN_PASSTHROUGH, handle.backing)
+            handle.kernel_backing_id = self._passed.opened(export)
+            if handle.kernel_backing_id:
+                return wire.OPEN_OUT.pack(number, wire.FOPEN_PASSTHROUGH, handle.kernel_backing_id)
         cached = self._operations.cached(export)
         mode = wire.FOPEN_KEEP_CACHE if cached else wire.FOPEN_DIRECT_IO | wire.FOPEN_PARALLEL_DIRECT_WRITES
         return wire.OPEN_OUT.pack(number, mode, 0)
@@ -110,7 +110,7 @@ class Answers:
     async def _release(self, number: int) -> bytes:
         handle = self._handle(number)
         if self._negotiation.passthrough:
-            self._passed.closed(handle.export, handle.backing)
+            self._passed.closed(handle.export, handle.kernel_backing_id)
         self._handles.close(number)
         return b""
 

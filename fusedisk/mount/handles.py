@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
-import trio
-
 from fusedisk.core.errors import NoSpaceError, ReadOnlyError
+from fusedisk.core.locks import Signal
 from fusedisk.export import ranges
 from fusedisk.export.export import Export
 
@@ -15,7 +14,7 @@ from fusedisk.export.export import Export
 class Handle:
     """An open file."""
 
-    __slots__ = ("backing", "direct", "export", "synchronous", "writable")
+    __slots__ = ("direct", "export", "kernel_backing_id", "synchronous", "writable")
 
     def __init__(self, export: Export, flags: int) -> None:
         self.export = export
@@ -24,7 +23,7 @@ class Handle:
         self.synchronous = bool(flags & os.O_DSYNC)
         """Changes must be on stable storage when they are answered (O_SYNC has the bit of O_DSYNC). The kernel ensures
         that only for files that it caches, and not for all requests."""
-        self.backing = 0
+        self.kernel_backing_id = 0
         """The kernel's number for the host file that it accesses directly; 0 if it does not."""
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:
@@ -54,8 +53,8 @@ class Handles:
     def __init__(self) -> None:
         self.by_number: dict[int, Handle] = {}
         self._last = 0
-        self.released = trio.Event()
-        """Set, and replaced, whenever a handle is released."""
+        self.released = Signal()
+        """Given whenever a handle is released, so that tasks that wait for the mount to become idle look again."""
 
     def __len__(self) -> int:
         return len(self.by_number)
@@ -81,10 +80,5 @@ class Handles:
     def close(self, number: int) -> Handle:
         """Remove a handle, after its last descriptor was closed."""
         handle = self.by_number.pop(number)
-        self.wake()
+        self.released.notify()
         return handle
-
-    def wake(self) -> None:
-        """Wake the tasks that wait for the mount to become idle, after a handle was released."""
-        self.released.set()
-        self.released = trio.Event()

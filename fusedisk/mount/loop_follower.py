@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import trio
 
+from fusedisk.core.locks import Signal
 from fusedisk.export.export import Export
 from fusedisk.mount import loop_device
 
@@ -25,17 +26,16 @@ class LoopFollower:
     def __init__(self, export: Export, path: Callable[[], str]) -> None:
         self._export = export
         self._path = path
-        self._resized = trio.Event()
+        self._resized = Signal()
         export.backend.on_resize.append(self._note)
 
     def _note(self, length: int) -> None:
-        self._resized.set()
+        self._resized.notify()
 
     async def run(self) -> None:
         """Give the devices the size of the disk whenever that changes. Never returns."""
         while True:
             await self._resized.wait()
-            self._resized = trio.Event()
             try:
                 await self._follow()
             except OSError as exc:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
-import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -36,6 +35,7 @@ from pyfuse3 import (
 )
 
 from fusedisk.core.errors import FusediskError
+from fusedisk.core.locks import Signal
 from fusedisk.export.export import EVERYTHING, Attributes, Export
 from fusedisk.export.names import NAME_MAX, ROOT_INODE
 from fusedisk.export.views import View
@@ -109,8 +109,8 @@ class Operations(pyfuse3.Operations):
         return len(self.handles)
 
     @property
-    def released(self) -> trio.Event:
-        """Set, and replaced, whenever a file is closed for good."""
+    def released(self) -> Signal:
+        """Given whenever a file is closed for good."""
         return self.handles.released
 
     def inode_of(self, export: Export) -> int:
@@ -256,7 +256,7 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def releasedir(self, fh: FileHandleT) -> None:
         """Do nothing: directory handles have no state."""
-        self.handles.wake()
+        self.handles.released.notify()
 
     @_guarded
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:

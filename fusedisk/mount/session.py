@@ -17,6 +17,7 @@ import pyfuse3
 import trio
 
 from fusedisk.core.errors import HostError, host_error
+from fusedisk.core.locks import Signal
 from fusedisk.export.export import Export
 from fusedisk.mount import mountinfo, own_mount, umount_calls
 from fusedisk.mount.channel import Channel
@@ -55,7 +56,7 @@ class Session:
         """Whether there is a mount to remove at the end."""
         self._stale: set[int] = set()
         """Inodes whose cached data the kernel must drop."""
-        self._some_stale = trio.Event()
+        self._some_stale = Signal()
 
     def start(self) -> None:
         """Mount. Blocks for a moment; raises HostError with libfuse's message."""
@@ -162,7 +163,6 @@ class Session:
             export.drop_pages = partial(self._drop_pages, self.operations.inode_of(export))
         while True:
             await self._some_stale.wait()
-            self._some_stale = trio.Event()
             while self._stale:
                 await self._drop_pages(self._stale.pop())
 
@@ -179,7 +179,7 @@ class Session:
                 self._invalidate_inode(inode, True)
                 return
             self._stale.add(inode)
-            self._some_stale.set()
+            self._some_stale.notify()
 
         return changed
 

@@ -16,6 +16,7 @@ import struct
 import trio
 
 from fusedisk.core.errors import HostError
+from fusedisk.core.locks import Signal
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Wakefulness:
         self._wanted = _NEVER_SLEEP if _is_virtual() else _LIGHT_SLEEP
         self._awake = False
         self._used = False
-        self._begun = trio.Event()
+        self._begun = Signal()
 
     def close(self) -> None:
         """Close the device, which ends the limit."""
@@ -61,7 +62,7 @@ class Wakefulness:
         if not self._awake:
             self._awake = True
             self._want(self._wanted)
-            self._begun.set()
+            self._begun.notify()
 
     async def run(self) -> None:
         """Lift the limit whenever no request has come for a while. Never returns."""
@@ -70,7 +71,6 @@ class Wakefulness:
             while self._used:
                 self._used = False
                 await trio.sleep(_LINGER)
-            self._begun = trio.Event()
             self._awake = False
             self._want(_NO_LIMIT)
 
