@@ -2,12 +2,6 @@
 
 Free of FUSE, so that every face of the mount shares it. All methods run in the one trio thread; state changes only
 between awaits. Errors are :class:`~fusedisk.core.errors.FusediskError` with the errno that a POSIX caller sees.
-
-Times, so that backup tools skip a disk that did not change: mtime and ctime are the newest mtime of the files of
-the image's chain. They are looked up when the image is opened and again after a guest-visible write or the flush of
-one, not after other writes to the image (copy-on-read), and they are the same in the next mount. An image whose
-files do not show that they were written (a device node, a file without a name) gets the time of the last write from
-our clock.
 """
 
 from __future__ import annotations
@@ -16,7 +10,6 @@ import dataclasses
 import logging
 import os
 import stat
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -29,8 +22,7 @@ from fusedisk.block.request.immediate import Lent, Pieces
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex, Signal
-from fusedisk.core.offload import run_host_io
-from fusedisk.export.family import Family
+from fusedisk.export.times import Times
 
 log = logging.getLogger(__name__)
 
@@ -99,16 +91,9 @@ class Export:
         """Lets the kernel drop all data that it has cached of this file; returns once it has."""
         self.origin = 0
         """The offset of the file on its family's disk, in bytes."""
-        self._mtime_ns = 0
-        self._ctime_ns = 0
-        self._own_clock = False
-        self._family = Family()
-        self._changed = False
-        """There were guest-visible writes, or a flush of them, since the files' times were last read."""
+        self._times = Times(self.chain_names, lambda: self._tell(data=False))
         self._unflushed = False
         self._passed_through = False
-        self._reported = False
-        """The kernel has the current attributes cached: no request since then has made it forget them."""
         self._written = Signal()
         """There are writes that :meth:`write_behind` has not seen."""
         self._resize = Mutex()
@@ -121,16 +106,12 @@ class Export:
         """Return an export of ``backend`` as the file ``name``. The backend stays the caller's, who closes it."""
         export = cls(backend, name, inode, settings or FileSettings())
         storage = [node.exact_filename() for node in _storage(backend.node, backing=False)]
-        export._own_clock = not await run_host_io(_all_regular, storage)
-        await export._look_at_files()
+        await export._times.start(storage)
         return export
 
     def join(self, other: Export) -> None:
         """Join the family of ``other``, which shows the same bytes: a write through one changes the times of both."""
-        self._family = other._family
-        self._own_clock = other._own_clock
-        self._mtime_ns, self._ctime_ns = other._mtime_ns, other._ctime_ns
-        self._mark_up_to_date()
+        self._times.join(other._times)
         self.shared_views = other.shared_views = self.writable or other.writable
 
     # --- data -------------------------------------------------------------------------------------------
@@ -175,7 +156,9 @@ class Export:
         """Write ``data`` if that is possible without waiting. False: a part may be written."""
         if not self.writable:
             return False
-        if self._family.keeps_some and self._family.keeps(self.origin + offset, self.origin + offset + len(data)):
+        if self._times.family.keeps_some and self._times.family.keeps(
+            self.origin + offset, self.origin + offset + len(data)
+        ):
             return False
         if not self.backend.write_now(offset, data):
             return self.growable and offset + len(data) > self.backend.length and self._append_now(offset, data)
@@ -220,12 +203,12 @@ class Export:
     def keep(self, offset: int, length: int) -> None:
         """Note that the kernel puts what it reads there into its page cache, although the file is not cached."""
         if self.shared_views:
-            self._family.keep(self, self.origin + offset, self.origin + offset + length)
+            self._times.family.keep(self, self.origin + offset, self.origin + offset + length)
 
     async def drop_kept(self, offset: int, length: int) -> None:
         """Make the kernel drop its pages of a changed range, in all files that show it. Call it before the change is
         answered, also after a failed one: a part may be changed. See :meth:`.Family.drop`."""
-        await self._family.drop(self.origin + offset, self.origin + offset + length)
+        await self._times.family.drop(self.origin + offset, self.origin + offset + length)
 
     @asynccontextmanager
     async def changing(self, offset: int, length: int) -> AsyncIterator[None]:
@@ -249,7 +232,7 @@ class Export:
         except BaseException:
             self._unflushed = True
             raise
-        await self._image_written()
+        await self._times.image_written()
 
     # --- direct access to the host file -----------------------------------------------------------------
 
@@ -299,21 +282,7 @@ class Export:
             except FusediskError as exc:
                 # The next flush reports the error to its caller.
                 log.warning("%s: writing the cached changes to the host failed: %s", self.name, exc)
-            await self._image_written()
-
-    async def _image_written(self) -> None:
-        """Note that the image's files were written without a request of the guest, so they may have new times."""
-        if self._own_clock:
-            return
-        self._changed = True
-        for export in [self, *self._family.up_to_date - {self}]:
-            export._changed = True
-            self._family.up_to_date.discard(export)
-            if export._reported and export.on_change is not None:
-                before = export._mtime_ns
-                await export._look_at_files()
-                if export._mtime_ns != before:
-                    export.on_change(False)
+            await self._times.image_written()
 
     async def truncate(self, length: int) -> None:
         """Resize the disk. Its current size is always accepted, even if the format cannot be resized."""
@@ -346,23 +315,17 @@ class Export:
     def touch(self) -> None:
         """Note that guest-visible content has changed or is about to. The kernel asks for the attributes again after
         each such request."""
-        self._unflushed = self._changed = True
-        self._reported = False
+        self._unflushed = True
         self._written.notify()
-        family = self._family
-        if self._own_clock:
-            family.written_ns = time.time_ns()
-        if family.up_to_date:
-            for export in family.up_to_date:
-                export._changed = True
-                if export._reported and export.on_change is not None:
-                    export._reported = False
-                    export.on_change(False)
-            family.up_to_date.clear()
+        self._times.touch()
 
     def _resized(self, length: int) -> None:
-        if not self._resizing and self.on_change is not None:
-            self.on_change(True)
+        if not self._resizing:
+            self._tell(data=True)
+
+    def _tell(self, *, data: bool) -> None:
+        if self.on_change is not None:
+            self.on_change(data)
 
     # --- attributes -------------------------------------------------------------------------------------
 
@@ -380,13 +343,7 @@ class Export:
     async def attributes(self) -> Attributes:
         """Return the answer to ``stat``."""
         self._look_past()
-        self._reported = True  # first, so that the kernel hears of changes that come while the times are read
-        if self._changed:
-            if self._own_clock:
-                self._mtime_ns = self._ctime_ns = self._family.written_ns
-                self._mark_up_to_date()
-            else:
-                await self._look_at_files()
+        await self._times.report()
         allocated = await self.allocated()
         return Attributes(
             inode=self.inode,
@@ -396,8 +353,8 @@ class Export:
             size=self.backend.length,
             blocks=-(-allocated // 512),
             block_size=self.block_size,
-            mtime_ns=self._mtime_ns,
-            ctime_ns=self._ctime_ns,
+            mtime_ns=self._times.mtime_ns,
+            ctime_ns=self._times.ctime_ns,
         )
 
     def set_mode(self, mode: int) -> None:
@@ -406,35 +363,21 @@ class Export:
         if not self.writable:
             mode &= ~_WRITE_BITS
         self.mode = stat.S_IFREG | mode
-        self._ctime_ns = time.time_ns()
+        self._times.attributes_changed()
 
     def set_owner(self, uid: int | None, gid: int | None) -> None:
         """Set owner and group for the life of the mount; None leaves one as it is."""
         self.uid = self.uid if uid is None else uid
         self.gid = self.gid if gid is None else gid
-        self._ctime_ns = time.time_ns()
+        self._times.attributes_changed()
 
     def set_mtime(self, mtime_ns: int) -> None:
         """Set the modification time until the next write."""
-        self._mark_up_to_date()
-        self._mtime_ns = mtime_ns
-        self._ctime_ns = time.time_ns()
+        self._times.set_mtime(mtime_ns)
 
     def pin_mtime(self, mtime_ns: int) -> None:
         """Fix the modification time, whatever happens to the image's files. For exports that are never written to."""
-        self._mtime_ns = self._ctime_ns = mtime_ns
-
-    def _mark_up_to_date(self) -> None:
-        self._changed = False
-        self._family.up_to_date.add(self)
-
-    async def _look_at_files(self) -> None:
-        """Set the times to the newest mtime of the chain's files."""
-        self._mark_up_to_date()
-        paths = [node.exact_filename() for node in _storage(self.backend.node)]
-        newest = await run_host_io(_newest_mtime, paths)
-        if newest:
-            self._mtime_ns = self._ctime_ns = newest
+        self._times.pin(mtime_ns)
 
     # --- extended attributes ----------------------------------------------------------------------------
 
@@ -459,6 +402,10 @@ class Export:
             "user.fusedisk.cluster-size": str(top.limits.cluster_size),
             "user.fusedisk.read-only": "no" if self.writable else "yes",
         }
+
+    def chain_names(self) -> list[str | None]:
+        """Return the names of all files of the image and its backing files; None for one without a name."""
+        return [node.exact_filename() for node in _storage(self.backend.node)]
 
     def chain_files(self, *, backing: bool = True) -> list[str]:
         """Return the names of all local files of the image and its backing files; without ``backing`` only of those
@@ -488,26 +435,3 @@ def _storage(top: Node, *, backing: bool = True) -> list[Node]:
             found[node] = None
         queue.extend(edge.node for edge in node.children.values() if backing or edge.role is not Role.BACKING)
     return list(found)
-
-
-def _newest_mtime(paths: list[str | None]) -> int:
-    """Return the newest mtime in nanoseconds, 0 without any; missing and inaccessible files do not count. Blocks."""
-    newest = 0
-    for path in paths:
-        if path is not None:
-            try:
-                newest = max(newest, os.stat(path).st_mtime_ns)
-            except OSError:
-                continue
-    return newest
-
-
-def _all_regular(paths: list[str | None]) -> bool:
-    """Whether every path leads to a regular file, so that writes show in its mtime. Blocks."""
-    for path in paths:
-        try:
-            if path is None or not stat.S_ISREG(os.stat(path).st_mode):
-                return False
-        except OSError:
-            return False
-    return bool(paths)

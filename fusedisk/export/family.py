@@ -17,6 +17,7 @@ from fusedisk.core.locks import Mutex
 
 if TYPE_CHECKING:
     from fusedisk.export.export import Export
+    from fusedisk.export.times import Times
 
 
 class Family:
@@ -25,8 +26,8 @@ class Family:
     __slots__ = ("_dropping", "_kept", "keeps_some", "up_to_date", "written_ns")
 
     def __init__(self) -> None:
-        self.up_to_date: set[Export] = set()
-        """The exports whose cached times are current."""
+        self.up_to_date: set[Times] = set()
+        """The times of its exports that are current."""
         self.written_ns = 0
         """The time of the last write by our clock; 0 without any."""
         self.keeps_some = False
