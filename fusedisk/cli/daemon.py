@@ -30,7 +30,8 @@ from fusedisk.compression.inflated_cache import inflated_capacity
 from fusedisk.core.errors import FusediskError, HostError, OptionError, host_error
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
-from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
+from fusedisk.export.opening import ImageRequest, OpenSettings
+from fusedisk.export.registry import Registry
 from fusedisk.export.views import View
 from fusedisk.mount import holders, memory_pressure, mountpoint, namespaces, own_mount, runtime
 from fusedisk.mount.attachment import Attachment
@@ -79,7 +80,8 @@ class Daemon:
         self.request = request
         self._report: Report | None = report
         self.graph = Graph(DRIVERS, Gate(request.allow_paths, allow_any=request.allow_any_reference))
-        self.exports: list[Export] = []
+        self.registry = Registry(self.graph)
+        """The files of the mount; they may change while it serves."""
         self.session: Session | None = None
         self.record: runtime.MountRecord | None = None
         self._pid_file = PidFile(request.pid_file) if request.pid_file is not None else None
@@ -125,20 +127,20 @@ class Daemon:
 
     async def _serve(self) -> None:
         request = self.request
-        self.exports = await open_exports(self.graph, request.images, request.settings)
-        files = [name for export in self.exports for name in export.chain_files()]
+        await self.registry.add(request.images, request.settings)
+        files = [name for export in self.registry for name in export.chain_files()]
         mountpoint.check_not_hidden(request.mountpoint, files)
         os.chdir("/")
         single = not os.path.isdir(request.mountpoint)
         operations = Operations(
-            self.exports,
+            self.registry,
             single=single,
             live=request.settings.force_share,
             kernel_cache=request.serve.kernel_cache,
         )
         options = mount_options(
             [image.text for image in request.images],
-            read_only=not any(export.writable for export in self.exports),
+            read_only=not any(export.writable for export in self.registry),
             allow_other=request.allow_other,
         )
         session = Session(request.mountpoint, operations, options, request.serve)
@@ -148,7 +150,7 @@ class Daemon:
         self.session = session
         self.record.device = session.device
         self.record.write()
-        for export in self.exports:
+        for export in self.registry:
 
             def path(name: str = export.name) -> str:
                 return session.place() if single else os.path.join(session.place(), name)
@@ -157,7 +159,7 @@ class Daemon:
         await session.serve(self._ready)
 
     def _make_record(self, single: bool) -> runtime.MountRecord:
-        return runtime.new_record(self.request.mountpoint, list(map(_export_record, self.exports)), single=single)
+        return runtime.new_record(self.request.mountpoint, list(map(_export_record, self.registry)), single=single)
 
     # --- ready ------------------------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class Daemon:
             self._announce()
         elif not self._ending:
             assert self.session is not None
-            (export,) = self.exports
+            (export,) = self.registry
             path = os.path.join(self.session.place(), export.name)
             self._attachment = Attachment(export, path, self.request.loop)
             self._helpers.start_soon(self._attach, self._attachment)
@@ -250,7 +252,7 @@ class Daemon:
         """Ending takes long: end at once where nothing is lost by that. In another thread."""
         if self.session is None:
             self._give_up("the mount was stopped before it was ready, while it waited for a file that does not answer.")
-        if not any(export.writable for export in self.exports):
+        if not any(export.writable for export in self.registry):
             self._give_up(f"'{self.request.mountpoint}' was ended while it waited for a file that does not answer.")
         log.warning(
             "'%s' still waits for the host to write to its images, and ends when that is done (SIGKILL ends it at "
@@ -309,7 +311,7 @@ class Daemon:
         )
 
     async def _flush(self) -> None:
-        for export in [] if self.request.settings.overlay else self.exports:  # a throw-away layer is to be lost
+        for export in [] if self.request.settings.overlay else self.registry:  # a throw-away layer is to be lost
             try:
                 await export.flush()
             except FusediskError as exc:

@@ -20,7 +20,7 @@ from fusedisk.block.model.driver import Role
 from fusedisk.block.model.node import Node
 from fusedisk.block.request.immediate import Lent, Pieces
 from fusedisk.core.at_once import WouldWait, run_at_once
-from fusedisk.core.errors import FusediskError, NoSpaceError, ReadOnlyError
+from fusedisk.core.errors import FusediskError, NoMediumError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex, Signal
 from fusedisk.export.times import Times
 
@@ -72,6 +72,8 @@ class Export:
         self.backend = backend
         self.name = name
         self.inode = inode
+        self.generation = 0
+        """How many files of this name were removed while they were open: their handles are not this one's."""
         self.writable = backend.writable
         self.growable = settings.growable
         self.uid = os.geteuid() if settings.uid is None else settings.uid
@@ -119,11 +121,24 @@ class Export:
     @property
     def length(self) -> int:
         """The length of the disk in bytes. If the kernel accesses the host file directly, that is looked up first."""
+        if self.empty:
+            return 0
         self._look_past()
         return self.backend.length
 
+    @property
+    def empty(self) -> bool:
+        """Whether the disk has no medium."""
+        return self.backend.root is None
+
+    def check_medium(self) -> None:
+        """Raise NoMediumError (ENOMEDIUM) if the disk has no medium."""
+        if self.empty:
+            raise NoMediumError(f"'{self.name}' has no medium.")
+
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Return up to ``length`` bytes from ``offset``: fewer only at the end of the disk."""
+        self.check_medium()
         length = min(length, self.length - offset)
         if length <= 0:
             return b""
@@ -133,6 +148,7 @@ class Export:
 
     async def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` from ``offset``; returns the number of bytes read: fewer only at the end of the disk."""
+        self.check_medium()
         length = min(len(buffer), self.length - offset)
         if length <= 0:
             return 0
@@ -222,6 +238,8 @@ class Export:
 
     async def flush(self) -> None:
         """Put every write that was answered before this call on stable storage."""
+        if self.empty:
+            return  # flushed when the medium was taken out
         self._look_past()
         if not self._unflushed:
             await self.backend.flush()
@@ -292,7 +310,8 @@ class Export:
                 await self._set_length(length)
 
     def check_writable(self) -> None:
-        """Raise ReadOnlyError on a read-only export."""
+        """Raise ReadOnlyError on a read-only export, NoMediumError on one without a medium."""
+        self.check_medium()
         if not self.writable:
             raise ReadOnlyError(f"'{self.name}' is read-only.")
 
@@ -332,17 +351,20 @@ class Export:
     @property
     def block_size(self) -> int:
         """The unit in which the image allocates, in bytes: a power of two from 512 to 2 MiB."""
-        size = self.backend.node.limits.cluster_size or DEFAULT_BLOCK_SIZE
+        size = 0 if self.empty else self.backend.node.limits.cluster_size
+        size = size or DEFAULT_BLOCK_SIZE
         return max(512, min(1 << (size.bit_length() - 1), _MAX_BLOCK_SIZE))
 
     async def allocated(self) -> int:
         """Return the bytes that the top layer of the image takes up on its host; the virtual length if unknown."""
+        if self.empty:
+            return 0
         size = await self.backend.node.driver.allocated_size()
         return self.backend.length if size is None else size
 
     async def attributes(self) -> Attributes:
         """Return the answer to ``stat``."""
-        self._look_past()
+        length = self.length
         await self._times.report()
         allocated = await self.allocated()
         return Attributes(
@@ -350,7 +372,7 @@ class Export:
             mode=self.mode,
             uid=self.uid,
             gid=self.gid,
-            size=self.backend.length,
+            size=length,
             blocks=-(-allocated // 512),
             block_size=self.block_size,
             mtime_ns=self._times.mtime_ns,
@@ -359,11 +381,23 @@ class Export:
 
     def set_mode(self, mode: int) -> None:
         """Set the permission bits; other bits are dropped, and for a read-only export the write bits too."""
-        mode &= _PERMISSION_BITS
+        self._wanted_mode = mode = mode & _PERMISSION_BITS
         if not self.writable:
             mode &= ~_WRITE_BITS
         self.mode = stat.S_IFREG | mode
         self._times.attributes_changed()
+
+    async def access_changed(self) -> None:
+        """Note that the backend stands on another medium, or may write or no longer: look at it again."""
+        self.writable = self.backend.writable
+        if not self.empty:
+            storage = [node.exact_filename() for node in _storage(self.backend.node, backing=False)]
+            await self._times.start(storage)
+        self.set_mode(self._wanted_mode)
+
+    def leave(self) -> None:
+        """Have no part in the family of a disk any more."""
+        self._times.leave()
 
     def set_owner(self, uid: int | None, gid: int | None) -> None:
         """Set owner and group for the life of the mount; None leaves one as it is."""
@@ -405,7 +439,7 @@ class Export:
 
     def chain_names(self) -> list[str | None]:
         """Return the names of all files of the image and its backing files; None for one without a name."""
-        return [node.exact_filename() for node in _storage(self.backend.node)]
+        return [] if self.empty else [node.exact_filename() for node in _storage(self.backend.node)]
 
     def chain_files(self, *, backing: bool = True) -> list[str]:
         """Return the names of all local files of the image and its backing files; without ``backing`` only of those

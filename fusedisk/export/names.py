@@ -32,7 +32,8 @@ EXTENSIONS = frozenset(
 NAME_MAX = 255
 """The longest file name in bytes (the C library's NAME_MAX; FUSE would allow 1024)."""
 
-_INODE_BITS = 48
+INODE_BITS = 48
+"""The bits of an inode number; the rest of a handle number is :mod:`..mount.handles`'."""
 ROOT_INODE = 1
 
 
@@ -58,34 +59,22 @@ def check_name(name: str) -> str:
 
 
 def check_unique(named: Iterable[tuple[str, str]]) -> None:
-    """Raise OptionError if two of the (name, image) pairs have the same name."""
-    seen: dict[str, str] = {}
+    """Raise OptionError if two of the (name, image) pairs have the same name, or the same inode number."""
+    seen: dict[int, tuple[str, str]] = {}
     for name, image in named:
-        if name in seen:
+        number = inode_number(name)
+        if number in seen:
+            other, its_image = seen[number]
+            what = f"be the file '{name}'" if name == other else f"have the inode number {number}"
             raise OptionError(
-                f"'{seen[name]}' and '{image}' would both be the file '{name}', give one of them another name "
-                f"with name=."
+                f"'{its_image}' and '{image}' would both {what}, give one of them another name with name=."
             )
-        seen[name] = image
+        seen[number] = name, image
 
 
-def inode_numbers(names: Iterable[str]) -> dict[str, int]:
-    """Return an inode number for each name: a hash of the name, the same in every mount that has it.
-
-    Two names of one mount never share a number; the numbers of hard links to nothing (0) and of the root (1) are
-    not given out.
-    """
-    numbers: dict[str, int] = {}
-    taken = {0, ROOT_INODE}
-    for name in sorted(names):
-        attempt = 0
-        while (number := _hash(name, attempt)) in taken:
-            attempt += 1
-        taken.add(number)
-        numbers[name] = number
-    return numbers
-
-
-def _hash(name: str, attempt: int) -> int:
-    digest = hashlib.blake2b(os.fsencode(name), digest_size=8, salt=attempt.to_bytes(4, "little")).digest()
-    return int.from_bytes(digest, "little") >> (64 - _INODE_BITS)
+def inode_number(name: str) -> int:
+    """Return the inode number of a file: a hash of its name alone, so the same in every mount and whatever other files
+    there are. It is none of the numbers of nothing (0) and of the root (1)."""
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8, salt=bytes(4)).digest()
+    number = int.from_bytes(digest, "little") >> (64 - INODE_BITS)
+    return number if number > ROOT_INODE else number + 2

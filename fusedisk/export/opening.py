@@ -22,7 +22,7 @@ from fusedisk.core.offload import run_opening
 from fusedisk.core.options import parse_bool, parse_json
 from fusedisk.export import overlay, views
 from fusedisk.export.export import Export, FileSettings
-from fusedisk.export.names import check_name, check_unique, default_name, inode_numbers
+from fusedisk.export.names import check_name, check_unique, default_name, inode_number
 
 Spec = str | dict[str, Any]
 """A file name or nested options."""
@@ -102,9 +102,8 @@ async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: O
         if settings.snapshots:
             exports += await views.open_snapshots(graph, export, settings.file, partitions=settings.partitions)
     check_unique((export.name, export.source) for export in exports)
-    inodes = inode_numbers(export.name for export in exports)
     for export in exports:
-        export.inode = inodes[export.name]
+        export.inode = inode_number(export.name)
     return exports
 
 

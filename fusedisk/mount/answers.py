@@ -86,15 +86,12 @@ class Answers:
             if opcode == wire.COPY_FILE_RANGE:
                 _, _, _, target, offset, length, _ = arguments
                 return self._handle(target).export, offset, length
-        except FUSEError:
+        except (FUSEError, FusediskError):
             pass  # the request itself reports the error
         return None
 
     def _handle(self, number: int) -> Handle:
-        handle = self._handles.by_number.get(number)
-        if handle is None:
-            raise FUSEError(errno.EBADF)
-        return handle
+        return self._handles.find(number)
 
     async def _open(self, inode: int, flags: int, open_flags: int) -> bytes:
         export = self._operations.export_of(inode)
@@ -108,10 +105,9 @@ class Answers:
         return wire.OPEN_OUT.pack(number, mode, 0)
 
     async def _release(self, number: int) -> bytes:
-        handle = self._handle(number)
-        if self._negotiation.passthrough:
+        handle = self._handles.close(number)
+        if self._negotiation.passthrough and handle is not None:
             self._passed.closed(handle.export, handle.kernel_backing_id)
-        self._handles.close(number)
         return b""
 
     async def _fsync(self, number: int, flags: int) -> bytes:

@@ -112,6 +112,7 @@ class Channel:
         self._ended = ended
         self._busy = busy
         self._pipe = pipe
+        self._operations = operations
         self._handles = operations.handles.by_number
         self._device, self._library = spliced
         longest = wire.MAX_WRITE if pipe is None else pipe.longest
@@ -294,18 +295,18 @@ class Channel:
         """Answer a request in a task of its own, or pass it to pyfuse3. True: the task keeps the buffer."""
         _, _, _, fh, offset, size, _, flags = _HEAD.unpack_from(request.head)
         if opcode == wire.READ:
-            handle = self._handles.get(fh)
+            handle = self._find(fh)
             if handle is None or size > wire.MAX_WRITE:
-                self.answer(unique, -errno.EBADF if handle is None else -errno.EINVAL)
+                self.answer(unique, -errno.ESTALE if handle is None else -errno.EINVAL)
             else:
                 await self._admission.take_place()
                 scope = self._may_interrupt(unique, wire.IN_HEADER.unpack_from(request.head)[6])
                 nursery.start_soon(self._read, unique, handle, offset, size, scope)
             return False
         if opcode == wire.WRITE:
-            handle = self._handles.get(fh)
+            handle = self._find(fh)
             if handle is None:
-                self.answer(unique, -errno.EBADF)
+                self.answer(unique, -errno.ESTALE)
                 return False
             await self._admission.take_place()
             await self._admission.make_room()
@@ -329,6 +330,13 @@ class Channel:
             self._negotiation.offered(request.head, unique)
         await self._forward(request, length, opcode)
         return False
+
+    def _find(self, number: int) -> Handle | None:
+        """Return a handle, None if its file was removed."""
+        try:
+            return self._operations.handles.find(number)
+        except HostError:
+            return None
 
     # --- requests that wait -----------------------------------------------------------------------------
 

@@ -1,20 +1,30 @@
-"""Open files, by the kernel's handle numbers. Both ways of serving, pyfuse3's and the channel's, use them."""
+"""Open files, by the kernel's handle numbers. Both ways of serving, pyfuse3's and the channel's, use them.
+
+A number says which file was opened and how: inode, generation of the file, flags. So it does not depend on what was
+opened before, and a daemon that takes over a mount understands the numbers that another one gave out. Opens of one file
+with the same flags share a number.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 
-from fusedisk.core.errors import NoSpaceError, ReadOnlyError
+from fusedisk.core.errors import HostError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Signal
 from fusedisk.export import ranges
 from fusedisk.export.export import Export
+from fusedisk.export.registry import Registry
+
+_GENERATION_SHIFT, _INODE_SHIFT = 4, 16
+_GENERATIONS = 1 << (_INODE_SHIFT - _GENERATION_SHIFT)
+_WRITABLE, _DIRECT, _SYNCHRONOUS = 1, 2, 4
 
 
 class Handle:
     """An open file."""
 
-    __slots__ = ("direct", "export", "kernel_backing_id", "synchronous", "writable")
+    __slots__ = ("direct", "export", "kernel_backing_id", "opens", "synchronous", "writable")
 
     def __init__(self, export: Export, flags: int) -> None:
         self.export = export
@@ -25,6 +35,16 @@ class Handle:
         that only for files that it caches, and not for all requests."""
         self.kernel_backing_id = 0
         """The kernel's number for the host file that it accesses directly; 0 if it does not."""
+
+        self.opens = 0
+        """How many times the file is open under this number."""
+
+    @property
+    def number(self) -> int:
+        """The number by which the kernel knows it."""
+        flags = self.writable * _WRITABLE | self.direct * _DIRECT | self.synchronous * _SYNCHRONOUS
+        generation = self.export.generation % _GENERATIONS
+        return self.export.inode << _INODE_SHIFT | generation << _GENERATION_SHIFT | flags
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:
         """Write; short only at the end of a disk that may not grow.
@@ -48,16 +68,16 @@ class Handle:
 
 
 class Handles:
-    """All open files of a mount, by small integers that count up."""
+    """All open files of a mount, by their numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, registry: Registry) -> None:
         self.by_number: dict[int, Handle] = {}
-        self._last = 0
+        self._registry = registry
         self.released = Signal()
         """Given whenever a handle is released, so that tasks that wait for the mount to become idle look again."""
 
     def __len__(self) -> int:
-        return len(self.by_number)
+        return sum(handle.opens for handle in self.by_number.values())
 
     async def open(self, export: Export, flags: int) -> tuple[int, Handle]:
         """Return a new handle and its number. Raises ReadOnlyError for writing to a read-only export.
@@ -65,6 +85,7 @@ class Handles:
         O_TRUNC removes all content: a growable disk becomes empty, any other keeps its length, all zeroes. Zeroes are
         needed since tools such as ``cp`` skip holes when they copy into a file that they have just truncated.
         """
+        export.check_medium()
         handle = Handle(export, flags)
         if handle.writable and not export.writable:
             raise ReadOnlyError(f"'{export.name}' is read-only.", errno=errno.EROFS)
@@ -73,12 +94,51 @@ class Handles:
                 await export.truncate(0)
             else:
                 await ranges.zero(export, 0, export.length, punch=True, keep_size=True)
-        self._last += 1
-        self.by_number[self._last] = handle
-        return self._last, handle
+        number = handle.number
+        if self._registry.by_inode.get(export.inode) is not export:
+            raise self._stale(number)  # removed meanwhile
+        handle = self.by_number.setdefault(number, handle)
+        handle.opens += 1
+        return number, handle
 
-    def close(self, number: int) -> Handle:
-        """Remove a handle, after its last descriptor was closed."""
-        handle = self.by_number.pop(number)
+    def find(self, number: int) -> Handle:
+        """Return the handle with this number, also one that another daemon has opened. Raises HostError (ESTALE) if
+        its file was removed."""
+        found = self.by_number.get(number)
+        if found is not None:
+            return found
+        export = self._registry.by_inode.get(number >> _INODE_SHIFT)
+        if export is not None:
+            flags = os.O_RDWR if number & _WRITABLE else os.O_RDONLY
+            flags |= (os.O_DIRECT if number & _DIRECT else 0) | (os.O_SYNC if number & _SYNCHRONOUS else 0)
+            handle = Handle(export, flags)
+            if handle.number == number:
+                handle.opens = 1
+                self.by_number[number] = handle
+                return handle
+        raise self._stale(number)
+
+    @staticmethod
+    def _stale(number: int) -> HostError:
+        return HostError(f"the file of the open handle {number:#x} was removed.", errno=errno.ESTALE)
+
+    def opens_of(self, export: Export, *, writing: bool = False) -> int:
+        """Return how many times a file is open; with ``writing`` only those that may write."""
+        handles = [handle for handle in self.by_number.values() if handle.export is export]
+        return sum(handle.opens for handle in handles if handle.writable or not writing)
+
+    def close(self, number: int) -> Handle | None:
+        """Count down after the last descriptor of one open was closed. None: the file was removed before."""
+        handle = self.by_number.get(number)
+        if handle is not None:
+            handle.opens -= 1
+            if not handle.opens:
+                del self.by_number[number]
         self.released.notify()
         return handle
+
+    def drop(self, export: Export) -> None:
+        """Forget all handles of a file that was removed; requests of them get ESTALE."""
+        for number in [number for number, handle in self.by_number.items() if handle.export is export]:
+            del self.by_number[number]
+        self.released.notify()

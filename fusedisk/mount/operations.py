@@ -38,6 +38,7 @@ from fusedisk.core.errors import FusediskError
 from fusedisk.core.locks import Signal
 from fusedisk.export.export import EVERYTHING, Attributes, Export
 from fusedisk.export.names import NAME_MAX, ROOT_INODE
+from fusedisk.export.registry import Registry
 from fusedisk.export.views import View
 from fusedisk.mount.handles import Handles
 
@@ -85,23 +86,32 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
 
     def __init__(
-        self, exports: Sequence[Export], *, single: bool = False, live: bool = False, kernel_cache: bool = True
+        self, registry: Registry, *, single: bool = False, live: bool = False, kernel_cache: bool = True
     ) -> None:
         super().__init__()
-        self.exports = list(exports)
-        self._by_name = {os.fsencode(export.name): export for export in exports}
-        self._by_inode = {export.inode: export for export in exports}
+        self.registry = registry
         self._single = single
+        self._by_inode = registry.by_inode
         if single:
-            (only,) = exports
+            (only,) = registry
             self._by_inode = {ROOT_INODE: only}
         self._live = live
         self._kernel_cache = kernel_cache and not live
         self._attr_timeout = 0.0 if live else ATTR_TIMEOUT
-        self.handles = Handles()
-        first = exports[0]
+        self.handles = Handles(registry)
+        first = self.exports[0]
         self._root_mode = stat.S_IFDIR | _directory_bits(first.mode)
         self._root_owner = (first.uid, first.gid)
+
+    @property
+    def exports(self) -> list[Export]:
+        """All files, in the order of their arrival."""
+        return list(self.registry)
+
+    @property
+    def single(self) -> bool:
+        """Whether the mount is one file."""
+        return self._single
 
     @property
     def open_files(self) -> int:
@@ -124,10 +134,12 @@ class Operations(pyfuse3.Operations):
         """Find a file by its name."""
         if name in (b".", b".."):
             return await self._attributes(parent_inode)
-        export = self._by_name.get(name) if parent_inode == ROOT_INODE and not self._single else None
+        export = (
+            self.registry.by_name.get(os.fsdecode(name)) if parent_inode == ROOT_INODE and not self._single else None
+        )
         if export is None:
             raise FUSEError(errno.ENOENT)
-        return self._entry(await export.attributes(), export.inode)
+        return self._entry(await export.attributes(), export.inode, export.generation)
 
     @_guarded
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
@@ -176,20 +188,23 @@ class Operations(pyfuse3.Operations):
         """Return the file with this inode number; raises FUSEError."""
         export = self._by_inode.get(inode)
         if export is None:
-            raise FUSEError(errno.EISDIR if inode == ROOT_INODE else errno.ENOENT)
+            raise FUSEError(errno.EISDIR if inode == ROOT_INODE else errno.ESTALE)
         return export
 
     async def _attributes(self, inode: int) -> EntryAttributes:
         if inode == ROOT_INODE and not self._single:
             return await self._root_attributes()
         export = self.export_of(inode)
-        return self._entry(await export.attributes(), inode, lasting=export.immutable)
+        return self._entry(
+            await export.attributes(), inode, export.generation, lasting=export.immutable and not export.empty
+        )
 
-    def _entry(self, found: Attributes, inode: int, *, lasting: bool = False) -> EntryAttributes:
+    def _entry(self, found: Attributes, inode: int, generation: int, *, lasting: bool = False) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = inode
         entry.st_mode = found.mode
         entry.st_nlink = 1
+        entry.generation = generation
         entry.st_uid = found.uid
         entry.st_gid = found.gid
         entry.st_size = found.size
@@ -203,7 +218,7 @@ class Operations(pyfuse3.Operations):
 
     async def _root_attributes(self) -> EntryAttributes:
         """The directory is as old as its newest file."""
-        mtime_ns = max([(await export.attributes()).mtime_ns for export in self.exports])
+        mtime_ns = max([(await export.attributes()).mtime_ns for export in self.exports], default=0)
         entry = EntryAttributes()
         entry.st_ino = ROOT_INODE
         entry.st_mode = self._root_mode
@@ -223,9 +238,9 @@ class Operations(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """Sizes of all disks together. ``f_bsize`` is the smallest unit in which one of them allocates, which is what a
         loop device takes for its discard granularity."""
-        unit = max(512, min(export.block_size for export in self.exports))
+        unit = max(512, min((export.block_size for export in self.exports), default=512))
         disks = [export for export in self.exports if not isinstance(export, View)]
-        total = sum(export.backend.length for export in disks)
+        total = sum(export.length for export in disks)
         used = min(total, sum([await export.allocated() for export in disks]))
         answer = StatvfsData()
         answer.f_bsize = answer.f_frsize = unit
@@ -245,12 +260,13 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        """List the files; the position is the number of the next one."""
-        for position in range(start_id, len(self.exports)):
-            export = self.exports[position]
-            entry = self._entry(await export.attributes(), export.inode)
+        """List the files by inode number, which is the position, too: files may come and go meanwhile."""
+        for export in sorted(self.exports, key=lambda export: export.inode):
+            if export.inode <= start_id:
+                continue
+            entry = self._entry(await export.attributes(), export.inode, export.generation)
             name = FileNameT(os.fsencode(export.name))
-            if not pyfuse3.readdir_reply(token, name, entry, position + 1):
+            if not pyfuse3.readdir_reply(token, name, entry, export.inode):
                 return
 
     @_guarded
@@ -280,14 +296,14 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Read; short only at the disk's end. Used only without the data channel, like all data requests below."""
-        export = self.handles.by_number[fh].export
+        export = self.handles.find(fh).export
         export.keep(off, size)  # nothing here says that the kernel does not
         return await export.read(off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
 
     @_guarded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write; short only at the end of a disk that may not grow."""
-        handle = self.handles.by_number[fh]
+        handle = self.handles.find(fh)
         async with handle.export.changing(off, len(buf)):
             written = await handle.write(off, buf)
             await handle.settle()
@@ -296,12 +312,12 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def flush(self, fh: FileHandleT) -> None:
         """Called on every close(2): the last chance to report write errors."""
-        await self.handles.by_number[fh].flush()
+        await self.handles.find(fh).flush()
 
     @_guarded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Put everything written before on stable storage. This is the only barrier that a loop device has."""
-        await self.handles.by_number[fh].export.flush()
+        await self.handles.find(fh).export.flush()
 
     @_guarded
     async def release(self, fh: FileHandleT) -> None:

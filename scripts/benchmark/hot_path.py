@@ -24,6 +24,7 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.request.immediate import Immediate
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
+from fusedisk.export.registry import Registry
 from fusedisk.mount import umount_calls
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
@@ -79,7 +80,7 @@ async def measure(image: Path, mountpoint: Path, fmt: str, depth: int, before: C
     exports = await open_exports(graph, [ImageRequest(str(image), str(image))], settings)
     session = Session(
         str(mountpoint),
-        Operations(exports),
+        Operations(Registry(graph, exports)),
         mount_options([str(image)], read_only=False, allow_other=False),
         ServeSettings(passthrough=Passthrough.OFF),
     )

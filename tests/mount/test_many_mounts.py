@@ -18,6 +18,7 @@ import psutil, trio
 from fusedisk.block.graph.graph import Graph
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
+from fusedisk.export.registry import Registry
 from fusedisk.mount import own_mount
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
@@ -27,7 +28,8 @@ image, mountpoint, times, channel = sys.argv[1], sys.argv[2], int(sys.argv[3]), 
 async def once():
     graph = Graph(DRIVERS)
     exports = await open_exports(graph, [ImageRequest(image, image)], OpenSettings(format="raw", read_only=True))
-    session = Session(mountpoint, Operations(exports), mount_options([image], read_only=True, allow_other=False))
+    operations = Operations(Registry(graph, exports))
+    session = Session(mountpoint, operations, mount_options([image], read_only=True, allow_other=False))
     session._settings.channel = channel == "auto"
     session.start()
     async with trio.open_nursery() as nursery:

@@ -261,6 +261,16 @@ class Graph:
         if failure is not None:
             raise failure
 
+    def exchange_roots(self, one: Backend, other: Backend) -> None:
+        """Let two idle backends exchange their nodes, with what they may do there."""
+        one.root, other.root = other.root, one.root
+        one.write_cache, other.write_cache = other.write_cache, one.write_cache
+        for backend in (one, other):
+            if backend.root is not None:
+                backend.root.owner = f"'{backend.name}'"
+                self._backends[backend.root] = backend
+        self.changes += 1
+
     def backend_of(self, edge: Child) -> Backend | None:
         """Return the backend with this root edge."""
         return self._backends.get(edge)
