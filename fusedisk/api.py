@@ -212,7 +212,7 @@ class Disk:
         """Both as numbers; none of them is negative."""
         offset, length = whole_number("offset", offset), whole_number("length", length)
         if offset < 0 or length < 0:
-            self._backend.refuse(offset, length)
+            raise self._backend.out_of_range(offset, length)
         return offset, length
 
     async def close(self) -> None:

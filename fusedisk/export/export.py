@@ -32,7 +32,6 @@ EVERYTHING = (0, 1 << 63)
 _MAX_BLOCK_SIZE = 2 << 20
 WRITE_BEHIND_SECONDS = 5
 """The interval of most file systems."""
-_PASSED_THROUGH = "the kernel accesses its host file directly while its file is open"
 _PERMISSION_BITS = 0o777
 _WRITE_BITS = 0o222
 
@@ -184,7 +183,7 @@ class Export:
     def _append_now(self, offset: int, data: memoryview) -> bool:
         """Write past the end of the disk, if that is possible without waiting. False: it may be longer already."""
         backend = self.backend
-        if backend.quiesced or not backend.immediate.takes_writes():
+        if backend.drain_count or not backend.immediate.ways().at_once:
             return False
         try:
             return run_at_once(self.write(offset, data)) == len(data)
@@ -255,17 +254,14 @@ class Export:
     # --- direct access to the host file -----------------------------------------------------------------
 
     def passthrough_descriptor(self, *, may_grow: bool) -> int | None:
-        """Return a descriptor of the host file for direct access by the kernel, writable if the disk is; None if a
-        node in between must see the requests. ``may_grow``: a write past the end may make the disk longer."""
-        backend, node = self.backend, self.backend.node
-        descriptor = node.driver.host_descriptor()
-        if descriptor is None or self.shared_views or not backend.immediate.is_plain():
+        """Return a descriptor of the host file for direct access by the kernel, writable if the disk is; None if
+        something in between must see the requests. ``may_grow``: a write past the end may make the disk longer."""
+        backend = self.backend
+        descriptor = backend.node.driver.host_descriptor()
+        if descriptor is None or self.shared_views or not backend.immediate.ways().passthrough:
             return None
-        if self.writable:
-            if node.guards_probe or not backend.write_cache:
-                return None
-            if not self.growable and not may_grow and self._is_regular(descriptor):
-                return None
+        if self.writable and not self.growable and not may_grow and self._is_regular(descriptor):
+            return None
         return descriptor
 
     @staticmethod
@@ -275,18 +271,18 @@ class Export:
     def begin_passthrough(self) -> None:
         """Note that the host file may change without our knowledge from now on."""
         self._passed_through = True
-        self.backend.node.block_operation("replace", _PASSED_THROUGH)
+        self.backend.begin_passthrough()
 
     def end_passthrough(self) -> None:
         """Undo one ``begin_passthrough``."""
         self._look_past()
         self._passed_through = False
-        self.backend.node.unblock_operation("replace", _PASSED_THROUGH)
+        self.backend.end_passthrough()
 
     def _look_past(self) -> None:
         """Assume that the host file was written from outside: update the length, and expect new times."""
         if self._passed_through and self.writable:
-            self.backend.written_outside()
+            self.backend.note_external_write()
             self.touch()
 
     async def write_behind(self) -> None:

@@ -74,7 +74,7 @@ class PartitionExport(View):
     async def allocated(self) -> int:
         """Return the bytes of the partition in the top layer of the image. If there are very many pieces, only the
         first are counted, and the rest is taken to be equally full."""
-        written, now = self.disk.backend.node.written, trio.current_time()
+        written, now = self.disk.backend.node.completed_writes, trio.current_time()
         if self._counted_at < 0 or (self._counted_at != written and now >= self._count_again):
             try:
                 self._counted = await self._count()

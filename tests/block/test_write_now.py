@@ -104,7 +104,7 @@ async def test_what_takes_waiting_is_written_later(
     reluctant: Callable[[float], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends, "_MOST_TRIES_OFF", 0)
+    monkeypatch.setattr(backends, "MAX_SKIPPED_ATTEMPTS", 0)
     path, content = made(tmp_path, feature, backed)
     rng = random.Random(f"{feature} {seed}")
     at_once = later = 0
@@ -135,7 +135,7 @@ async def test_a_host_that_always_waits_is_seldom_tried(
     tmp_path: Path, reluctant: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each try that fails leaves a cluster that must be filled up when it is taken."""
-    monkeypatch.setattr(backends, "_MOST_TRIES_OFF", 1 << 12)
+    monkeypatch.setattr(backends, "MAX_SKIPPED_ATTEMPTS", 1 << 12)
     path, _ = made(tmp_path, "plain", backed=False)
     tries: list[int] = []
 
@@ -167,10 +167,10 @@ async def test_nobody_is_overtaken(tmp_path: Path) -> None:
         await mutex.acquire()
         assert not backend.write_now(MIB, data)
         mutex.release()
-        backend._tries_off = 0
-        backend.quiesced += 1
+        backend._skip_attempts = 0
+        backend.drain_count += 1
         assert not backend.write_now(MIB, data)
-        backend.quiesced -= 1
+        backend.drain_count -= 1
         assert not backend.write_now(SIZE - 4095, data)
         assert backend.write_now(MIB, data)
         assert backend.accounting.writes == 2

@@ -87,7 +87,7 @@ def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: in
 # Reads and changes come by turns here: places are to be remembered all the same.
 immediate.STEADY = immediate.PAUSE = 1
 # What could not be written at once is tried again soon.
-backends._MOST_TRIES_OFF = 1
+backends.MAX_SKIPPED_ATTEMPTS = 1
 
 
 class Run:

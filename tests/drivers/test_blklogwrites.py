@@ -187,7 +187,7 @@ async def test_what_is_written_during_a_flush_is_logged_behind_it(disk: Path, lo
         flush = await tasks.start(nursery, backend.flush)
         await slow.wait_suspended("flush")
         write = await tasks.start(nursery, lambda: backend.write(512, b"b" * 512))
-        assert backend.node.written
+        assert backend.node.completed_writes
         slow.resume("flush")
         await flush.join()
         await write.join()

@@ -14,6 +14,7 @@ import trio
 
 from fusedisk.block.graph.registry import Registry
 from fusedisk.block.model.driver import Buffer, ChildSpec, Role
+from fusedisk.block.model.observer import Change
 from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.options import Options, option
@@ -34,7 +35,7 @@ class JitterDriver(FilterDriver):
     options_type = JitterOptions
     child_specs = (ChildSpec("file", Role.FILTERED),)
     moves_bytes = True
-    asks_before_waiting = True
+    can_run_at_once = True
 
     async def open(self) -> None:
         self._rng = random.Random(self.options.seed)
@@ -61,8 +62,8 @@ class JitterDriver(FilterDriver):
         below = self.below
         if self._rng.random() < 0.2 or not below.driver.write_now(offset, buffer):
             return False
-        below.written += 1
         below.take_length(max(below.length, offset + len(buffer)))
+        below.changed(offset, len(buffer), Change.WRITE)
         return True
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:

@@ -6,7 +6,7 @@ Both keep the :class:`.Backend`, so whatever uses it goes on with it.
 from __future__ import annotations
 
 from fusedisk.block.graph.backend import Backend
-from fusedisk.block.graph.graph import EXCLUSIVE
+from fusedisk.block.graph.graph import WRITER_SHARES
 from fusedisk.block.graph.permission_update import update_permissions
 from fusedisk.block.graph.reopen import reopen
 from fusedisk.block.model import permissions
@@ -41,7 +41,7 @@ async def set_writable(backend: Backend, writable: bool) -> None:
     before = edge.perm, edge.shared
     changing = permissions.WRITE | permissions.WRITE_UNCHANGED | permissions.RESIZE
     edge.perm = permissions.CONSISTENT_READ | (changing if writable else 0)
-    edge.shared = EXCLUSIVE if writable else permissions.ALL
+    edge.shared = WRITER_SHARES if writable else permissions.ALL
     try:
         update_permissions([node])
         if not writable:

@@ -13,6 +13,8 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
 from fusedisk.block.model import permissions
 from fusedisk.block.model.node import Node
+from fusedisk.block.model.observer import Change
+from fusedisk.block.request.io import between_lengths
 from fusedisk.block.request.snapshot import alone
 from fusedisk.core.errors import NotSupportedError, PermissionConflictError
 from fusedisk.core.offload import run_opening
@@ -72,15 +74,19 @@ async def amend_node(
     if kind is None:
         raise NotSupportedError(f"{node.driver.name} images have no settings that can be changed.")
     parsed = kind.parse(options, node.driver.name)
-    old = node.length
     async with alone(node, "amend"):
-        if getattr(parsed, "size", None) not in (None, old):
+        old = node.length
+        size = getattr(parsed, "size", None)
+        wanted = old if size is None else size
+        if wanted != old:
             node.check_operation("resize")
             if not node.perm & permissions.RESIZE:
                 raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
+            await node.before_change(*between_lengths(old, wanted), Change.AMEND)
         try:
             await node.driver.amend(parsed, progress, force=force)
         finally:
             node.take_length(await node.driver.length())
+            node.changed(*between_lengths(old, wanted, node.length), Change.AMEND)
     if node.length != old:
         node.resized()

@@ -148,7 +148,7 @@ class Driver:
     """True if every byte is a child's, so that block status is the child's answer unchanged."""
     moves_bytes: ClassVar[bool] = False
     """True if the driver has ``preadv`` and ``pwritev``; otherwise the core calls ``map``."""
-    asks_before_waiting: ClassVar[bool] = False
+    can_run_at_once: ClassVar[bool] = False
     """True if every place in this driver that can block calls :func:`fusedisk.core.at_once.refuse_to_wait` first. The
     core may then run a request without starting a task. Host I/O in worker threads does call it."""
     supports_backing: ClassVar[bool] = False

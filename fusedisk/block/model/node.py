@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fusedisk.block.model.driver import Driver, Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.limits import Limits
+from fusedisk.block.model.observer import Change, Observer
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, OperationBlockedError
 from fusedisk.core.locks import Mutex
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BeforeWrite = Callable[[int, int], Awaitable[None]]
-"""Called with offset and length before a write, write-zeroes or discard reaches the driver."""
+OBSERVE = "observe"
+"""The operation that is blocked where requests go past us, see :meth:`Node.block_operation`."""
 
 
 class Reference(Protocol):
@@ -43,8 +45,8 @@ _serials = itertools.count()
 class User(Protocol):
     """A user of the graph whose requests can be held back, a :class:`~fusedisk.block.graph.backend.Backend`."""
 
-    quiesced: int
-    """While it is not 0, no new request starts."""
+    drain_count: int
+    """The number of drained sections; while it is not 0, no new request starts."""
 
     def hold(self) -> None:
         """Count some work as a request in flight until ``release``."""
@@ -171,15 +173,19 @@ class Node:
         self.closed = False
         self.generation = 0
         """Changes with every change of mapping; results from another generation are stale."""
-        self.written = 0
-        """The number of completed writes; ``flushed`` is its value at the last flush to disk."""
-        self.flushed = 0
+        self.completed_writes = 0
+        """The number of changes that may be stored; ``writes_flushed`` is its value at the last flush to disk."""
+        self.writes_flushed = 0
         self.flush_mutex = Mutex()
         self.tracked: dict[Request, None] = {}
         self.serialising = 0
         """The number of tracked requests that are serialising; the short ways are closed while there are any."""
-        self.before_write: list[BeforeWrite] = []
         self._drains = 0
+        self.observers: tuple[Observer, ...] = ()
+        """Replaced by each registration, never changed, so a loop over it is safe. The next three are parts of it."""
+        self.before_observers: tuple[Observer, ...] = ()
+        self.change_observers: tuple[Observer, ...] = ()
+        self.read_observers: tuple[Observer, ...] = ()
         self.close_notifiers: list[Callable[[Node], None]] = []
         self.blockers: dict[str, list[str]] = {}
 
@@ -273,6 +279,55 @@ class Node:
         self._drains -= 1
         if not self._drains:
             self.driver.drain_end()
+
+    # --- observers --------------------------------------------------------------------------------------
+
+    def observe(self, observer: Observer) -> None:
+        """Tell ``observer`` of every request on this node from now on. Raises OperationBlockedError where requests go
+        past us."""
+        self.check_observable()
+        self._set_observers((*self.observers, observer))
+
+    def unobserve(self, observer: Observer) -> None:
+        """Undo one ``observe``."""
+        observers = list(self.observers)
+        observers.remove(observer)
+        self._set_observers(tuple(observers))
+
+    def _set_observers(self, observers: tuple[Observer, ...]) -> None:
+        self.observers = observers
+        self.before_observers = tuple(observer for observer in observers if observer.wants_before)
+        self.change_observers = tuple(observer for observer in observers if observer.wants_changes)
+        self.read_observers = tuple(observer for observer in observers if observer.wants_reads)
+        self.graph.changes += 1
+
+    def check_observable(self) -> None:
+        """Raise OperationBlockedError, with the reason, if requests go past us."""
+        reasons = self.blockers.get(OBSERVE)
+        if reasons:
+            raise OperationBlockedError(f"The requests of node '{self.name}' cannot be watched now: {reasons[0]}.")
+
+    async def before_change(self, offset: int, length: int, kind: Change) -> None:
+        """Call this before the driver gets a change. Costs nothing if ``before_observers`` is asked first."""
+        for observer in self.before_observers:
+            refuse_to_wait()
+            if observer in self.before_observers:  # it may have gone while another one waited
+                await observer.before_change(self, offset, length, kind)
+
+    def changed(self, offset: int, length: int, kind: Change) -> None:
+        """Call this after each change, done or failed half-way, before its request leaves the node. The only place that
+        counts writes and tells observers. The node already has its new length."""
+        self.completed_writes += 1
+        if self.change_observers and length and kind is not Change.STORAGE:
+            for observer in self.change_observers:
+                observer.changed(self, offset, length, kind)
+
+    def was_read(self, offset: int, length: int) -> None:
+        """Call this for each read of the node's content, if there are ``read_observers``."""
+        for observer in self.read_observers:
+            observer.read(self, offset, length)
+
+    # --- blockers ---------------------------------------------------------------------------------------
 
     def block_operation(self, operation: str, reason: str) -> None:
         """Forbid an operation such as ``resize`` until ``unblock_operation`` is called with the same reason, which is a

@@ -1,14 +1,58 @@
-"""Counters of a user of the graph."""
+"""Counters of a user of the graph, by kind of request."""
 
 from __future__ import annotations
 
+import enum
+
+
+class Kind(enum.Enum):
+    """What a request does, for counting, throttling and error policies."""
+
+    READ = "read"
+    WRITE = "write"
+    ZEROES = "zeroes"
+    DISCARD = "discard"
+    FLUSH = "flush"
+    OTHER = "other"
+    """Moves none of the guest's data: resize, snapshots, block status. Not counted, throttled or left to a policy."""
+
 
 class Accounting:
-    """Counts the operations, bytes and failures of a backend."""
+    """Counts the answered operations, their bytes and the failures of a backend."""
 
-    __slots__ = ("bytes_read", "bytes_written", "discards", "failed", "flushes", "reads", "writes", "zeroes")
+    __slots__ = (
+        "bytes_discarded",
+        "bytes_read",
+        "bytes_written",
+        "bytes_zeroed",
+        "discards",
+        "failed",
+        "flushes",
+        "reads",
+        "writes",
+        "zeroes",
+    )
 
     def __init__(self) -> None:
         self.reads = self.bytes_read = 0
         self.writes = self.bytes_written = 0
-        self.zeroes = self.discards = self.flushes = self.failed = 0
+        self.zeroes = self.bytes_zeroed = 0
+        self.discards = self.bytes_discarded = 0
+        self.flushes = self.failed = 0
+
+    def done(self, kind: Kind, length: int) -> None:
+        """Count an answered request. The short ways count their own."""
+        if kind is Kind.READ:
+            self.reads += 1
+            self.bytes_read += length
+        elif kind is Kind.WRITE:
+            self.writes += 1
+            self.bytes_written += length
+        elif kind is Kind.ZEROES:
+            self.zeroes += 1
+            self.bytes_zeroed += length
+        elif kind is Kind.DISCARD:
+            self.discards += 1
+            self.bytes_discarded += length
+        elif kind is Kind.FLUSH:
+            self.flushes += 1

@@ -53,7 +53,7 @@ def start(node: Node, work: Work) -> bool:
 
 
 def _welcome(node: Node, backends: Sequence[User]) -> bool:
-    return not node.serialising and not any(backend.quiesced for backend in backends)
+    return not node.serialising and not any(backend.drain_count for backend in backends)
 
 
 async def _run(node: Node, backends: Sequence[User], request: Request, work: Work) -> None:

@@ -1,9 +1,15 @@
-"""Requests that are answered at once: without waiting, and with no I/O but one transfer from or to the page cache.
+"""Requests that are answered without waiting, and with no I/O but one transfer from or to the page cache.
 
-A short way past the door (:mod:`.io`) for requests that need nothing from it: everything is aligned, nothing is
-serialising, there are no hooks and no copy-on-read, the mapping is in memory and the bytes are in the page cache. In
-all other cases the answer is False, and the caller goes through the door, which also words the errors. Nothing here
-suspends, so a request is finished before any other can begin, and need not be tracked.
+A short way past the door (:mod:`.io`) for requests that need nothing from it: :mod:`.ways` says that it is open,
+everything is aligned, nothing is serialising, the mapping is in memory and the bytes are in the page cache. Nothing
+here suspends, so a request is finished before any other can begin, and need not be tracked.
+
+One rule for all that answers *without waiting*, here, in the drivers (``lookup``, ``read_now``, ``cached_pieces`` and
+the others of their section) and in exports (``read_now``, ``lend_now``, ``write_now``): it either has the answer or
+*declines*. To decline is to return False where the answer would be True, None where it would be a value. It says
+nothing about why, raises nothing, and the caller goes through the door, which waits and words the errors. A coroutine
+has no value to decline with, so inside :func:`~fusedisk.core.at_once.run_at_once` it raises WouldWait; the caller of
+``run_at_once`` turns that into declining at once.
 
 The layers of a read-only backing chain do not change while the graph does not, so where each range leads, through all
 layers, is remembered. For small reads this also remembers where each 64 KiB of the top layer lead, until its mapping
@@ -13,17 +19,15 @@ changes: a second read takes one look into a table, however deep the chain is.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Protocol
 
-from fusedisk.block.model import permissions
 from fusedisk.block.model.driver import Buffer, Driver
-from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
-from fusedisk.block.model.node import Node, Owner
-from fusedisk.block.request.accounting import Accounting
+from fusedisk.block.model.node import Node
+from fusedisk.block.model.observer import Change
 from fusedisk.block.request.chains import Fill, fill_with_zeroes, learn
 from fusedisk.block.request.io import PROBE_SIZE
 from fusedisk.block.request.runs import RunMap
+from fusedisk.block.request.ways import CLOSED, Requester, Ways, ways_of
 from fusedisk.core.zeroes import is_zero, zero_fill
 
 _Place = tuple[Fill, int, int, Node | None]
@@ -41,6 +45,9 @@ class Pieces(list[memoryview]):
 _MOST_LENT = 16
 """The most parts of host files that one range may consist of."""
 
+_WRITE = Change.WRITE
+"""A global is found faster than a member of an enum."""
+
 _PLACE_BITS = 16
 _PLACE_SIZE = 1 << _PLACE_BITS
 MOST_PLACES = 1 << 15
@@ -56,27 +63,10 @@ _MOST_RUNS = 1 << 16
 """Kept for one chain: some 20 MiB."""
 
 
-class Requester(Protocol):
-    """What this needs of a user of the graph, a :class:`~fusedisk.block.graph.backend.Backend`."""
-
-    @property
-    def graph(self) -> Owner:
-        """The graph."""
-
-    accounting: Accounting
-    root: Child | None
-    """The edge to the root node; None once closed."""
-    quiesced: int
-    """While it is not 0, no new request starts."""
-    write_cache: bool
-    """False: each write is on stable storage when it is answered."""
-
-
 class Immediate:
     """The short way to one backend's node."""
 
     __slots__ = (
-        "_asks",
         "_backend",
         "_chains",
         "_changes",
@@ -91,6 +81,7 @@ class Immediate:
         "_reads",
         "_since",
         "_wait",
+        "_ways",
         "_writes",
     )
 
@@ -100,7 +91,9 @@ class Immediate:
         self._changes = -1
         self._off = False
         self._node: Node
-        self._reads = self._writes = self._detects = self._asks = False
+        self._ways = CLOSED
+        self._reads = self._writes = self._detects = False
+        """Copies of ``_ways``: an attribute is cheaper to look at than a field of a tuple's."""
         self._chains: dict[Node, RunMap[Fill]] = {}
         self._places: dict[int, _Place] = {}
         self._generation = -1
@@ -119,33 +112,28 @@ class Immediate:
         self._off = True
         self._changes = -1
 
-    def takes_writes(self) -> bool:
-        """Whether a write that this cannot answer may be tried without a task, by :func:`run_at_once`."""
+    def ways(self) -> Ways:
+        """Return the short ways that are open to the backend now."""
         if self._changes != self._graph.changes:
             self._look()
-        return self._writes and self._asks and not self._detects
-
-    def is_plain(self) -> bool:
-        """Whether the graph only maps requests: no node detects zeroes or has before-write hooks."""
-        if self._changes != self._graph.changes:
-            self._look()
-        return self._reads and not self._detects and not any(each.before_write for each in self._node.with_all_below())
+        return self._ways
 
     def read(self, offset: int, buffer: Buffer) -> bool:
         """Fill ``buffer`` from ``offset``. False: ``buffer`` may hold anything."""
         if self._changes != self._graph.changes:
             self._look()
         length = len(buffer)
-        if not self._reads or not length:
+        if not self._reads or not length:  # closed, or nothing to do
             return False
         backend, node = self._backend, self._node
-        if backend.quiesced or backend.root is None or offset + length > node.length:
+        if backend.drain_count or backend.root is None or offset + length > node.length:  # the door waits, or refuses
             return False
         if node.generation != self._generation:
             self._outdate()
         place = self._places.get(offset >> _PLACE_BITS)
         if place is not None and offset + length <= place[2]:
             fill, delta, _, leaf = place
+            # Another request must end first, or the bytes are not in memory.
             if node.serialising or (leaf is not None and leaf.serialising) or not fill(offset + delta, buffer):
                 return False
         else:
@@ -167,7 +155,7 @@ class Immediate:
         if self._changes != self._graph.changes:
             self._look()
         backend = self._backend
-        if not self._reads or backend.quiesced or backend.root is None or offset + length > self._node.length:
+        if not self._reads or backend.drain_count or backend.root is None or offset + length > self._node.length:
             return None
         parts: list[Lent] = []
         pieces = Pieces()
@@ -187,15 +175,15 @@ class Immediate:
         if self._changes != self._graph.changes:
             self._look()
         length = len(data)
-        if not self._writes or not length:
+        if not self._writes or not length:  # closed, or nothing to do
             return False
         backend, node = self._backend, self._node
         if (
-            backend.quiesced
+            backend.drain_count
             or backend.root is None
             or offset + length > node.length
-            or (self._detects and is_zero(data))
-            or (node.guards_probe and offset < PROBE_SIZE)
+            or (self._detects and is_zero(data))  # the door makes a write-zeroes of it
+            or (node.guards_probe and offset < PROBE_SIZE)  # the door looks at what is written
             or not self._put(node, offset, data, length)
         ):
             return False
@@ -211,18 +199,13 @@ class Immediate:
         self._places.clear()
         self._generation = -1
         backend = self._backend
+        self._ways = ways = CLOSED if self._off else ways_of(backend)
+        self._reads, self._writes, self._detects = ways.reads, ways.writes, ways.detects
         root = backend.root
-        if root is None or self._off:
-            self._reads = self._writes = self._asks = False
+        if root is None:
             return
         self._node = node = root.node
-        below = node.with_all_below()
-        # If the image has another writer, the file must be asked each time.
-        self._reads = not any(each.config.copy_on_read or each.config.force_share for each in below)
-        self._writes = self._reads and bool(root.perm & permissions.WRITE) and backend.write_cache
-        self._detects = any(each.config.detect_zeroes != "off" for each in below)
-        self._asks = all(each.driver.asks_before_waiting and not each.driver.encodes for each in below)
-        for each in below:
+        for each in node.with_all_below():
             backing = each.backing
             if backing is not None and all(layer.config.read_only for layer in backing.node.with_all_below()):
                 self._chains[backing.node] = RunMap(_MOST_RUNS)
@@ -414,28 +397,31 @@ class Immediate:
     # --- writing ----------------------------------------------------------------------------------------
 
     def _put(self, node: Node, offset: int, data: Buffer, length: int) -> bool:
-        if node.serialising or node.before_write or node.fenced is not None or node.config.read_only:
+        if node.serialising or node.fenced is not None or node.config.read_only:
             return False
         driver = node.driver
         if driver.moves_bytes:
-            if not driver.write_now(offset, data):
-                return False
-            node.written += 1
-            if offset + length > node.length:
+            done = driver.write_now(offset, data)
+            if done and offset + length > node.length:
                 # An image file grows when clusters beyond its end are written.
                 node.take_length(offset + length)
-            return True
+            node.changed(offset, length, _WRITE)  # also if it is not done: a part may be written
+            return done
         if offset + length > node.length:
             return False
+        start = offset
         while True:
             extent = driver.lookup_in_place(offset, length)
-            if extent is None:
+            if extent is None:  # not allocated, or not known without I/O
+                if offset > start:
+                    node.changed(start, offset - start, _WRITE)
                 return False
             count, child, place, _, _, _ = extent
             if not self._put(child.node, place, data if count == length else data[:count], count):
+                node.changed(start, offset + count - start, _WRITE)  # the child may have written a part
                 return False
             if count == length:
-                node.written += 1
+                node.changed(start, offset + length - start, _WRITE)
                 return True
             offset += count
             length -= count

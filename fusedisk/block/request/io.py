@@ -2,9 +2,9 @@
 
 Every request, from outside through a :class:`~fusedisk.block.graph.backend.Backend` or from a parent node, passes in a
 fixed order: permission · alignment (read-modify-write of unaligned heads and tails) · tracking, waiting for earlier
-conflicting requests · before-write hooks · copy-on-read · detect-zeroes · fragmenting to the driver's limits · the
-driver · emulation of what it lacks · bookkeeping. Counting in flight for drain, range checks and accounting are the
-backend's, since every request in the system starts at one.
+conflicting requests · observers that act before a change · copy-on-read · detect-zeroes · fragmenting to the driver's
+limits · the driver · emulation of what it lacks · telling of the change (:meth:`.Node.changed`). Counting in flight for
+drain, throttling, range checks and accounting are the backend's, since every request in the system starts at one.
 
 In the common case (aligned, nothing serialising, everything cached) none of this suspends.
 """
@@ -22,9 +22,10 @@ from fusedisk.block.model import permissions
 from fusedisk.block.model.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, ZERO_NEW, Buffer, Role
 from fusedisk.block.model.extent import UNALLOCATED, ZERO
 from fusedisk.block.model.node import Node
+from fusedisk.block.model.observer import Change
 from fusedisk.block.model.tracked import Request
 from fusedisk.block.request import transfer
-from fusedisk.core.at_once import is_at_once, refuse_to_wait
+from fusedisk.core.at_once import is_at_once
 from fusedisk.core.errors import (
     CorruptImageError,
     FusediskError,
@@ -42,6 +43,8 @@ PROBE_SIZE = 512
 _RANGES_AT_ONCE = 256
 """Short ranges that are freed in one trip to the host: some milliseconds."""
 _COPY_CHUNK = 1 << 20
+_WRITE = Change.WRITE
+"""A global is found faster than a member of an enum."""
 
 
 # --- reads ----------------------------------------------------------------------------------------------
@@ -108,8 +111,10 @@ async def _copy_on_read(node: Node, request: Request, offset: int, buffer: Buffe
             content = memoryview(bytearray(extent.length))
             await transfer.read(node, position, content)
             await node.driver.debug_event("cor_write")
-            await transfer.write_or_zero(node, position, content, UNCHANGED)
-            node.written += 1
+            try:
+                await transfer.write_or_zero(node, position, content, UNCHANGED)
+            finally:
+                node.changed(position, extent.length, Change.STORAGE)
             if low < high:
                 buffer[low - offset : high - offset] = content[low - position : high - position]
         elif low < high:
@@ -151,26 +156,28 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     if zeroes != "off" and not unaligned and all(map(is_zero, buffers)):
         await write_zeroes(node, offset, length, flags | (MAY_UNMAP if zeroes == "unmap" else 0))
         return
+    begun = False
     request.enter(node)
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
             _check_end(node, end, "A write")
-        for hook in tuple(node.before_write):
-            refuse_to_wait()
-            await hook(offset, length)
         if guard:
             await _check_probe(node, offset, buffers)
+        if node.before_observers:
+            await node.before_change(offset, length, _WRITE)
+        begun = True
         if unaligned:
             await write_unaligned(node, offset, buffers, length, flags)
         else:
             await transfer.write(node, offset, buffers, flags)
-        _wrote(node, end)
+        _grow(node, end)
     except FusediskError as exc:
-        node.written += 1  # the data may be written all the same, so a flush must not skip it
         exc.at(node.name, "write", offset, length)
         raise
     finally:
+        if begun:
+            node.changed(offset, length, _WRITE)  # also after an error: a part may be written
         request.leave(node)
     if flags & FUA and not node.driver.supports_fua:
         await flush(node)
@@ -188,19 +195,21 @@ async def _write_compressed(node: Node, offset: int, buffers: Sequence[Buffer], 
             f"{unit} bytes, or up to the disk's end at {node.length}."
         )
     request = Request(offset, -(-end // unit) * unit, True, serialising=True)
+    begun = False
     request.enter(node)
     try:
         await request.wait_for_earlier(node)
         _check_end(node, end, "A compressed write")
-        for hook in tuple(node.before_write):
-            await hook(offset, length)
+        await node.before_change(offset, length, _WRITE)
         data = buffers[0] if len(buffers) == 1 else memoryview(b"".join(buffers))
+        begun = True
         await node.driver.write_compressed(offset, data)
-        _wrote(node, end)
     except FusediskError as exc:
         exc.at(node.name, "write-compressed", offset, length)
         raise
     finally:
+        if begun:
+            node.changed(offset, length, _WRITE)
         request.leave(node)
     if flags & FUA:
         await flush(node)
@@ -250,8 +259,8 @@ def check_writable(node: Node, flags: int = 0) -> None:
         raise PermissionConflictError(f"No user of node '{node.name}' has asked for the write permission.")
 
 
-def _wrote(node: Node, end: int) -> None:
-    node.written += 1
+def _grow(node: Node, end: int) -> None:
+    """Note that a write or write-zeroes up to ``end`` was done: it extends nodes whose driver moves bytes."""
     if end > node.length and node.driver.moves_bytes:
         node.take_length(end)
 
@@ -295,21 +304,25 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
         request = _guarding_request(end, unit)
     else:
         request = Request(offset // unit * unit, -(-end // unit) * unit, True, serialising=unit > 1)
+    begun = False
     request.enter(node)
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
             _check_end(node, end, "Zeroing")
-        for hook in tuple(node.before_write):
-            await hook(offset, length)
         if guard:
             await _check_probe(node, offset, (ZEROES[: min(length, PROBE_SIZE)],))
+        if node.before_observers:
+            await node.before_change(offset, length, Change.ZEROES)
+        begun = True
         await transfer.write_zeroes(node, offset, length, flags)
-        _wrote(node, end)
+        _grow(node, end)
     except FusediskError as exc:
         exc.at(node.name, "write-zeroes", offset, length)
         raise
     finally:
+        if begun:
+            node.changed(offset, length, Change.ZEROES)
         request.leave(node)
     if flags & FUA:
         await flush(node)
@@ -334,11 +347,11 @@ async def preallocate(node: Node, offset: int, length: int) -> None:
                 await node.driver.preallocate(start, stop - start)
         except NotSupportedError:
             await _write_unallocated(node, start, stop)
-        node.written += 1
     except FusediskError as exc:
         exc.at(node.name, "preallocate", offset, length)
         raise
     finally:
+        node.changed(start, stop - start, Change.STORAGE)
         request.leave(node)
 
 
@@ -371,6 +384,7 @@ async def discard(node: Node, offset: int, length: int) -> None:
         request = _guarding_request(stop, widen)
     else:
         request = Request(start // widen * widen, -(-stop // widen) * widen, True, serialising=True)
+    done = start
     request.enter(node)
     try:
         if node.serialising:
@@ -378,23 +392,24 @@ async def discard(node: Node, offset: int, length: int) -> None:
             stop = min(stop, node.length)
             if start >= stop:
                 return
-        for hook in tuple(node.before_write):
-            await hook(start, stop - start)
         if guard:
             await _check_probe(node, start, (ZEROES[: min(stop - start, PROBE_SIZE)],))
+        await node.before_change(start, stop - start, Change.DISCARD)
         step = max(node.limits.max_discard // unit * unit, unit)
         for position in range(start, stop, step):
             if position > start:
                 await trio.lowlevel.checkpoint()
+            done = min(position + step, stop)
             with trio.CancelScope(shield=True):
-                await node.driver.discard(position, min(step, stop - position))
-        node.written += 1
+                await node.driver.discard(position, done - position)
     except NotSupportedError:
-        return
+        done = position  # the last step has changed nothing
     except FusediskError as exc:
         exc.at(node.name, "discard", offset, length)
         raise
     finally:
+        if done > start:
+            node.changed(start, done - start, Change.DISCARD)
         request.leave(node)
 
 
@@ -415,7 +430,7 @@ async def discard_ranges(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
         if first:
             await trio.lowlevel.checkpoint()
         part = ranges[first : first + _RANGES_AT_ONCE]
-        if node.guards_probe or node.before_write:
+        if node.guards_probe:
             for offset, length in part:
                 await discard(node, offset, length)
         else:
@@ -426,20 +441,26 @@ async def _discard_part(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
     low, high = ranges[0][0], sum(ranges[-1])
     widen = max(node.limits.discard_alignment, node.limits.request_alignment, node.limits.cluster_size)
     request = Request(low // widen * widen, -(-high // widen) * widen, True, serialising=True)
+    parts: list[tuple[int, int]] = []
     request.enter(node)
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
-        parts = [_discardable(node, offset, length) for offset, length in ranges]
+        found = (_discardable(node, offset, length) for offset, length in ranges)
+        wanted = [(start, stop - start) for start, stop in found if start < stop]
+        for part in wanted:
+            await node.before_change(*part, Change.DISCARD)
+        parts = wanted
         with trio.CancelScope(shield=True):
-            await node.driver.discard_ranges([(start, stop - start) for start, stop in parts if start < stop])
-        node.written += 1
+            await node.driver.discard_ranges(parts)
     except NotSupportedError:
-        return
+        parts = []
     except FusediskError as exc:
         exc.at(node.name, "discard", low, high - low)
         raise
     finally:
+        for offset, length in parts:
+            node.changed(offset, length, Change.DISCARD)
         request.leave(node)
 
 
@@ -479,15 +500,15 @@ async def _flush_layers(node: Node) -> None:
 
 
 async def _flush_to_disk(node: Node) -> None:
-    written = node.written
-    if node.flushed >= written or node.config.cache_no_flush:
+    written = node.completed_writes
+    if node.writes_flushed >= written or node.config.cache_no_flush:
         return
     async with node.flush_mutex:
         # The previous holder of the mutex may have flushed our writes as well.
-        written = max(written, node.written)
-        if node.flushed < written:
+        written = max(written, node.completed_writes)
+        if node.writes_flushed < written:
             await node.driver.flush_to_disk()
-            node.flushed = written
+            node.writes_flushed = written
 
 
 async def truncate(node: Node, length: int, preallocation: str = "off", flags: int = 0) -> None:
@@ -504,20 +525,29 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
     if not node.perm & permissions.RESIZE:
         raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
     request = Request(0, 1 << 63, True, serialising=True)
+    old: int | None = None
     request.enter(node)
     try:
         await request.wait_for_earlier(node)
+        await node.before_change(*between_lengths(node.length, length), Change.RESIZE)
+        old = node.length
         if node.backing is not None and min(node.backing.node.length, length) > node.length:
             flags |= ZERO_NEW
         with nullcontext() if is_at_once() else trio.CancelScope(shield=True):
             await node.driver.truncate(length, preallocation, flags)
             node.take_length(await node.driver.length())
-        node.written += 1
         node.change_mapping()
     except FusediskError as exc:
         exc.at(node.name, "resize", length)
         raise
     finally:
+        if old is not None:
+            node.changed(*between_lengths(old, length, node.length), Change.RESIZE)
         request.leave(node)
     if node.filtered is None:  # the users of filters above are told, too
         node.resized()
+
+
+def between_lengths(*lengths: int) -> tuple[int, int]:
+    """Return offset and length of what a resize between these lengths cuts off or adds."""
+    return min(lengths), max(lengths) - min(lengths)

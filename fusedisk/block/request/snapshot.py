@@ -15,6 +15,7 @@ import trio
 
 from fusedisk.block.model import permissions
 from fusedisk.block.model.node import Node
+from fusedisk.block.model.observer import Change
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.model.tracked import Request
 from fusedisk.block.request import io
@@ -61,14 +62,22 @@ async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress
 async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Restore the disk's content and length from a snapshot."""
     node = node.unfiltered
-    old = node.length
+    changed = node.with_filters_above()
     async with alone(node, "snapshot", lets_reads=True) as request:
+        old = node.length
         size = next((found.disk_size for found in node.driver.list_snapshots() if found.id == id), old)
         if size != old:
             node.check_operation("resize")
             if not node.perm & permissions.RESIZE:
                 raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
-        await node.driver.apply_snapshot(id, progress, partial(_no_reads, node, request))
+        end = max(old, size)
+        for each in reversed(changed):
+            await each.before_change(0, end, Change.SNAPSHOT)
+        try:
+            await node.driver.apply_snapshot(id, progress, partial(_no_reads, node, request))
+        finally:
+            for each in changed:
+                each.changed(0, max(end, node.length), Change.SNAPSHOT)
     if node.length != old:
         node.resized()
 
@@ -136,11 +145,11 @@ async def alone(node: Node, operation: str, *, lets_reads: bool = False) -> Asyn
             request.let_reads_pass()
         with trio.CancelScope(shield=True):
             yield request
-        node.written += 1
     except FusediskError as exc:
         exc.at(node.name, operation)
         raise
     finally:
-        # A failure half-way may have changed the mapping too.
+        # A failure half-way may have written something and changed the mapping, too.
+        node.changed(0, 0, Change.STORAGE)
         node.change_mapping()
         request.leave(node)

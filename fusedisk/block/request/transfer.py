@@ -31,7 +31,10 @@ def check_extent(node: Node, extent: Extent | WriteExtent, length: int) -> None:
 
 
 async def read(node: Node, offset: int, buffer: Buffer) -> None:
-    """Fill ``buffer``; bytes past the node's end read as zeroes."""
+    """Fill ``buffer``; bytes past the node's end read as zeroes. Every read of a node comes through here, if the short
+    ways are closed to it."""
+    if node.read_observers:
+        node.was_read(offset, len(buffer))
     driver = node.driver
     if driver.moves_bytes:
         limit = node.limits.max_transfer
@@ -73,8 +76,9 @@ async def _read_extent(node: Node, offset: int, buffer: Buffer) -> int:
             return count
         layer = backing.node
         length = min(count, layer.length - offset)
-        if layer.driver.moves_bytes or layer.config.copy_on_read or not layer.config.read_only:
-            # Other requests may free or change this layer's data, so the read must be tracked on it.
+        config = layer.config
+        if layer.driver.moves_bytes or config.copy_on_read or not config.read_only or layer.read_observers:
+            # Other requests may free or change this layer's data, so the read must be tracked on it; or it is watched.
             await io.read(layer, offset, buffer[:length])
             return length
 

@@ -41,7 +41,7 @@ class RawDriver(Driver):
 
     name = "raw"
     passes_status = True
-    asks_before_waiting = True
+    can_run_at_once = True
     options_type = RawOptions
     create_options_type = RawCreateOptions
     child_specs = (ChildSpec("file", Role.FILE),)

@@ -86,7 +86,7 @@ class FileDriver(Driver):
     prefixes = ("file",)
     is_protocol = True
     moves_bytes = True
-    asks_before_waiting = True
+    can_run_at_once = True
     options_type: ClassVar[type[Options]] = FileOptions
 
     file: HostFile

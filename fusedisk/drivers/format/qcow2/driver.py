@@ -72,7 +72,7 @@ class Qcow2Driver(SnapshotDriver):
     """One open qcow2 image."""
 
     name = "qcow2"
-    asks_before_waiting = True
+    can_run_at_once = True
     supports_backing = True
     compresses = True
     options_type: ClassVar[type[Options]] = Qcow2Options
