@@ -360,7 +360,8 @@ class Driver:
         return False
 
     def write_now(self, offset: int, buffer: Buffer) -> bool:
-        """Write as ``pwritev`` does, if that does not wait. False: a part may be written."""
+        """Write as ``pwritev`` does, if that does not wait. False: a part may be written, and the driver has told
+        :meth:`.Node.changed` of it. The caller tells of a write that is done."""
         return False
 
     def read_cached(self, offset: int, buffer: Buffer, extent: Extent | None = None) -> bool:

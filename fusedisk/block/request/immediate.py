@@ -401,12 +401,13 @@ class Immediate:
             return False
         driver = node.driver
         if driver.moves_bytes:
-            done = driver.write_now(offset, data)
-            if done and offset + length > node.length:
+            if not driver.write_now(offset, data):  # the driver tells of what it has written of it
+                return False
+            if offset + length > node.length:
                 # An image file grows when clusters beyond its end are written.
                 node.take_length(offset + length)
-            node.changed(offset, length, _WRITE)  # also if it is not done: a part may be written
-            return done
+            node.changed(offset, length, _WRITE)
+            return True
         if offset + length > node.length:
             return False
         start = offset

@@ -28,6 +28,7 @@ from fusedisk.block.model.driver import MAY_UNMAP, Buffer, Driver
 from fusedisk.block.model.extent import DATA, ZERO, Extent
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import NodeConfig
+from fusedisk.block.model.observer import Change
 from fusedisk.core import image_locks, paths
 from fusedisk.core.errors import FusediskError, HostError, NotSupportedError, OptionError, host_error
 from fusedisk.core.host_open import Found, kind_name
@@ -355,12 +356,17 @@ class FileDriver(Driver):
             return False  # preadv says what it is
 
     def write_now(self, offset: int, buffer: Buffer) -> bool:
+        rest: Sequence[Buffer] = ()
         try:
-            if not self.file.write_inline((buffer,), offset):
+            rest = self.file.write_inline((buffer,), offset)
+            if not rest:
                 return True
         except OSError:
             pass  # pwritev says what it is
         self._grew_in_part()
+        done = len(buffer) - total_length(rest)
+        if done:
+            self.node.changed(offset, done, Change.WRITE)
         return False
 
     def _grew_in_part(self) -> None:
