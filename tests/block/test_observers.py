@@ -289,7 +289,7 @@ async def test_unaligned_writes_and_filters(graph: Graph) -> None:
 
 async def test_a_snapshot_changes_the_filters_above_it(tmp_path: Path) -> None:
     async with warm_disk(tmp_path, "a snapshot") as backend:
-        above = await backend.graph.insert_above(backend.node, {"driver": "copy-on-read"})
+        above = await backend.graph.insert_filter(backend.node, {"driver": "copy-on-read"})
         seen = Recorder(before=True, changes=True)
         above.observe(seen)
         await backend.apply_snapshot("1")
@@ -492,7 +492,7 @@ async def test_what_the_kernel_accesses_cannot_be_watched(tmp_path: Path) -> Non
         with pytest.raises(OperationBlockedError, match="cannot be watched now: the kernel accesses its host file"):
             node.observe(Recorder(changes=True))
         with pytest.raises(OperationBlockedError):
-            await graph.insert_above(node, {"driver": "copy-on-read"})
+            await graph.insert_filter(node, {"driver": "copy-on-read"})
     backend.end_passthrough()
     backend.node.observe(Recorder(changes=True))
     await graph.close()

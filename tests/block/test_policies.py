@@ -94,7 +94,7 @@ async def test_parked_requests_do_not_keep_the_graph(graph: Graph, how: str) -> 
     store, other = Store(OLD), Store(b"p" * 8192)
     async with parked(graph, store, how) as (backend, task, resume):
         with trio.fail_after(10):
-            above = await graph.insert_above(backend.node, {"driver": "copy-on-read"})
+            above = await graph.insert_filter(backend.node, {"driver": "copy-on-read"})
             assert backend.node is above
             async with graph.drained(above):
                 resume()

@@ -25,6 +25,7 @@ from fusedisk.block.request.immediate import Immediate
 from fusedisk.block.request.policies import Decision, ErrorPolicy, OnDone, Throttle
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, HostError, NoMediumError, OperationBlockedError, OutOfRangeError
+from fusedisk.core.locks import Signal
 from fusedisk.core.progress import no_progress
 from fusedisk.core.zeroes import zero_fill
 
@@ -82,9 +83,9 @@ class Backend:
         """The short way for requests that need not wait."""
         self._draining: list[Node] = []
         """The nodes that were told of a drain, which may not be those that are below when it ends."""
-        self._resumed: trio.Event | None = None
-        self._idle: trio.Event | None = None
-        self._retry = trio.Event()
+        self._resumed = Signal()
+        self._idle = Signal()
+        self._retry = Signal()
         self._parked: set[trio.CancelScope] = set()
         self._passed: list[list[Node]] = []
         """The nodes that requests go past, once for each ``begin_passthrough``."""
@@ -265,8 +266,8 @@ class Backend:
             self._node_for(offset, length)  # a bad range fails now, and takes nothing from the budget
             await self._park(partial(self._throttle.admit, kind, length))
         while True:
-            if self.drain_count:
-                await self._wait_resumed()
+            while self.drain_count:
+                await self._resumed.wait()
             node = self._node_for(offset, length)
             self.in_flight += 1
             try:
@@ -317,13 +318,12 @@ class Backend:
 
     def retry_stopped(self) -> None:
         """Make all requests again that the error policy has stopped."""
-        self._retry.set()
-        self._retry = trio.Event()
+        self._retry.notify()
 
     def _end(self) -> None:
         self.in_flight -= 1
-        if self._idle is not None and not self.in_flight:
-            self._idle.set()
+        if not self.in_flight:
+            self._idle.notify()
 
     def out_of_range(self, offset: int, length: int) -> OutOfRangeError:
         """Return the error for a range that is not on the disk."""
@@ -429,17 +429,9 @@ class Backend:
             for node in self._draining:
                 node.begin_drain()
 
-    async def _wait_resumed(self) -> None:
-        while self.drain_count:
-            if self._resumed is None:
-                self._resumed = trio.Event()
-            await self._resumed.wait()
-
     async def wait_idle(self) -> None:
         """Wait until no request is in flight. Never call it from inside a request of this backend."""
         while self.in_flight:
-            if self._idle is None or self._idle.is_set():
-                self._idle = trio.Event()
             await self._idle.wait()
 
     async def last_flush(self) -> None:
@@ -457,9 +449,7 @@ class Backend:
             for node in self._draining:
                 node.end_drain()
             self._draining = []
-        if not self.drain_count and self._resumed is not None:
-            self._resumed.set()
-            self._resumed = None
+            self._resumed.notify()
         if self.root is None:
             for scope in self._parked:
                 scope.cancel()
