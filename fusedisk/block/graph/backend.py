@@ -41,6 +41,8 @@ _Result = TypeVar("_Result")
 MAX_SKIPPED_ATTEMPTS = 1 << 12
 """After a failed attempt to write without a task, the most writes that skip the attempt (exponential back-off)."""
 
+_READ, _WRITE, _OTHER = Kind.READ, Kind.WRITE, Kind.OTHER
+"""A global is found faster than a member of an enum."""
 PASSED_THROUGH = "the kernel accesses its host file directly while its file is open"
 _NEEDS_REQUESTS = ("replace", OBSERVE)
 """Operations that make no sense on a node whose requests go past us."""
@@ -125,7 +127,7 @@ class Backend:
             return
         if self._on_error is not None:
             zero_fill(buffer)  # an ignored error must not show what the memory held before
-        await self.run(Kind.READ, offset, len(buffer), io.read, offset, buffer)
+        await self.run(_READ, offset, len(buffer), io.read, offset, buffer)
 
     async def read(self, offset: int, length: int) -> bytearray:
         """Return ``length`` bytes from ``offset``. Raises OutOfRangeError past the end."""
@@ -141,7 +143,7 @@ class Backend:
         if not fua and self.immediate.write(offset, buffer):
             return
         flags = FUA if fua else self._fua
-        await self.run(Kind.WRITE, offset, len(buffer), io.write, offset, (buffer,), flags)
+        await self.run(_WRITE, offset, len(buffer), io.write, offset, (buffer,), flags)
 
     def write_now(self, offset: int, buffer: memoryview) -> bool:
         """Write if that is possible without waiting. False: a part may be written, so the caller must write all of it
@@ -164,7 +166,7 @@ class Backend:
             self.accounting.failed += 1
             raise
         self._backoff = 0
-        self.accounting.done(Kind.WRITE, length)
+        self.accounting.done(_WRITE, length)
         return True
 
     async def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -255,27 +257,34 @@ class Backend:
     async def run(
         self, kind: Kind, offset: int, length: int, request: Callable[..., Awaitable[_Result]], *args: Any
     ) -> _Result:
-        """Run ``request(root node, *args)`` over a range, as every request of this backend: begin, throttle, run,
-        account, end. Returns its result.
+        """Run ``request(root node, *args)`` over a range and return its result, as for every request of this backend:
+        check the range, throttle, run, ask the error policy, count.
 
         Raises OutOfRangeError for a range that is not on the disk, NoMediumError once closed, and what the request
         raises, unless the error policy decides otherwise.
         """
-        began = perf_counter() if self._on_done is not None else 0.0
-        if self._throttle is not None and kind is not Kind.OTHER:
-            self._node_for(offset, length)  # a bad range fails now, and takes nothing from the budget
-            await self._park(partial(self._throttle.admit, kind, length))
+        on_done = self._on_done
+        began = perf_counter() if on_done is not None else 0.0
+        throttle = self._throttle if kind is not _OTHER else None
         while True:
             while self.drain_count:
                 await self._resumed.wait()
-            node = self._node_for(offset, length)
+            root = self.root
+            if root is None:
+                raise self._closed()
+            if offset < 0 or length < 0 or offset + length > root.node.length:
+                raise self.out_of_range(offset, length)
+            if throttle is not None:
+                await self._park(partial(throttle.admit, kind, length))
+                throttle = None
+                continue  # the disk may have changed meanwhile
             self.in_flight += 1
             try:
-                result = await request(node, *args)
+                result = await request(root.node, *args)
                 break
             except FusediskError as exc:
                 self.accounting.failed += 1
-                if self._on_error is None or kind is Kind.OTHER:
+                if self._on_error is None or kind is _OTHER:
                     raise
                 failure = exc
             except BaseException:
@@ -291,18 +300,9 @@ class Backend:
                 break
             await self._park(self._retry.wait)
         self.accounting.done(kind, length)
-        if self._on_done is not None:
-            self._on_done(kind, length, perf_counter() - began)
+        if on_done is not None:
+            on_done(kind, length, perf_counter() - began)
         return result
-
-    def _node_for(self, offset: int, length: int) -> Node:
-        """Return the root node for a request. Raises OutOfRangeError, NoMediumError."""
-        root = self.root
-        if root is None:
-            raise self._closed()
-        if offset < 0 or length < 0 or offset + length > root.node.length:
-            raise self.out_of_range(offset, length)
-        return root.node
 
     async def _park(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Wait without being in flight, so that the graph can change meanwhile. Raises NoMediumError when the backend

@@ -17,6 +17,10 @@ class Kind(enum.Enum):
     """Moves none of the guest's data: resize, snapshots, block status. Not counted, throttled or left to a policy."""
 
 
+_READ, _WRITE, _ZEROES, _DISCARD, _FLUSH = Kind.READ, Kind.WRITE, Kind.ZEROES, Kind.DISCARD, Kind.FLUSH
+"""A global is found faster than a member of an enum."""
+
+
 class Accounting:
     """Counts the answered operations, their bytes and the failures of a backend."""
 
@@ -42,17 +46,17 @@ class Accounting:
 
     def done(self, kind: Kind, length: int) -> None:
         """Count an answered request. The short ways count their own."""
-        if kind is Kind.READ:
+        if kind is _READ:
             self.reads += 1
             self.bytes_read += length
-        elif kind is Kind.WRITE:
+        elif kind is _WRITE:
             self.writes += 1
             self.bytes_written += length
-        elif kind is Kind.ZEROES:
+        elif kind is _ZEROES:
             self.zeroes += 1
             self.bytes_zeroed += length
-        elif kind is Kind.DISCARD:
+        elif kind is _DISCARD:
             self.discards += 1
             self.bytes_discarded += length
-        elif kind is Kind.FLUSH:
+        elif kind is _FLUSH:
             self.flushes += 1
