@@ -94,7 +94,7 @@ class Recorder(Observer):
     """Keeps what it is told, as ``(kind, offset, length)``."""
 
     def __init__(self, *, before: bool = False, changes: bool = False, reads: bool = False) -> None:
-        self.wants_before, self.wants_changes, self.wants_reads = before, changes, reads  # type: ignore[misc]
+        self.wants_before, self.wants_changes, self.wants_reads = before, changes, reads
         self.announced: list[tuple[Change, int, int]] = []
         self.changes: list[tuple[Change, int, int]] = []
         self.reads: list[tuple[int, int]] = []

@@ -98,6 +98,7 @@ class NodeConfig:
     detect_zeroes: str = "off"
     """off, on (writes of zeroes become write-zeroes) or unmap (they may also free the space)."""
     copy_on_read: bool = False
+    """Do every read with the flag COPY_ON_READ, which the filter copy-on-read sets on reads that pass it."""
     reference: Reference | None = None
     """The reference in an image's header for which the node is opened; None if the user names it. Used by the gate."""
 
@@ -308,7 +309,7 @@ class Node:
             raise OperationBlockedError(f"The requests of node '{self.name}' cannot be watched now: {reasons[0]}.")
 
     async def before_change(self, offset: int, length: int, kind: Change) -> None:
-        """Call this before the driver gets a change. Costs nothing if ``before_observers`` is asked first."""
+        """Call this before the driver gets a change; where speed counts, only if there are ``before_observers``."""
         for observer in self.before_observers:
             refuse_to_wait()
             if observer in self.before_observers:  # it may have gone while another one waited

@@ -9,7 +9,7 @@ is seen at the child only.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fusedisk.block.model.node import Node
@@ -37,14 +37,14 @@ class Change(enum.Enum):
 class Observer:
     """Base of all observers. The methods do nothing; the flags say which of them are wanted.
 
-    One instance may observe several nodes. A method must not raise, except ``before_change``.
+    One instance may observe several nodes. The flags must not change while it is registered. A method must not raise, except ``before_change``.
     """
 
-    wants_before: ClassVar[bool] = False
+    wants_before: bool = False
     """Call ``before_change``. Writes then always take a task."""
-    wants_changes: ClassVar[bool] = False
+    wants_changes: bool = False
     """Call ``changed``."""
-    wants_reads: ClassVar[bool] = False
+    wants_reads: bool = False
     """Call ``read``. Reads then always take the door."""
 
     async def before_change(self, node: Node, offset: int, length: int, kind: Change) -> None:
