@@ -37,7 +37,12 @@ class Change(enum.Enum):
 class Observer:
     """Base of all observers. The methods do nothing; the flags say which of them are wanted.
 
-    One instance may observe several nodes. The flags must not change while it is registered. A method must not raise, except ``before_change``.
+    <<<<<<< HEAD
+        One instance may observe several nodes. The flags must not change while it is registered. A method must not raise, except ``before_change``.
+    =======
+        One instance may observe several nodes. The flags must not change while it is registered. A method must not raise,
+        except ``before_change``.
+    >>>>>>> af01241 (node: what the copy-on-read setting has to do with the filter)
     """
 
     wants_before: bool = False
