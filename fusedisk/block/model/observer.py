@@ -37,12 +37,8 @@ class Change(enum.Enum):
 class Observer:
     """Base of all observers. The methods do nothing; the flags say which of them are wanted.
 
-    <<<<<<< HEAD
-        One instance may observe several nodes. The flags must not change while it is registered. A method must not raise, except ``before_change``.
-    =======
-        One instance may observe several nodes. The flags must not change while it is registered. A method must not raise,
-        except ``before_change``.
-    >>>>>>> af01241 (node: what the copy-on-read setting has to do with the filter)
+    One instance may observe several nodes. The flags must not change while it is registered. A method must not raise,
+    except ``before_change``.
     """
 
     wants_before: bool = False
