@@ -183,7 +183,7 @@ async def test_fast_path(tmp_path: Path) -> None:
         assert backend.immediate.lend(0, 4096) is not None
         assert backend.immediate.lend(64 * KIB, 4096) is not None
         assert backend.immediate.write(64 * KIB, memoryview(b"e" * 4096))
-        assert backend.immediate.takes_writes()
+        assert backend.immediate.ways().at_once
         assert backend.write_now(512 * KIB, memoryview(b"f" * 64 * KIB))
         assert await backend.read(512 * KIB, 1) == b"f"
 
@@ -310,5 +310,5 @@ async def test_many_children_are_flushed_and_reopened(tmp_path: Path) -> None:
     await writer.flush()
     assert b"".join((tmp_path / f"part{index}").read_bytes() for index in range(3)) == b"w" * 3 * 64 * KIB
     for node in graph.nodes.values():
-        assert not node.driver.is_protocol or node.flushed == node.written > 0
+        assert not node.driver.is_protocol or node.writes_flushed == node.completed_writes > 0
     await graph.close()

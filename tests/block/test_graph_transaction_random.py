@@ -18,6 +18,7 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.transaction import GraphChange
 from fusedisk.block.model.edge import Child
+from fusedisk.block.model.extent import ZERO
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
 from fusedisk.core.errors import FusediskError, HostError
@@ -166,8 +167,8 @@ class World:
         for layer in self.layers():
             assert layer.backing is not None
             below = layer.backing.node
-            table = getattr(below.driver, "table", None)
-            if below.backing is not None and table is not None and not table.clusters and not table.zeroed:
+            table = getattr(below.driver, "toy", None)
+            if below.backing is not None and table is not None and not table.clusters() and not table.clusters(ZERO):
                 change.set_backing(layer, below.backing.node)
                 return
 

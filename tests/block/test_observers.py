@@ -18,7 +18,7 @@ from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change, Observer
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import immediate, io, transfer
-from fusedisk.block.request.ways import Ways, nodes_below
+from fusedisk.block.request.ways import Ways
 from fusedisk.core.errors import HostError, OperationBlockedError, OutOfRangeError
 from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.host_file import HostFile
@@ -364,7 +364,7 @@ async def test_a_write_from_outside_is_told(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(OLD)
     graph, nodes = Graph(DRIVERS), [Recorder(changes=True), Recorder(changes=True)]
     backend = await graph.open_backend(str(tmp_path / "disk"), format="raw", writable=True)
-    for node, seen in zip(nodes_below(backend.node), nodes, strict=True):
+    for node, seen in zip(backend.node.with_all_below(), nodes, strict=True):
         node.observe(seen)
     os.truncate(tmp_path / "disk", 10000)
     backend.note_external_write()
@@ -476,7 +476,7 @@ async def test_only_what_must_be_closed_is_closed(tmp_path: Path) -> None:
             (Recorder(before=True), Ways(reads=True)),
             (Recorder(reads=True), Ways(writes=True, at_once=True)),
         ):
-            for node in nodes_below(backend.node):
+            for node in backend.node.with_all_below():
                 node.observe(observer)
                 assert backend.immediate.ways() == expected
                 node.unobserve(observer)
@@ -488,7 +488,7 @@ async def test_what_the_kernel_accesses_cannot_be_watched(tmp_path: Path) -> Non
     graph = Graph(DRIVERS)
     backend = await graph.open_backend(str(tmp_path / "disk"), format="raw", writable=True)
     backend.begin_passthrough()
-    for node in nodes_below(backend.node):
+    for node in backend.node.with_all_below():
         with pytest.raises(OperationBlockedError, match="cannot be watched now: the kernel accesses its host file"):
             node.observe(Recorder(changes=True))
         with pytest.raises(OperationBlockedError):

@@ -60,7 +60,7 @@ class ZippedDriver(Driver):
     """Its disk is nothing but pieces."""
 
     name = "zipped"
-    asks_before_waiting = True
+    can_run_at_once = True
     child_specs = (ChildSpec("file", Role.FILE),)
 
     async def open(self) -> None:

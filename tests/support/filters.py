@@ -15,14 +15,14 @@ from fusedisk.block.model.extent import DATA, Extent, WriteExtent
 from fusedisk.block.request import io
 from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.options import Options, option
-from fusedisk.drivers.table import DRIVERS
+from tests.support.registry import FORMAT_DRIVERS as DRIVERS
 
 
 class BareDriver(FilterDriver):
     """A filter that changes nothing."""
 
     name = "bare"
-    asks_before_waiting = True
+    can_run_at_once = True
     child_specs = (ChildSpec("file", Role.FILTERED),)
 
 
@@ -36,7 +36,7 @@ class JoinedDriver(Driver):
 
     name = "joined"
     passes_status = True
-    asks_before_waiting = True
+    can_run_at_once = True
     options_type = JoinedOptions
 
     @classmethod

@@ -113,7 +113,7 @@ class ToyDriver(TableDriver):
     """See the module. Without the short ways, and each method can be suspended and broken."""
 
     name = "toy"
-    asks_before_waiting = False
+    can_run_at_once = False
     supports_backing = True
     options_type = ToyOptions
     toy: Table

@@ -44,7 +44,7 @@ answers a request without a task if the drivers can do so without waiting:
   ``cached_source`` for SPECIAL extents; then only the last step is called again.
 * Read without a copy: the same lookups, which end at ``resident_descriptor`` or ``cached_pieces``.
 * Overwrite: ``lookup_in_place`` from child to child, down to ``write_now``.
-* A write that this cannot answer is tried as a coroutine without a task, if all drivers set ``asks_before_waiting``.
+* A write that this cannot answer is tried as a coroutine without a task, if all drivers set ``can_run_at_once``.
 
 None of these waits. None or False sends the request through the door, which calls ``map`` and ``map_write``, or
 ``preadv`` and ``pwritev``. Formats start with ``lookup`` and ``lookup_in_place``, drivers that move bytes with

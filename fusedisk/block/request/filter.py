@@ -30,7 +30,7 @@ from fusedisk.block.request import io
 class FilterDriver(Driver):
     """A driver with one child of the same data and length; passes everything on unless overridden.
 
-    ``asks_before_waiting`` stays False: a filter whose every wait calls ``refuse_to_wait`` first (or that has none)
+    ``can_run_at_once`` stays False: a filter whose every wait calls ``refuse_to_wait`` first (or that has none)
     sets it.
     """
 

@@ -20,7 +20,7 @@ from fusedisk.drivers.format.block_table import BlockTable
 class TableDriver(Driver):
     """Passes everything that concerns the mapping to ``table``."""
 
-    asks_before_waiting = True
+    can_run_at_once = True
     child_specs = (ChildSpec("file", Role.FILE),)
     table: BlockTable
     disk_length: int
