@@ -68,7 +68,7 @@ class Daemon(daemon.Daemon):
         if sys.argv[1] == "opening":
             no_signals()
         self.session = Session()
-        self.exports = [SimpleNamespace(writable=sys.argv[2] == "writable", name="x")]
+        self.registry = [SimpleNamespace(writable=sys.argv[2] == "writable", name="x")]
         self._report = None
         if sys.argv[1] == "serving":
             no_signals()

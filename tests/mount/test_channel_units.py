@@ -16,12 +16,15 @@ import pytest
 import trio
 import trio.testing
 
+from fusedisk.block.graph.graph import Graph
 from fusedisk.block.request import background
 from fusedisk.block.request.immediate import Pieces
 from fusedisk.core.errors import HostError, NoSpaceError
+from fusedisk.drivers.table import DRIVERS
+from fusedisk.export.registry import Registry
 from fusedisk.mount import channel, scheduling, wire
 from fusedisk.mount.channel import Channel
-from fusedisk.mount.handles import Handle
+from fusedisk.mount.handles import Handle, Handles
 from fusedisk.mount.reply_pipe import LEAST
 from fusedisk.mount.requesters import is_dying
 from fusedisk.mount.settings import Passthrough
@@ -186,7 +189,9 @@ async def serving(busy: Callable[[], None] | None = None, *, shared: bool = Fals
     disk, ended = Disk(), trio.Event()
     disk.shared_views = shared
     handle = Handle(disk, os.O_RDWR)  # type: ignore[arg-type]
-    operations: Any = SimpleNamespace(handles=SimpleNamespace(by_number={1: handle}), exports=[disk])
+    handles = Handles(Registry(Graph(DRIVERS)))
+    handles.by_number[1] = handle
+    operations: Any = SimpleNamespace(handles=handles, exports=[disk])
     served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set, None, busy)
     device.close()
     try:
@@ -444,7 +449,7 @@ async def test_requests_that_are_known_of_are_bounded(setup: Setup) -> None:
     assert {(await setup.kernel.reply())[0] for _ in sent} == set(sent)
 
 
-@pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("a bug"), OSError(errno.EBADF, "a bug")])
+@pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("a bug"), OSError(errno.ESTALE, "a bug")])
 async def test_a_bug_costs_one_request(setup: Setup, bug: Exception, caplog: pytest.LogCaptureFixture) -> None:
     setup.disk.bug = bug
     read, write = await setup.kernel.read(0, 512), await setup.kernel.write(0, b"w")
@@ -477,11 +482,11 @@ async def test_a_pipe_that_fails_costs_nothing(setup: Setup, code: int, answered
 
 async def test_unknown_handles_and_sizes(setup: Setup) -> None:
     unique = await setup.kernel.read(0, 512, handle=99)
-    assert await setup.kernel.reply() == (unique, errno.EBADF, b"")
+    assert await setup.kernel.reply() == (unique, errno.ESTALE, b"")
     unique = await setup.kernel.read(0, wire.MAX_WRITE + 1)
     assert await setup.kernel.reply() == (unique, errno.EINVAL, b"")
     unique = await setup.kernel.send(wire.FSYNC, wire.FSYNC_IN.pack(99, 0) + bytes(4))
-    assert await setup.kernel.reply() == (unique, errno.EBADF, b"")
+    assert await setup.kernel.reply() == (unique, errno.ESTALE, b"")
 
 
 async def test_what_is_not_for_us_goes_to_libfuse_and_back(setup: Setup) -> None:
