@@ -418,7 +418,8 @@ def resize_on_request(self):
     async def wait():
         with trio.open_signal_receiver(signal.SIGUSR1) as signals:
             async for _ in signals:
-                await self.exports[0].backend.truncate(1 << 20)
+                (export,) = self.registry
+                await export.backend.truncate(1 << 20)
 
     trio.lowlevel.spawn_system_task(wait)
     ready(self)

@@ -13,11 +13,11 @@ import trio
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change, Observer
-from fusedisk.block.request.ways import nodes_below
 from fusedisk.core.errors import OperationBlockedError
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
+from fusedisk.export.registry import Registry as ExportRegistry
 from fusedisk.mount import umount_calls
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
@@ -56,7 +56,7 @@ async def mounted(folder: Path) -> AsyncIterator[tuple[Export, Path]]:
     exports = await open_exports(graph, [request], OpenSettings(format="raw"))
     session = Session(
         str(folder / "mnt"),
-        Operations(exports),
+        Operations(ExportRegistry(graph, exports)),
         mount_options([str(folder)], read_only=False, allow_other=False),
         ServeSettings(passthrough=Passthrough.ON),
     )
@@ -84,7 +84,7 @@ def _use(path: Path, then: bytes) -> int:
 async def test_a_file_in_use_by_the_kernel_cannot_be_watched_until_it_is_closed(tmp_path: Path) -> None:
     watcher = Watcher()
     async with mounted(tmp_path) as (export, path):
-        nodes = nodes_below(export.backend.node)
+        nodes = export.backend.node.with_all_below()
         handle = await trio.to_thread.run_sync(_use, path, b"past us")
         assert not export.backend.accounting.reads, "it is passed through"
         for node in nodes:
