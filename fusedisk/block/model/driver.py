@@ -132,7 +132,8 @@ class BackingReference(NamedTuple):
     format: str | None
 
 
-NoReads = Callable[[], AbstractAsyncContextManager[None]]
+HoldBack = Callable[[], AbstractAsyncContextManager[None]]
+"""Holds back the requests that a snapshot operation lets pass, around the moment when the mapping changes."""
 
 
 class Driver:
@@ -457,19 +458,21 @@ class Driver:
         """Return the image's snapshots, in the order of its table."""
         return []
 
-    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress, no_overwrites: HoldBack) -> SnapshotInfo:
         """Make a snapshot of the disk with the name, date and VM data of ``wanted`` and return it. An empty id means:
-        choose one. An error, or a crash at any instant, leaves everything as it was. As for all methods of this
-        section, no request is in flight on the node."""
+        choose one. An error, or a crash at any instant, leaves everything as it was. Plain reads run meanwhile, and
+        writes for which ``lookup_in_place`` answers the whole range, except within ``no_overwrites()``, where the
+        snapshot begins to share the disk's space. No other request is in flight on the node, as for all methods of
+        this section."""
         raise self._keeps_none("internal snapshots")
 
-    async def apply_snapshot(self, id: str, progress: Progress, no_reads: NoReads) -> None:
+    async def apply_snapshot(self, id: str, progress: Progress, no_reads: HoldBack) -> None:
         """Restore the disk's content from a snapshot, which is kept; the length may change. Plain reads run meanwhile,
         except within ``no_reads()``, where the disk changes. Raises SnapshotNotFoundError."""
         raise self._keeps_none("internal snapshots")
 
-    async def delete_snapshot(self, id: str, progress: Progress) -> None:
-        """Delete a snapshot. Raises SnapshotNotFoundError."""
+    async def delete_snapshot(self, id: str, progress: Progress, no_overwrites: HoldBack) -> None:
+        """Delete a snapshot, beside the same requests as ``create_snapshot``. Raises SnapshotNotFoundError."""
         raise self._keeps_none("internal snapshots")
 
     async def save_vmstate(self, offset: int, data: Buffer) -> None:

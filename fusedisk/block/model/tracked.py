@@ -4,11 +4,13 @@ A request is entered when it arrives and leaves when it is answered. Two overlap
 least one of them is *serialising* (read-modify-write, write-zeroes, discard, compressed write, copy-on-read,
 resize): the one that came later waits for the earlier. Waiting only ever looks back, so there is no deadlock.
 
-A long serialising request that changes nothing for readers until its end (a snapshot) lets plain reads pass.
+A long serialising request that changes nothing for readers until its end (a snapshot) lets plain reads pass. While
+the mapping stays as it is, it may also let overwrites pass: writes that go to space that only the disk uses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,7 +24,17 @@ if TYPE_CHECKING:
 class Request:
     """A tracked half-open range. Serialising requests widen it to the unit they touch."""
 
-    __slots__ = ("_done", "end", "lets_reads", "offset", "serialising", "waiting", "write")
+    __slots__ = (
+        "_done",
+        "end",
+        "in_place",
+        "lets_overwrites",
+        "lets_reads",
+        "offset",
+        "serialising",
+        "waiting",
+        "write",
+    )
 
     def __init__(self, offset: int, end: int, write: bool, serialising: bool = False) -> None:
         self.offset = offset
@@ -31,6 +43,10 @@ class Request:
         self.serialising = serialising
         self.lets_reads = False
         """Serialising, except against plain reads."""
+        self.lets_overwrites = False
+        """Serialising, except against overwrites."""
+        self.in_place: Callable[[], bool] | None = None
+        """For a plain write: whether it is an overwrite now, see :meth:`wait_for_earlier`."""
         self.waiting = False
         """Waits for another request now."""
         self._done: trio.Event | None = None
@@ -54,7 +70,10 @@ class Request:
             self._done = None
 
     async def wait_for_earlier(self, node: Node) -> None:
-        """Wait until no earlier conflicting request is in flight. Call after ``enter``."""
+        """Wait until no earlier conflicting request is in flight. Call after ``enter``.
+
+        A write that passed another request because of ``in_place`` must begin before the next await.
+        """
         while (other := self._conflict(node)) is not None:
             refuse_to_wait()
             self.waiting = True
@@ -63,15 +82,18 @@ class Request:
             finally:
                 self.waiting = False
 
-    async def wait_for_reads(self, node: Node) -> None:
-        """Stop letting reads pass, and wait for those that did. All other requests wait for this one already."""
-        self.lets_reads = False
-        while (other := self._passing_read(node)) is not None:
+    async def hold_back(self, node: Node, *, reads: bool) -> None:
+        """Stop letting overwrites pass, with ``reads`` also reads, and wait for those that did. All other requests wait
+        for this one already."""
+        self.lets_overwrites = False
+        self.lets_reads = self.lets_reads and not reads
+        while (other := self._passing(node, reads=reads)) is not None:
             await other._ended()
 
-    def let_reads_pass(self) -> None:
-        """Let plain reads pass, including those that already wait. Synchronous."""
+    def let_pass(self, *, overwrites: bool) -> None:
+        """Let plain reads pass, with ``overwrites`` also overwrites, including those that already wait. Synchronous."""
         self.lets_reads = True
+        self.lets_overwrites = overwrites
         self._wake()
 
     async def _ended(self) -> None:
@@ -79,9 +101,15 @@ class Request:
             self._done = trio.Event()
         await self._done.wait()
 
-    def _passing_read(self, node: Node) -> Request | None:
+    def _passing(self, node: Node, *, reads: bool) -> Request | None:
         for other in node.tracked:
-            if other is not self and not other.waiting and other.offset < self.end and self.offset < other.end:
+            if (
+                other is not self
+                and not other.waiting
+                and (other.write or reads)
+                and other.offset < self.end
+                and self.offset < other.end
+            ):
                 return other
         return None
 
@@ -93,7 +121,15 @@ class Request:
                 (other.serialising or self.serialising)
                 and other.offset < self.end
                 and self.offset < other.end
-                and not (other.lets_reads and not self.write and not self.serialising)
+                and not self._passes(other)
             ):
                 return other
         return None
+
+    def _passes(self, other: Request) -> bool:
+        """Whether ``other`` lets this request pass, though they conflict."""
+        if self.serialising:
+            return False
+        if not self.write:
+            return other.lets_reads
+        return other.lets_overwrites and self.in_place is not None and self.in_place()

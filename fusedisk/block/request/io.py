@@ -24,7 +24,7 @@ from fusedisk.block.model.extent import UNALLOCATED, ZERO
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.tracked import Request
-from fusedisk.block.request import transfer
+from fusedisk.block.request import overwriting, transfer
 from fusedisk.core.at_once import is_at_once
 from fusedisk.core.errors import (
     CorruptImageError,
@@ -156,6 +156,8 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     if zeroes != "off" and not unaligned and all(map(is_zero, buffers)):
         await write_zeroes(node, offset, length, flags | (MAY_UNMAP if zeroes == "unmap" else 0))
         return
+    if node.serialising and not request.serialising and not flags & ~FUA and len(buffers) == 1:
+        await overwriting.prepare(node, request)
     begun = False
     request.enter(node)
     try:

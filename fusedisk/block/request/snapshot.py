@@ -1,8 +1,13 @@
 """Internal snapshots of a node: the door for making, applying and deleting them. Filters pass them to what is below.
 
 A snapshot lies between requests: it holds every write answered before, and none that comes later. So these operations
-wait for every request in flight on the node, and hold back all later ones. Plain reads go on meanwhile, since they
-find the same bytes before and after; only for the moment when an applied snapshot changes the disk they wait.
+wait for every request in flight on the node, and hold back all later ones. Two kinds of requests go on meanwhile:
+
+* Plain reads, since they find the same bytes before and after. Only for the moment when an applied snapshot changes the
+  disk they wait.
+* While a snapshot is made or deleted, overwrites: writes to space that is the disk's alone. A new snapshot holds what
+  they wrote, since it begins when the header leads to it; they wait for that moment. After it a write to space that
+  the snapshot shares is an overwrite no longer.
 """
 
 from __future__ import annotations
@@ -55,15 +60,17 @@ def list_snapshots(node: Node) -> list[SnapshotInfo]:
 async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
     """Make a snapshot of the disk as it is now, see :meth:`fusedisk.block.model.driver.Driver.create_snapshot`."""
     node = node.unfiltered
-    async with alone(node, "snapshot", lets_reads=True):
-        return await node.driver.create_snapshot(snapshot, progress)
+    async with alone(node, "snapshot") as request:
+        request.let_pass(overwrites=True)
+        return await node.driver.create_snapshot(snapshot, progress, partial(_no_overwrites, node, request))
 
 
 async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Restore the disk's content and length from a snapshot."""
     node = node.unfiltered
     changed = node.with_filters_above()
-    async with alone(node, "snapshot", lets_reads=True) as request:
+    async with alone(node, "snapshot") as request:
+        request.let_pass(overwrites=False)
         old = node.length
         size = next((found.disk_size for found in node.driver.list_snapshots() if found.id == id), old)
         if size != old:
@@ -85,20 +92,31 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
 @asynccontextmanager
 async def _no_reads(node: Node, request: Request) -> AsyncIterator[None]:
     """Hold back reads while the disk and its length change."""
-    await request.wait_for_reads(node)
+    await request.hold_back(node, reads=True)
     try:
         yield
     finally:
         node.take_length(await node.driver.length())
         node.change_mapping()
-        request.let_reads_pass()
+        request.let_pass(overwrites=False)
+
+
+@asynccontextmanager
+async def _no_overwrites(node: Node, request: Request) -> AsyncIterator[None]:
+    """Hold back overwrites while the mapping changes. Afterwards it says which writes still are overwrites."""
+    await request.hold_back(node, reads=False)
+    try:
+        yield
+    finally:
+        request.let_pass(overwrites=True)
 
 
 async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Delete a snapshot and free the space that only it used."""
     node = node.unfiltered
-    async with alone(node, "snapshot", lets_reads=True):
-        await node.driver.delete_snapshot(id, progress)
+    async with alone(node, "snapshot") as request:
+        request.let_pass(overwrites=True)
+        await node.driver.delete_snapshot(id, progress, partial(_no_overwrites, node, request))
 
 
 async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
@@ -132,17 +150,15 @@ def check_vmstate_range(offset: int, length: int) -> None:
 
 
 @asynccontextmanager
-async def alone(node: Node, operation: str, *, lets_reads: bool = False) -> AsyncIterator[Request]:
-    """Run the block with no other request in flight on the node, shielded from cancellation. ``lets_reads`` lets plain
-    reads begin meanwhile. Raises an error if the node is not writable."""
+async def alone(node: Node, operation: str) -> AsyncIterator[Request]:
+    """Run the block with no other request in flight on the node, shielded from cancellation. The block may let some
+    pass its request. Raises an error if the node is not writable."""
     io.check_writable(node)
     node.check_operation(operation)
     request = Request(0, 1 << 63, True, serialising=True)
     request.enter(node)
     try:
         await request.wait_for_earlier(node)
-        if lets_reads:
-            request.let_reads_pass()
         with trio.CancelScope(shield=True):
             yield request
     except FusediskError as exc:

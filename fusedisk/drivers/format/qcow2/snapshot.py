@@ -9,16 +9,16 @@ A snapshot is an L1 table of its own.
 * Deleting one removes its references. Clusters that only the active table still leads to get their flags again.
 
 Each is one step from an old state to a new one, see :mod:`.snapshot_switch`: a crash leaves one of the two, and an
-error changes nothing. Only plain reads are in flight on the node meanwhile (``request/snapshot.py``); applying
-holds back those, too, just before its step. The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and
-other tasks run between.
+error changes nothing. Only plain reads are in flight on the node meanwhile, and overwrites of COPIED clusters where a
+snapshot is made or deleted (``request/snapshot.py``). They see the old state, in memory too, until the step, and none
+that it would disturb is in flight during it: no read when one is applied, no overwrite when one is made or deleted.
+The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and other tasks run between.
 
 Source: docs/interop/qcow2.txt, "Snapshots".
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from array import array
 from collections import Counter
@@ -28,7 +28,7 @@ from typing import Protocol
 
 import trio
 
-from fusedisk.block.model.driver import NoReads
+from fusedisk.block.model.driver import HoldBack
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
 from fusedisk.core.progress import Progress
@@ -82,8 +82,11 @@ async def read_l1(image: Image, snapshot: Snapshot) -> array[int]:
     return table + empty_table(needed - snapshot.l1_size)
 
 
-async def create(driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
-    """Make a snapshot with the name, date and VM data of ``wanted``, whose id is chosen where it is empty.
+async def create(
+    driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress, no_overwrites: HoldBack
+) -> SnapshotInfo:
+    """Make a snapshot with the name, date and VM data of ``wanted``, whose id is chosen where it is empty. No
+    overwrites run within ``no_overwrites``.
 
     Raises OptionError for an invalid name or id; ImageError where there are too many snapshots or references.
     """
@@ -105,7 +108,8 @@ async def create(driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress
             disk_size=header.size,
             icount=wanted.icount,
         )
-        await _commit(driver, switch, header.size, l1, [*driver.snapshots, snapshot], discard=False)
+        snapshots = [*driver.snapshots, snapshot]
+        await _commit(driver, switch, header.size, l1, snapshots, no_overwrites, discard=False)
     return snapshot.public()
 
 
@@ -119,7 +123,7 @@ def _check_names(driver: SnapshotImage, identity: bytes, name: bytes) -> None:
         raise OptionError(f"'{driver.image.filename}' has a snapshot with the id '{identity.decode()}' already.")
 
 
-async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, no_reads: NoReads) -> None:
+async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, no_reads: HoldBack) -> None:
     """Restore the disk from ``snapshot``, its size and VM state included. No reads run within ``no_reads``.
 
     Raises NotSupportedError for another size in version 2, ImageError if the snapshot's tables are invalid.
@@ -152,7 +156,7 @@ async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, n
 
         await _each(driver, itertools.chain(new, (offset for offset in old if offset not in new)), exchange, progress)
         l1 = await rewritten(l1, lambda entry: _leads_to(moved.get(entry & OFFSET_MASK), entry, new))
-        await _commit(driver, switch, snapshot.disk_size, l1, driver.snapshots, discard=True, no_reads=no_reads)
+        await _commit(driver, switch, snapshot.disk_size, l1, driver.snapshots, no_reads, discard=True)
 
 
 def _leads_to(moved: int | None, entry: int, weights: Counter[int]) -> int:
@@ -163,8 +167,8 @@ def _leads_to(moved: int | None, entry: int, weights: Counter[int]) -> int:
     return moved | COPIED if weights[offset] == 1 else moved
 
 
-async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) -> None:
-    """Delete a snapshot. Raises ImageError if its tables are invalid."""
+async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, no_overwrites: HoldBack) -> None:
+    """Delete a snapshot. No overwrites run within ``no_overwrites``. Raises ImageError if its tables are invalid."""
     image = driver.image
     async with _switching(driver) as switch:
         l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
@@ -182,7 +186,7 @@ async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress) 
             switch.lose_table(snapshot.l1_table_offset, snapshot.l1_size * 8)
         flagged = await _flag_active(driver, switch, active, lambda done, _: progress(len(weights) + done, total))
         remaining = [other for other in driver.snapshots if other is not snapshot]
-        await _commit(driver, switch, image.header.size, flagged, remaining, discard=True)
+        await _commit(driver, switch, image.header.size, flagged, remaining, no_overwrites, discard=True)
 
 
 async def _flag_active(driver: SnapshotImage, switch: Switch, active: Counter[int], progress: Progress) -> array[int]:
@@ -285,9 +289,9 @@ async def _commit(
     size: int,
     l1: array[int],
     snapshots: list[Snapshot],
+    hold_back: HoldBack,
     *,
     discard: bool,
-    no_reads: NoReads = contextlib.nullcontext,
 ) -> None:
     """Switch to the new L1 table and list of snapshots."""
     image, header = driver.image, driver.image.header
@@ -304,7 +308,7 @@ async def _commit(
         snapshots_offset=await switch.new_table(table),
     )
     try:
-        await switch.commit(state, no_reads, discard=discard and Reason.SNAPSHOT in driver.refcounts.pass_discard)
+        await switch.commit(state, hold_back, discard=discard and Reason.SNAPSHOT in driver.refcounts.pass_discard)
     finally:
         if switch.done:
             driver.snapshots, image.snapshot_table_size = snapshots, len(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusedisk.block.model.driver import Driver, NoReads
+from fusedisk.block.model.driver import Driver, HoldBack
 from fusedisk.block.model.node import NodeConfig
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request.snapshot import find_snapshot
@@ -96,16 +96,16 @@ class SnapshotDriver(Driver):
     def list_snapshots(self) -> list[SnapshotInfo]:
         return [found.public() for found in self.snapshots]
 
-    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress) -> SnapshotInfo:
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress, no_overwrites: HoldBack) -> SnapshotInfo:
         # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2 import snapshot, vmstate
 
-        made = await snapshot.create(self, wanted, progress)
+        made = await snapshot.create(self, wanted, progress, no_overwrites)
         if made.vm_state_size:
             await vmstate.drop(self, made.vm_state_size)
         return made
 
-    async def apply_snapshot(self, id: str, progress: Progress, no_reads: NoReads) -> None:
+    async def apply_snapshot(self, id: str, progress: Progress, no_reads: HoldBack) -> None:
         if self.bitmaps.valid:
             raise NotSupportedError(
                 f"'{self.image.filename}' has {label(self.bitmaps.valid)}, which would not record what applying a "
@@ -116,10 +116,10 @@ class SnapshotDriver(Driver):
         self.allocator.end_settled = False
         await snapshot.apply(self, self._snapshot(id), progress, no_reads)
 
-    async def delete_snapshot(self, id: str, progress: Progress) -> None:
+    async def delete_snapshot(self, id: str, progress: Progress, no_overwrites: HoldBack) -> None:
         from fusedisk.drivers.format.qcow2 import snapshot
 
-        await snapshot.delete(self, self._snapshot(id), progress)
+        await snapshot.delete(self, self._snapshot(id), progress, no_overwrites)
 
     def _snapshot(self, id: str) -> Snapshot:
         for found in self.snapshots:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import trio
 
-from fusedisk.block.model.driver import NoReads
+from fusedisk.block.model.driver import HoldBack
 from fusedisk.block.request import io
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
@@ -236,9 +236,8 @@ class Switch:
 
     # --- switching --------------------------------------------------------------------------------------
 
-    async def commit(self, state: State, no_reads: NoReads, *, discard: bool) -> None:
-        """Put the file and memory into the new state. No reads run within ``no_reads``. ``discard``: give unused host
-        space back.
+    async def commit(self, state: State, hold_back: HoldBack, *, discard: bool) -> None:
+        """Put the file and memory into the new state, within ``hold_back``. ``discard``: give unused host space back.
 
         Raises what writing raises, with nothing changed, unless the image is fenced.
         """
@@ -262,7 +261,7 @@ class Switch:
         await refcounts.write_blocks()
         l2_places = await image.sorted_l2(state.l1)
         await image.barrier()
-        async with no_reads():
+        async with hold_back():
             await self._put_header(state, table_offset)
             self._new.clear()
             self._take(state, table, table_offset, l2_places)
