@@ -48,15 +48,18 @@ def parse_size(text: str | int, what: str = "size") -> int:
 
 
 def parse_int(value: object, what: str) -> int:
-    """A whole number from ``12``, ``-1``, ``0x200`` or JSON's own. Raises OptionError."""
+    """A whole number of 64 bits from ``12``, ``-1``, ``0x200`` or JSON's own. Raises OptionError."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        if _WHOLE.fullmatch(value):
-            return int(value)
-        if _HEXADECIMAL.fullmatch(value):
-            return int(value, 16)
-    raise OptionError(f"{what} is '{value}', expected a whole number.")
+        number = value
+    elif isinstance(value, str) and _WHOLE.fullmatch(value):
+        number = int(value)
+    elif isinstance(value, str) and _HEXADECIMAL.fullmatch(value):
+        number = int(value, 16)
+    else:
+        raise OptionError(f"{what} is '{value}', expected a whole number.")
+    if not -(1 << 63) <= number < 1 << 64:
+        raise OptionError(f"{what} is {number}, expected a whole number of 64 bits.")
+    return number
 
 
 def parse_bool(value: object, what: str) -> bool:

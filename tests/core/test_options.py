@@ -213,3 +213,12 @@ def test_text_becomes_typed_values() -> None:
 def test_wrong_options_each_have_their_sentence(given_options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(OptionError, match=sentence):
         _ToyOptions.parse(given_options, "toy")
+
+
+@pytest.mark.parametrize("value", [1 << 64, -(1 << 63) - 1])
+def test_numbers_of_more_than_64_bits_are_refused_however_they_are_given(value: int) -> None:
+    """Otherwise options would open that could not be printed and parsed again."""
+    for text in (value, str(value)):
+        with pytest.raises(OptionError, match="expected a whole number"):
+            parse_int(text, "option 'n'")
+    assert parse_int((1 << 64) - 1, "option 'n'") == (1 << 64) - 1
