@@ -59,9 +59,12 @@ def tell_when_interrupted(state: Callable[[], str]) -> Iterator[None]:
 
 
 def until_free(obstacle: Callable[[], str | None], deadline: float | None, way_out: str) -> None:
-    """Call ``obstacle`` again and again until it returns None. It tries, and returns what is in the way as a sentence
-    without its end. The first one is told to the user; at the deadline (None: never) OperationBlockedError says it,
-    with the ``way_out``: how to end it."""
+    """Call ``obstacle`` until it returns None.
+
+    It makes one attempt and returns what stands in the way, as the beginning of a sentence. The first answer is shown.
+    At the deadline (None: never) this raises OperationBlockedError with the last answer and ``way_out``, which says how
+    to end it.
+    """
     told = False
     while (said := obstacle()) is not None:
         over = deadline is not None and time.monotonic() >= deadline

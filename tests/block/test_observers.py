@@ -91,7 +91,7 @@ async def test_an_observer_that_fails_costs_the_change(graph: Graph) -> None:
 
 
 class Recorder(Observer):
-    """Keeps what it is told, as ``(kind, offset, length)``."""
+    """Records each call as ``(kind, offset, length)``."""
 
     def __init__(self, *, before: bool = False, changes: bool = False, reads: bool = False) -> None:
         self.wants_before, self.wants_changes, self.wants_reads = before, changes, reads
@@ -175,7 +175,7 @@ CHANGES: dict[str, tuple[Way, list[tuple[Change, int, int]]]] = {
     "a new snapshot": (lambda b: b.create_snapshot(SnapshotInfo("", "two", 0)), []),
     "other settings": (lambda b: amend_node(b.node, {"lazy_refcounts": "on"}), []),
 }
-"""By name: a way to change a disk, and what an observer of its node is told."""
+"""By name: a way to change a disk, and the calls that an observer of its node must get."""
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""A signal: who waits for it wakes, and none gets lost."""
+"""A signal wakes the tasks that wait for it, and is kept for the next one if none does."""
 
 from __future__ import annotations
 

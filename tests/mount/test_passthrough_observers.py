@@ -30,7 +30,7 @@ pytestmark = needs_passthrough
 
 
 class Watcher(Observer):
-    """Keeps what it is told."""
+    """Records each call."""
 
     wants_changes = True
     wants_reads = True

@@ -546,7 +546,7 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
         if old is not None:
             node.changed(*between_lengths(old, length, node.length), Change.RESIZE)
         request.leave(node)
-    if node.filtered is None:  # the users of filters above are told, too
+    if node.filtered is None:  # a filter leaves this to the node below, which also notifies the filter's users
         node.resized()
 
 
