@@ -140,6 +140,43 @@ class Node:
     node's. ``printable_name`` is the shortest name that opens the same thing again.
     """
 
+    __slots__ = (
+        "_drains",
+        "_opened_options",
+        "backing_overridden",
+        "before_observers",
+        "blockers",
+        "change_observers",
+        "children",
+        "close_notifiers",
+        "closed",
+        "completed_writes",
+        "config",
+        "driver",
+        "explicit",
+        "fenced",
+        "flush_mutex",
+        "generation",
+        "graph",
+        "guards_probe",
+        "inherits_from",
+        "kept_by_name",
+        "length",
+        "limits",
+        "missing_backing",
+        "name",
+        "observers",
+        "opened_children",
+        "parents",
+        "probed",
+        "read_observers",
+        "serial",
+        "serialising",
+        "tracked",
+        "writes_flushed",
+    )
+    """Not a dictionary: beyond 30 attributes CPython looks them up more slowly, and every request uses many."""
+
     driver: Driver
 
     def __init__(self, graph: Owner, name: str, config: NodeConfig) -> None:
