@@ -25,22 +25,17 @@ async def probe(drivers: Registry, storage: Node, above: Node | None = None) -> 
     Reads the first bytes, and the last ones if the first show nothing. Raises UnsupportedFeatureError, which names the
     format and a way out, for an image that is known not to be raw.
     """
-    head = await _read(storage, 0, io.PROBE_SIZE)
+    head = bytes(await io.read_bytes(storage, 0, min(io.PROBE_SIZE, storage.length)))
     name = drivers.probe(head, storage.filename)
     if name == RAW:
-        found = recognise(head, await _read(storage, max(storage.length - EDGE, 0), EDGE))
+        edge = min(EDGE, storage.length)
+        found = recognise(head, bytes(await io.read_bytes(storage, storage.length - edge, edge)))
         if found is not None:
             raise UnsupportedFeatureError(
                 f"'{storage.filename}' is {found.what}, which fusedisk cannot open: {found.advice}, or "
                 f"{_as_raw(above)} to use its bytes as they are."
             )
     return drivers.load(name)
-
-
-async def _read(storage: Node, offset: int, length: int) -> bytes:
-    data = memoryview(bytearray(min(length, storage.length - offset)))
-    await io.read(storage, offset, data)
-    return bytes(data)
 
 
 def tell_guess(storage: Node, above: Node | None = None) -> None:

@@ -81,6 +81,13 @@ async def read(node: Node, offset: int, buffer: Buffer, flags: int = 0) -> None:
         request.leave(node)
 
 
+async def read_bytes(node: Node, offset: int, length: int) -> bytearray:
+    """Return ``length`` bytes from ``offset``; bytes past the node's end are zeroes. Raises as :func:`read` does."""
+    data = bytearray(length)
+    await read(node, offset, memoryview(data))
+    return data
+
+
 async def _read_unaligned(node: Node, offset: int, buffer: Buffer, flags: int) -> None:
     align = node.limits.request_alignment
     start = offset & -align

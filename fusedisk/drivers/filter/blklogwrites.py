@@ -91,10 +91,12 @@ class BlklogwritesDriver(FilterDriver):
     async def _find_end(self) -> None:
         """Continue behind the last entry that the log counts."""
         log = self.log
-        found = layout.parse_superblock(await _read(log, 0, layout.SUPERBLOCK_LENGTH), log.filename)
+        head = await io.read_bytes(log, 0, min(layout.SUPERBLOCK_LENGTH, log.length))
+        found = layout.parse_superblock(bytes(head), log.filename)
         sector, sectors = 1, -(-log.length // found.sector_size)
         for number in range(found.entries):
-            data = await _read(log, sector * found.sector_size, layout.ENTRY_LENGTH)
+            offset = sector * found.sector_size
+            data = bytes(await io.read_bytes(log, offset, min(layout.ENTRY_LENGTH, max(log.length - offset, 0))))
             sector += 1 + layout.parse_entry(data, number, sectors - sector - 1, log.filename).data_sectors
         self.sector_size, self.entries, self._next_sector = found.sector_size, found.entries, sector
 
@@ -170,9 +172,3 @@ class BlklogwritesDriver(FilterDriver):
         elif length < old:
             start = -(-length // size) * size
             await self._log(start, max(old - start, 0), layout.DISCARD)
-
-
-async def _read(node: Node, offset: int, length: int) -> bytes:
-    data = bytearray(min(length, max(node.length - offset, 0)))
-    await io.read(node, offset, memoryview(data))
-    return bytes(data)

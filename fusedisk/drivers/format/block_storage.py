@@ -53,16 +53,16 @@ class Level:
 
     async def read(self) -> None:
         """Read the table from its first place. Raises HostError."""
-        raw = memoryview(bytearray(len(self.table) * self.entries.width))
-        await io.read(self._storage, self.places[0], raw)
-        self.entries.decode(raw, self.table)
+        self.entries.decode(await self._read(self.places[0]), self.table)
+
+    async def _read(self, place: int) -> memoryview:
+        return memoryview(await io.read_bytes(self._storage, place, len(self.table) * self.entries.width))
 
     async def same(self) -> bool:
         """Read the table from all its places, the first one last; tell whether it is the same everywhere."""
         found = []
         for place in reversed(self.places):
-            raw = memoryview(bytearray(len(self.table) * self.entries.width))
-            await io.read(self._storage, place, raw)
+            raw = await self._read(place)
             self.entries.decode(raw, self.table)
             found.append(raw)
         return all(raw == found[0] for raw in found)

@@ -111,9 +111,7 @@ class CheckedImage:
         """Bytes of the file; zeroes past its end. Raises HostError."""
         if offset + length > MAX_READ_END:
             raise HostError(f"'{self.filename}' has no bytes at {offset}, which is behind the end of any file.")
-        data = bytearray(length)
-        await io.read(self.file, offset, memoryview(data))
-        return data
+        return await io.read_bytes(self.file, offset, length)
 
     async def read_table(self, region: Region) -> array[int]:
         """A table of 64-bit numbers; zeroes past the file's end."""
@@ -169,20 +167,14 @@ async def open_image(file: Node) -> CheckedImage:
     Raises ImageError or UnsupportedFeatureError where not even a check makes sense.
     """
     filename = file.filename
-    header = layout.parse_header(await _read(file, layout.V3_HEADER_LENGTH), filename)
+    header = layout.parse_header(bytes(await io.read_bytes(file, 0, layout.V3_HEADER_LENGTH)), filename)
     _check_sizes(header, filename)
-    layout.parse_header_area(header, await _read(file, header.cluster_size), filename)
+    layout.parse_header_area(header, bytes(await io.read_bytes(file, 0, header.cluster_size)), filename)
     _check_features(header, filename)
     _check_extensions(header, filename)
     image = CheckedImage(file, header)
     _check_tables(image)
     return image
-
-
-async def _read(file: Node, length: int) -> bytes:
-    data = bytearray(length)
-    await io.read(file, 0, memoryview(data))
-    return bytes(data)
 
 
 def _refuse(filename: str, what: str, found: object, wanted: str) -> ImageError:

@@ -67,7 +67,7 @@ class Encryption:
             return legacy_cipher(passphrase)
         materials = {}
         for slot, (offset, size) in self._luks.material_ranges().items():
-            materials[slot] = await _read(self._file, self._start + offset, size)
+            materials[slot] = bytes(await io.read_bytes(self._file, self._start + offset, size))
         found = await run_cpu(luks.unlock, self._luks, materials, passphrase, self._filename)
         return SectorCipher(self._luks.spec, found.master_key)
 
@@ -134,7 +134,7 @@ async def open_encryption(file: Node, header: Header, options: EncryptionOptions
     if header.crypto_header is None:
         return Encryption(file, filename, None, 0)
     start, length = header.crypto_header
-    parsed = luks_layout.parse(await _read(file, start, luks_layout.HEADER_SIZE), length, filename)
+    parsed = luks_layout.parse(bytes(await io.read_bytes(file, start, luks_layout.HEADER_SIZE)), length, filename)
     return Encryption(file, filename, parsed, start)
 
 
@@ -188,9 +188,3 @@ def _refuse_leftovers(options: Qcow2CreateOptions) -> None:
     for name, field in options.names().items():
         if name.startswith("encrypt.") and getattr(options, field.name) is not None:
             raise OptionError(f"qcow2 {name} is set, but encrypt.format, which asks for encryption, is not.")
-
-
-async def _read(file: Node, offset: int, length: int) -> bytes:
-    data = bytearray(length)
-    await io.read(file, offset, memoryview(data))
-    return bytes(data)

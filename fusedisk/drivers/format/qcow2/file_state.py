@@ -176,17 +176,10 @@ async def uses_clusters(file: Node, header: Header, wanted: int) -> bool:
         if clusters_left <= 0:
             break
         if offset := entry & _BLOCK_OFFSET:
-            block = await _read(file, offset, cluster_size)
+            block = await io.read_bytes(file, offset, cluster_size)
             counters = codec.decode(block)[: min(entries, clusters_left)]
             wanted -= len(counters) - counters.count(0)
             if wanted <= 0:
                 return True
         clusters_left -= entries
     return False
-
-
-async def _read(file: Node, offset: int, length: int) -> bytearray:
-    """Return bytes of the file; zeroes behind its end."""
-    data = bytearray(length)
-    await io.read(file, offset, memoryview(data))
-    return data

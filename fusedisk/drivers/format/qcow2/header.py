@@ -35,10 +35,11 @@ async def read_header(file: Node, filename: str, *, look_only: bool = False) -> 
 
     ``look_only``: where its tables lie in impossible places, warn of that and leave them out.
     """
-    head = await _read(file, layout.V3_HEADER_LENGTH)
+    head = bytes(await io.read_bytes(file, 0, min(layout.V3_HEADER_LENGTH, file.length)))
     header = layout.parse_header(head, filename)
     layout.check_untrusted(header, filename)
-    layout.parse_header_area(header, await _read(file, header.cluster_size), filename)
+    area = await io.read_bytes(file, 0, min(header.cluster_size, file.length))
+    layout.parse_header_area(header, bytes(area), filename)
     layout.check_features(header, filename)
     layout.check_table_sizes(header, filename)
     try:
@@ -49,12 +50,6 @@ async def read_header(file: Node, filename: str, *, look_only: bool = False) -> 
         log.warning("%s", exc)
         header.l1_size = header.nb_snapshots = 0
     return header
-
-
-async def _read(file: Node, length: int) -> bytes:
-    data = bytearray(min(length, file.length))
-    await io.read(file, 0, memoryview(data))
-    return bytes(data)
 
 
 def check_version(options: Qcow2Options, header: Header, filename: str) -> None:

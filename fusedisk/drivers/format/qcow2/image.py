@@ -166,9 +166,7 @@ class Image:
 
     async def read(self, offset: int, length: int) -> bytearray:
         """Return bytes of the storage; zeroes past its end."""
-        data = bytearray(length)
-        await self.read_into(offset, memoryview(data))
-        return data
+        return await io.read_bytes(self.storage.node, offset, length)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with bytes of the storage; zeroes past its end."""
