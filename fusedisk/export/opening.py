@@ -109,12 +109,7 @@ async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: O
 
 def _cannot_change(top: Node) -> bool:
     """Whether no node of an image is open for writing or accepts other writers."""
-    nodes = [top]
-    for node in nodes:
-        if not node.config.read_only or node.config.force_share:
-            return False
-        nodes += [edge.node for edge in node.children.values() if edge.node not in nodes]
-    return True
+    return all(node.config.read_only and not node.config.force_share for node in top.with_all_below())
 
 
 async def _open(graph: Graph, image: ImageRequest, settings: OpenSettings) -> Backend:

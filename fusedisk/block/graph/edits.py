@@ -152,16 +152,7 @@ def _check_changeable(edge: Child) -> None:
 
 def reaches(start: Node, wanted: Node) -> bool:
     """Whether ``wanted`` is ``start`` or below it."""
-    seen, queue = {start}, [start]
-    while queue:
-        node = queue.pop()
-        if node is wanted:
-            return True
-        for edge in node.children.values():
-            if edge.node not in seen:
-                seen.add(edge.node)
-                queue.append(edge.node)
-    return False
+    return wanted in start.with_all_below()
 
 
 def with_all_above(nodes: Iterable[Node]) -> list[Node]:

@@ -416,16 +416,7 @@ class Node:
     def is_as_opened(self, *, bytes_only: bool = False) -> bool:
         """Whether opening the node again would give the same nodes, here and below: no child was replaced, no option
         was changed. ``bytes_only``: settings that have come, and filters that were inserted, do not count."""
-        queue, seen = [self], {self}
-        while queue:
-            node = queue.pop()
-            if node._differs(bytes_only):
-                return False
-            for edge in node.children.values():
-                if edge.node not in seen:
-                    seen.add(edge.node)
-                    queue.append(edge.node)
-        return True
+        return not any(node._differs(bytes_only) for node in self.with_all_below())
 
     def _differs(self, bytes_only: bool) -> bool:
         children = {name: edge.node.serial for name, edge in self.children.items()}
