@@ -3,7 +3,7 @@ deleted (``request/snapshot.py``), which changes nothing for them until its end.
 
 The snapshot holds its format's mutex, so a write that passes must never need it. That holds for one extent that
 ``lookup_in_place`` answers: the transfer asks for it again before the first await and finds the same. It does not hold
-for a second extent, whose table may leave memory while the first is written, nor for a before-write hook.
+for a second extent, whose table may leave memory while the first is written, nor with an observer that is asked before.
 """
 
 from __future__ import annotations
