@@ -49,6 +49,8 @@ class Attributes:
     block_size: int
     mtime_ns: int
     ctime_ns: int
+    current: bool = True
+    """False: ``blocks`` may be out of date, so the answer must not be cached."""
 
 
 @dataclasses.dataclass(slots=True)

@@ -25,7 +25,7 @@ from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request.immediate import Lent, Pieces
 from fusedisk.core.errors import FusediskError, NoSpaceError, OptionError, OutOfRangeError
-from fusedisk.export.export import Export, FileSettings
+from fusedisk.export.export import Attributes, Export, FileSettings
 from fusedisk.export.names import check_name
 from fusedisk.export.partitions.reading import read_table
 from fusedisk.export.partitions.table import Partition, Table
@@ -84,6 +84,12 @@ class PartitionExport(View):
             self._counted_at = written
             self._count_again = trio.current_time() + _COUNTING_PAUSE * (trio.current_time() - now)
         return self._counted
+
+    async def attributes(self) -> Attributes:
+        """Return the answer to ``stat``; not for caching while a new count is put off."""
+        found = await super().attributes()
+        found.current = self._counted_at in (-1, self.disk.backend.node.completed_writes)
+        return found
 
     async def _count(self) -> int:
         end = max(0, min(self.backend.length, self._there()))

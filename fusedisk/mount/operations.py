@@ -212,7 +212,7 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = found.block_size
         entry.st_atime_ns = entry.st_mtime_ns = found.mtime_ns
         entry.st_ctime_ns = found.ctime_ns
-        entry.attr_timeout = ENTRY_TIMEOUT if lasting else self._attr_timeout
+        entry.attr_timeout = ENTRY_TIMEOUT if lasting else self._attr_timeout if found.current else 0.0
         entry.entry_timeout = ENTRY_TIMEOUT
         return entry
 
