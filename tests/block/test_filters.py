@@ -17,7 +17,7 @@ from fusedisk.block.graph.reopen import reopen
 from fusedisk.block.image.create import create_image
 from fusedisk.block.image.information import image_information
 from fusedisk.block.model.driver import COMPRESSED
-from fusedisk.block.request import io
+from fusedisk.block.request import io, space
 from fusedisk.block.request.status import chain_status, is_allocated_above
 from fusedisk.core.errors import HostError, OptionError
 from fusedisk.drivers.table import DRIVERS
@@ -86,7 +86,7 @@ async def test_discards_free_space(raw: Path, filter_over: Any) -> None:
         assert used(raw) <= before - 512 * KIB
         await backend.write_zeroes(512 * KIB, 256 * KIB, may_unmap=True)
         assert used(raw) <= before - 768 * KIB
-        await io.discard_ranges(backend.node, [(768 * KIB, 64 * KIB), (896 * KIB, 64 * KIB)])
+        await space.discard_ranges(backend.node, [(768 * KIB, 64 * KIB), (896 * KIB, 64 * KIB)])
         assert used(raw) <= before - 896 * KIB
 
 
@@ -94,9 +94,9 @@ async def test_a_filter_that_overrides_discard_sees_each_of_many_ranges(raw: Pat
     rule = {"event": "none", "iotype": "discard", "sector": 200}
     options = {"driver": "blkdebug", "image": of_file(raw), "inject-error": [rule], "discard": "unmap"}
     async with opened(options) as backend:
-        await io.discard_ranges(backend.node, [(0, 512), (64 * KIB, 512)])
+        await space.discard_ranges(backend.node, [(0, 512), (64 * KIB, 512)])
         with pytest.raises(HostError):
-            await io.discard_ranges(backend.node, [(0, 512), (200 * 512, 512)])
+            await space.discard_ranges(backend.node, [(0, 512), (200 * 512, 512)])
 
 
 async def test_preallocation_reserves_space(tmp_path: Path, filter_over: Any) -> None:

@@ -17,7 +17,7 @@ from fusedisk.block.model.driver import COPY_ON_READ
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change, Observer
 from fusedisk.block.model.snapshot_info import SnapshotInfo
-from fusedisk.block.request import immediate, io, transfer
+from fusedisk.block.request import immediate, io, space, transfer
 from fusedisk.block.request.ways import Ways
 from fusedisk.core.errors import HostError, OperationBlockedError, OutOfRangeError
 from fusedisk.drivers.protocol import host_file
@@ -157,7 +157,7 @@ CHANGES: dict[str, tuple[Way, list[tuple[Change, int, int]]]] = {
     "write-zeroes": (lambda b: b.write_zeroes(700, 100), [(Change.ZEROES, 700, 100)]),
     "discard": (lambda b: b.discard(0, 2 * CLUSTER + 5), [(Change.DISCARD, 0, 2 * CLUSTER)]),
     "discard of ranges": (
-        lambda b: io.discard_ranges(b.node, [(0, CLUSTER), (5, 10), (2 * CLUSTER, CLUSTER)]),
+        lambda b: space.discard_ranges(b.node, [(0, CLUSTER), (5, 10), (2 * CLUSTER, CLUSTER)]),
         [(Change.DISCARD, 0, CLUSTER), (Change.DISCARD, 2 * CLUSTER, CLUSTER)],
     ),
     "compressed write": (lambda b: b.write_compressed(CLUSTER, data(CLUSTER)), [(Change.WRITE, CLUSTER, CLUSTER)]),

@@ -12,7 +12,7 @@ from fusedisk.block.graph.registry import Registry
 from fusedisk.block.model.driver import Buffer, ChildSpec, Driver, Role, children_in_list
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, Extent, WriteExtent
-from fusedisk.block.request import io
+from fusedisk.block.request import io, space
 from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.options import Options, option
 from tests.support.registry import FORMAT_DRIVERS as DRIVERS
@@ -84,12 +84,12 @@ class JoinedDriver(Driver):
         end = offset + length
         while offset < end:
             child, place, count = self._find(offset, end - offset)
-            await io.discard(child.node, place, count)
+            await space.discard(child.node, place, count)
             offset += count
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
         *others, last = self._parts
-        await io.truncate(last.node, length - sum(edge.node.length for edge in others), preallocation, flags)
+        await space.truncate(last.node, length - sum(edge.node.length for edge in others), preallocation, flags)
 
     def has_zero_init(self) -> bool:
         return all(edge.node.driver.has_zero_init() for edge in self._parts)

@@ -19,7 +19,7 @@ from fusedisk.block.model.extent import BlockStatus
 from fusedisk.block.model.node import OBSERVE
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.snapshot_info import SnapshotInfo
-from fusedisk.block.request import io, snapshot, status
+from fusedisk.block.request import io, snapshot, space, status
 from fusedisk.block.request.accounting import Accounting, Kind
 from fusedisk.block.request.immediate import Immediate
 from fusedisk.block.request.policies import Decision, ErrorPolicy, OnDone, Throttle
@@ -182,11 +182,11 @@ class Backend:
 
     async def discard(self, offset: int, length: int) -> None:
         """Give up the content of a range: afterwards it reads as before or as zeroes."""
-        await self.run(Kind.DISCARD, offset, length, io.discard, offset, length)
+        await self.run(Kind.DISCARD, offset, length, space.discard, offset, length)
 
     async def preallocate(self, offset: int, length: int) -> None:
         """Reserve host space for a range, which reads as before."""
-        await self.run(Kind.OTHER, offset, length, io.preallocate, offset, length)
+        await self.run(Kind.OTHER, offset, length, space.preallocate, offset, length)
 
     async def write_back(self) -> None:
         """Make the drivers write their caches to the OS, so that less is lost if the process dies."""
@@ -198,7 +198,7 @@ class Backend:
 
     async def truncate(self, length: int, preallocation: str = "off") -> None:
         """Resize the disk."""
-        await self.run(Kind.OTHER, 0, 0, io.truncate, length, preallocation)
+        await self.run(Kind.OTHER, 0, 0, space.truncate, length, preallocation)
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         """Return the status of a prefix of the range, through the whole chain."""

@@ -10,7 +10,7 @@ from fusedisk.block.graph.registry import Registry
 from fusedisk.block.graph.signatures import EDGE, recognise
 from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.node import Node
-from fusedisk.block.request import io
+from fusedisk.block.request import checks, io
 from fusedisk.core.errors import UnsupportedFeatureError
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ async def probe(drivers: Registry, storage: Node, above: Node | None = None) -> 
     Reads the first bytes, and the last ones if the first show nothing. Raises UnsupportedFeatureError, which names the
     format and a way out, for an image that is known not to be raw.
     """
-    head = bytes(await io.read_bytes(storage, 0, min(io.PROBE_SIZE, storage.length)))
+    head = bytes(await io.read_bytes(storage, 0, min(checks.PROBE_SIZE, storage.length)))
     name = drivers.probe(head, storage.filename)
     if name == RAW:
         edge = min(EDGE, storage.length)

@@ -14,8 +14,8 @@ from fusedisk.block.graph.registry import Registry
 from fusedisk.block.model import permissions
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
-from fusedisk.block.request.io import between_lengths
 from fusedisk.block.request.snapshot import alone
+from fusedisk.block.request.space import between_lengths
 from fusedisk.core.errors import NotSupportedError, PermissionConflictError
 from fusedisk.core.offload import run_opening
 from fusedisk.core.options import nest

@@ -24,7 +24,7 @@ from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, Extent, WriteExtent
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node
-from fusedisk.block.request import io
+from fusedisk.block.request import io, space
 
 
 class FilterDriver(Driver):
@@ -97,19 +97,19 @@ class FilterDriver(Driver):
         await io.write_zeroes(self.below, offset, length, flags)
 
     async def preallocate(self, offset: int, length: int) -> None:
-        await io.preallocate(self.below, offset, length)
+        await space.preallocate(self.below, offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
-        await io.discard(self.below, offset, length)
+        await space.discard(self.below, offset, length)
 
     async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
         if type(self).discard is not FilterDriver.discard:
             await super().discard_ranges(ranges)  # the subclass sees each range
             return
-        await io.discard_ranges(self.below, ranges)
+        await space.discard_ranges(self.below, ranges)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
-        await io.truncate(self.below, length, preallocation, flags)
+        await space.truncate(self.below, length, preallocation, flags)
 
     async def debug_event(self, event: str) -> None:
         await self.below.driver.debug_event(event)

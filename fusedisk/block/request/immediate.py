@@ -25,7 +25,7 @@ from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
 from fusedisk.block.request.chains import Fill, fill_with_zeroes, learn
-from fusedisk.block.request.io import PROBE_SIZE
+from fusedisk.block.request.checks import PROBE_SIZE
 from fusedisk.block.request.runs import RunMap
 from fusedisk.block.request.ways import CLOSED, Requester, Ways, ways_of
 from fusedisk.core.zeroes import is_zero, zero_fill

@@ -7,42 +7,35 @@ limits · the driver · emulation of what it lacks · telling of the change (:me
 drain, throttling, range checks and accounting are the backend's, since every request in the system starts at one.
 
 In the common case (aligned, nothing serialising, everything cached) none of this suspends.
+
+Here: reads, writes and flushes. Discards, preallocation and resizing are in :mod:`.space`, the checks of all in
+:mod:`.checks`.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
-import trio
-
-from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, ZERO_NEW, Buffer, Role
-from fusedisk.block.model.extent import UNALLOCATED, ZERO
+from fusedisk.block.model.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, Buffer, Role
+from fusedisk.block.model.extent import UNALLOCATED
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.tracked import Request
 from fusedisk.block.request import overwriting, transfer
-from fusedisk.core.at_once import is_at_once
+from fusedisk.block.request.checks import PROBE_SIZE, check_end, check_writable, guarding_request
 from fusedisk.core.errors import (
-    CorruptImageError,
     FusediskError,
     NoMediumError,
     NotSupportedError,
     OutOfRangeError,
-    PermissionConflictError,
     ReadOnlyError,
 )
 from fusedisk.core.zeroes import ZEROES, is_zero
 
-PROBE_SIZE = 512
-"""Bytes at the start of an image that decide its format (the header's BLOCK_PROBE_BUF_SIZE)."""
-
-_RANGES_AT_ONCE = 256
-"""Short ranges that are freed in one trip to the host: some milliseconds."""
-_COPY_CHUNK = 1 << 20
+COPY_CHUNK = 1 << 20
+"""Bytes that are copied from one layer to another at a time."""
 _WRITE = Change.WRITE
 """A global is found faster than a member of an enum."""
 
@@ -109,7 +102,7 @@ async def _copy_on_read(node: Node, request: Request, offset: int, buffer: Buffe
         return
     position, stop, end = request.offset, min(request.end, node.length), offset + len(buffer)
     while position < stop:
-        length = min(stop - position, _COPY_CHUNK)
+        length = min(stop - position, COPY_CHUNK)
         extent = await node.driver.map(position, length)
         transfer.check_extent(node, extent, length)
         after = position + extent.length
@@ -149,12 +142,12 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     if flags & COMPRESSED and not node.driver.is_filter:
         await _write_compressed(node, offset, buffers, length, flags)
         return
-    _check_end(node, end, "A write")
+    check_end(node, end, "A write")
     align = node.limits.request_alignment
     unaligned = align > 1 and bool((offset | length) & (align - 1))
     guard = node.guards_probe and offset < PROBE_SIZE
     if guard:
-        request = _guarding_request(end, align)
+        request = guarding_request(end, align)
     elif unaligned:
         request = Request(offset & -align, (end + align - 1) & -align, True, serialising=True)
     else:
@@ -170,9 +163,9 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
-            _check_end(node, end, "A write")
+            check_end(node, end, "A write")
         if guard:
-            await _check_probe(node, offset, buffers)
+            await check_probe(node, offset, buffers)
         if node.before_observers:
             await node.before_change(offset, length, _WRITE)
         begun = True
@@ -208,7 +201,7 @@ async def _write_compressed(node: Node, offset: int, buffers: Sequence[Buffer], 
     request.enter(node)
     try:
         await request.wait_for_earlier(node)
-        _check_end(node, end, "A compressed write")
+        check_end(node, end, "A compressed write")
         await node.before_change(offset, length, _WRITE)
         data = buffers[0] if len(buffers) == 1 else memoryview(b"".join(buffers))
         begun = True
@@ -248,39 +241,13 @@ async def write_unaligned(node: Node, offset: int, buffers: Sequence[Buffer], le
     await transfer.write(node, start, (memoryview(b"".join(parts)),), flags)
 
 
-def _check_end(node: Node, end: int, what: str, *, also_files: bool = False) -> None:
-    """Raise OutOfRangeError if ``what`` goes past the node's end. Call it before a request waits for others and again
-    afterwards, since they may have made the node shorter. Files grow, so they pass, unless ``also_files``."""
-    if end > node.length and (also_files or not (node.driver.moves_bytes or node.driver.is_filter)):
-        raise OutOfRangeError(f"{what} up to {end} goes past the end of '{node.filename}' at {node.length}.")
-
-
-def check_writable(node: Node, flags: int = 0) -> None:
-    """Raise an error if the node does not accept writes. ``flags``: UNCHANGED, or 0."""
-    if node.closed:
-        raise NoMediumError(f"Node '{node.name}' is closed.")
-    if node.fenced is not None:
-        raise CorruptImageError(f"'{node.filename}' accepts no writes since corruption was found: {node.fenced}")
-    if node.config.read_only:
-        raise ReadOnlyError(f"'{node.filename}' is open read-only, a write needs it writable.")
-    wanted = permissions.WRITE | permissions.WRITE_UNCHANGED if flags & UNCHANGED else permissions.WRITE
-    if not node.perm & wanted:
-        raise PermissionConflictError(f"No user of node '{node.name}' has asked for the write permission.")
-
-
 def _grow(node: Node, end: int) -> None:
     """Note that a write or write-zeroes up to ``end`` was done: it extends nodes whose driver moves bytes."""
     if end > node.length and node.driver.moves_bytes:
         node.take_length(end)
 
 
-def _guarding_request(end: int, align: int) -> Request:
-    """Return the request for a change of the probed bytes. It covers all of them, so that no other request changes
-    them meanwhile."""
-    return Request(0, (max(end, PROBE_SIZE) + align - 1) & -align, True, serialising=True)
-
-
-async def _check_probe(node: Node, offset: int, buffers: Sequence[Buffer]) -> None:
+async def check_probe(node: Node, offset: int, buffers: Sequence[Buffer]) -> None:
     """Refuse a guest's write that would make a guessed raw image look like another format."""
     head = bytearray(PROBE_SIZE)
     await transfer.read(node, 0, memoryview(head))
@@ -304,13 +271,13 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
         return
     check_writable(node, flags)
     end = offset + length
-    _check_end(node, end, "Zeroing")
+    check_end(node, end, "Zeroing")
     if not node.config.discard_unmap and node.config.detect_zeroes != "unmap":
         flags &= ~MAY_UNMAP
     unit = max(node.limits.zeroes_alignment, node.limits.request_alignment, node.limits.cluster_size)
     guard = node.guards_probe and offset < PROBE_SIZE
     if guard:
-        request = _guarding_request(end, unit)
+        request = guarding_request(end, unit)
     else:
         request = Request(offset // unit * unit, -(-end // unit) * unit, True, serialising=unit > 1)
     begun = False
@@ -318,9 +285,9 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
-            _check_end(node, end, "Zeroing")
+            check_end(node, end, "Zeroing")
         if guard:
-            await _check_probe(node, offset, (ZEROES[: min(length, PROBE_SIZE)],))
+            await check_probe(node, offset, (ZEROES[: min(length, PROBE_SIZE)],))
         if node.before_observers:
             await node.before_change(offset, length, Change.ZEROES)
         begun = True
@@ -337,143 +304,7 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
         await flush(node)
 
 
-async def preallocate(node: Node, offset: int, length: int) -> None:
-    """Reserve host space for a range, which reads as before. If the driver cannot reserve it, write the range."""
-    if not length:
-        return
-    check_writable(node, UNCHANGED)
-    end = offset + length
-    _check_end(node, end, "Allocating", also_files=True)
-    unit = max(node.limits.cluster_size, node.limits.request_alignment)
-    start, stop = offset // unit * unit, min(-(-end // unit) * unit, node.length)
-    request = Request(start, stop, True, serialising=True)
-    request.enter(node)
-    try:
-        await request.wait_for_earlier(node)
-        _check_end(node, end, "Allocating", also_files=True)
-        try:
-            with trio.CancelScope(shield=True):
-                await node.driver.preallocate(start, stop - start)
-        except NotSupportedError:
-            await _write_unallocated(node, start, stop)
-    except FusediskError as exc:
-        exc.at(node.name, "preallocate", offset, length)
-        raise
-    finally:
-        node.changed(start, stop - start, Change.STORAGE)
-        request.leave(node)
-
-
-async def _write_unallocated(node: Node, position: int, stop: int) -> None:
-    """Write the parts of a range that the top layer has no data for, with the bytes that they read as. The caller holds
-    the range."""
-    while position < stop:
-        length = min(stop - position, _COPY_CHUNK)
-        extent = await node.driver.map(position, length)
-        transfer.check_extent(node, extent, length)
-        if extent.status in (UNALLOCATED, ZERO):
-            content = memoryview(bytearray(extent.length))
-            await transfer.read(node, position, content)
-            await transfer.write(node, position, (content,), UNCHANGED)
-        position += extent.length
-
-
-async def discard(node: Node, offset: int, length: int) -> None:
-    """Free a range, as far as the node's settings and driver allow; the rest stays as it is."""
-    check_writable(node, 0)
-    if not node.config.discard_unmap:
-        return
-    unit = max(node.limits.discard_alignment, node.limits.request_alignment)
-    start, stop = _discardable(node, offset, length)
-    if start >= stop:
-        return
-    widen = max(unit, node.limits.cluster_size)
-    guard = node.guards_probe and start < PROBE_SIZE
-    if guard:
-        request = _guarding_request(stop, widen)
-    else:
-        request = Request(start // widen * widen, -(-stop // widen) * widen, True, serialising=True)
-    done = start
-    request.enter(node)
-    try:
-        if node.serialising:
-            await request.wait_for_earlier(node)
-            stop = min(stop, node.length)
-            if start >= stop:
-                return
-        if guard:
-            await _check_probe(node, start, (ZEROES[: min(stop - start, PROBE_SIZE)],))
-        await node.before_change(start, stop - start, Change.DISCARD)
-        step = max(node.limits.max_discard // unit * unit, unit)
-        for position in range(start, stop, step):
-            if position > start:
-                await trio.lowlevel.checkpoint()
-            done = min(position + step, stop)
-            with trio.CancelScope(shield=True):
-                await node.driver.discard(position, done - position)
-    except NotSupportedError:
-        done = position  # the last step has changed nothing
-    except FusediskError as exc:
-        exc.at(node.name, "discard", offset, length)
-        raise
-    finally:
-        if done > start:
-            node.changed(start, done - start, Change.DISCARD)
-        request.leave(node)
-
-
-def _discardable(node: Node, offset: int, length: int) -> tuple[int, int]:
-    """The part of a range that a discard may free: whole units, except at the end of the node."""
-    end = min(offset + length, node.length)
-    unit = max(node.limits.discard_alignment, node.limits.request_alignment)
-    return -(-offset // unit) * unit, end if end == node.length else end // unit * unit
-
-
-async def discard_ranges(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
-    """Free many short ranges as :func:`discard` frees one, with few trips to the host. ``ranges``: offset and length of
-    each, sorted."""
-    check_writable(node, 0)
-    if not node.config.discard_unmap:
-        return
-    for first in range(0, len(ranges), _RANGES_AT_ONCE):
-        if first:
-            await trio.lowlevel.checkpoint()
-        part = ranges[first : first + _RANGES_AT_ONCE]
-        if node.guards_probe:
-            for offset, length in part:
-                await discard(node, offset, length)
-        else:
-            await _discard_part(node, part)
-
-
-async def _discard_part(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
-    low, high = ranges[0][0], sum(ranges[-1])
-    widen = max(node.limits.discard_alignment, node.limits.request_alignment, node.limits.cluster_size)
-    request = Request(low // widen * widen, -(-high // widen) * widen, True, serialising=True)
-    parts: list[tuple[int, int]] = []
-    request.enter(node)
-    try:
-        if node.serialising:
-            await request.wait_for_earlier(node)
-        found = (_discardable(node, offset, length) for offset, length in ranges)
-        wanted = [(start, stop - start) for start, stop in found if start < stop]
-        for part in wanted:
-            await node.before_change(*part, Change.DISCARD)
-        parts = wanted
-        with trio.CancelScope(shield=True):
-            await node.driver.discard_ranges(parts)
-    except NotSupportedError:
-        parts = []
-    except FusediskError as exc:
-        exc.at(node.name, "discard", low, high - low)
-        raise
-    finally:
-        for offset, length in parts:
-            node.changed(offset, length, Change.DISCARD)
-        request.leave(node)
-
-
-# --- flush and resize -----------------------------------------------------------------------------------
+# --- flush ----------------------------------------------------------------------------------------------
 
 
 async def flush(node: Node) -> None:
@@ -518,45 +349,3 @@ async def _flush_to_disk(node: Node) -> None:
         if node.writes_flushed < written:
             await node.driver.flush_to_disk()
             node.writes_flushed = written
-
-
-async def truncate(node: Node, length: int, preallocation: str = "off", flags: int = 0) -> None:
-    """Change the node's virtual length.
-
-    New space reads as zeroes, also where a longer backing file has data. ``preallocation``: off, metadata, falloc or
-    full, for the space added. Raises NotSupportedError if the driver cannot resize, OperationBlockedError if resizing
-    is blocked.
-    """
-    if not 0 <= length < 1 << 63:
-        raise OutOfRangeError(f"'{node.filename}' cannot be {length} bytes long, expected 0 to 2^63 - 1.")
-    check_writable(node, 0)
-    node.check_operation("resize")
-    if not node.perm & permissions.RESIZE:
-        raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
-    request = Request(0, 1 << 63, True, serialising=True)
-    old: int | None = None
-    request.enter(node)
-    try:
-        await request.wait_for_earlier(node)
-        await node.before_change(*between_lengths(node.length, length), Change.RESIZE)
-        old = node.length
-        if node.backing is not None and min(node.backing.node.length, length) > node.length:
-            flags |= ZERO_NEW
-        with nullcontext() if is_at_once() else trio.CancelScope(shield=True):
-            await node.driver.truncate(length, preallocation, flags)
-            node.take_length(await node.driver.length())
-        node.change_mapping()
-    except FusediskError as exc:
-        exc.at(node.name, "resize", length)
-        raise
-    finally:
-        if old is not None:
-            node.changed(*between_lengths(old, length, node.length), Change.RESIZE)
-        request.leave(node)
-    if node.filtered is None:  # a filter leaves this to the node below, which also notifies the filter's users
-        node.resized()
-
-
-def between_lengths(*lengths: int) -> tuple[int, int]:
-    """Return offset and length of what a resize between these lengths cuts off or adds."""
-    return min(lengths), max(lengths) - min(lengths)

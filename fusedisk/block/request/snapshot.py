@@ -23,7 +23,7 @@ from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.model.tracked import Request
-from fusedisk.block.request import io
+from fusedisk.block.request import checks
 from fusedisk.core.errors import FusediskError, OutOfRangeError, PermissionConflictError, SnapshotNotFoundError
 from fusedisk.core.progress import Progress, no_progress
 
@@ -153,7 +153,7 @@ def check_vmstate_range(offset: int, length: int) -> None:
 async def alone(node: Node, operation: str) -> AsyncIterator[Request]:
     """Run the block with no other request in flight on the node, shielded from cancellation. The block may let some
     pass its request. Raises an error if the node is not writable."""
-    io.check_writable(node)
+    checks.check_writable(node)
     node.check_operation(operation)
     request = Request(0, 1 << 63, True, serialising=True)
     request.enter(node)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from fusedisk.block.model.check_result import CheckResult
 from fusedisk.block.model.extent import UNALLOCATED
 from fusedisk.block.model.node import Node
-from fusedisk.block.request import io
+from fusedisk.block.request import io, space
 from fusedisk.core.errors import NoSpaceError, NotSupportedError
 from fusedisk.core.locks import Mutex
 from fusedisk.drivers.format.block_entries import Area, Entries, Table
@@ -371,9 +371,9 @@ class Space:
         """Make the file long enough for blocks up to ``end``. No guest data is on its way to what lies behind it."""
         step = min(max(end // 8, MIN_AHEAD), MAX_AHEAD)
         try:
-            await io.truncate(self.storage, end + step)
+            await space.truncate(self.storage, end + step)
         except NoSpaceError:
-            await io.truncate(self.storage, end)
+            await space.truncate(self.storage, end)
         except NotSupportedError:
             pass  # the data itself makes it longer
 
@@ -390,7 +390,7 @@ class Space:
         self._free = unused
         if self.end < self.storage.length:
             with contextlib.suppress(NotSupportedError):
-                await io.truncate(self.storage, self.end)
+                await space.truncate(self.storage, self.end)
 
     def give_back(self, place: int) -> None:
         """Take back a block that no entry has ever led to."""

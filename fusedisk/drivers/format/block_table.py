@@ -30,7 +30,7 @@ from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
 from fusedisk.block.model.node import Node
-from fusedisk.block.request import io, transfer
+from fusedisk.block.request import io, space, transfer
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import ImageError, NotSupportedError
 from fusedisk.core.locks import Mutex
@@ -447,7 +447,7 @@ class BlockTable:
         if result.corruptions > len(stale):
             return result
         if result.leaks and repair is not Repair.NOTHING:
-            await io.truncate(self.edge.node, result.image_end_offset)
+            await space.truncate(self.edge.node, result.image_end_offset)
             self.space.end = min(self.space.end, result.image_end_offset)
             result.leaks, result.leaks_fixed = 0, result.leaks
             result.repairs.append(f"the file is cut off behind its last block, at {result.image_end_offset}.")

@@ -14,7 +14,7 @@ from fusedisk.block.model.extent import DATA, Extent, WriteExtent
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node
-from fusedisk.block.request import io
+from fusedisk.block.request import io, space
 from fusedisk.core.errors import NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options, option
 
@@ -123,11 +123,11 @@ class RawDriver(Driver):
 
     async def preallocate(self, offset: int, length: int) -> None:
         """Pass the request to the file, shifted."""
-        await io.preallocate(self.node.children["file"].node, offset + self._offset, length)
+        await space.preallocate(self.node.children["file"].node, offset + self._offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
         """Pass the request to the file, shifted."""
-        await io.discard(self.node.children["file"].node, offset + self._offset, length)
+        await space.discard(self.node.children["file"].node, offset + self._offset, length)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
         """Resize the file; a fixed window keeps its size."""
@@ -135,7 +135,7 @@ class RawDriver(Driver):
             raise NotSupportedError(
                 f"'{self.node.filename}' shows a fixed window of its file, which cannot be resized."
             )
-        await io.truncate(self.node.children["file"].node, length + self._offset, preallocation, flags)
+        await space.truncate(self.node.children["file"].node, length + self._offset, preallocation, flags)
 
     def has_zero_init(self) -> bool:
         """Return the file's answer."""
@@ -145,4 +145,4 @@ class RawDriver(Driver):
     async def create(cls, files: Files, options: Any) -> None:
         """Make an image of ``size`` bytes."""
         (file,) = await files.create()
-        await io.truncate(file, options.size, options.preallocation)
+        await space.truncate(file, options.size, options.preallocation)

@@ -12,7 +12,7 @@ from fusedisk.block.model.driver import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.node import Node
-from fusedisk.block.request import io
+from fusedisk.block.request import io, space
 from fusedisk.core.errors import OptionError
 from fusedisk.drivers.format.qcow2 import layout, resize
 from fusedisk.drivers.format.qcow2.commit import Committer
@@ -136,7 +136,7 @@ async def create(files: Files, options: Qcow2CreateOptions) -> None:
     await resize.grow_l1(allocator, resize.l1_entries(allocator, length))
     preallocation = options.preallocation
     if data_file is not None:
-        await io.truncate(data_file, length)
+        await space.truncate(data_file, length)
         if options.data_file_raw and preallocation == "off":
             # A program that reads the raw file also sees the unallocated ranges.
             preallocation = "metadata"

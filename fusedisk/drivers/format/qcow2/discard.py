@@ -17,7 +17,7 @@ from array import array
 
 import trio
 
-from fusedisk.block.request import io
+from fusedisk.block.request import space
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
@@ -201,9 +201,9 @@ async def _discard_kept(allocator: Allocator, entries: list[int]) -> None:
 
     Immediately, without waiting for a commit: the guest discarded them, so zeroes after a power cut are fine.
     """
-    bits, space = allocator.geometry.cluster_bits, allocator.space
+    bits, clusters = allocator.geometry.cluster_bits, allocator.space
     for run in plain_runs(entries, allocator.geometry):
-        await io.discard(space.edge.node, space.place(run.first << bits), run.clusters << bits)
+        await space.discard(clusters.edge.node, clusters.place(run.first << bits), run.clusters << bits)
 
 
 async def zero_subclusters(

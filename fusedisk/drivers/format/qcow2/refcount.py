@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 import trio
 
-from fusedisk.block.request import io
+from fusedisk.block.request import space
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
 from fusedisk.drivers.format.qcow2 import layout
@@ -296,7 +296,7 @@ class Refcounts:
                 await self.image.announce("cluster_free")
                 if isinstance(item, ExternalRange):
                     for first, end in item.parts:
-                        await io.discard(item.edge.node, first << bits, end - first << bits)
+                        await space.discard(item.edge.node, first << bits, end - first << bits)
                     item.parts.clear()
                     continue
                 for first, count, _ in await self.add(item.first, item.deltas):
@@ -307,7 +307,7 @@ class Refcounts:
 
     async def _release_host_range(self, offset: int, length: int) -> None:
         """Give freed clusters back to the host. Under the mutex, so that they are not allocated again meanwhile."""
-        await io.discard(self.image.storage.node, offset, length)
+        await space.discard(self.image.storage.node, offset, length)
 
     async def add(self, first: int, deltas: list[int]) -> list[HostRun]:
         """Change refcounts of neighbouring clusters whose blocks exist; returns the runs that dropped to zero."""

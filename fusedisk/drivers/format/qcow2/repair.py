@@ -45,7 +45,7 @@ import bisect
 from array import array
 
 from fusedisk.block.model.check_result import CheckResult, Repair
-from fusedisk.block.request import io
+from fusedisk.block.request import space
 from fusedisk.core.errors import ImageError
 from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2 import layout
@@ -360,7 +360,7 @@ async def _grow_over_l1_tables(analysis: Analysis) -> bool:
     ]
     if not ends:
         return False
-    await io.truncate(image.file, max(ends))
+    await space.truncate(image.file, max(ends))
     return True
 
 

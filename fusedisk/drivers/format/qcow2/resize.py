@@ -20,7 +20,7 @@ import trio
 from fusedisk.block.model.driver import MAY_UNMAP
 from fusedisk.block.model.extent import UNALLOCATED
 from fusedisk.block.model.node import Node
-from fusedisk.block.request import io, transfer
+from fusedisk.block.request import io, space, transfer
 from fusedisk.block.request.status import chain_status
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
@@ -95,7 +95,7 @@ async def _resize_raw_data(driver: Qcow2Driver, length: int) -> None:
     """Keep a raw data file as long as the disk."""
     if driver.image.header.has_raw_data_file:
         assert driver.image.data_file is not None
-        await io.truncate(driver.image.data_file.node, length)
+        await space.truncate(driver.image.data_file.node, length)
 
 
 async def _zero_tail(driver: Qcow2Driver, zero_new: bool) -> None:
@@ -275,7 +275,7 @@ async def shorten_file(allocator: Allocator) -> None:
         end = (await allocator.refcounts.last_used() + 1) << allocator.geometry.cluster_bits
         node = allocator.image.storage.node
         if end < node.length:
-            await io.truncate(node, end)
+            await space.truncate(node, end)
 
 
 async def preallocate(allocator: Allocator, start: int, end: int, mode: str) -> None:
@@ -343,7 +343,7 @@ async def _make_host_range(node: Node, host: int, length: int, mode: str) -> Non
     else:
         await _make_zero(node, host, present)
     if present < length:
-        await io.truncate(node, host + length, "off" if mode == "metadata" else mode)
+        await space.truncate(node, host + length, "off" if mode == "metadata" else mode)
 
 
 async def _make_zero(node: Node, offset: int, length: int) -> None:

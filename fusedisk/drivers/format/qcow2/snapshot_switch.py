@@ -21,7 +21,7 @@ from typing import NamedTuple
 import trio
 
 from fusedisk.block.model.driver import HoldBack
-from fusedisk.block.request import io
+from fusedisk.block.request import space
 from fusedisk.core.errors import FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.counts import Counts, are_zero
@@ -330,7 +330,7 @@ class Switch:
             if end - start >= _HOST_BLOCK or start // _HOST_BLOCK != (end - 1) // _HOST_BLOCK:
                 ranges.append((start, end - start))
         try:
-            await io.discard_ranges(self.image.storage.node, ranges)
+            await space.discard_ranges(self.image.storage.node, ranges)
         except FusediskError as exc:
             log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
 
