@@ -9,7 +9,7 @@ import trio
 
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
-from fusedisk.block.request import io
+from fusedisk.block.request import io, space
 from tests.block.conftest import assert_idle
 from tests.support.memory import Store
 from tests.support.opening import Chain, chain_backend, memory_backend
@@ -111,6 +111,54 @@ async def test_a_discard_waits_for_a_write_into_its_clusters(graph: Graph) -> No
         await discard.join()
         assert await reader.join() == bytes(BLOCK)
         assert not table.clusters()
+
+
+async def test_a_long_discard_holds_only_what_is_not_done(graph: Graph) -> None:
+    """It comes in pieces. Writes to finished pieces go on; those to the others wait, or their data would be lost."""
+    store = Store(b"o" * 8 * BLOCK, discard_alignment=BLOCK, max_discard=2 * BLOCK + 100)
+    async with memory_backend(graph, store, discard="unmap") as backend, trio.open_nursery() as nursery:
+        first = store.steps.hold("discard")
+        discard = await start(nursery, lambda: backend.discard(0, 7 * BLOCK))
+        done = await start(nursery, lambda: backend.write(10, b"1"))
+        later = await start(nursery, lambda: backend.write(5 * BLOCK, b"2"))
+        assert (await start(nursery, lambda: backend.write(7 * BLOCK, b"3"))).done
+        assert not done.done
+        second = store.steps.hold("discard")
+        first.release()
+        await done.join()
+        assert not later.done
+        assert not discard.done
+        second.release()
+        await discard.join()
+        await later.join()
+        assert_idle(backend.node)
+    pieces = [(call.offset, call.length) for call in store.steps.of("discard")]
+    assert pieces == [(0, 2 * BLOCK), (2 * BLOCK, 2 * BLOCK), (4 * BLOCK, 2 * BLOCK), (6 * BLOCK, BLOCK)]
+    expected = bytearray(7 * BLOCK) + b"o" * BLOCK
+    expected[10], expected[5 * BLOCK], expected[7 * BLOCK] = b"123"
+    assert store.data == expected
+
+
+@pytest.mark.parametrize("long", [(), ((3 * BLOCK, 3 * BLOCK),)], ids=["short", "one-too-long"])
+async def test_a_discard_of_ranges_lets_requests_between_them_pass(
+    graph: Graph, long: tuple[tuple[int, int], ...]
+) -> None:
+    store = Store(b"o" * 8 * BLOCK, max_discard=2 * BLOCK)
+    ranges = [(0, 10), (20, BLOCK), *long, (7 * BLOCK, 10)]
+    held_range = long[0] if long else ranges[0]
+    async with memory_backend(graph, store, discard="unmap") as backend, trio.open_nursery() as nursery:
+        held = store.steps.hold("discard")
+        discard = await start(nursery, lambda: space.discard_ranges(backend.node, ranges))
+        within = await start(nursery, lambda: backend.write(held_range[0], b"w"))
+        assert (await start(nursery, lambda: backend.write(2 * BLOCK, b"b"))).done
+        assert not within.done
+        held.release()
+        for task in (discard, within):
+            await task.join()
+        assert_idle(backend.node)
+    pieces = [(call.offset, call.length) for call in store.steps.of("discard")]
+    expected = [(3 * BLOCK, 2 * BLOCK), (5 * BLOCK, BLOCK)] if long else []
+    assert pieces == [*expected, (0, 10), (20, BLOCK), (7 * BLOCK, 10)]
 
 
 @pytest.mark.parametrize("cluster_size", [512, 4096])

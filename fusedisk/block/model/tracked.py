@@ -64,6 +64,12 @@ class Request:
             node.serialising -= 1
         self._wake()
 
+    def narrow(self, offset: int) -> None:
+        """Let go of the range in front of ``offset``: requests for it go on, also those that wait already.
+        Synchronous."""
+        self.offset = offset
+        self._wake()
+
     def _wake(self) -> None:
         if self._done is not None:
             self._done.set()

@@ -75,47 +75,54 @@ async def _write_unallocated(node: Node, position: int, stop: int) -> None:
 
 
 async def discard(node: Node, offset: int, length: int) -> None:
-    """Free a range, as far as the node's settings and driver allow; the rest stays as it is."""
+    """Free a range, as far as the node's settings and driver allow; the rest stays as it is. A range longer than the
+    driver's limit is freed piece by piece: requests for the pieces that are done go on meanwhile."""
     check_writable(node, 0)
     if not node.config.discard_unmap:
         return
-    unit = max(node.limits.discard_alignment, node.limits.request_alignment)
     start, stop = _discardable(node, offset, length)
     if start >= stop:
         return
-    widen = max(unit, node.limits.cluster_size)
+    unit = _widening_unit(node)
     guard = node.guards_probe and start < PROBE_SIZE
-    if guard:
-        request = guarding_request(stop, widen)
-    else:
-        request = Request(start // widen * widen, -(-stop // widen) * widen, True, serialising=True)
-    done = start
+    request = guarding_request(stop, unit) if guard else _discard_request(node, start, stop)
     request.enter(node)
     try:
         if node.serialising:
             await request.wait_for_earlier(node)
-            stop = min(stop, node.length)
+            start, stop = _discardable(node, start, stop - start)
             if start >= stop:
                 return
         if guard:
             await check_probe(node, start, (ZEROES[: min(stop - start, PROBE_SIZE)],))
         await node.before_change(start, stop - start, Change.DISCARD)
-        step = max(node.limits.max_discard // unit * unit, unit)
+        step = _longest_discard(node)
         for position in range(start, stop, step):
             if position > start:
+                if not guard or position >= PROBE_SIZE:
+                    request.narrow(position // unit * unit)
                 await trio.lowlevel.checkpoint()
-            done = min(position + step, stop)
-            with trio.CancelScope(shield=True):
-                await node.driver.discard(position, done - position)
+            await _discard_piece(node, position, min(step, stop - position))
     except NotSupportedError:
-        done = position  # the last step has changed nothing
+        pass  # the rest stays as it is
     except FusediskError as exc:
         exc.at(node.name, "discard", offset, length)
         raise
     finally:
-        if done > start:
-            node.changed(start, done - start, Change.DISCARD)
         request.leave(node)
+
+
+async def _discard_piece(node: Node, offset: int, length: int) -> None:
+    may_have_changed = True
+    try:
+        with trio.CancelScope(shield=True):
+            await node.driver.discard(offset, length)
+    except NotSupportedError:
+        may_have_changed = False
+        raise
+    finally:
+        if may_have_changed:
+            node.changed(offset, length, Change.DISCARD)
 
 
 def _discardable(node: Node, offset: int, length: int) -> tuple[int, int]:
@@ -125,32 +132,56 @@ def _discardable(node: Node, offset: int, length: int) -> tuple[int, int]:
     return -(-offset // unit) * unit, end if end == node.length else end // unit * unit
 
 
+def _longest_discard(node: Node) -> int:
+    unit = max(node.limits.discard_alignment, node.limits.request_alignment)
+    return max(node.limits.max_discard // unit * unit, unit)
+
+
+def _widening_unit(node: Node) -> int:
+    limits = node.limits
+    return max(limits.discard_alignment, limits.request_alignment, limits.cluster_size)
+
+
+def _discard_request(node: Node, start: int, stop: int) -> Request:
+    unit = _widening_unit(node)
+    return Request(start // unit * unit, -(-stop // unit) * unit, True, serialising=True)
+
+
 async def discard_ranges(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
     """Free many short ranges as :func:`discard` frees one, with few trips to the host. ``ranges``: offset and length of
-    each, sorted."""
+    each, sorted. The caller sees to it that nobody writes to those whose turn is yet to come."""
     check_writable(node, 0)
     if not node.config.discard_unmap:
         return
+    longest = _longest_discard(node)
     for first in range(0, len(ranges), _RANGES_AT_ONCE):
         if first:
             await trio.lowlevel.checkpoint()
         part = ranges[first : first + _RANGES_AT_ONCE]
-        if node.guards_probe:
-            for offset, length in part:
-                await discard(node, offset, length)
+        alone = part if node.guards_probe else [(offset, length) for offset, length in part if length > longest]
+        for offset, length in alone:
+            await discard(node, offset, length)
+        if len(alone) < len(part):
+            await _discard_together(node, [each for each in part if each[1] <= longest] if alone else part)
+
+
+async def _discard_together(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
+    """Free ranges in one go. Each is held by a request of its own, so that requests between them go on."""
+    requests: list[Request] = []
+    for offset, length in ranges:
+        request = _discard_request(node, offset, offset + length)
+        if requests and request.offset < requests[-1].end:
+            requests[-1].end = max(requests[-1].end, request.end)  # two in one cluster
         else:
-            await _discard_part(node, part)
-
-
-async def _discard_part(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
-    low, high = ranges[0][0], sum(ranges[-1])
-    widen = max(node.limits.discard_alignment, node.limits.request_alignment, node.limits.cluster_size)
-    request = Request(low // widen * widen, -(-high // widen) * widen, True, serialising=True)
+            requests.append(request)
+    others = bool(node.tracked)
+    for request in requests:
+        request.enter(node)
     parts: list[tuple[int, int]] = []
-    request.enter(node)
     try:
-        if node.serialising:
-            await request.wait_for_earlier(node)
+        if others:
+            for request in requests:
+                await request.wait_for_earlier(node)
         found = (_discardable(node, offset, length) for offset, length in ranges)
         wanted = [(start, stop - start) for start, stop in found if start < stop]
         for part in wanted:
@@ -161,12 +192,14 @@ async def _discard_part(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
     except NotSupportedError:
         parts = []
     except FusediskError as exc:
-        exc.at(node.name, "discard", low, high - low)
+        low = ranges[0][0]
+        exc.at(node.name, "discard", low, sum(ranges[-1]) - low)
         raise
     finally:
         for offset, length in parts:
             node.changed(offset, length, Change.DISCARD)
-        request.leave(node)
+        for request in requests:
+            request.leave(node)
 
 
 # --- length ---------------------------------------------------------------------------------------------
