@@ -319,6 +319,15 @@ async def test_options_refused(raw: Path, options: dict[str, Any]) -> None:
     await graph.close()
 
 
+@pytest.mark.parametrize("number", [-1, 512, 1 << 31, 1 << 62])
+async def test_an_errno_that_no_error_has_is_refused(raw: Path, number: int) -> None:
+    graph = Graph(DRIVERS)
+    rule = {"event": "none", "errno": number}
+    with pytest.raises(OptionError, match=rf"inject-error\.0 has the errno {number}, expected 0 to 511\.$"):
+        await graph.open_backend(over_raw(raw, **{"inject-error": [rule]}))
+    await graph.close()
+
+
 async def test_permissions(raw: Path) -> None:
     image = {"driver": "file", "filename": str(raw), "node-name": "storage"}
     options = over_raw(raw) | {"image": image, "unshare-child-perms": ["write", "consistent-read"]}

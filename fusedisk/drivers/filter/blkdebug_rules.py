@@ -77,6 +77,8 @@ IO_TYPES = ("read", "write", "write-zeroes", "discard", "flush", "block-status")
 
 _UNLESS_NAMED = frozenset(IO_TYPES) - {"block-status"}
 _SECTOR = 512
+_MAX_ERRNO = 511
+"""Linux's own errors are lower, and it accepts no higher ones from a filesystem."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -111,6 +113,15 @@ class InjectError(_RuleOptions):
     sector: int = option(-1, kind="int", help="hit only requests that touch this sector of 512 bytes")
     once: bool = option(False, kind="bool", help="forget the rule once it has hit")
     immediately: bool = option(False, kind="bool", help="fail without letting other tasks run first")
+
+    @classmethod
+    def read(cls, given: object, owner: str) -> Any:
+        """Parse one rule, as for all rules. Raises OptionError also for a number that no error has."""
+        # By name: a class with slots is not the one that super() without arguments looks for.
+        rule = super(InjectError, cls).read(given, owner)
+        if not 0 <= rule.errno <= _MAX_ERRNO:
+            raise OptionError(f"{owner} has the errno {rule.errno}, expected 0 to {_MAX_ERRNO}.")
+        return rule
 
     def hits(self, iotype: str, offset: int, length: int) -> bool:
         """Whether a request is one that the rule is for; flushes have no place, so no sector touches them."""
