@@ -12,6 +12,7 @@ import trio
 
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
+from fusedisk.block.graph.reopen import reopen
 from fusedisk.block.image.amend import amend_node
 from fusedisk.block.model.driver import COPY_ON_READ
 from fusedisk.block.model.node import Node
@@ -294,6 +295,38 @@ async def test_a_snapshot_changes_the_filters_above_it(tmp_path: Path) -> None:
         above.observe(seen)
         await backend.apply_snapshot("1")
         assert seen.announced == seen.changes == [(Change.SNAPSHOT, 0, LENGTH)]
+
+
+async def test_a_window_that_moves_changes_the_disk_and_the_filters_above(graph: Graph) -> None:
+    """The old bytes are still there when it is announced, for a copy before the change."""
+    old: list[bytes] = []
+
+    class Copies(Recorder):
+        async def before_change(self, node: Node, offset: int, length: int, kind: Change) -> None:
+            await super().before_change(node, offset, length, kind)
+            buffer = memoryview(bytearray(length))
+            await transfer.read(node, offset, buffer)
+            old.append(bytes(buffer))
+
+    disk = {"driver": "raw", "size": 512, "file": {"driver": "memory", "filename": "disk"}}
+    with stores(disk=Store(b"a" * 512 + b"b" * 1024)):
+        backend = await graph.open_backend({"driver": "copy-on-read", "file": disk}, writable=True)
+        window = backend.node.children["file"].node
+        seen = [Copies(before=True, changes=True) for _ in range(2)]
+        backend.node.observe(seen[0])
+        window.observe(seen[1])
+        below = Recorder(before=True, changes=True)
+        window.children["file"].node.observe(below)
+        await reopen(graph, {window: {"offset": 512, "size": 1024}})
+        for observer in seen:
+            assert observer.announced == [(Change.REOPEN, 0, 512)]
+            assert observer.changes == [(Change.REOPEN, 0, 1024)]
+        assert old == [b"a" * 512] * 2
+        assert await backend.read(0, 1024) == b"b" * 1024
+        await reopen(graph, {window: {"detect-zeroes": "on"}})
+        assert [len(observer.changes) for observer in seen] == [1, 1]
+        assert (below.announced, below.changes) == ([], [])
+        await backend.close()
 
 
 async def test_copy_on_read_changes_the_file_only(tmp_path: Path) -> None:

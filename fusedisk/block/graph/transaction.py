@@ -29,6 +29,7 @@ from fusedisk.block.model import permissions
 from fusedisk.block.model.driver import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node
+from fusedisk.block.model.observer import Change
 from fusedisk.block.request import io
 from fusedisk.core.alone import shield
 from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError
@@ -60,6 +61,8 @@ class GraphChange:
         self._steps: list[_Step] = []
         self._reopened: dict[Node, Mapping[str, Any]] = {}
         self._opened: list[Node] = []
+        self._moved: dict[Node, int] = {}
+        """The nodes that show other bytes from now on, with their old lengths."""
         self._perhaps_unused: list[Node] = []
 
     # --- new nodes --------------------------------------------------------------------------------------
@@ -263,6 +266,7 @@ class GraphChange:
         edits.undo()
         for node in unflushed:
             await io.flush(node)
+        await self._announce_moves(settings)
         states: list[tuple[Node, object]] = []
         try:
             for node in children_first(settings):
@@ -282,6 +286,13 @@ class GraphChange:
         _follow_inheritance(edits)
         self._graph.edges_changed()
         return edits
+
+    async def _announce_moves(self, settings: Mapping[Node, Settings]) -> None:
+        """Tell observers of the nodes that will show other bytes of their files."""
+        moving = [node for node, new in settings.items() if node.driver.shows_other_bytes(new.options)]
+        self._moved = {each: each.length for node in moving for each in node.with_filters_above()}
+        for node, length in self._moved.items():
+            await node.before_change(0, length, Change.REOPEN)
 
     def _edit(self, settings: Mapping[Node, Settings]) -> tuple[Edits, PreparedPermissions]:
         """Make all changes and check them. Synchronous."""
@@ -323,6 +334,8 @@ class GraphChange:
                 if node in with_new_backing:
                     await node.driver.backing_opened()
         self._graph.changes += 1
+        for node, old in self._moved.items():
+            node.changed(0, max(old, node.length), Change.REOPEN)
 
     @staticmethod
     async def _refresh_length(node: Node) -> None:

@@ -225,6 +225,10 @@ class Driver:
             raise NotSupportedError(f"node '{self.node.name}': {self.name} options cannot change while open.")
         return None
 
+    def shows_other_bytes(self, options: Any) -> bool:
+        """Whether the node shows other bytes once ``options`` are in force."""
+        return False
+
     def reopen_commit(self, state: object) -> None:
         """Put the prepared settings into force; must not fail. ``node.config`` and ``options`` are the new ones."""
 

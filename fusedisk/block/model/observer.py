@@ -27,6 +27,8 @@ class Change(enum.Enum):
     """A snapshot was applied. The range goes up to the longer one of the old and the new length."""
     AMEND = "amend"
     """A resize by changed settings of the image; the same range as for RESIZE."""
+    REOPEN = "reopen"
+    """Other options of the node: it shows other bytes of its file. The range is the same as for SNAPSHOT."""
     OUTSIDE = "outside"
     """The kernel may have written to the node's file past us."""
     STORAGE = "storage"

@@ -81,6 +81,10 @@ class RawDriver(Driver):
         """Accept a new window; ``check_children`` checks it."""
         return options
 
+    def shows_other_bytes(self, options: Any) -> bool:
+        """Whether the window is another."""
+        return (options.offset, options.size) != (self.options.offset, self.options.size)
+
     def reopen_commit(self, state: object) -> None:
         """Move the window."""
         assert isinstance(state, RawOptions)
