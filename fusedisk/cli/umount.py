@@ -290,7 +290,7 @@ def _finish_unmounted(path: str, wait: bool, deadline: float | None, *, force: b
 
     record = runtime.find(path, os.geteuid())
     if record is None:
-        _refuse_to_wait(path)
+        _refuse_foreign_daemon(path)
         raise NotMountedError(f"nothing is mounted at '{path}'.")
     if record.alive:
         _end_unmounted(record, path, wait, deadline, force=force)
@@ -315,7 +315,7 @@ def _end_unmounted(record: MountRecord, path: str, wait: bool, deadline: float |
     daemon.wait_ended(deadline, patient=wait)
 
 
-def _refuse_to_wait(path: str) -> None:
+def _refuse_foreign_daemon(path: str) -> None:
     """Raise NotMountedError if a living process of another user claims to have served a mount: any user can claim any
     place, so root believes only what is still mounted."""
     from fusedisk.core.errors import NotMountedError

@@ -115,29 +115,34 @@ class InflatedCache:
     def get(self, key: int) -> Content | None:
         """Return the piece; None if it is not cached. May move it to the proven pieces."""
         content = self._proven.get(key)
-        if content is not None:  # proven already
+        # 1. Proven already.
+        if content is not None:
             self._proven.move_to_end(key)
             return content
         new = self._new.get(key)
         if new is not None:
             content, came = new
-            if self._came - came < self._proof:  # a single piece, requested too soon to prove anything
+            # 2. A new single piece, requested too soon to prove anything: it stays new.
+            if self._came - came < self._proof:
                 self._new.move_to_end(key)
                 return content
             del self._new[key]
             self.size -= len(content)
         else:
             run = self._runs.get(key)
-            if run is None or not run.finished:  # unknown, or under way: see loading()
+            # 3. Unknown, or under way: see loading().
+            if run is None or not run.finished:
                 return None
             content = run.get(key)
-            if content is None or self._is_in_use(run):  # part of a run, requested too soon to prove anything
+            # 4. Part of a run, requested too soon to prove anything, or gone from it: the run stays new.
+            if content is None or self._is_in_use(run):
                 self._use(run)
                 return content
             # A view would keep the whole run in memory.
             content = bytes(content)
             self._new.move_to_end(run)
             self._take_out(run, key)
+        # 5. Requested again after a while: it leaves the new pieces, or its run, and is proven.
         self._prove(key, content)
         self._make_room()
         return content
@@ -225,7 +230,7 @@ class InflatedCache:
             if len(run.keys) == 1 and not isinstance(content, memoryview):
                 (key,) = run.keys
                 del self._runs[key]
-                self.keep(key, content)
+                self.insert(key, content)
             else:
                 self._came += len(content)
                 if run.asked is not None:
@@ -234,7 +239,7 @@ class InflatedCache:
                 self._add(run, content, run.memory)
         run.finish()
 
-    def keep(self, key: int, content: Content) -> None:
+    def insert(self, key: int, content: Content) -> None:
         """Insert a single piece, whose key must be neither cached nor under way."""
         self._came += len(content)
         self._add(key, content, len(content))

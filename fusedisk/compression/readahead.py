@@ -29,7 +29,7 @@ class Stream:
         """End of what is to be fetched."""
 
     @property
-    def wanted(self) -> int:
+    def bytes_wanted(self) -> int:
         """Bytes still to be fetched."""
         return max(self.until - self.ahead, 0)
 
@@ -62,7 +62,7 @@ class Readahead:
                 twice = streams.get(end)
                 if twice is not None and twice.offset == offset:
                     # The same request again, because not all of it could be answered at once.
-                    return twice.wanted
+                    return twice.bytes_wanted
                 stream = self._before_hole(offset)
             if stream is None:
                 following = self._following(offset)
@@ -76,7 +76,7 @@ class Readahead:
             if not following:
                 late = self._passed(offset, end)
                 if late is not None:
-                    return late.wanted
+                    return late.bytes_wanted
         if same is None and len(others) == MAX_STREAMS:
             del others[next(iter(others))]
         others[end] = offset, following
@@ -120,7 +120,7 @@ class Readahead:
             first = max(FIRST_WINDOW, 2 * (end - offset), 2 * self._unit)
             stream.window = min(max(2 * stream.window, first), self._longest)
             stream.until = min(end + stream.window, limit)
-        return stream.wanted
+        return stream.bytes_wanted
 
     def _step(self, window: int) -> int:
         """How much of its window a stream uses before the window moves on: a quarter, rounded up to whole batches if
@@ -128,7 +128,7 @@ class Readahead:
         quarter = window // 4
         return quarter if window < 2 * self._batch else -(-quarter // self._batch) * self._batch
 
-    def wanted(self) -> Stream | None:
+    def next_stream(self) -> Stream | None:
         """Return a stream with something to fetch, each in turn; the caller then advances its ``ahead``."""
         for position, stream in self._streams.items():
             if stream.ahead < stream.until:

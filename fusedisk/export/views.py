@@ -92,7 +92,7 @@ class PartitionExport(View):
         return found
 
     async def _count(self) -> int:
-        end = max(0, min(self.backend.length, self._there()))
+        end = max(0, min(self.backend.length, self._bytes_left()))
         offset = found = lookups = 0
         while offset < end and lookups < _MOST_LOOKUPS:
             status = await self.backend.block_status(offset, end - offset)
@@ -118,7 +118,7 @@ class PartitionExport(View):
 
     # The disk may have become shorter: a request for what is gone must not get as far as the drivers.
 
-    def _there(self) -> int:
+    def _bytes_left(self) -> int:
         """Return how many bytes of the partition are still on the disk."""
         return self.disk.backend.length - self.partition.start
 
@@ -135,7 +135,7 @@ class PartitionExport(View):
     def check_read(self, offset: int, length: int) -> None:
         """Raise OutOfRangeError (EIO) past the end of a disk that has become shorter."""
         end = min(offset + length, self.backend.length)
-        if end > max(self._there(), offset):
+        if end > max(self._bytes_left(), offset):
             raise OutOfRangeError(
                 f"'{self.name}' goes on up to {self.partition.end}, but '{self.disk.name}' has become shorter and ends "
                 f"at {self.disk.backend.length}.",
@@ -144,22 +144,22 @@ class PartitionExport(View):
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:
         """Like Export.write; the disk's end counts too if the disk has become shorter."""
-        there = self._there()
+        there = self._bytes_left()
         if offset >= there and self.writable:
             raise NoSpaceError(f"'{self.name}' has only {max(there, 0)} bytes left, as '{self.disk.name}' is shorter.")
         return await super().write(offset, memoryview(data)[: there - offset])
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:
         """Like Export.read_now, but only within the disk."""
-        return offset + len(buffer) <= self._there() and super().read_now(offset, buffer)
+        return offset + len(buffer) <= self._bytes_left() and super().read_now(offset, buffer)
 
     def lend_now(self, offset: int, length: int) -> list[Lent] | Pieces | None:
         """Like Export.lend_now, but only within the disk."""
-        return super().lend_now(offset, length) if offset + length <= self._there() else None
+        return super().lend_now(offset, length) if offset + length <= self._bytes_left() else None
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Like Export.write_now, but only within the disk."""
-        return offset + len(data) <= self._there() and super().write_now(offset, data)
+        return offset + len(data) <= self._bytes_left() and super().write_now(offset, data)
 
     async def xattrs(self) -> dict[str, str]:
         """Return the disk's attributes and those from the partition table."""

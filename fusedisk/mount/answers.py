@@ -97,7 +97,7 @@ class Answers:
         export = self._operations.export_of(inode)
         number, handle = await self._handles.open(export, flags)
         if self._negotiation.passthrough:
-            handle.kernel_backing_id = self._passed.opened(export)
+            handle.kernel_backing_id = self._passed.handle_opened(export)
             if handle.kernel_backing_id:
                 return wire.OPEN_OUT.pack(number, wire.FOPEN_PASSTHROUGH, handle.kernel_backing_id)
         cached = self._operations.cached(export)
@@ -107,7 +107,7 @@ class Answers:
     async def _release(self, number: int) -> bytes:
         handle = self._handles.close(number)
         if self._negotiation.passthrough and handle is not None:
-            self._passed.closed(handle.export, handle.kernel_backing_id)
+            self._passed.handle_closed(handle.export, handle.kernel_backing_id)
         return b""
 
     async def _fsync(self, number: int, flags: int) -> bytes:
@@ -129,7 +129,7 @@ class Answers:
             await ranges.zero(export, offset, length, punch=what == wire.PUNCH_HOLE, keep_size=keep_size)
         else:
             raise FUSEError(errno.EOPNOTSUPP)
-        await handle.settle()
+        await handle.sync_if_requested()
         return b""
 
     async def _lseek(self, number: int, offset: int, whence: int, padding: int) -> bytes:
@@ -140,5 +140,5 @@ class Answers:
     ) -> bytes:
         onto = self._handle(target)
         copied = await ranges.copy(self._handle(source).export, offset, onto.export, position, length)
-        await onto.settle()
+        await onto.sync_if_requested()
         return wire.WRITE_OUT.pack(copied, 0)

@@ -179,27 +179,27 @@ class Channel:
         request = self._take_request()
         vector, head, data = request.vector, request.head, request.data
         content = data[:0]
-        polling, nap, busy, turns = self._polling, self._nap.take, self._busy, self._turns
+        polling, nap, busy, turns = self._polling, self._nap.sleep, self._busy, self._turns
         admission, shared = self._admission, self._shared
         turns.begin(clock())
         asked = 0.0
         while True:
             # 1. Nap instead of polling, unless another task has work to do.
-            if polling.naps and not (admission.places or self._forwarded or in_background()) and not nap():
+            if polling.should_nap and not (admission.places or self._forwarded or in_background()) and not nap():
                 polling.overslept()
             # 2. Read. Exits: no request yet (poll again, or wait) · the mount is gone · it was withdrawn · broken.
             try:
                 length = readv(device, vector)
             except BlockingIOError:
                 now = clock()
-                if now < polling.deadline and not (admission.places or self._forwarded or in_background()):
+                if now < polling.spin_until and not (admission.places or self._forwarded or in_background()):
                     asked = now
                     continue
                 await trio.lowlevel.wait_readable(device)
                 now = clock()
                 turns.begin(now)
                 polling.woke(now, asked)
-                if busy is not None and polling.soon:
+                if busy is not None and polling.recent_request:
                     busy()
                 asked = 0.0
                 continue
@@ -263,7 +263,7 @@ class Channel:
             # 6. After a while give other tasks a turn: soon if there are any that we know of, later in any case.
             now = clock()
             if turns.is_over(now) and (
-                admission.places or self._forwarded or in_background() or turns.is_long_over(now, polling.naps)
+                admission.places or self._forwarded or in_background() or turns.is_long_over(now, polling.should_nap)
             ):
                 if busy is not None:
                     busy()

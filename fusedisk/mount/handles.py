@@ -56,7 +56,7 @@ class Handle:
             raise NoSpaceError(f"'{self.export.name}' ended {len(data) - written} bytes before a write did.")
         return written
 
-    async def settle(self) -> None:
+    async def sync_if_requested(self) -> None:
         """Flush before a change through this handle is answered, if the handle is synchronous."""
         if self.synchronous:
             await self.export.flush()

@@ -38,7 +38,7 @@ class Nap:
         if self._timer >= 0:
             os.close(self._timer)
 
-    def take(self) -> bool:
+    def sleep(self) -> bool:
         """Sleep; return whether the descriptor became readable."""
         if self._timer < 0:
             return bool(self._poll(TICK * 1e3))

@@ -306,7 +306,7 @@ class Operations(pyfuse3.Operations):
         handle = self.handles.find(fh)
         async with handle.export.changing(off, len(buf)):
             written = await handle.write(off, buf)
-            await handle.settle()
+            await handle.sync_if_requested()
         return written
 
     @_guarded

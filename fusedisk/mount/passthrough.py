@@ -48,7 +48,7 @@ class PassedThrough:
         self._others: dict[Export, int] = {}
         """The number of open handles that are not passed through."""
 
-    def opened(self, export: Export) -> int:
+    def handle_opened(self, export: Export) -> int:
         """Handle the opening of a file. Returns the number of the kernel's backing file for it, 0 if we serve it."""
         backing = self._backings.get(export)
         if backing is None and not self._others.get(export):
@@ -59,7 +59,7 @@ class PassedThrough:
         backing.handles += 1
         return backing.number
 
-    def closed(self, export: Export, number: int) -> None:
+    def handle_closed(self, export: Export, number: int) -> None:
         """Handle the closing of a handle that was opened with this number."""
         if not number:
             self._others[export] -= 1

@@ -19,11 +19,11 @@ _SOON = 1e-3
 """A gap of fewer seconds between an answer and the next request predicts another short gap."""
 _WAKING = 22e-6
 """Processor seconds that one sleep and one wake-up cost."""
-_SHARE = 0.5
+_ANSWER_SHARE = 0.5
 """What spinning may cost, as a share of the time spent answering."""
-_NAPPED = 1e-6
+_NAP_CREDIT = 1e-6
 """Credit in seconds that a nap adds."""
-_MOST = 400e-6
+_MAX_CREDIT = 400e-6
 """The largest credit in seconds. A small limit, so that longer gaps end the spinning soon."""
 
 
@@ -31,18 +31,18 @@ class Polling:
     """What is known of the gaps between an answer and the next request on one connection. All times are seconds of one
     monotonic clock."""
 
-    __slots__ = ("_account", "_answered", "_may_ask", "deadline", "naps", "soon")
+    __slots__ = ("_account", "_answered", "_may_ask", "recent_request", "should_nap", "spin_until")
 
     def __init__(self, *, may_ask: bool) -> None:
         """``may_ask``: there are at least two processors, so that spinning does not starve the client."""
         self._may_ask = may_ask
         self._account = 0.0
         self._answered = 0.0
-        self.soon = False
+        self.recent_request = False
         """Whether the last request followed the one before it closely."""
-        self.deadline = 0.0
+        self.spin_until = 0.0
         """Spin until then; 0: do not spin."""
-        self.naps = False
+        self.should_nap = False
         """Whether to nap instead of spinning."""
 
     def woke(self, now: float, asked: float) -> None:
@@ -50,23 +50,23 @@ class Polling:
         that; 0 if there was at most one."""
         if asked:
             self._account -= asked - self._answered
-        self.soon = now - self._answered < _SOON
-        self.deadline = 0.0
-        self.naps = False
+        self.recent_request = now - self._answered < _SOON
+        self.spin_until = 0.0
+        self.should_nap = False
 
     def overslept(self) -> None:
         """Note a nap in which nothing arrived."""
-        self.soon = self.naps = False
+        self.recent_request = self.should_nap = False
 
     def answered(self, now: float, asked: float) -> None:
         """Note that a request was answered or handed on. ``asked``: time of the last empty poll before it; 0 if it was
         there already, arrived during a nap, or was waited for."""
         if asked:
-            worth = _WAKING + _SHARE * (now - asked)
-            self._account = min(self._account + worth - (asked - self._answered), _MOST)
-        elif self.naps:
-            self._account += _NAPPED
+            worth = _WAKING + _ANSWER_SHARE * (now - asked)
+            self._account = min(self._account + worth - (asked - self._answered), _MAX_CREDIT)
+        elif self.should_nap:
+            self._account += _NAP_CREDIT
         self._answered = now
-        asks = self.soon and self._may_ask and self._account > 0
-        self.deadline = now + ASK if asks else 0.0
-        self.naps = self.soon and not asks
+        asks = self.recent_request and self._may_ask and self._account > 0
+        self.spin_until = now + ASK if asks else 0.0
+        self.should_nap = self.recent_request and not asks

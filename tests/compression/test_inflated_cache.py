@@ -16,7 +16,7 @@ from fusedisk.compression.inflated_cache import InflatedCache, Run
 
 def kept(cache: InflatedCache, key: int, size: int = 10) -> None:
     if key % 2:
-        cache.keep(key, bytes([key]) * size)
+        cache.insert(key, bytes([key]) * size)
     else:
         cache.finish(cache.begin([key], size), bytes([key]) * size, {})
 
@@ -283,11 +283,11 @@ def test_a_view_counts_as_what_it_keeps_in_memory() -> None:
     cache.finish(cache.begin([1], 10, asked=False), whole[:10], {})
     assert cache.size == 100
     for key in range(2, 7):
-        cache.keep(key, bytes([key]) * 10)
+        cache.insert(key, bytes([key]) * 10)
     assert cache.size == 150
     assert cache.get(1) == bytes(10)
     for key in range(7, 12):
-        cache.keep(key, bytes([key]) * 10)
+        cache.insert(key, bytes([key]) * 10)
     assert type(cache.get(1)) is bytes
     assert cache.size == 110
 
@@ -338,7 +338,7 @@ def test_whatever_happens_nobody_gets_what_is_not_there(seed: int, capacity: int
                 assert all(right(each, run.get(each)) for each in at)
                 assert all(at[each] == generations[each] for each in run.errors)
             case 4 if not cache.knows(key):
-                cache.keep(key, content(key, generations[key]))
+                cache.insert(key, content(key, generations[key]))
                 assert right(key, cache.get(key))
             case 5:
                 cache.drop(key)

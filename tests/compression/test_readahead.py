@@ -13,7 +13,7 @@ SIZE = 1 << 30
 def ahead(readahead: Readahead) -> list[tuple[int, int]]:
     """All that is wanted, which is taken as fetched."""
     found = []
-    while (stream := readahead.wanted()) is not None:
+    while (stream := readahead.next_stream()) is not None:
         found.append((stream.ahead, stream.until))
         stream.ahead = stream.until
     return found
@@ -48,7 +48,7 @@ def test_random_readers_are_left_alone() -> None:
         # One hot cluster, again and again.
         offset = rng.randrange(0, 16, 2) << 12
         assert not readahead.notice(offset, offset + 4096, SIZE)
-    assert readahead.wanted() is None
+    assert readahead.next_stream() is None
 
 
 def test_several_readers_at_once_and_none_of_them_too_far_ahead() -> None:
@@ -74,7 +74,7 @@ def test_wanted_takes_turns() -> None:
             readahead.notice(at, at + UNIT, SIZE)
     order = []
     for _ in range(6):
-        stream = readahead.wanted()
+        stream = readahead.next_stream()
         assert stream is not None
         order.append(stream.ahead >> 26)
         stream.ahead += 1
@@ -135,6 +135,6 @@ def test_what_is_forgotten_is_wanted_again_by_who_reads_on() -> None:
     for step in range(3):
         readahead.notice(step * UNIT, (step + 1) * UNIT, SIZE)
     readahead.forget()
-    assert readahead.wanted() is None
+    assert readahead.next_stream() is None
     assert readahead.notice(3 * UNIT, 4 * UNIT, SIZE)
     assert ahead(readahead)[0][0] == 4 * UNIT

@@ -299,8 +299,8 @@ async def test_other_work_gets_its_turn_between_naps(monkeypatch: pytest.MonkeyP
     request comes in the nap that follows. Nobody else sends any here."""
     ticks = itertools.count()
     monkeypatch.setattr(channel, "perf_counter", lambda: 100e-6 * next(ticks))
-    polling = SimpleNamespace(naps=True, deadline=0.0, answered=lambda *_: None, woke=lambda *_: None)
-    polling.overslept = lambda: setattr(polling, "naps", False)
+    polling = SimpleNamespace(should_nap=True, spin_until=0.0, answered=lambda *_: None, woke=lambda *_: None)
+    polling.overslept = lambda: setattr(polling, "should_nap", False)
     monkeypatch.setattr(channel, "Polling", lambda **_: polling)
     naps = 0
 
@@ -311,13 +311,13 @@ async def test_other_work_gets_its_turn_between_naps(monkeypatch: pytest.MonkeyP
             setup.kernel.push_write(0, bytes(4096))
         return naps <= 200
 
-    monkeypatch.setattr(channel.Nap, "take", nap)
+    monkeypatch.setattr(channel.Nap, "sleep", nap)
     busy: list[int] = []
     async with serving(lambda: busy.append(setup.disk.writes)) as setup:
         await setup.kernel.write(0, bytes(4096))
         answered = [0]
         with trio.fail_after(30):
-            while polling.naps:
+            while polling.should_nap:
                 await trio.lowlevel.checkpoint()
                 answered.append(setup.disk.writes)
     assert naps == 201

@@ -30,11 +30,11 @@ def sleeper(pipe: tuple[int, int]) -> Iterator[Nap]:
 def test_what_is_there_already_ends_it(sleeper: Nap, pipe: tuple[int, int]) -> None:
     os.write(pipe[1], b"x")
     for _ in range(3):
-        assert sleeper.take()
+        assert sleeper.sleep()
 
 
 def test_nothing_comes_again_and_again(sleeper: Nap) -> None:
-    assert [sleeper.take() for _ in range(5)] == [False] * 5
+    assert [sleeper.sleep() for _ in range(5)] == [False] * 5
 
 
 def test_what_comes_during_a_nap_ends_it(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_what_comes_during_a_nap_ends_it(pipe: tuple[int, int], monkeypatch: pyt
     for _ in range(20):
         thread = threading.Thread(target=os.write, args=(pipe[1], b"x"))
         thread.start()
-        assert sleeper.take()
+        assert sleeper.sleep()
         thread.join()
         os.read(pipe[0], 1)
     sleeper.close()
@@ -52,7 +52,7 @@ def test_what_comes_during_a_nap_ends_it(pipe: tuple[int, int], monkeypatch: pyt
 
 def test_a_timer_that_ran_out_long_ago_does_not_end_the_next_one(sleeper: Nap, pipe: tuple[int, int]) -> None:
     os.write(pipe[1], b"x")
-    assert sleeper.take()
+    assert sleeper.sleep()
     os.read(pipe[0], 1)
     polled = []
     poll = sleeper._poll
@@ -64,7 +64,7 @@ def test_a_timer_that_ran_out_long_ago_does_not_end_the_next_one(sleeper: Nap, p
     sleeper._poll = counted  # type: ignore[method-assign, assignment]
     while not poll():
         pass  # until it has run out
-    assert not sleeper.take()
+    assert not sleeper.sleep()
     assert len(polled) == 2
 
 
@@ -72,7 +72,7 @@ def test_the_other_end_is_gone(sleeper: Nap) -> None:
     read, write = os.pipe()
     other = Nap(read)
     os.close(write)
-    assert other.take()
+    assert other.sleep()
     other.close()
     os.close(read)
 
@@ -84,7 +84,7 @@ def test_naps_without_a_timer_of_their_own(monkeypatch: pytest.MonkeyPatch, pipe
 
     monkeypatch.setattr(nap, "_libc", Library())
     sleeper = Nap(pipe[0])
-    assert not sleeper.take()
+    assert not sleeper.sleep()
     os.write(pipe[1], b"x")
-    assert sleeper.take()
+    assert sleeper.sleep()
     sleeper.close()

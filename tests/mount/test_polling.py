@@ -26,15 +26,15 @@ class Timeline:
         """Let some come; returns how each was waited for."""
         for _ in range(count):
             came, asked = self.now + gap, 0.0
-            if self.polling.naps and gap < TICK:
+            if self.polling.should_nap and gap < TICK:
                 way, self.now = "napped", came + WAKING
             else:
-                if self.polling.naps:
+                if self.polling.should_nap:
                     self.polling.overslept()
-                if self.polling.deadline:
-                    asked = min(came, self.polling.deadline)
+                if self.polling.spin_until:
+                    asked = min(came, self.polling.spin_until)
                     self.asking += asked - self.now
-                if came < self.polling.deadline:
+                if came < self.polling.spin_until:
                     way, self.now = "asked", came
                 else:
                     way, self.now = "waited", came + WAKING
@@ -99,7 +99,7 @@ def test_one_processor_is_never_taken_from_who_is_waited_for() -> None:
 
 def test_it_waits_again_after_a_nap_in_which_nothing_came(timeline: Timeline) -> None:
     timeline.requests(100, gap=2 * ASK)
-    assert timeline.polling.naps
+    assert timeline.polling.should_nap
     timeline.polling.overslept()
-    assert not timeline.polling.naps
-    assert not timeline.polling.deadline
+    assert not timeline.polling.should_nap
+    assert not timeline.polling.spin_until

@@ -89,13 +89,14 @@ class Opener:
                 seen[found] = node
                 await overlay.driver.backing_opened()
         except BaseException as exc:
-            # The images so far are all that a look at the headers needs.
+            # Exit 1: a look at the headers needs no more than the images so far.
             if self.graph.look_only and isinstance(exc, FusediskError):
                 node.missing_backing = exc
                 return top
-            # Otherwise close them: every node of the chain hangs on the top one.
+            # Exit 2: it fails. Every node of the chain hangs on the top one, so closing that closes all.
             await self.graph.close_failed_opening(top, exc)
             raise
+        # Exit 3: the chain is complete, or ends at a node that was open already.
         return top
 
     async def _backing_options(

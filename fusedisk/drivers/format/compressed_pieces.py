@@ -206,7 +206,7 @@ class CompressedPieces:
         except InflateError:
             return None  # read raises the error
         self._glances.whole(key)
-        self._cache.keep(key, content)
+        self._cache.insert(key, content)
         return content
 
     def cached(self, key: int, inside: int, length: int) -> memoryview | None:
@@ -246,7 +246,7 @@ class CompressedPieces:
     def _begin_wanted(self) -> tuple[Run, list[Where]] | None:
         """Start a run with the pieces that sequential readers need next; None if there are none."""
         new: dict[int, None] = {}
-        while not new and (stream := self._readahead.wanted()) is not None:
+        while not new and (stream := self._readahead.next_stream()) is not None:
             room = AHEAD_BATCH
             stream.until = min(stream.until, self._source.length)  # it may have become shorter
             while room > 0 and stream.ahead < stream.until:
