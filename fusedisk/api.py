@@ -256,7 +256,7 @@ def open(
         force_share=flag("force_share", force_share),
         cache_direct=mode.direct,
         cache_no_flush=mode.no_flush,
-        discard_unmap=discard == "unmap",
+        discard=discard,
         detect_zeroes=detect_zeroes,
         copy_on_read=copy_on_read,
     )

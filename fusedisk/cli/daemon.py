@@ -53,14 +53,18 @@ two clusters, and would wait for Python's default of five milliseconds."""
 
 @dataclasses.dataclass(slots=True)
 class MountRequest:
-    """The options of ``fusedisk mount``, checked as far as possible without opening anything. Paths are absolute."""
+    """The options of ``fusedisk mount``, checked as far as possible without opening anything. Paths are absolute.
+
+    An option keeps its name all the way: in one of these groups, each for the package that needs it, and from there to
+    the node or the export. Only ``cache`` is taken apart, by :meth:`.OpenSettings.config`.
+    """
 
     images: list[ImageRequest]
     mountpoint: str
     settings: OpenSettings
     serve: ServeSettings = dataclasses.field(default_factory=ServeSettings)
     allow_other: bool = False
-    allow_paths: tuple[str, ...] = ()
+    allow_path: tuple[str, ...] = ()
     allow_any_reference: bool = False
     pid_file: str | None = None
     ready_fd: int | None = None
@@ -79,7 +83,7 @@ class Daemon:
     def __init__(self, request: MountRequest, report: Report) -> None:
         self.request = request
         self._report: Report | None = report
-        self.graph = Graph(DRIVERS, Gate(request.allow_paths, allow_any=request.allow_any_reference))
+        self.graph = Graph(DRIVERS, Gate(request.allow_path, allow_any=request.allow_any_reference))
         self.registry = Registry(self.graph)
         """The files of the mount; they may change while it serves."""
         self.session: Session | None = None

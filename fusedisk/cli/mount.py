@@ -5,10 +5,11 @@ Nothing heavy is imported before the daemon has forked: the command itself only 
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,6 +20,11 @@ from fusedisk.cli.owner import group, user
 if TYPE_CHECKING:
     from fusedisk.cli.daemon import MountRequest
     from fusedisk.core.errors import FusediskError
+    from fusedisk.export.export import FileSettings
+    from fusedisk.export.opening import OpenSettings
+    from fusedisk.mount.settings import ServeSettings
+
+    _Settings = TypeVar("_Settings", OpenSettings, FileSettings, ServeSettings)
 
 
 def _check_images(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -207,37 +213,36 @@ def make_request(given: dict[str, Any]) -> MountRequest:
         images.append(ImageRequest(text, spec, name))
     if given["name"] is not None:
         images[0].name = check_name(given["name"])
-    settings = OpenSettings(
-        format=given["format"],
-        read_only=given["read_only"],
-        overlay=given["overlay"],
-        overlay_file=_absolute(given["overlay_file"]),
-        copy_on_read=given["copy_on_read"],
-        detect_zeroes=given["detect_zeroes"],
-        discard_unmap=given["discard"] == "unmap",
-        cache=given["cache"],
-        force_share=given["force_share"],
-        partitions=given["partitions"],
-        snapshots=given["snapshots"],
-        key_file=_key_file(given["key_file"]),
-        file=FileSettings(_mode(given["mode"]), given["uid"], given["gid"], given["growable"]),
-    )
     return MountRequest(
         images=images,
         mountpoint=mountinfo.absolute(given["mountpoint"]),
-        settings=settings,
-        serve=ServeSettings(
+        settings=_settings(
+            OpenSettings,
+            given,
+            overlay_file=_absolute(given["overlay_file"]),
+            key_file=_key_file(given["key_file"]),
+            file=_settings(FileSettings, given, mode=_mode(given["mode"])),
+        ),
+        serve=_settings(
+            ServeSettings,
+            given,
             channel=given["channel"] != "off",
             kernel_cache=given["kernel_cache"] != "off",
             passthrough=Passthrough(given["passthrough"]),
-            low_latency=given["low_latency"],
         ),
         allow_other=mountpoint.allow_other(given["allow_other"]),
-        allow_paths=tuple(map(paths.absolute, given["allow_path"])),
+        allow_path=tuple(map(paths.absolute, given["allow_path"])),
         allow_any_reference=given["allow_any_reference"],
         pid_file=_absolute(given["pid_file"]),
         ready_fd=given["ready_fd"],
     )
+
+
+def _settings(kind: type[_Settings], given: dict[str, Any], **converted: Any) -> _Settings:
+    """Return settings whose fields have the names of the options; ``converted``: those that need another value than
+    click's."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: given[name] for name in names - converted.keys()}, **converted)
 
 
 def _check_combination(given: dict[str, Any]) -> None:

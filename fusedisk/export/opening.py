@@ -39,7 +39,8 @@ class ImageRequest:
 
 @dataclasses.dataclass(slots=True)
 class OpenSettings:
-    """How to open the images of a mount, and the attributes of their files."""
+    """How to open the images of a mount, and the attributes of their files. Each field has the name of its option, and
+    those of :class:`NodeConfig` have their names there, too."""
 
     format: str | None = None
     read_only: bool = False
@@ -49,7 +50,7 @@ class OpenSettings:
     """A named layer takes the writes; an absolute path."""
     copy_on_read: bool = False
     detect_zeroes: str = "off"
-    discard_unmap: bool = False
+    discard: str = "ignore"
     cache: str = "writeback"
     force_share: bool = False
     partitions: bool = False
@@ -72,7 +73,7 @@ class OpenSettings:
             force_share=self.force_share,
             cache_direct=mode.direct,
             cache_no_flush=mode.no_flush,
-            discard_unmap=self.discard_unmap,
+            discard=self.discard,
             detect_zeroes=self.detect_zeroes,
             copy_on_read=self.copy_on_read,
         )

@@ -108,7 +108,7 @@ async def open_named(graph: Graph, layer: Layer, path: str) -> Backend:
 
 
 async def _open_image(graph: Graph, layer: Layer) -> Backend:
-    config = dataclasses.replace(layer.config, copy_on_read=False, detect_zeroes="off", discard_unmap=False)
+    config = dataclasses.replace(layer.config, copy_on_read=False, detect_zeroes="off", discard="ignore")
     return await graph.open_backend(layer.image, name=layer.text, format=layer.format, config=config)
 
 

@@ -208,7 +208,7 @@ async def open_partitions(graph: Graph, disk: Export, settings: FileSettings) ->
         return []
     assert disk.backend.root is not None
     group = disk.backend.root.group = disk.backend.root.group or object()
-    config = NodeConfig(force_share=disk.backend.node.config.force_share, discard_unmap=True)
+    config = NodeConfig(force_share=disk.backend.node.config.force_share, discard="unmap")
     found: list[Export] = []
     for partition in table.partitions:
         name = check_name(f"{disk.name}.p{partition.number}")

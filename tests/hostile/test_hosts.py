@@ -281,7 +281,7 @@ async def test_a_disk_that_cannot_grow_with_its_space_stays_as_it_is(
         path = tmp_path / "small" / "disk.qcow2"
         qemu_img("create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size}", path, "1M")
         graph = Graph(DRIVERS)
-        backend = await graph.open_backend(str(path), writable=True, config=NodeConfig(discard_unmap=True))
+        backend = await graph.open_backend(str(path), writable=True, config=NodeConfig(discard="unmap"))
         await backend.write(0, b"s" * 100_000)
         await backend.flush()
         taken = path.stat().st_blocks

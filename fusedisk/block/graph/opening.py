@@ -404,7 +404,7 @@ def pop_common_options(options: dict[str, Any], defaults: NodeConfig) -> tuple[N
         found[f"cache_{key.replace('-', '_')}"] = parse_bool(value, f"option 'cache.{key}'")
     if "discard" in options:
         choice = _choice(options.pop("discard"), "discard", ("ignore", "unmap", "off", "on"))
-        found["discard_unmap"] = choice in ("unmap", "on")
+        found["discard"] = "unmap" if choice in ("unmap", "on") else "ignore"
     if "detect-zeroes" in options:
         found["detect_zeroes"] = _choice(options.pop("detect-zeroes"), "detect-zeroes", ("off", "on", "unmap"))
     config = dataclasses.replace(defaults, **found)

@@ -81,7 +81,7 @@ class GraphChange:
         """Open a node with the settings of ``over``, which the options may refer to by name. Until the change is in
         force it needs no permission but that to read, so it may even be one that will shut out today's users."""
         config = dataclasses.replace(
-            over.config, detect_zeroes="off", copy_on_read=False, discard_unmap=True, reference=None
+            over.config, detect_zeroes="off", copy_on_read=False, discard="unmap", reference=None
         )
         node = await Opener(self._graph, dormant=True).open(options, config, None)
         self._opened.append(node)

@@ -93,8 +93,8 @@ class NodeConfig:
     """Bypass the host's page cache (O_DIRECT)."""
     cache_no_flush: bool = False
     """Ignore flushes to disk: fast and unsafe."""
-    discard_unmap: bool = False
-    """Pass discards on; otherwise they are dropped."""
+    discard: str = "ignore"
+    """ignore (drop them) or unmap (pass them on)."""
     detect_zeroes: str = "off"
     """off, on (writes of zeroes become write-zeroes) or unmap (they may also free the space)."""
     copy_on_read: bool = False
@@ -107,9 +107,7 @@ class NodeConfig:
         options: dict[str, Any] = {}
         for field in fields:
             value = getattr(self, field)
-            if field == "discard_unmap":
-                options["discard"] = "unmap" if value else "ignore"
-            elif field.startswith("cache_"):
+            if field.startswith("cache_"):
                 options.setdefault("cache", {})[field.removeprefix("cache_").replace("_", "-")] = value
             else:
                 options[field.replace("_", "-")] = value
@@ -122,11 +120,11 @@ class NodeConfig:
                 self,
                 read_only=True,
                 auto_read_only=False,
-                discard_unmap=False,
+                discard="ignore",
                 detect_zeroes="off",
                 copy_on_read=False,
             )
-        return dataclasses.replace(self, discard_unmap=True, detect_zeroes="off", copy_on_read=False)
+        return dataclasses.replace(self, discard="unmap", detect_zeroes="off", copy_on_read=False)
 
 
 class Node:

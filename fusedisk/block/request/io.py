@@ -272,7 +272,7 @@ async def write_zeroes(node: Node, offset: int, length: int, flags: int = 0) -> 
     check_writable(node, flags)
     end = offset + length
     check_end(node, end, "Zeroing")
-    if not node.config.discard_unmap and node.config.detect_zeroes != "unmap":
+    if node.config.discard != "unmap" and node.config.detect_zeroes != "unmap":
         flags &= ~MAY_UNMAP
     unit = max(node.limits.zeroes_alignment, node.limits.request_alignment, node.limits.cluster_size)
     guard = node.guards_probe and offset < PROBE_SIZE

@@ -78,7 +78,7 @@ async def discard(node: Node, offset: int, length: int) -> None:
     """Free a range, as far as the node's settings and driver allow; the rest stays as it is. A range longer than the
     driver's limit is freed piece by piece: requests for the pieces that are done go on meanwhile."""
     check_writable(node, 0)
-    if not node.config.discard_unmap:
+    if node.config.discard != "unmap":
         return
     start, stop = _discardable(node, offset, length)
     if start >= stop:
@@ -151,7 +151,7 @@ async def discard_ranges(node: Node, ranges: Sequence[tuple[int, int]]) -> None:
     """Free many short ranges as :func:`discard` frees one, with few trips to the host. ``ranges``: offset and length of
     each, sorted. The caller sees to it that nobody writes to those whose turn is yet to come."""
     check_writable(node, 0)
-    if not node.config.discard_unmap:
+    if node.config.discard != "unmap":
         return
     longest = _longest_discard(node)
     for first in range(0, len(ranges), _RANGES_AT_ONCE):

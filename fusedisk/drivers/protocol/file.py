@@ -434,7 +434,7 @@ class FileDriver(Driver):
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         with self._extension(offset + length):
-            if flags & MAY_UNMAP and self.node.config.discard_unmap and self._can_punch:
+            if flags & MAY_UNMAP and self.node.config.discard == "unmap" and self._can_punch:
                 try:
                     await self._change_range(self._punch_hole, offset, length)
                     return
@@ -458,7 +458,7 @@ class FileDriver(Driver):
         await self._discard(self._free_ranges, ranges)
 
     async def _discard(self, free: Callable[..., None], *args: Any) -> None:
-        if not self.node.config.discard_unmap:
+        if self.node.config.discard != "unmap":
             return
         if not self._can_discard:
             raise self._no_fallocate()

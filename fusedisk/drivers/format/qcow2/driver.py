@@ -191,7 +191,7 @@ class Qcow2Driver(SnapshotDriver):
         self.allocator.keeps_discarded = options.discard_no_unref
         request = options.pass_discard_request
         wanted = {
-            Reason.REQUEST: self.node.config.discard_unmap if request is None else request,
+            Reason.REQUEST: self.node.config.discard == "unmap" if request is None else request,
             Reason.SNAPSHOT: options.pass_discard_snapshot,
             Reason.OTHER: options.pass_discard_other,
         }
