@@ -278,15 +278,17 @@ class Daemon:
         """Unmount as soon as the mount is neither in use nor covered; log what it waits for."""
         await self._release_loop()
         told = set()
+        quiet_until = trio.current_time() + own_mount.VISIT
         while True:
             place = session.place()
+            is_quiet = trio.current_time() < quiet_until
             try:
                 obstacle = await trio.to_thread.run_sync(own_mount.unmount_own, place, session.device)
                 if obstacle is None:
                     await self._tell_why_not_ended(session)
                     self._is_leaving = False  # another signal is answered again
                     return
-                if obstacle not in told:
+                if not is_quiet and obstacle not in told:
                     told.add(obstacle)
                     found = await trio.to_thread.run_sync(own_mount.describe, place, obstacle)
                     log.warning(
@@ -294,7 +296,8 @@ class Daemon:
                     )
             except FusediskError as exc:
                 log.error("%s", exc)
-            with trio.move_on_after(_RETRY):
+                is_quiet = False
+            with trio.move_on_after(own_mount.VISIT if is_quiet else _RETRY):
                 await session.operations.released.wait()
 
     async def _tell_why_not_ended(self, session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -75,18 +76,18 @@ def _detach(record: MountRecord, deadline: float | None, force: bool) -> None:
         loop_device.detach(device, path, force=True)
         return
 
-    def obstacle() -> str | None:
+    def attempt() -> Callable[[], str] | None:
         if loop_device.backing_file(device) != path:
             return None
         users = loop_users.users(device) + loop_users.openers(device)
         if users:
-            return f"'{device}' is {holders.listed(users)}"
+            return lambda: f"'{device}' is {holders.listed(users)}"
         # If the daemon has died, unwritten data has nowhere to go.
         if _take_off(record, device, path):
             return None
-        return f"'{device}' is in use by something that cannot be seen from here"
+        return lambda: f"'{device}' is in use by something that cannot be seen from here"
 
-    waiting.until_free(obstacle, deadline, "end that")
+    waiting.until_free(attempt, deadline, "end that")
 
 
 def _take_off(record: MountRecord, device: str, path: str) -> bool:

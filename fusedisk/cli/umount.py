@@ -359,8 +359,10 @@ def _unmount(mount: Mount, deadline: float | None, record: MountRecord | None = 
     device = record.loop if record is not None else None
     end_that = "end that" if device is None else f"detach it (fusedisk detach {device})"
 
-    def obstacle() -> str | None:
+    def attempt() -> Callable[[], str] | None:
         found = own_mount.unmount_own(mount.mountpoint, mount.device)
-        return None if found is None else f"'{mount.mountpoint}' is {own_mount.describe(mount.mountpoint, found)}"
+        if found is None:
+            return None
+        return lambda: f"'{mount.mountpoint}' is {own_mount.describe(mount.mountpoint, found)}"
 
-    waiting.until_free(obstacle, deadline, end_that)
+    waiting.until_free(attempt, deadline, end_that, grace=own_mount.VISIT)

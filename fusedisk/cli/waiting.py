@@ -58,21 +58,29 @@ def tell_when_interrupted(state: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def until_free(obstacle: Callable[[], str | None], deadline: float | None, way_out: str) -> None:
-    """Call ``obstacle`` until it returns None.
+def until_free(
+    attempt: Callable[[], Callable[[], str] | None],
+    deadline: float | None,
+    way_out: str,
+    *,
+    grace: float = 0.0,
+) -> None:
+    """Call ``attempt`` until it returns None, the only loop of a command that waits for the users of something.
 
-    It makes one attempt and returns what stands in the way, as the beginning of a sentence. The first answer is shown.
-    At the deadline (None: never) this raises OperationBlockedError with the last answer and ``way_out``, which says how
-    to end it.
+    Otherwise it returns a function that describes what stands in the way, as the beginning of a sentence. The first
+    description is shown. At the deadline (None: never) this raises OperationBlockedError with the last one and
+    ``way_out``, which says how to end it. For ``grace`` seconds it tries in silence, whatever the deadline.
     """
     told = False
-    while (said := obstacle()) is not None:
-        over = deadline is not None and time.monotonic() >= deadline
-        if over:
-            raise OperationBlockedError(
-                f"{said}: {way_out} first, wait with --wait, or lose unwritten data with --force."
-            )
-        if not told:
-            tell(f"{said}: waiting until that is over.")
-            told = True
+    quiet_until = time.monotonic() + grace
+    while (obstacle := attempt()) is not None:
+        now = time.monotonic()
+        if now >= quiet_until:
+            if deadline is not None and now >= deadline:
+                raise OperationBlockedError(
+                    f"{obstacle()}: {way_out} first, wait with --wait, or lose unwritten data with --force."
+                )
+            if not told:
+                tell(f"{obstacle()}: waiting until that is over.")
+                told = True
         time.sleep(POLL)

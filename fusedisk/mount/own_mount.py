@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import enum
 import os
-import time
 
 from fusedisk.mount import holders, mountinfo, umount_calls
 from fusedisk.mount.mountinfo import Mount
 
-_ATTEMPTS = 5
-_PAUSE = 0.1
-"""Seconds between attempts: desktop indexers look into a new mount and leave again."""
+VISIT = 0.5
+"""Seconds that a short visit lasts: desktop indexers look into a new mount and leave again."""
 
 
 class Obstacle(enum.Enum):
@@ -23,16 +21,15 @@ class Obstacle(enum.Enum):
 
 
 def unmount_own(place: str, device: str) -> Obstacle | None:
-    """Unmount the mount with the device number ``major:minor`` at an absolute path. Returns the obstacle if it is in
-    use or covered; None if it is gone. Raises HostError if unmounting is not permitted."""
-    for _ in range(_ATTEMPTS):
-        if not is_at(place, device):
-            return None
+    """Unmount the mount with the device number ``major:minor`` at an absolute path, each layer if it is there more than
+    once. Makes one attempt: returns the obstacle if it is in use or covered, None if it is gone. Raises HostError if
+    unmounting is not permitted."""
+    while is_at(place, device):
         if not is_on_top(place, device):
             return Obstacle.COVERED
         if not umount_calls.unmount(place):
-            time.sleep(_PAUSE)
-    return Obstacle.IN_USE
+            return Obstacle.IN_USE
+    return None
 
 
 def is_at(place: str, device: str) -> bool:
