@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from fusedisk.block.graph.backend import Backend
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.node import Node
 from fusedisk.block.request.immediate import Lent, Pieces
 from fusedisk.core.at_once import WouldWait, run_at_once

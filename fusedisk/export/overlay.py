@@ -19,7 +19,7 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.filenames import resolve_reference
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.image.create import create_image
-from fusedisk.block.model.driver import BackingReference
+from fusedisk.block.model.children import BackingReference
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.core import paths
 from fusedisk.core.errors import ImageError, host_error

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 import trio
 
 from fusedisk.block.graph.graph import Graph
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request.immediate import Lent, Pieces

@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from fusedisk.block.graph.graph import Graph
-from fusedisk.block.model.driver import COPY_ON_READ
 from fusedisk.block.model.extent import ZERO
+from fusedisk.block.model.flags import COPY_ON_READ
 from fusedisk.block.request import io
 from fusedisk.core.errors import CorruptImageError, FusediskError, NoSpaceError, ReadOnlyError
 from tests.support.memory import Store, stores

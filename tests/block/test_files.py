@@ -13,7 +13,8 @@ from fusedisk.block.graph.registry import Registry
 from fusedisk.block.image.check import open_for_check
 from fusedisk.block.image.create import create_image
 from fusedisk.block.model.check_result import CheckResult, Repair
-from fusedisk.block.model.driver import ChildSpec, Driver, Role
+from fusedisk.block.model.children import ChildSpec, Role
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.files import Files
 from fusedisk.block.request import io
 from fusedisk.core.errors import (

@@ -16,7 +16,7 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.reopen import reopen
 from fusedisk.block.image.create import create_image
 from fusedisk.block.image.information import image_information
-from fusedisk.block.model.driver import COMPRESSED
+from fusedisk.block.model.flags import COMPRESSED
 from fusedisk.block.request import io, space
 from fusedisk.block.request.status import chain_status, is_allocated_above
 from fusedisk.core.errors import HostError, OptionError

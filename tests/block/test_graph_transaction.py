@@ -13,7 +13,7 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.reopen import reopen
 from fusedisk.block.graph.transaction import GraphChange
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.core.errors import (

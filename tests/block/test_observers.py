@@ -14,7 +14,7 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.reopen import reopen
 from fusedisk.block.image.amend import amend_node
-from fusedisk.block.model.driver import COPY_ON_READ
+from fusedisk.block.model.flags import COPY_ON_READ
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change, Observer
 from fusedisk.block.model.snapshot_info import SnapshotInfo

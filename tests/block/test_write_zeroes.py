@@ -7,8 +7,8 @@ import random
 import pytest
 
 from fusedisk.block.graph.graph import Graph
-from fusedisk.block.model.driver import MAY_UNMAP, NO_FALLBACK
 from fusedisk.block.model.extent import ZERO
+from fusedisk.block.model.flags import MAY_UNMAP, NO_FALLBACK
 from fusedisk.block.request import io
 from fusedisk.core.errors import HostError, NotSupportedError
 from tests.support.memory import Store

@@ -203,7 +203,7 @@ async def test_map_covers_the_disk(disk: Disk) -> None:
 @every()
 async def test_zeroes_without_writing_or_a_refusal(disk: Disk) -> None:
     """NO_FALLBACK: done in the driver or NotSupportedError, and then nothing has changed."""
-    from fusedisk.block.model.driver import NO_FALLBACK
+    from fusedisk.block.model.flags import NO_FALLBACK
     from fusedisk.block.request import io
 
     async with disk.open() as backend:

@@ -16,7 +16,7 @@ import trio.testing
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
-from fusedisk.block.model.driver import BackingReference
+from fusedisk.block.model.children import BackingReference
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, UNALLOCATED, ZERO
 from fusedisk.block.model.node import Node

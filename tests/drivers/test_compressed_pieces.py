@@ -14,8 +14,10 @@ import trio.testing
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
-from fusedisk.block.model.driver import Buffer, ChildSpec, Driver, Role
+from fusedisk.block.model.children import ChildSpec, Role
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import SPECIAL, Extent
+from fusedisk.block.model.flags import Buffer
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
 from fusedisk.compression.inflated_cache import InflatedCache

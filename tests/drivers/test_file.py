@@ -15,7 +15,7 @@ import trio
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.reopen import reopen
-from fusedisk.block.model.driver import NO_FALLBACK
+from fusedisk.block.model.flags import NO_FALLBACK
 from fusedisk.block.request import io
 from fusedisk.core.errors import (
     HostError,

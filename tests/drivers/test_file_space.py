@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import trio
 
-from fusedisk.block.model.driver import MAY_UNMAP
 from fusedisk.block.model.extent import DATA, ZERO
+from fusedisk.block.model.flags import MAY_UNMAP
 from fusedisk.block.request import io
 from fusedisk.core.errors import (
     FusediskError,

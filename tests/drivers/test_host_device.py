@@ -14,8 +14,8 @@ import pytest
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.gate import Gate
 from fusedisk.block.graph.graph import Graph
-from fusedisk.block.model.driver import MAY_UNMAP
 from fusedisk.block.model.extent import DATA
+from fusedisk.block.model.flags import MAY_UNMAP
 from fusedisk.core.errors import FusediskError, GateError, LockConflictError, NoSpaceError, NotSupportedError
 from fusedisk.drivers.protocol import host_device, hostcalls
 from fusedisk.drivers.protocol.host_device import HostDeviceDriver

@@ -9,9 +9,11 @@ from typing import Any
 import trio
 
 from fusedisk.block.graph.registry import Registry
-from fusedisk.block.model.driver import Buffer, ChildSpec, Driver, Role, children_in_list
+from fusedisk.block.model.children import ChildSpec, Role, children_in_list
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, Extent, WriteExtent
+from fusedisk.block.model.flags import Buffer
 from fusedisk.block.request import io, space
 from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.options import Options, option

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import trio
 
 from fusedisk.block.graph.registry import Registry
-from fusedisk.block.model.driver import Buffer, ChildSpec, Role
+from fusedisk.block.model.children import ChildSpec, Role
+from fusedisk.block.model.flags import Buffer
 from fusedisk.block.model.observer import Change
 from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.at_once import refuse_to_wait

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fusedisk.block.model.driver import Buffer, Driver
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import DATA, ZERO, Extent
+from fusedisk.block.model.flags import Buffer
 from fusedisk.block.model.limits import Limits
 from fusedisk.core.errors import NoSpaceError, NotSupportedError
 from fusedisk.core.options import Options, option

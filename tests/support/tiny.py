@@ -11,7 +11,7 @@ import struct
 from typing import Any
 
 from fusedisk.block.model.check_result import CheckResult, Repair
-from fusedisk.block.model.driver import BackingReference, Role
+from fusedisk.block.model.children import BackingReference, Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import UNALLOCATED, ZERO
 from fusedisk.block.model.files import Files

@@ -10,8 +10,10 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fusedisk.block.model.driver import ZERO_NEW, BackingReference, Buffer, Driver
+from fusedisk.block.model.children import BackingReference
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import DATA, UNALLOCATED, ZERO, Extent, WriteExtent
+from fusedisk.block.model.flags import ZERO_NEW, Buffer
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.format.block_entries import Area, Entries

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import trio
 
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import COMPRESSED, FUA, MAY_UNMAP, Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import BlockStatus
+from fusedisk.block.model.flags import COMPRESSED, FUA, MAY_UNMAP
 from fusedisk.block.model.node import OBSERVE
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.snapshot_info import SnapshotInfo

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fusedisk.block.graph.permission_update import PreparedPermissions, top_down
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node
 from fusedisk.core.errors import NodeNotFoundError, OperationBlockedError, OptionError

@@ -17,7 +17,7 @@ from fusedisk.block.graph.permission_update import update_permissions
 from fusedisk.block.graph.registry import Registry
 from fusedisk.block.graph.transaction import GraphChange
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node, NodeConfig

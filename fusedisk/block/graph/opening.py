@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from fusedisk.block.graph.filenames import check_filename, parse_filename, resolve_reference
 from fusedisk.block.graph.gate import ImageReference, home_of
 from fusedisk.block.graph.probing import RAW, probe, tell_guess
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node, NodeConfig, Reference
 from fusedisk.core.errors import FusediskError, GateError, ImageError, NodeNotFoundError, OptionError

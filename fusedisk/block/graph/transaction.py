@@ -26,7 +26,7 @@ from fusedisk.block.graph.opening import Opener
 from fusedisk.block.graph.permission_update import PreparedPermissions, top_down
 from fusedisk.block.graph.reopen import Settings, new_settings
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change

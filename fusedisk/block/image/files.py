@@ -16,7 +16,8 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.filenames import parse_filename, resolve_reference
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
-from fusedisk.block.model.driver import Driver, Role
+from fusedisk.block.model.children import Role
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.node import Node
 from fusedisk.core import paths

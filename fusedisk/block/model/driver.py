@@ -55,13 +55,14 @@ Everything here runs in the one trio thread. Threads do host I/O and CPU work on
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedisk.block.model import permissions
+from fusedisk.block.model.children import BackingReference, ChildSpec, Role
 from fusedisk.block.model.extent import Extent, WriteExtent
+from fusedisk.block.model.flags import Buffer
 from fusedisk.core.errors import NotSupportedError
 from fusedisk.core.options import CreateOptions, Options
 
@@ -73,64 +74,6 @@ if TYPE_CHECKING:
     from fusedisk.block.model.node import Node, NodeConfig
     from fusedisk.block.model.snapshot_info import SnapshotInfo
     from fusedisk.core.progress import Progress
-
-Buffer = memoryview
-"""A C-contiguous memoryview of unsigned bytes."""
-
-MAY_UNMAP = 1
-"""write_zeroes: the space may be freed, as long as the range reads as zeroes."""
-NO_FALLBACK = 2
-"""write_zeroes: raise NotSupportedError rather than write zeroes out at length."""
-FUA = 4
-"""The request is on stable storage when it is answered."""
-COPY_ON_READ = 8
-"""Read: store in this node what came from its backing file."""
-UNCHANGED = 16
-"""Write: the range reads the same afterwards; needs only the *write unchanged* permission."""
-ZERO_NEW = 32
-"""truncate: the space added must read as zeroes, whatever a longer backing file holds there."""
-COMPRESSED = 64
-"""Write: store whole clusters compressed."""
-
-
-class Role(enum.Enum):
-    """What a child is for its parent."""
-
-    FILE = "file"
-    """The protocol-level storage of a format."""
-    BACKING = "backing"
-    """Holds the data that this layer does not have."""
-    DATA_FILE = "data-file"
-    """Guest data of a format whose metadata lies in ``file``."""
-    DATA = "data"
-    """An image or a file with guest data, one of several."""
-    FILTERED = "filtered"
-    """The child of a filter: same data, same length."""
-
-
-class ChildSpec(NamedTuple):
-    """A child that the graph opens from the options before the driver's ``open`` runs."""
-
-    name: str
-    """Also the option that describes the child; ``children.0`` is the first item of the list ``children``."""
-    role: Role
-    required: bool = True
-
-
-def children_in_list(options: Mapping[str, Any], name: str, role: Role) -> tuple[ChildSpec, ...]:
-    """Return a spec for each item of the list option ``name``."""
-    items = options.get(name)
-    if not isinstance(items, list) or not items:
-        return (ChildSpec(f"{name}.0", role),)  # opening says what is missing
-    return tuple(ChildSpec(f"{name}.{index}", role) for index in range(len(items)))
-
-
-class BackingReference(NamedTuple):
-    """A backing file, as named in an image's header."""
-
-    filename: str
-    format: str | None
-
 
 HoldBack = Callable[[], AbstractAsyncContextManager[None]]
 """Holds back the requests that a snapshot operation lets pass, around the moment when the mapping changes."""
@@ -170,7 +113,7 @@ class Driver:
     @classmethod
     def children_of(cls, options: Mapping[str, Any]) -> tuple[ChildSpec, ...]:
         """Return the children that the graph opens before ``open`` for these nested options; by default
-        ``child_specs``. :func:`children_in_list` helps drivers with a list of children."""
+        ``child_specs``. :func:`.children_in_list` helps drivers with a list of children."""
         return cls.child_specs
 
     # --- recognising and naming -------------------------------------------------------------------------
@@ -255,7 +198,7 @@ class Driver:
         if child.role is Role.FILTERED:
             return perm, shared
         if child.role is Role.BACKING:
-            return _backing_permissions(perm, shared)
+            return permissions.of_backing(perm, shared)
         need = permissions.CONSISTENT_READ
         if not self.node.config.read_only:
             need |= permissions.WRITE | permissions.RESIZE
@@ -557,10 +500,3 @@ class Driver:
     async def create_file(cls, filename: str, size: int, preallocation: str, nocow: bool) -> None:
         """Protocol drivers: make an empty file of ``size`` bytes, replacing the content of an existing one."""
         raise NotSupportedError(f"{cls.name} cannot create files.")
-
-
-def _backing_permissions(perm: int, shared: int) -> tuple[int, int]:
-    share = permissions.CONSISTENT_READ | permissions.WRITE_UNCHANGED
-    if shared & permissions.WRITE:
-        share |= permissions.WRITE | permissions.RESIZE
-    return perm & permissions.CONSISTENT_READ, share

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fusedisk.block.model import permissions
 
 if TYPE_CHECKING:
-    from fusedisk.block.model.driver import Role
+    from fusedisk.block.model.children import Role
     from fusedisk.block.model.node import Node
 
 

@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fusedisk.block.model.driver import Driver, Role
+from fusedisk.block.model.children import Role
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.observer import Change, Observer

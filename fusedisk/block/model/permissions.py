@@ -27,3 +27,11 @@ NAMES = {
 def names(permissions: int) -> str:
     """``write, resize`` for messages."""
     return ", ".join(name for bit, name in NAMES.items() if permissions & bit)
+
+
+def of_backing(perm: int, shared: int) -> tuple[int, int]:
+    """Return what an overlay needs of its backing file and shares there, see ``Driver.child_permissions``."""
+    share = CONSISTENT_READ | WRITE_UNCHANGED
+    if shared & WRITE:
+        share |= WRITE | RESIZE
+    return perm & CONSISTENT_READ, share

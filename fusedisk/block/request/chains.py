@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusedisk.block.model.driver import Buffer
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED
+from fusedisk.block.model.flags import Buffer
 from fusedisk.block.model.node import Node
 from fusedisk.block.request.runs import RunMap
 from fusedisk.core.zeroes import zero_fill

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import UNCHANGED
+from fusedisk.block.model.flags import UNCHANGED
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.tracked import Request
 from fusedisk.core.errors import (

@@ -19,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fusedisk.block.model.driver import Buffer, Driver
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, Extent, WriteExtent
+from fusedisk.block.model.flags import Buffer
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io, space

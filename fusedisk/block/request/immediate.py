@@ -20,8 +20,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from fusedisk.block.model.driver import Buffer, Driver
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
+from fusedisk.block.model.flags import Buffer
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
 from fusedisk.block.request.chains import Fill, fill_with_zeroes, learn

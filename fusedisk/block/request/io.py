@@ -18,8 +18,9 @@ import errno
 from collections.abc import Sequence
 from functools import partial
 
-from fusedisk.block.model.driver import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, Buffer, Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.extent import UNALLOCATED
+from fusedisk.block.model.flags import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP, UNCHANGED, Buffer
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.tracked import Request

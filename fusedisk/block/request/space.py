@@ -9,8 +9,8 @@ from contextlib import nullcontext
 import trio
 
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import UNCHANGED, ZERO_NEW
 from fusedisk.block.model.extent import UNALLOCATED, ZERO
+from fusedisk.block.model.flags import UNCHANGED, ZERO_NEW
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.tracked import Request

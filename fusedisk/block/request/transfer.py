@@ -11,8 +11,8 @@ from contextlib import nullcontext
 
 import trio
 
-from fusedisk.block.model.driver import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK, UNCHANGED, Buffer
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, WriteExtent
+from fusedisk.block.model.flags import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK, UNCHANGED, Buffer
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
 from fusedisk.core.at_once import is_at_once

@@ -22,9 +22,10 @@ import trio
 
 from fusedisk.block.graph.filenames import parse_filename
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import NO_FALLBACK, Buffer, ChildSpec, Role
+from fusedisk.block.model.children import ChildSpec, Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import Extent
+from fusedisk.block.model.flags import NO_FALLBACK, Buffer
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.errors import HostError, NoSpaceError, OptionError, host_error

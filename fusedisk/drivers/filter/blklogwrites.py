@@ -16,7 +16,8 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar
 
-from fusedisk.block.model.driver import NO_FALLBACK, Buffer, ChildSpec, Role
+from fusedisk.block.model.children import ChildSpec, Role
+from fusedisk.block.model.flags import NO_FALLBACK, Buffer
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusedisk.block.model import permissions
-from fusedisk.block.model.driver import COPY_ON_READ, Buffer, ChildSpec, Role
+from fusedisk.block.model.children import ChildSpec, Role
 from fusedisk.block.model.edge import Child
+from fusedisk.block.model.flags import COPY_ON_READ, Buffer
 from fusedisk.block.request import io
 from fusedisk.block.request.filter import FilterDriver
 from fusedisk.core.errors import OptionError

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fusedisk.block.model.driver import ChildSpec, Driver, Role
+from fusedisk.block.model.children import ChildSpec, Role
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import DATA, Extent, WriteExtent
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.limits import Limits

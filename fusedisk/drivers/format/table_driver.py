@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusedisk.block.model.driver import ZERO_NEW, ChildSpec, Driver, Role
+from fusedisk.block.model.children import ChildSpec, Role
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import Extent, WriteExtent
+from fusedisk.block.model.flags import ZERO_NEW
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import NodeConfig
 from fusedisk.block.request import io

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from fusedisk.block.graph.filenames import check_filename, has_protocol
-from fusedisk.block.model.driver import MAY_UNMAP, Buffer, Driver
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import DATA, ZERO, Extent
+from fusedisk.block.model.flags import MAY_UNMAP, Buffer
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import NodeConfig
 from fusedisk.block.model.observer import Change

@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from fusedisk.block.model.driver import Buffer, Driver
+from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import DATA, ZERO, Extent
+from fusedisk.block.model.flags import Buffer
 from fusedisk.core.alone import sleep
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import Options, option

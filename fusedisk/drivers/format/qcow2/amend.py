@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fusedisk.block.graph.filenames import resolve_reference
-from fusedisk.block.model.driver import ZERO_NEW
+from fusedisk.block.model.flags import ZERO_NEW
 from fusedisk.core import paths
 from fusedisk.core.errors import NotSupportedError, OptionError
 from fusedisk.core.progress import Progress

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.node import Node

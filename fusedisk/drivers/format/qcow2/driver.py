@@ -20,17 +20,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import trio
 
-from fusedisk.block.model.driver import (
-    MAY_UNMAP,
-    ZERO_NEW,
-    BackingReference,
-    Buffer,
-    ChildSpec,
-    Role,
-)
+from fusedisk.block.model.children import BackingReference, ChildSpec, Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
 from fusedisk.block.model.files import Files
+from fusedisk.block.model.flags import MAY_UNMAP, ZERO_NEW, Buffer
 from fusedisk.block.model.limits import Limits
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.block.request import io

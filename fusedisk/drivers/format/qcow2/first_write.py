@@ -32,7 +32,7 @@ from logging import getLogger
 from typing import TYPE_CHECKING, NamedTuple
 
 from fusedisk.block.graph.filenames import resolve_reference
-from fusedisk.block.model.driver import Role
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.node import Node
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import CorruptImageError, FusediskError, ImageError

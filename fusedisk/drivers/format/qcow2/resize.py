@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from fusedisk.block.model.driver import MAY_UNMAP
 from fusedisk.block.model.extent import UNALLOCATED
+from fusedisk.block.model.flags import MAY_UNMAP
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io, space, transfer
 from fusedisk.block.request.status import chain_status
