@@ -21,9 +21,10 @@ from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import DATA, UNALLOCATED, ZERO
 from fusedisk.block.model.node import Node
 from fusedisk.core.errors import CorruptImageError, HostError, ImageError, NotSupportedError
+from fusedisk.drivers.format.block_checks import flat_table, two_level_table
 from fusedisk.drivers.format.block_entries import Area, Entries
 from fusedisk.drivers.format.block_storage import Level
-from fusedisk.drivers.format.block_table import BlockTable, flat_table, two_level_table
+from fusedisk.drivers.format.block_table import BlockTable
 from fusedisk.drivers.format.table_driver import TableDriver
 from tests.hostile.sentence import assert_sentence
 from tests.support.memory import Store, stores

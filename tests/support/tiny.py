@@ -20,8 +20,9 @@ from fusedisk.block.request import io
 from fusedisk.core.errors import ImageError, OptionError
 from fusedisk.core.options import CreateOptions, option
 from fusedisk.core.progress import Progress
+from fusedisk.drivers.format.block_checks import check_table, flat_table, two_level_table
 from fusedisk.drivers.format.block_entries import Area, Entries
-from fusedisk.drivers.format.block_table import BlockTable, flat_table, two_level_table
+from fusedisk.drivers.format.block_table import BlockTable
 from fusedisk.drivers.format.table_driver import TableDriver
 
 SECTOR = 512
@@ -134,7 +135,7 @@ class TinyDriver(TableDriver):
         file = files.main
         edge = Child("file", Role.FILE, None, file, f"'{file.filename}'")
         table = await (await Header.read(file)).table(file, edge, strict=False)
-        return await table.check(Repair.NOTHING if dry_run else repair)
+        return await check_table(table, Repair.NOTHING if dry_run else repair)
 
     @classmethod
     async def check_create(cls, options: Any, filename: str) -> None:
