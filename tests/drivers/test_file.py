@@ -24,8 +24,7 @@ from fusedisk.core.errors import (
     NotSupportedError,
     OptionError,
 )
-from fusedisk.drivers.protocol import file as file_module
-from fusedisk.drivers.protocol import host_file, host_flush, host_io, resize
+from fusedisk.drivers.protocol import host_file, host_flush, host_io, host_ranges, resize
 from fusedisk.drivers.protocol.file import FileDriver
 from fusedisk.drivers.protocol.host_file import INLINE_MAX, Pace
 from fusedisk.drivers.table import DRIVERS
@@ -43,7 +42,7 @@ def hops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(fn.__name__)
         return await run(fn, *args)
 
-    for module in (host_file, file_module, host_flush, resize):
+    for module in (host_file, host_ranges, host_flush, resize):
         monkeypatch.setattr(module, "run_host_io", counting)
     return seen
 

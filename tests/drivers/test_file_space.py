@@ -22,8 +22,7 @@ from fusedisk.core.errors import (
     NotSupportedError,
     OptionError,
 )
-from fusedisk.drivers.protocol import file as file_module
-from fusedisk.drivers.protocol import hostcalls, resize
+from fusedisk.drivers.protocol import host_ranges, hostcalls, resize
 from fusedisk.drivers.protocol.file import FileDriver
 from tests.conftest import qemu_img
 from tests.support.files import KIB, MIB, opened
@@ -99,7 +98,7 @@ async def test_missing_fallocate_is_remembered(disk: Path, monkeypatch: pytest.M
         calls.append(mode)
         raise OSError(errno.EOPNOTSUPP, "")
 
-    monkeypatch.setattr(file_module, "fallocate", unsupported)
+    monkeypatch.setattr(host_ranges, "fallocate", unsupported)
     async with opened(disk, discard="unmap") as (backend, driver):
         for _ in range(2):
             with pytest.raises(NotSupportedError):

@@ -20,7 +20,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from fusedisk.block.graph.filenames import check_filename, has_protocol
@@ -34,25 +34,18 @@ from fusedisk.core import image_locks, paths
 from fusedisk.core.errors import FusediskError, HostError, NotSupportedError, OptionError, host_error
 from fusedisk.core.host_open import Found, kind_name
 from fusedisk.core.image_locks import ImageLocks
-from fusedisk.core.offload import run_host_io, run_opening
+from fusedisk.core.offload import run_opening
 from fusedisk.core.options import Options, option
 from fusedisk.drivers.protocol.direct_io import Alignment, find_alignment
 from fusedisk.drivers.protocol.host_file import INLINE_MAX, HostFile
 from fusedisk.drivers.protocol.host_flush import flush_file
 from fusedisk.drivers.protocol.host_io import total_length
-from fusedisk.drivers.protocol.hostcalls import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
-    FALLOC_FL_ZERO_RANGE,
-    fallocate,
-)
+from fusedisk.drivers.protocol.host_ranges import FileRanges
 from fusedisk.drivers.protocol.resize import create_regular_file, resize_file
 
 log = logging.getLogger(__name__)
 
 _READ_ONLY_ERRORS = (errno.EACCES, errno.EROFS, errno.EPERM)
-_UNSUPPORTED_ERRORS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EINVAL)
-_PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,11 +86,11 @@ class FileDriver(Driver):
 
     file: HostFile
     """The open descriptor and how to use it."""
+    ranges: FileRanges
+    """Its space."""
+    ranges_type: ClassVar[type[FileRanges]] = FileRanges
     locks: ImageLocks | None = None
 
-    _can_discard = True
-    _can_punch = True
-    _can_zero_range = True
     _reopened: _Reopened | None = None
     """What ``reopen_prepare`` has opened, until its end."""
     _flush_failure: OSError | None = None
@@ -132,7 +125,7 @@ class FileDriver(Driver):
         except BaseException:
             file.close()
             raise
-        self.file = file
+        self.file, self.ranges = file, self.ranges_type(file.fd, self.filename)
         config.read_only = file.read_only
 
     async def close(self) -> None:
@@ -272,6 +265,7 @@ class FileDriver(Driver):
         with contextlib.suppress(OSError):
             self.file.close()
         self.file, self.locks, self._reopened = state.file, state.locks, None
+        self.ranges = self.ranges_type(self.file.fd, self.filename)
         self._flush_failure = None
         self.node.change_mapping()
 
@@ -434,77 +428,19 @@ class FileDriver(Driver):
     # --- other requests ---------------------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        may_free = bool(flags & MAY_UNMAP) and self.node.config.discard == "unmap"
         with self._extension(offset + length):
-            if flags & MAY_UNMAP and self.node.config.discard == "unmap" and self._can_punch:
-                try:
-                    await self._change_range(self._punch_hole, offset, length)
-                    return
-                except NotSupportedError:
-                    self._can_punch = False
-            if not self._can_zero_range:
-                raise self._no_fallocate()
-            try:
-                await self._change_range(self._zero_range, offset, length)
-            except NotSupportedError:
-                self._can_zero_range = False
-                raise
+            await self.ranges.zero(offset, length, may_free=may_free)
 
     async def preallocate(self, offset: int, length: int) -> None:
-        await self._change_range(self._reserve_range, offset, length)
+        await self.ranges.reserve(offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._discard(self._free_range, offset, length)
+        await self.discard_ranges(((offset, length),))
 
     async def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
-        await self._discard(self._free_ranges, ranges)
-
-    async def _discard(self, free: Callable[..., None], *args: Any) -> None:
-        if self.node.config.discard != "unmap":
-            return
-        if not self._can_discard:
-            raise self._no_fallocate()
-        try:
-            await self._change_range(free, *args)
-        except NotSupportedError:
-            self._can_discard = False
-            raise
-
-    def _punch_hole(self, offset: int, length: int) -> None:
-        """Zero a range and give its space back; the file grows to its end. Blocks; raises OSError."""
-        fd, end = self.file.fd, offset + length
-        if end > os.fstat(fd).st_size:
-            # Not by setting its size: somebody else may write behind this range meanwhile.
-            fallocate(fd, 0, end - 1, 1)
-        fallocate(fd, _PUNCH, offset, length)
-
-    def _zero_range(self, offset: int, length: int) -> None:
-        """Zero a range and keep its space; the file grows to its end. Blocks; raises OSError."""
-        fallocate(self.file.fd, FALLOC_FL_ZERO_RANGE, offset, length)
-
-    def _free_range(self, offset: int, length: int) -> None:
-        """Free a range's space. Blocks; raises OSError."""
-        fallocate(self.file.fd, _PUNCH, offset, length)
-
-    def _free_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Free the space of several ranges. Blocks; raises OSError."""
-        for offset, length in ranges:
-            self._free_range(offset, length)
-
-    def _reserve_range(self, offset: int, length: int) -> None:
-        """Allocate space for the holes of a range. Blocks; raises OSError."""
-        fallocate(self.file.fd, FALLOC_FL_KEEP_SIZE, offset, length)
-
-    async def _change_range(self, fn: Callable[..., None], *args: Any) -> None:
-        """Run one of the functions above in a worker; raises NotSupportedError if the host does not support it."""
-        try:
-            await run_host_io(fn, *args)
-        except OSError as exc:
-            if exc.errno in _UNSUPPORTED_ERRORS:
-                raise self._no_fallocate() from exc
-            raise host_error(exc, self.filename, "zero or free a range of") from exc
-
-    def _no_fallocate(self) -> NotSupportedError:
-        return NotSupportedError(f"The host cannot zero or free a range of '{self.filename}' in place.")
+        if self.node.config.discard == "unmap":
+            await self.ranges.free(ranges)
 
     async def flush_to_disk(self) -> None:
         if self.node.config.cache_no_flush:

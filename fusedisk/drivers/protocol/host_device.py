@@ -24,18 +24,14 @@ from fusedisk.core.offload import run_host_io
 from fusedisk.core.zeroes import ZEROES
 from fusedisk.drivers.protocol.file import FileDriver
 from fusedisk.drivers.protocol.host_io import write_vector
+from fusedisk.drivers.protocol.host_ranges import DeviceRanges
 from fusedisk.drivers.protocol.hostcalls import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
     device_geometry,
     device_read_only,
     device_size,
-    discard_device,
     discard_granularity,
-    fallocate,
     logical_block_size,
     physical_block_size,
-    zero_device,
 )
 
 _HEAD = 512
@@ -47,6 +43,7 @@ class HostDeviceDriver(FileDriver):
 
     name = "host_device"
     prefixes = ("host_device",)
+    ranges_type = DeviceRanges
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -76,16 +73,6 @@ class HostDeviceDriver(FileDriver):
 
     async def map(self, offset: int, length: int) -> Extent:
         return Extent(DATA, length, None, offset)
-
-    def _punch_hole(self, offset: int, length: int) -> None:
-        # Works only if the device itself can zero, and then it may free the space.
-        fallocate(self.file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
-
-    def _zero_range(self, offset: int, length: int) -> None:
-        zero_device(self.file.fd, offset, length)
-
-    def _free_range(self, offset: int, length: int) -> None:
-        discard_device(self.file.fd, offset, length)
 
     async def truncate(self, length: int, preallocation: str, flags: int) -> None:
         size = await self.length()
