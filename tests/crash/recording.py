@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
@@ -29,10 +29,17 @@ class Recording(NamedTuple):
     profile: FormatProfile = QCOW2
 
 
+class Marks(Protocol):
+    """Hears when requests and flushes start and end."""
+
+    async def mark(self, data: str) -> None:
+        """Note ``start``, ``done``, ``flush`` or ``flushed``, and a number."""
+
+
 class Guest:
     """Makes requests and remembers them."""
 
-    def __init__(self, backend: Backend, log: BlklogwritesDriver, oracle: Oracle) -> None:
+    def __init__(self, backend: Backend, log: Marks, oracle: Oracle) -> None:
         self.backend = backend
         self.oracle = oracle
         self._log = log

@@ -41,6 +41,11 @@ class Workload(NamedTuple):
 
     async def record(self, folder: Path, seed: int) -> Recording:
         """Make the image, run the workload on it, and return what happened."""
+        image, backing = await self.make(folder)
+        return await record(image, self.runner(seed), profile=self.profile, backing=backing, pressure=self.pressure)
+
+    async def make(self, folder: Path) -> tuple[Path, Path | None]:
+        """Make the image; returns it and the raw file below it, if there is one."""
         image, below = folder / f"{self.name}.{self.profile.name}", folder / f"{self.name}.raw"
         if self.backing:
             random_ = random.Random(self.name)
@@ -58,12 +63,15 @@ class Workload(NamedTuple):
                     qemu_img("snapshot", "-c", command.split()[1], image)
             else:
                 qemu_io(image, *commands, fmt="qcow2", options="-d unmap")
+        return image, below if self.backing else None
+
+    def runner(self, seed: int) -> Callable[[Guest], Awaitable[None]]:
+        """Return what the guest does."""
 
         async def run(guest: Guest) -> None:
             await self.run(guest, random.Random(seed), self.cluster_size)
 
-        backing = below if self.backing else None
-        return await record(image, run, profile=self.profile, backing=backing, pressure=self.pressure)
+        return run
 
 
 _stamps = itertools.count(1)
