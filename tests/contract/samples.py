@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import mmap
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fusedisk.block.image.create import create_image
+from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from tests.conftest import require_root, require_tool, run_tool
 from tests.support.registry import FORMAT_DRIVERS as DRIVERS
 
@@ -123,6 +129,31 @@ async def _encrypted(directory: Path) -> AsyncIterator[Options]:
         yield options | {"encrypt.key-file": str(key)}
 
 
+@functools.cache
+def _shared_memory() -> memoryview:
+    """A small memfd. One for all tests, as they count open files."""
+    descriptor = os.memfd_create("changes")
+    os.ftruncate(descriptor, mmap.PAGESIZE)
+    buffer = memoryview(mmap.mmap(descriptor, mmap.PAGESIZE))
+    os.close(descriptor)
+    return buffer
+
+
+@contextlib.asynccontextmanager
+async def _logged(directory: Path) -> AsyncIterator[Options]:
+    """A qcow2 image whose changes in memory are logged in a memfd."""
+    plain_open, buffer = Qcow2Driver.open, _shared_memory()
+
+    async def open_and_log(self: Qcow2Driver) -> None:
+        await plain_open(self)
+        self.log_changes(buffer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Qcow2Driver, "open", open_and_log)
+        async with created("qcow2", cluster_size=4096)(directory) as options:
+            yield options
+
+
 SAMPLES: dict[str, Sample] = {
     "qcow2": Sample(created("qcow2"), plain_name=True),
     "raw": Sample(_raw, plain_name=True),
@@ -146,6 +177,7 @@ VARIANTS: dict[str, Sample] = {
     "qcow2 lazy": Sample(created("qcow2", lazy_refcounts=True), plain_name=True),
     "qcow2 data file": Sample(created("qcow2", data_file="disk.data"), plain_name=True),
     "qcow2 encrypted": Sample(_encrypted),
+    "qcow2 logged": Sample(_logged, plain_name=True),
     "qcow2 subclusters": Sample(created("qcow2", extended_l2=True), plain_name=True),
 }
 

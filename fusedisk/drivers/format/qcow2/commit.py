@@ -51,6 +51,8 @@ class _Plan(NamedTuple):
     ordered: bool
     freed: list[Freed | ExternalRange]
     new_blocks: list[int]
+    mark: int
+    """Behind what these writes bring to the file, in the image's log of changes."""
 
 
 class Committer:
@@ -93,6 +95,7 @@ class Committer:
             (tables < len(image.l1) and len(image.dirty.l2) * 4 > tables * 3)
             or refcounts.dirty_blocks > refcounts.blocks.capacity
             or refcounts.freed_clusters > self.max_freed
+            or (image.changes is not None and image.changes.full)
         ):
             await self.commit()
 
@@ -133,6 +136,8 @@ class Committer:
                 async with self.image.mutex:
                     await self.write_refcounts()
                     await self.clear_dirty_bit()
+                    if self.image.changes is not None and not self._needed:
+                        self.image.changes.clear()
 
     async def write_refcounts(self) -> None:
         """Write all refcounts. Under the mutex."""
@@ -145,8 +150,8 @@ class Committer:
 
     @property
     def lazy(self) -> bool:
-        """Whether refcounts may be behind while the image is in use."""
-        return self.lazy_refcounts and self.image.header.version >= 3
+        """Whether refcounts may be behind while the image is in use. Not with a log of changes, which would grow."""
+        return self.lazy_refcounts and self.image.header.version >= 3 and self.image.changes is None
 
     async def set_dirty_bit(self) -> None:
         """Set the dirty bit, durably, so that references are counted again after a crash. Under the mutex. Does nothing
@@ -209,6 +214,9 @@ class Committer:
             self._restore(plan)
             raise
         image.dirty.on_their_way = frozenset()
+        if image.changes is not None:
+            # Before anything is freed: the changes may lie in clusters that are used for other things then.
+            image.changes.settle(plan.mark)
         if plan.freed:
             async with self._mutex(held):
                 await refcounts.drop(plan.freed)
@@ -228,6 +236,7 @@ class Committer:
             ordered=dirty.ordered,
             freed=self.refcounts.take_freed(),
             new_blocks=new_blocks,
+            mark=self.image.changes.mark() if self.image.changes is not None else 0,
         )
         dirty.on_their_way = frozenset(dirty.l2)
         dirty.l1, dirty.l2, dirty.ordered = set(), {}, False

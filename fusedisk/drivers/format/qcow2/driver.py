@@ -32,6 +32,7 @@ from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
 from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import zero_fill
+from fusedisk.drivers.format.change_log import ChangeLog
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocation
 from fusedisk.drivers.format.qcow2.backing import Backing
@@ -78,6 +79,7 @@ class Qcow2Driver(SnapshotDriver):
 
     _compressed: CompressedPieces | None = None
     _compressing: CompressedWriter | None = None
+    _changes: ChangeLog | None = None
     _end_was_checked = False
     _sparse_threshold: int | None = None
     """The number of clusters in use from which data extents may be holes of the file (:mod:`.file_state`); None once
@@ -116,6 +118,7 @@ class Qcow2Driver(SnapshotDriver):
             mapping_changed=node.change_mapping,
             overlap_check=self.options.overlap_check,
         )
+        image.changes = self._changes
         await image.load_l1()
         self.image = image
         self.bitmaps = Bitmaps(image)
@@ -149,6 +152,11 @@ class Qcow2Driver(SnapshotDriver):
         self.refcounts.blocks.set_size(refcount_size)
         if not node.config.read_only:
             await self._load_refcounts()
+
+    def log_changes(self, buffer: bytearray | memoryview) -> None:
+        """From now on write each change of metadata in memory down in ``buffer`` as well. Nothing has changed since the
+        image was opened. See docs/adr/0029."""
+        self._changes = self.image.changes = ChangeLog(buffer)
 
     async def backing_opened(self) -> None:
         self.first_write.note_base = check_base(self)
@@ -453,6 +461,8 @@ class Qcow2Driver(SnapshotDriver):
         image is fenced."""
         self.first_write.end()
         self._compressed, before = None, self.encryption
+        if self._changes is not None:
+            self._changes.clear()
         try:
             await self.open()
         except BaseException as exc:

@@ -27,7 +27,9 @@ from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import CorruptImageError, FusediskError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.zeroes import ZEROES
+from fusedisk.drivers.format.change_log import ChangeLog
 from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.changes import Kind
 from fusedisk.drivers.format.qcow2.entries import (
     COPIED,
     ENTRIES_AT_ONCE,
@@ -140,6 +142,8 @@ class Image:
         self.barriers = True
         """False if a power cut does not matter: for an image that is being created."""
         self.dirty = DirtyTables()
+        self.changes: ChangeLog | None = None
+        """Where each change in memory is also written down, None for nowhere."""
         self.l1: array[int] = array("Q")
         """Grows in place and is never replaced."""
         self.l2: TableCache[array[int]] = TableCache(self._read_l2, self.geometry.cluster_size, MIN_L2_TABLES)
@@ -289,6 +293,8 @@ class Image:
         refuse_to_wait()
         message = f"'{self.filename}' is corrupt: {reason}; 'fusedisk check -r all' may repair it."
         self.corrupt = True
+        if self.changes is not None:
+            self.changes.lose()
         if self.writable:
             self.writable = False
             await self._mark_corrupt()
@@ -334,6 +340,8 @@ class Image:
         self.l1[index] = entry
         self.dirty.l1.add(index)
         self.dirty.ordered = True
+        if self.changes is not None:
+            self.changes.add(Kind.L1, self.header.l1_table_offset + 8 * index, entry.to_bytes(8, "big"))
         self.mapping_changed()
 
     async def put_new_l2(self, offset: int, table: array[int]) -> None:
@@ -353,9 +361,12 @@ class Image:
         offset = self.l1[l1_index] & OFFSET_MASK
         table = await self.l2.load(offset)
         index *= self.geometry.entry_words
-        table[index : index + len(entries)] = entries
-        self.dirty.touch_l2(offset, index, index + len(entries))
+        end = index + len(entries)
+        table[index:end] = entries
+        self.dirty.touch_l2(offset, index, end)
         self.dirty.ordered |= ordered
+        if self.changes is not None:
+            self.changes.add(Kind.L2, offset + 8 * index, self.encode_l2(table, index, end))
         self.l2.put(offset, table)
         self.mapping_changed()
 

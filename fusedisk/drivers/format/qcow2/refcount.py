@@ -32,6 +32,7 @@ from fusedisk.block.request import space
 from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
 from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2.changes import Kind
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,
     MAX_HOST_OFFSET,
@@ -260,6 +261,10 @@ class Refcounts:
                 freed.append(Freed(cluster, [-count], discard))
         self._freed += freed
         self.freed_clusters += sum(item.clusters for item in freed)
+        if self.image.changes is not None:
+            kind = Kind.FREED_DISCARD if discard else Kind.FREED
+            for item in freed:
+                self.image.changes.add(kind, item.first, array("q", item.deltas).tobytes())
 
     def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
         """Call :meth:`free` for the clusters that L2 entries refer to."""
@@ -341,6 +346,8 @@ class Refcounts:
             ) from None
         block[position : position + len(data)] = data
         self._touch(offset, position, position + len(data))
+        if self.image.changes is not None:
+            self.image.changes.add(Kind.REFCOUNTS, offset + position, data)
         self.blocks.put(offset, block)
         if freed:
             if any(first - index + at <= self.open_cluster < first - index + at + run for at, run in freed):
@@ -403,6 +410,9 @@ class Refcounts:
         self._take_table(table)
         self._first_free = self._next_run = 0
         self.open_cluster = -1
+        if self.image.changes is not None:
+            # The file has all changes, and the old blocks may be used for other things at once.
+            self.image.changes.clear()
 
     # --- growing ----------------------------------------------------------------------------------------
 
@@ -438,6 +448,9 @@ class Refcounts:
             await self.add(cluster, [1])
             home = block_index
         self.table[home] = self._unhooked[home] = offset
+        if self.image.changes is not None:
+            position = self.image.header.refcount_table_offset + 8 * home
+            self.image.changes.add(Kind.REFCOUNT_TABLE, position, offset.to_bytes(8, "big"))
         self.image.place_block(offset)
         self.blocks.put(offset, block)
 
