@@ -29,14 +29,12 @@ from fusedisk.compression.inflate_pool import allow_processes
 from fusedisk.compression.inflated_cache import inflated_capacity
 from fusedisk.core.errors import FusediskError, HostError, OptionError, host_error
 from fusedisk.drivers.table import DRIVERS
-from fusedisk.export.export import Export
-from fusedisk.export.opening import ImageRequest, OpenSettings
+from fusedisk.export.opening import THROW_AWAY, ImageRequest, OpenSettings
 from fusedisk.export.registry import Registry
-from fusedisk.export.views import View
 from fusedisk.mount import holders, memory_pressure, mountpoint, namespaces, own_mount, runtime
 from fusedisk.mount.attachment import Attachment
+from fusedisk.mount.export_records import export_record
 from fusedisk.mount.loop_device import LoopSettings
-from fusedisk.mount.loop_follower import LoopFollower
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.session import Session, mount_options
 from fusedisk.mount.settings import ServeSettings
@@ -139,7 +137,6 @@ class Daemon:
         operations = Operations(
             self.registry,
             single=single,
-            live=request.settings.force_share,
             kernel_cache=request.serve.kernel_cache,
         )
         options = mount_options(
@@ -154,16 +151,12 @@ class Daemon:
         self.session = session
         self.record.device = session.device
         self.record.write()
-        for export in self.registry:
-
-            def path(name: str = export.name) -> str:
-                return session.place() if single else os.path.join(session.place(), name)
-
-            self._helpers.start_soon(LoopFollower(export, path).run)
+        session.face.record = self.record
+        session.face.fixed = single or request.loop is not None
         await session.serve(self._ready)
 
     def _make_record(self, single: bool) -> runtime.MountRecord:
-        return runtime.new_record(self.request.mountpoint, list(map(_export_record, self.registry)), single=single)
+        return runtime.new_record(self.request.mountpoint, list(map(export_record, self.registry)), single=single)
 
     # --- ready ------------------------------------------------------------------------------------------
 
@@ -318,7 +311,9 @@ class Daemon:
         )
 
     async def _flush(self) -> None:
-        for export in [] if self.request.settings.overlay else self.registry:  # a throw-away layer is to be lost
+        for export in self.registry:
+            if export.overlay == THROW_AWAY:  # it is to be lost
+                continue
             try:
                 await export.flush()
             except FusediskError as exc:
@@ -334,7 +329,7 @@ class Daemon:
         try:
             await self.graph.close()
         except FusediskError as exc:
-            if self.request.settings.overlay and self.session is not None:
+            if self.session is not None and all(export.overlay == THROW_AWAY for export in self.registry):
                 log.info("closing the throw-away layer failed, which loses nothing: %s", exc)
             else:
                 self._fail(f"closing the images of '{self.request.mountpoint}' failed: {exc}")
@@ -380,27 +375,6 @@ class Daemon:
         self._failures.append(sentence)
         if self._report is None:
             log.error("%s", sentence)
-
-
-def _export_record(export: Export) -> runtime.ExportRecord:
-    record = runtime.ExportRecord(
-        name=export.name,
-        image=export.image.exact_filename() or export.source,
-        format=export.image.driver.name,
-        size=export.backend.length,
-        read_only=not export.writable,
-        overlay=export.overlay,
-        file=runtime.file_identity(export.image.exact_filename()),
-        part_of=export.disk.name if isinstance(export, View) else None,
-    )
-    if record.part_of is None:
-        identities = {name: runtime.file_identity(name) for name in export.chain_files()}
-        # The file of a throw-away layer has no name.
-        record.files = {name: identity for name, identity in identities.items() if identity is not None}
-        record.written = [
-            name for name in export.chain_files(backing=False) if export.writable and name in record.files
-        ]
-    return record
 
 
 def _write_ready(fd: int) -> None:

@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 import trio
 
@@ -50,7 +51,7 @@ class Attributes:
     mtime_ns: int
     ctime_ns: int
     current: bool = True
-    """False: ``blocks`` may be out of date, so the answer must not be cached."""
+    """False: it may be out of date soon without our knowledge, so it must not be cached."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,6 +87,8 @@ class Export:
         """Other files show the same bytes and one of them may be written to, so none of them may be cached."""
         self.immutable = False
         """Its bytes cannot change while it is open."""
+        self.shared_image = False
+        """Others may write to the image meanwhile, so nothing of it may be cached."""
         self.overlay: str | None = None
         """The layer that takes the writes in place of the image: ``throw-away`` or its name."""
         self.on_change: Callable[[bool], None] | None = None
@@ -101,6 +104,9 @@ class Export:
         """There are writes that :meth:`write_behind` has not seen."""
         self._resize = Mutex()
         self._resizing = 0
+        self._exchanging = False
+        self._writes_now = self.writable
+        """Whether :meth:`write_now` may try."""
         self.set_mode(0o600 if settings.mode is None else settings.mode)
         backend.on_resize.append(self._resized)
 
@@ -115,7 +121,7 @@ class Export:
     def join(self, other: Export) -> None:
         """Join the family of ``other``, which shows the same bytes: a write through one changes the times of both."""
         self._times.join(other._times)
-        self.shared_views = other.shared_views = self.writable or other.writable
+        self.shared_views = other.shared_views = other.shared_views or self.writable or other.writable
 
     # --- data -------------------------------------------------------------------------------------------
 
@@ -136,6 +142,10 @@ class Export:
         """Raise NoMediumError (ENOMEDIUM) if the disk has no medium."""
         if self.empty:
             raise NoMediumError(f"'{self.name}' has no medium.")
+
+    async def read_medium(self) -> NoReturn:
+        """The error of a read without a medium."""
+        raise NoMediumError(f"'{self.name}' has no medium.")
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Return up to ``length`` bytes from ``offset``: fewer only at the end of the disk."""
@@ -171,7 +181,7 @@ class Export:
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write ``data`` if that is possible without waiting. False: a part may be written."""
-        if not self.writable:
+        if not self._writes_now:
             return False
         if self._times.family.keeps_some and self._times.family.keeps(
             self.origin + offset, self.origin + offset + len(data)
@@ -260,7 +270,7 @@ class Export:
         something in between must see the requests. ``may_grow``: a write past the end may make the disk longer."""
         backend = self.backend
         descriptor = backend.node.driver.host_descriptor()
-        if descriptor is None or self.shared_views or not backend.immediate.ways().passthrough:
+        if descriptor is None or self.shared_views or self._exchanging or not backend.immediate.ways().passthrough:
             return None
         if self.writable and not self.growable and not may_grow and self._is_regular(descriptor):
             return None
@@ -269,6 +279,11 @@ class Export:
     @staticmethod
     def _is_regular(descriptor: int) -> bool:
         return stat.S_ISREG(os.fstat(descriptor).st_mode)
+
+    @property
+    def passed_through(self) -> bool:
+        """Whether the kernel accesses the host file directly, past us."""
+        return self._passed_through
 
     def begin_passthrough(self) -> None:
         """Note that the host file may change without our knowledge from now on."""
@@ -293,6 +308,8 @@ class Export:
             await self._written.wait()
             await trio.sleep(WRITE_BEHIND_SECONDS)
             self._written.clear()
+            if self.empty:
+                continue  # flushed when the medium was taken out
             try:
                 await self.backend.write_back()
             except FusediskError as exc:
@@ -375,6 +392,7 @@ class Export:
             block_size=self.block_size,
             mtime_ns=self._times.mtime_ns,
             ctime_ns=self._times.ctime_ns,
+            current=not self.shared_image and not self.empty,
         )
 
     def set_mode(self, mode: int) -> None:
@@ -385,9 +403,21 @@ class Export:
         self.mode = stat.S_IFREG | mode
         self._times.attributes_changed()
 
+    @property
+    def exchanging(self) -> bool:
+        """Whether medium or access are being changed, so that the kernel may have pages of the time before. A page that
+        it writes back on its own may be of either time, so such a write must fail; and no direct access may begin."""
+        return self._exchanging
+
+    @exchanging.setter
+    def exchanging(self, exchanging: bool) -> None:
+        self._exchanging = exchanging
+        self._writes_now = self.writable and not exchanging
+
     async def access_changed(self) -> None:
         """Note that the backend stands on another medium, or may write or no longer: look at it again."""
         self.writable = self.backend.writable
+        self._writes_now = self.writable and not self._exchanging
         if not self.empty:
             storage = [node.exact_filename() for node in _storage(self.backend.node, backing=False)]
             await self._times.start(storage)
@@ -396,6 +426,10 @@ class Export:
     def leave(self) -> None:
         """Have no part in the family of a disk any more."""
         self._times.leave()
+
+    def pages_stale(self) -> None:
+        """Let the kernel drop what it has cached of the file: it holds what was not stored."""
+        self._tell(data=True)
 
     def set_owner(self, uid: int | None, gid: int | None) -> None:
         """Set owner and group for the life of the mount; None leaves one as it is."""
@@ -420,7 +454,9 @@ class Export:
         return chain[1] if self.overlay is not None and len(chain) > 1 else chain[0]
 
     async def xattrs(self) -> dict[str, str]:
-        """Return ``user.fusedisk.*``, a description of the image for people and scripts."""
+        """Return ``user.fusedisk.*``, a description of the image for people and scripts; nothing without a medium."""
+        if self.empty:
+            return {}
         top = self.backend.node
         chain = _backing_chain(top)
         return {

@@ -1,14 +1,17 @@
 """Opens the user's images as exports: image arguments, cache modes, overlays, names.
 
-The graph belongs to the caller, who closes it, whether this succeeds or not.
+The graph belongs to the caller.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import trio
 
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.cache_modes import CACHE_MODES
@@ -17,13 +20,15 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
 from fusedisk.block.model.node import Node, NodeConfig
 from fusedisk.core import paths
-from fusedisk.core.errors import HostError, OptionError
+from fusedisk.core.errors import FusediskError, HostError, OptionError
 from fusedisk.core.offload import run_opening
 from fusedisk.core.options import parse_bool, parse_json
 from fusedisk.export import overlay, views
 from fusedisk.export.export import Export, FileSettings
 from fusedisk.export.names import check_name, check_unique, default_name, inode_number
 
+THROW_AWAY = "throw-away"
+"""What takes the writes in place of an image, if that is to be lost at the end."""
 Spec = str | dict[str, Any]
 """A file name or nested options."""
 
@@ -82,33 +87,55 @@ class OpenSettings:
 async def open_exports(graph: Graph, images: Sequence[ImageRequest], settings: OpenSettings) -> list[Export]:
     """Open all images and make their files, each disk's before those of its parts.
 
-    Raises a FusediskError; closing the graph then closes what is open."""
-    backends = [await _open(graph, image, settings) for image in images]
+    Raises a FusediskError; then nothing stays open."""
+    backends: list[Backend] = []
+    exports: list[Export] = []
+    try:
+        for image in images:
+            backends.append(await _open(graph, image, settings))
+        await _make_files(graph, images, backends, settings, exports)
+    except BaseException:
+        parts = [export.backend for export in exports if isinstance(export, views.View)]
+        with trio.CancelScope(shield=True):
+            for backend in reversed([*backends, *parts]):
+                with contextlib.suppress(FusediskError):  # the first error says why
+                    await backend.close()
+        raise
+    return exports
+
+
+async def _make_files(
+    graph: Graph,
+    images: Sequence[ImageRequest],
+    backends: Sequence[Backend],
+    settings: OpenSettings,
+    exports: list[Export],
+) -> None:
+    """Add the files of images to ``exports``, as they are opened."""
     for backend in backends:
         await backend.require_keys()
         backend.warn_of_writing("mount with --read-only or --overlay to avoid that")
-    layer = "throw-away" if settings.overlay else settings.overlay_file
+    layer = THROW_AWAY if settings.overlay else settings.overlay_file
     names = [
         check_name(default_name(_image_name(backend, layer)) if image.name is None else image.name)
         for image, backend in zip(images, backends, strict=True)
     ]
-    exports: list[Export] = []
     for name, image, backend in zip(names, images, backends, strict=True):
         export = await Export.open(backend, name, 0, settings.file)
         export.overlay, export.source = layer, image.text
-        export.immutable = not export.writable and _cannot_change(backend.node)
+        export.immutable = not export.writable and cannot_change(backend.node)
         exports.append(export)
         if settings.partitions:
-            exports += await views.open_partitions(graph, export, settings.file)
+            await views.open_partitions(graph, export, settings.file, exports)
         if settings.snapshots:
-            exports += await views.open_snapshots(graph, export, settings.file, partitions=settings.partitions)
+            await views.open_snapshots(graph, export, settings.file, exports, partitions=settings.partitions)
     check_unique((export.name, export.source) for export in exports)
     for export in exports:
         export.inode = inode_number(export.name)
-    return exports
+        export.shared_image = settings.force_share
 
 
-def _cannot_change(top: Node) -> bool:
+def cannot_change(top: Node) -> bool:
     """Whether no node of an image is open for writing or accepts other writers."""
     return all(node.config.read_only and not node.config.force_share for node in top.with_all_below())
 

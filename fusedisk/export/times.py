@@ -49,8 +49,9 @@ class Times:
         self._mark_up_to_date()
 
     def leave(self) -> None:
-        """Have no part in the family any more."""
+        """Have no part in the family any more, but in one of its own."""
         self.family.up_to_date.discard(self)
+        self.family = Family()
 
     def touch(self) -> None:
         """Note that content has changed or is about to."""

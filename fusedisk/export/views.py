@@ -88,7 +88,7 @@ class PartitionExport(View):
     async def attributes(self) -> Attributes:
         """Return the answer to ``stat``; not for caching while a new count is put off."""
         found = await super().attributes()
-        found.current = self._counted_at in (-1, self.disk.backend.node.completed_writes)
+        found.current = found.current and self._counted_at in (-1, self.disk.backend.node.completed_writes)
         return found
 
     async def _count(self) -> int:
@@ -198,18 +198,18 @@ class SnapshotExport(View):
 # --- partitions -----------------------------------------------------------------------------------------
 
 
-async def open_partitions(graph: Graph, disk: Export, settings: FileSettings) -> list[Export]:
-    """Make a file for each partition of ``disk``; none, and a warning, without a partition table.
+async def open_partitions(graph: Graph, disk: Export, settings: FileSettings, exports: list[Export]) -> int:
+    """Add a file for each partition of ``disk`` to ``exports``; none, and a warning, without a partition table. Returns
+    their number.
 
     Raises OptionError if a name gets too long.
     """
     table = await _read_table(disk)
     if table is None:
-        return []
+        return 0
     assert disk.backend.root is not None
     group = disk.backend.root.group = disk.backend.root.group or object()
     config = NodeConfig(force_share=disk.backend.node.config.force_share, discard="unmap")
-    found: list[Export] = []
     for partition in table.partitions:
         name = check_name(f"{disk.name}.p{partition.number}")
         window = {
@@ -232,8 +232,8 @@ async def open_partitions(graph: Graph, disk: Export, settings: FileSettings) ->
         view.overlay, view.immutable = disk.overlay, disk.immutable
         view.origin = partition.start
         view.join(disk)
-        found.append(view)
-    return found
+        exports.append(view)
+    return len(table.partitions)
 
 
 async def _read_table(disk: Export) -> Table | None:
@@ -253,8 +253,11 @@ async def _read_table(disk: Export) -> Table | None:
 # --- snapshots ------------------------------------------------------------------------------------------
 
 
-async def open_snapshots(graph: Graph, disk: Export, settings: FileSettings, *, partitions: bool) -> list[Export]:
-    """Make a read-only file for each internal snapshot of the image of ``disk``, and with ``partitions`` for theirs.
+async def open_snapshots(
+    graph: Graph, disk: Export, settings: FileSettings, exports: list[Export], *, partitions: bool
+) -> None:
+    """Add a read-only file for each internal snapshot of the image of ``disk`` to ``exports``, and with ``partitions``
+    for theirs.
 
     A damaged snapshot is skipped with a warning; the others get their files.
     """
@@ -262,7 +265,6 @@ async def open_snapshots(graph: Graph, disk: Export, settings: FileSettings, *, 
     snapshots = image.driver.list_snapshots()
     if not snapshots:
         log.warning("'%s' gets no files of snapshots: its image holds none.", disk.name)
-    found: list[Export] = []
     more = 0
     for name, snapshot in _affordable(disk, _named(disk, snapshots)):
         try:
@@ -270,14 +272,11 @@ async def open_snapshots(graph: Graph, disk: Export, settings: FileSettings, *, 
         except FusediskError as exc:
             log.warning("'%s' gets no file for snapshot '%s': %s", disk.name, snapshot.id, exc)
             continue
-        found.append(view)
+        exports.append(view)
         if partitions and more < MOST_PARTITIONS:
-            inside = await open_partitions(graph, view, settings)
-            more += len(inside)
-            found += inside
+            more += await open_partitions(graph, view, settings, exports)
             if more >= MOST_PARTITIONS:
                 log.warning("'%s': partitions of the snapshots after '%s' get no files.", disk.name, name)
-    return found
 
 
 async def _open_snapshot(

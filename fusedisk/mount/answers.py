@@ -69,12 +69,22 @@ class Answers:
         """Return how to answer the message that starts with ``head``; None: pyfuse3 answers it."""
         found = self._table.get(opcode)
         if found is None:
-            return None
+            return self._end_of_drive(head) if opcode == wire.GETATTR else None
         layout, answer = found
         arguments = layout.unpack_from(head, _BODY)
         if opcode == wire.OPEN:
             arguments = (wire.IN_HEADER.unpack_from(head)[3], *arguments)
         return Work(partial(answer, *arguments), self._changes(opcode, *arguments))
+
+    def _end_of_drive(self, head: bytearray) -> Work | None:
+        """Let the kernel, when it reads at the end of an open file that it caches, hear of a missing medium."""
+        flags, _, number = wire.GETATTR_IN.unpack_from(head, _BODY)
+        handle = self._handles.by_number.get(number) if flags & wire.GETATTR_FH else None
+        return Work(handle.export.read_medium, None) if handle is not None and handle.export.empty else None
+
+    def forget(self, export: Export) -> None:
+        """Forget the open handles of a file that was removed."""
+        self._passed.forget(export)
 
     def _changes(self, opcode: int, *arguments: int) -> tuple[Export, int, int] | None:
         try:

@@ -25,6 +25,7 @@ import trio
 from fusedisk.block.request import background
 from fusedisk.block.request.immediate import Pieces
 from fusedisk.core.errors import HostError
+from fusedisk.export.export import Export
 from fusedisk.mount import wire
 from fusedisk.mount.answers import Answers, Work, failed
 from fusedisk.mount.handles import Handle
@@ -116,9 +117,10 @@ class Channel:
         self._handles = operations.handles.by_number
         self._device, self._library = spliced
         longest = wire.MAX_WRITE if pipe is None else pipe.longest
-        self._shared = any(export.shared_views for export in operations.exports)
+        self.shared = any(export.shared_views for export in operations.exports)
+        """Whether there are files that show the same bytes; kept up to date by the mount's face."""
         self._negotiation = Negotiation(
-            passthrough=passthrough is not Passthrough.OFF, longest=longest, shared=self._shared
+            passthrough=passthrough is not Passthrough.OFF, longest=longest, maps_uncached=operations.maps_uncached
         )
         self._answers = Answers(operations, self._negotiation, PassedThrough(self._device, passthrough))
         self._spare = [Request() for _ in range(_LEAST_SPARE)]
@@ -154,12 +156,18 @@ class Channel:
         self._spare.clear()
         self._replies.clear()
 
-    def invalidate(self, inode: int, *, attributes_only: bool) -> None:
-        """Make the kernel drop its cache of a file. With data this blocks while the kernel waits for our replies, so
-        call it in a worker thread. Raises OSError; ENOENT: nothing is cached."""
-        body = wire.INVALIDATE_INODE.pack(inode, -1 if attributes_only else 0, 0)
-        header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + len(body), wire.NOTIFY_INVALIDATE_INODE, 0)
-        os.write(self._device, header + body)
+    def notify(self, code: int, body: bytes) -> None:
+        """Send the kernel a notification. It may wait for our replies meanwhile. Raises OSError."""
+        os.write(self._device, wire.OUT_HEADER.pack(wire.OUT_HEADER.size + len(body), code, 0) + body)
+
+    @property
+    def maps_uncached(self) -> bool:
+        """Whether the kernel allows shared mappings of files that it does not cache."""
+        return self._negotiation.maps_uncached
+
+    def forget(self, export: Export) -> None:
+        """Forget the open handles of a file that was removed."""
+        self._answers.forget(export)
 
     # --- reading ----------------------------------------------------------------------------------------
 
@@ -180,7 +188,7 @@ class Channel:
         vector, head, data = request.vector, request.head, request.data
         content = data[:0]
         polling, nap, busy, turns = self._polling, self._nap.sleep, self._busy, self._turns
-        admission, shared = self._admission, self._shared
+        admission, shared = self._admission, self.shared
         turns.begin(clock())
         asked = 0.0
         while True:
@@ -196,6 +204,7 @@ class Channel:
                     asked = now
                     continue
                 await trio.lowlevel.wait_readable(device)
+                shared = self.shared
                 now = clock()
                 turns.begin(now)
                 polling.woke(now, asked)
@@ -256,10 +265,12 @@ class Channel:
                     answered = True
                     self.answer(unique, -failed("a request", exc))
             # 5. Hand everything else on. A task that writes keeps the buffer, so the next request gets another one.
-            if not answered and await self._dispatch(nursery, request, length, opcode, unique):
-                request = self._take_request()
-                vector, head, data = request.vector, request.head, request.data
-                content = data[:0]
+            if not answered:
+                if await self._dispatch(nursery, request, length, opcode, unique):
+                    request = self._take_request()
+                    vector, head, data = request.vector, request.head, request.data
+                    content = data[:0]
+                shared = self.shared
             # 6. After a while give other tasks a turn: soon if there are any that we know of, later in any case.
             now = clock()
             if turns.is_over(now) and (
@@ -268,6 +279,7 @@ class Channel:
                 if busy is not None:
                     busy()
                 await trio.lowlevel.checkpoint()
+                shared = self.shared
                 now = clock()
                 turns.begin(now)
             polling.answered(now, asked)
@@ -293,7 +305,7 @@ class Channel:
 
     async def _dispatch(self, nursery: trio.Nursery, request: Request, length: int, opcode: int, unique: int) -> bool:
         """Answer a request in a task of its own, or pass it to pyfuse3. True: the task keeps the buffer."""
-        _, _, _, fh, offset, size, _, flags = _HEAD.unpack_from(request.head)
+        _, _, _, fh, offset, size, own_flags, flags = _HEAD.unpack_from(request.head)
         if opcode == wire.READ:
             handle = self._find(fh)
             if handle is None or size > wire.MAX_WRITE:
@@ -311,7 +323,8 @@ class Channel:
             await self._admission.take_place()
             await self._admission.make_room()
             self._admission.begin(size)
-            nursery.start_soon(self._write, unique, handle, offset, size, flags, request)
+            page = bool(own_flags & wire.WRITE_CACHE)
+            nursery.start_soon(self._write, unique, handle, offset, size, flags, page, request)
             return True
         if opcode == wire.INTERRUPT:
             (number,) = wire.INTERRUPT_IN.unpack_from(request.head, wire.IN_HEADER.size)
@@ -384,15 +397,21 @@ class Channel:
                 self._replies.append(reply)
             self._admission.end(size, begun=reply is not None)
 
-    async def _write(self, unique: int, handle: Handle, offset: int, size: int, flags: int, request: Request) -> None:
+    async def _write(
+        self, unique: int, handle: Handle, offset: int, size: int, flags: int, page: bool, request: Request
+    ) -> None:
         error, body = 0, b""
         try:
+            if page and handle.export.exchanging:
+                raise HostError(f"'{handle.export.name}' changed while a page of it was written.", errno=errno.EIO)
             written = await handle.write(offset, request.data[:size])
             if flags & _SYNCHRONOUS:
                 await handle.export.flush()
             body = wire.WRITE_OUT.pack(written, 0)
         except Exception as exc:
             error = -failed("write", exc)
+            if page and not handle.export.writable:
+                handle.export.pages_stale()
         finally:
             if len(self._spare) < _MOST_SPARE:
                 self._spare.append(request)

@@ -36,16 +36,24 @@ class LoopFollower:
         """Give the devices the size of the disk whenever that changes. Never returns."""
         while True:
             await self._resized.wait()
-            try:
-                await self._follow()
-            except OSError as exc:
-                log.warning("'%s' was resized, but the loop devices on it could not be: %s", self._path(), exc)
+            await self.follow()
             await trio.sleep(_REST)
+
+    def leave(self) -> None:
+        """Hear of no new size any more."""
+        self._export.backend.on_resize.remove(self._note)
+
+    async def follow(self) -> None:
+        """Give the devices the size of the disk now."""
+        try:
+            await self._follow()
+        except OSError as exc:
+            log.warning("'%s' was resized, but the loop devices on it could not be: %s", self._path(), exc)
 
     async def _follow(self) -> None:
         """In a thread, since the kernel asks us for the size meanwhile; left alone there when the mount ends."""
         for _ in range(_ATTEMPTS):
-            length = self._export.backend.length
+            length = 0 if self._export.empty else self._export.backend.length
             if await trio.to_thread.run_sync(loop_device.follow_size, self._path, length, abandon_on_cancel=True):
                 return
             await trio.sleep(_PAUSE)

@@ -21,7 +21,6 @@ _WANTED = (
 _REFUSED = wire.AUTO_INVAL_DATA
 """libfuse takes it: before each cached read that follows a write the kernel asks for the attributes, to drop what it
 has cached if the file's time of change is not its own. Files change through the kernel only, or we tell it."""
-_WANTED_EXTENDED = wire.DIRECT_IO_ALLOW_MMAP
 _OFFERED = wire.IN_HEADER.size
 _REPLY = wire.OUT_HEADER.size
 
@@ -29,13 +28,11 @@ _REPLY = wire.OUT_HEADER.size
 class Negotiation:
     """One INIT and its reply."""
 
-    def __init__(self, *, passthrough: bool, longest: int, shared: bool = False) -> None:
-        """``longest``: bytes of data in one request at most. ``shared``: what is written to one file changes others."""
-        self._wanted = _WANTED_EXTENDED | (wire.PASSTHROUGH if passthrough else 0)
-        if shared:
-            # A page that is written through memory comes back whole, over what others have written meanwhile. Without
-            # this feature the kernel refuses shared mappings (ENODEV) of files that it does not cache.
-            self._wanted &= ~wire.DIRECT_IO_ALLOW_MMAP
+    def __init__(self, *, passthrough: bool, longest: int, maps_uncached: bool = True) -> None:
+        """``longest``: bytes of data in one request at most. ``maps_uncached``: without it the kernel refuses shared
+        mappings (ENODEV) of files that it does not cache. Where several files show the same bytes it must: a page that
+        is written through memory comes back whole, over what was written through the other files meanwhile."""
+        self._wanted = (wire.DIRECT_IO_ALLOW_MMAP if maps_uncached else 0) | (wire.PASSTHROUGH if passthrough else 0)
         self._longest = longest
         self._unique = 0
         self._features = 0
@@ -46,6 +43,11 @@ class Negotiation:
     def passthrough(self) -> bool:
         """Whether files may be opened so that the kernel accesses the host file directly."""
         return bool(self.taken & wire.PASSTHROUGH)
+
+    @property
+    def maps_uncached(self) -> bool:
+        """Whether the kernel allows shared mappings of files that it does not cache."""
+        return bool(self.taken & wire.DIRECT_IO_ALLOW_MMAP)
 
     def offered(self, head: bytearray, unique: int) -> None:
         """The kernel's INIT request, which has this number."""

@@ -4,8 +4,8 @@ An exception other than FUSEError would end pyfuse3's main loop and with it ever
 goes through :func:`_guarded`: an expected error becomes its errno, anything else is a bug, which is logged and
 costs EIO.
 
-Every handler is a task of its own, so one that waits for cold data holds up no other. Lookups need no counting since
-the files live as long as the mount.
+Every handler is a task of its own, so one that waits for cold data holds up no other. Lookups need no counting: the
+kernel is told when a file goes, and its number is never given to a file of another name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -48,7 +49,7 @@ ATTR_TIMEOUT = 60.0
 """Seconds for which the kernel may answer ``stat`` itself. It asks again after its own writes, and we notify it of all
 other changes. Whenever it asks and finds another mtime it drops its cached pages, so it should not ask too often."""
 ENTRY_TIMEOUT = 3600.0
-"""Seconds for which the kernel may remember a name: names never change."""
+"""Seconds for which the kernel may remember a name: it is told when a file goes."""
 
 _Self = TypeVar("_Self")
 _Args = ParamSpec("_Args")
@@ -78,16 +79,13 @@ def _guarded(
 class Operations(pyfuse3.Operations):
     """One directory with a file for each export, or with ``single`` the one export as the mount's root.
 
-    ``live``: the images may be changed by others (shared with another writer), so nothing is cached. ``kernel_cache``:
-    the kernel may cache a file if it learns of every change.
+    ``kernel_cache``: the kernel may cache a file if it learns of every change.
     """
 
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(
-        self, registry: Registry, *, single: bool = False, live: bool = False, kernel_cache: bool = True
-    ) -> None:
+    def __init__(self, registry: Registry, *, single: bool = False, kernel_cache: bool = True) -> None:
         super().__init__()
         self.registry = registry
         self._single = single
@@ -95,13 +93,20 @@ class Operations(pyfuse3.Operations):
         if single:
             (only,) = registry
             self._by_inode = {ROOT_INODE: only}
-        self._live = live
-        self._kernel_cache = kernel_cache and not live
-        self._attr_timeout = 0.0 if live else ATTR_TIMEOUT
+        self._kernel_cache = kernel_cache
         self.handles = Handles(registry)
         first = self.exports[0]
         self._root_mode = stat.S_IFDIR | _directory_bits(first.mode)
         self._root_owner = (first.uid, first.gid)
+        self._changed_ns = 0
+        """When a file came or went last; 0 as long as none has."""
+        shared = any(export.shared_views for export in self.exports)
+        self.maps_uncached = not shared and not all(map(self.cached, self.exports))
+        """Whether files that the kernel does not cache may be mapped shared: for the whole life of the mount."""
+
+    def files_changed(self) -> None:
+        """Note that a file came or went."""
+        self._changed_ns = time.time_ns()
 
     @property
     def exports(self) -> list[Export]:
@@ -148,7 +153,7 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        """Do nothing: inodes live as long as the mount."""
+        """Do nothing: a file's number is its own for ever."""
 
     @_guarded
     async def setattr(
@@ -164,6 +169,8 @@ class Operations(pyfuse3.Operations):
             self._set_root(attr, fields)
             return await self._attributes(inode)
         export = self.export_of(inode)
+        if fh is not None:
+            self.handles.find(fh)  # of a file that was removed: the number is that of its successor
         if fields.update_size:
             async with export.changing(*EVERYTHING):
                 await export.truncate(attr.st_size)
@@ -195,9 +202,7 @@ class Operations(pyfuse3.Operations):
         if inode == ROOT_INODE and not self._single:
             return await self._root_attributes()
         export = self.export_of(inode)
-        return self._entry(
-            await export.attributes(), inode, export.generation, lasting=export.immutable and not export.empty
-        )
+        return self._entry(await export.attributes(), inode, export.generation, lasting=export.immutable)
 
     def _entry(self, found: Attributes, inode: int, generation: int, *, lasting: bool = False) -> EntryAttributes:
         entry = EntryAttributes()
@@ -212,20 +217,20 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = found.block_size
         entry.st_atime_ns = entry.st_mtime_ns = found.mtime_ns
         entry.st_ctime_ns = found.ctime_ns
-        entry.attr_timeout = ENTRY_TIMEOUT if lasting else self._attr_timeout if found.current else 0.0
+        entry.attr_timeout = ENTRY_TIMEOUT if lasting else ATTR_TIMEOUT if found.current else 0.0
         entry.entry_timeout = ENTRY_TIMEOUT
         return entry
 
     async def _root_attributes(self) -> EntryAttributes:
-        """The directory is as old as its newest file."""
-        mtime_ns = max([(await export.attributes()).mtime_ns for export in self.exports], default=0)
+        """The directory is as old as its newest file, or as the last that came or went while we served."""
+        mtime_ns = max([self._changed_ns, *[(await export.attributes()).mtime_ns for export in self.exports]])
         entry = EntryAttributes()
         entry.st_ino = ROOT_INODE
         entry.st_mode = self._root_mode
         entry.st_nlink = 2
         entry.st_uid, entry.st_gid = self._root_owner
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
-        entry.attr_timeout = self._attr_timeout
+        entry.attr_timeout = 0.0 if any(export.shared_image for export in self.exports) else ATTR_TIMEOUT
         entry.entry_timeout = ENTRY_TIMEOUT
         return entry
 
@@ -291,7 +296,7 @@ class Operations(pyfuse3.Operations):
 
     def cached(self, export: Export) -> bool:
         """Whether the kernel may keep what it reads, over opens too: all changes come through the same file then."""
-        return self._kernel_cache and not export.shared_views
+        return self._kernel_cache and not export.shared_views and not export.shared_image
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -304,6 +309,8 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write; short only at the end of a disk that may not grow."""
         handle = self.handles.find(fh)
+        if handle.export.exchanging:  # nothing here says whether the kernel writes a page of the old medium back
+            raise FUSEError(errno.EIO)
         async with handle.export.changing(off, len(buf)):
             written = await handle.write(off, buf)
             await handle.sync_if_requested()
@@ -363,7 +370,7 @@ class Operations(pyfuse3.Operations):
         raise FUSEError(errno.EINVAL)
 
     async def _refuse(self, *request: Any) -> Any:
-        """Files come and go by the command line, not by system calls."""
+        """Files come and go by the registry, not by system calls."""
         raise FUSEError(errno.EPERM)
 
     create: Any = _refuse

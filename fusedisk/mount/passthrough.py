@@ -75,6 +75,10 @@ class PassedThrough:
         except OSError as exc:
             log.error("the kernel did not release the file of '%s': %s", export.name, exc.strerror)
 
+    def forget(self, export: Export) -> None:
+        """Forget the handles of a file that was removed, none of which was passed through."""
+        self._others.pop(export, None)
+
     def _begin(self, export: Export) -> _Backing | None:
         if self._mode is Passthrough.OFF:
             return None

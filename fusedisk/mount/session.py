@@ -10,17 +10,16 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pyfuse3
 import trio
 
 from fusedisk.core.errors import HostError, host_error
-from fusedisk.core.locks import Signal
-from fusedisk.export.export import Export
 from fusedisk.mount import mountinfo, own_mount, umount_calls
 from fusedisk.mount.channel import Channel
+from fusedisk.mount.face import MOST_FILES, MountFace
+from fusedisk.mount.notifying import Notifier
 from fusedisk.mount.operations import Operations
 from fusedisk.mount.reply_pipe import ReplyPipe
 from fusedisk.mount.settings import ServeSettings
@@ -54,9 +53,9 @@ class Session:
         self._serving = False
         self._there = False
         """Whether there is a mount to remove at the end."""
-        self._stale: set[int] = set()
-        """Inodes whose cached data the kernel must drop."""
-        self._some_stale = Signal()
+        self._notifier = Notifier()
+        self.face = MountFace(operations, self._notifier, self.place)
+        """Lets files come, go and change while the mount serves."""
 
     def start(self) -> None:
         """Mount. Blocks for a moment; raises HostError with libfuse's message."""
@@ -71,6 +70,7 @@ class Session:
                 reason = said.text() or str(exc)
                 raise HostError(f"Could not mount on '{self.mountpoint}': {reason}") from exc
         self._mount = mountinfo.mount_at(self.mountpoint)
+        self.face.device = self.device
         self._serving = self._there = True
         if self._settings.channel:
             try:
@@ -83,6 +83,7 @@ class Session:
             busy = self._wakefulness.busy if self._wakefulness is not None else None
             passthrough = self._settings.passthrough
             self._channel = Channel(self.operations, spliced, passthrough, pyfuse3.terminate, pipe, busy)
+            self._notifier.channel = self._channel
 
     @property
     def device(self) -> str:
@@ -93,6 +94,11 @@ class Session:
         """The current mountpoint. Blocks for a moment."""
         # The kernel reuses mount ids: once ours is gone, the id may belong to another mount.
         return mountinfo.place_of(self._mount) if self._mount is not None and self._serving else self.mountpoint
+
+    @property
+    def serving(self) -> bool:
+        """Whether the mount is there, and its connection to the kernel."""
+        return self._serving
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Serve until the mount is gone. ``ready`` is called once a ``stat`` from outside has been answered.
@@ -110,10 +116,7 @@ class Session:
     async def _serve(self, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._wait_ready, ready)
-            nursery.start_soon(self._invalidate)
-            for export in self.operations.exports:
-                if export.writable:
-                    nursery.start_soon(export.write_behind)
+            self.face.start(nursery)
             if self._channel is not None:
                 nursery.start_soon(self._channel.run)
             if self._wakefulness is not None:
@@ -122,6 +125,7 @@ class Session:
                 await pyfuse3.main(min_tasks=1, max_tasks=self._max_tasks())
             finally:
                 self._serving = False
+                self.face.stop()
                 # Later its number may be that of another mount in its place: closing the images can take a while.
                 self._there = own_mount.is_at(self.mountpoint, self.device)
                 nursery.cancel_scope.cancel()
@@ -131,7 +135,7 @@ class Session:
             return MAX_NAME_TASKS
         # A write may wait until the kernel has dropped a page, and that until a read is served. The kernel lets one
         # write at a time into each file, so one task is left for reads.
-        return MAX_TASKS + len(self.operations.exports)
+        return MAX_TASKS + MOST_FILES
 
     def stop(self) -> None:
         """Make ``serve`` return although the mount still exists."""
@@ -155,42 +159,6 @@ class Session:
             raise host_error(exc, self.mountpoint, "look at the mount") from exc
         self._raise_readahead()  # after INIT: the kernel overwrites it during negotiation
         ready()
-
-    async def _invalidate(self) -> None:
-        """Tell the kernel what data is stale."""
-        for export in self.operations.exports:
-            export.on_change = self._watcher(export)
-            export.drop_pages = partial(self._drop_pages, self.operations.inode_of(export))
-        while True:
-            await self._some_stale.wait()
-            while self._stale:
-                await self._drop_pages(self._stale.pop())
-
-    async def _drop_pages(self, inode: int) -> None:
-        """Make the kernel drop its pages of a file, in a thread: it may wait for requests that we must serve."""
-        await trio.to_thread.run_sync(self._invalidate_inode, inode, False, abandon_on_cancel=True)
-
-    def _watcher(self, export: Export) -> Callable[[bool], None]:
-        inode = self.operations.inode_of(export)
-
-        def changed(data: bool) -> None:
-            if not data:
-                # Attributes alone take no waiting, and the next client must see the new ones.
-                self._invalidate_inode(inode, True)
-                return
-            self._stale.add(inode)
-            self._some_stale.notify()
-
-        return changed
-
-    def _invalidate_inode(self, inode: int, attributes_only: bool) -> None:
-        try:
-            if self._channel is not None:
-                self._channel.invalidate(inode, attributes_only=attributes_only)
-            else:
-                pyfuse3.invalidate_inode(inode, attributes_only)
-        except OSError as exc:  # ENOENT: the kernel does not know the inode
-            log.debug("invalidating inode %d: %s", inode, exc)
 
     def _raise_readahead(self) -> None:
         if self._mount is None:

@@ -23,6 +23,12 @@ WRITE_IN = struct.Struct("=QQIIQII")
 """fh, offset, size, write flags, lock owner, open flags, padding."""
 WRITE_OUT = struct.Struct("=II")
 """size, padding."""
+WRITE_CACHE = 1 << 0
+"""Write flag: the kernel writes a page back on its own, which a program has changed through memory."""
+GETATTR_IN = struct.Struct("=IIQ")
+"""getattr flags, padding, fh."""
+GETATTR_FH = 1 << 0
+"""Getattr flag: it is for an open file, fh, and asks where that ends. ``fstat`` does not have it."""
 OPEN_IN = struct.Struct("=II")
 """flags, open flags."""
 OPEN_OUT = struct.Struct("=QIi")
@@ -56,12 +62,15 @@ WRITE_HEAD = IN_HEADER.size + WRITE_IN.size
 LONGEST_HEAD = IN_HEADER.size + COPY_IN.size
 """Bytes of the longest message without data that the channel answers."""
 
+GETATTR = 3
 OPEN, READ, WRITE, RELEASE, FSYNC, FLUSH, INIT = 14, 15, 16, 18, 20, 25, 26
 FORGET, INTERRUPT, DESTROY, BATCH_FORGET, FALLOCATE, LSEEK, COPY_FILE_RANGE = 2, 36, 38, 42, 43, 46, 47
 NO_REPLY = frozenset((FORGET, BATCH_FORGET, INTERRUPT))
 """Opcodes that are not answered."""
 
-NOTIFY_INVALIDATE_INODE = 2
+DELETE_ENTRY = struct.Struct("=QQII")
+"""nodeid of the directory, nodeid of the file, length of its name, padding; then the name and a zero byte."""
+NOTIFY_INVALIDATE_INODE, NOTIFY_DELETE = 2, 6
 
 ASYNC_READ, BIG_WRITES, ASYNC_DIO, PARALLEL_DIROPS, MAX_PAGES = 1 << 0, 1 << 5, 1 << 15, 1 << 18, 1 << 22
 AUTO_INVAL_DATA = 1 << 12

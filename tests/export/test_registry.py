@@ -101,6 +101,26 @@ async def test_another_medium_has_the_same_name_and_inode(registry: Registry, tm
     await export.flush()
 
 
+async def test_nothing_is_written_on_the_spot_while_the_medium_is_exchanged(registry: Registry, tmp_path: Path) -> None:
+    """So that the face can look at each write."""
+
+    class Writer(Face):
+        tried: bool | None = None
+
+        async def told(self, change: Change, export: Export) -> None:
+            if change is Change.MEDIUM:
+                self.tried = export.exchanging and export.write_now(0, memoryview(b"x"))
+
+    writer = Writer()
+    (export,) = await registry.add([image(tmp_path, "a")], RAW)
+    registry.faces.append(writer)
+    assert export.write_now(0, memoryview(b"x"))
+    await registry.change_medium("a", image(tmp_path, "b", b"b" * 8192), RAW)
+    assert writer.tried is False
+    assert not export.exchanging
+    assert export.write_now(0, memoryview(b"x"))
+
+
 async def test_a_medium_that_does_not_open_changes_nothing(registry: Registry, tmp_path: Path) -> None:
     (export,) = await registry.add([image(tmp_path, "a")], RAW)
     missing = str(tmp_path / "missing.img")

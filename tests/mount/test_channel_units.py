@@ -39,7 +39,7 @@ class Disk:
 
     name = "disk"
     writable = True
-    growable = shared_views = immutable = False
+    growable = shared_views = immutable = exchanging = False
 
     def __init__(self) -> None:
         self.content = bytearray(CONTENT)
@@ -153,9 +153,9 @@ class Kernel:
     async def read(self, offset: int, size: int, handle: int = 1, flags: int = 0) -> int:
         return await self.send(wire.READ, wire.READ_IN.pack(handle, offset, size, flags, 0, 0, 0))
 
-    async def write(self, offset: int, data: bytes, *, claimed: int | None = None) -> int:
+    async def write(self, offset: int, data: bytes, *, claimed: int | None = None, flags: int = 0) -> int:
         size = len(data) if claimed is None else claimed
-        return await self.send(wire.WRITE, wire.WRITE_IN.pack(1, offset, size, 0, 0, 0, 0) + data)
+        return await self.send(wire.WRITE, wire.WRITE_IN.pack(1, offset, size, flags, 0, 0, 0) + data)
 
     async def raw(self, message: bytes) -> None:
         await self._end.send(message)
@@ -191,7 +191,7 @@ async def serving(busy: Callable[[], None] | None = None, *, shared: bool = Fals
     handle = Handle(disk, os.O_RDWR)  # type: ignore[arg-type]
     handles = Handles(Registry(Graph(DRIVERS)))
     handles.by_number[1] = handle
-    operations: Any = SimpleNamespace(handles=handles, exports=[disk])
+    operations: Any = SimpleNamespace(handles=handles, exports=[disk], maps_uncached=not shared)
     served = Channel(operations, Spliced(os.dup(device.fileno()), ours), Passthrough.OFF, ended.set, None, busy)
     device.close()
     try:
@@ -261,6 +261,18 @@ async def test_requests_at_the_end_are_short(setup: Setup) -> None:
     assert await setup.kernel.reply() == (unique, 0, wire.WRITE_OUT.pack(10, 0))
     unique = await setup.kernel.write(LENGTH, b"y")
     assert await setup.kernel.reply() == (unique, errno.ENOSPC, b"")
+
+
+async def test_a_page_written_back_while_the_medium_is_exchanged_is_refused(setup: Setup) -> None:
+    """It may hold bytes of the old one. What a program writes is its own."""
+    setup.disk.cached = False
+    setup.disk.exchanging = True
+    setup.disk.go_on.set()
+    unique = await setup.kernel.write(4096, b"o" * 4096, flags=wire.WRITE_CACHE)
+    assert await setup.kernel.reply() == (unique, errno.EIO, b"")
+    assert bytes(setup.disk.content) == CONTENT
+    unique = await setup.kernel.write(4096, b"n" * 4096)
+    assert await setup.kernel.reply() == (unique, 0, wire.WRITE_OUT.pack(4096, 0))
 
 
 async def test_a_request_that_waits_holds_up_no_other(setup: Setup) -> None:

@@ -30,7 +30,7 @@ async def test_a_file_that_grows_all_the_time_is_followed_now_and_then(
     monkeypatch.setattr(loop_device, "follow_size", lambda where, length: told.append(length) or True)
     monkeypatch.setattr(trio.to_thread, "run_sync", _in_place)  # a thread knows nothing of the clock
     backend = SimpleNamespace(on_resize=[], length=0)
-    export: Any = SimpleNamespace(backend=backend)
+    export: Any = SimpleNamespace(backend=backend, empty=False)
     follower = LoopFollower(export, lambda: "/mnt/disk")
     (resized,) = backend.on_resize
     async with trio.open_nursery() as nursery:
