@@ -271,6 +271,30 @@ async def compressing(guest: Guest, random_: random.Random, unit: int) -> None:
             await guest.flush()
 
 
+async def beside_snapshots(guest: Guest, random_: random.Random, unit: int) -> None:
+    """Snapshots are made and deleted beside a writer, who allocates and copies but writes what is there already: so it
+    is known what a snapshot holds."""
+    names: list[str] = []
+
+    async def writer() -> None:
+        for offset, length in places(random_, guest.length, unit, 8):
+            await guest.write(offset, bytes(guest.oracle.current[offset : offset + length]))
+            if random_.random() < 0.2:
+                await guest.flush()
+
+    for index in range(12):
+        for offset, length in places(random_, guest.length, unit, random_.randrange(4)):
+            await guest.write(offset, stamped(length))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer)
+            await trio.lowlevel.checkpoint()
+            if names and random_.random() < 0.5:
+                await guest.delete_snapshot(names.pop(random_.randrange(len(names))))
+            else:
+                names.append(f"s{index}")
+                await guest.create_snapshot(names[-1])
+
+
 async def parallel(guest: Guest, random_: random.Random, unit: int) -> None:
     """Four writers, each in sectors of its own that share clusters with the others', and one who flushes."""
 
@@ -369,6 +393,9 @@ WORKLOADS: dict[str, Workload] = {
         Workload("extended-l2-compressed-writes", compressing, cluster_size=16 * KIB, options="extended_l2=on"),
         Workload("extended-l2-growth", growth, cluster_size=16 * KIB, options="extended_l2=on", size=48 * KIB),
         Workload("extended-l2-parallel", parallel, cluster_size=16 * KIB, options="extended_l2=on", backing=True),
+        Workload("beside-snapshots", beside_snapshots, prepare=FULL),
+        Workload("beside-snapshots-512", beside_snapshots, cluster_size=512),
+        Workload("beside-snapshots-v2", beside_snapshots, prepare=FULL, version=2),
         Workload("parallel", parallel),
         Workload("parallel-backing", parallel, backing=True),
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,11 +13,10 @@ import trio.testing
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import snapshot
-from fusedisk.core.errors import NoSpaceError
 from fusedisk.drivers.format.qcow2 import image as image_module
 from fusedisk.drivers.format.qcow2.entries import ENTRIES_AT_ONCE, OFFSET_MASK
 from tests.support.memory import Store
-from tests.support.qcow2 import assert_clean, created_in_memory, driver_of, in_memory, saved
+from tests.support.qcow2 import created_in_memory, driver_of, in_memory
 from tests.support.tasks import start
 
 CLUSTER = 65536
@@ -37,7 +34,7 @@ async def settle(backend: Backend) -> None:
 
 @pytest.mark.parametrize("operation", ["create", "apply", "delete"])
 async def test_reads_go_on_while_tables_are_written(operation: str) -> None:
-    """A writer waits until the end, also one that came before the reader."""
+    """While one is applied, a writer waits until the end, also one that came before the reader."""
     store = await created_in_memory(Store(), size=1 << 20)
     async with in_memory(store) as backend, trio.open_nursery() as nursery:
         nursery.cancel_scope.deadline = trio.current_time() + 30
@@ -60,7 +57,8 @@ async def test_reads_go_on_while_tables_are_written(operation: str) -> None:
         writer = await start(nursery, lambda: backend.write(CLUSTER, b"w"))
         assert await backend.read(0, CLUSTER) == before
         assert (await backend.block_status(0, CLUSTER)).data
-        await backend.flush()
+        if operation == "apply":
+            await backend.flush()
         assert not writer.done
         assert not work.done
         held.release()
@@ -117,180 +115,6 @@ async def test_a_reader_behind_a_waiting_writer_does_not_stop_applying() -> None
             await work.join()
             await discard.join()
             assert await reader.join() == bytes(CLUSTER)
-
-
-# --- writers --------------------------------------------------------------------------------------------
-
-
-def operation_on(backend: Backend, operation: str) -> Callable[[], Awaitable[object]]:
-    if operation == "create":
-        return lambda: snapshot.create_snapshot(backend.node, HERE)
-    return lambda: snapshot.delete_snapshot(backend.node, "1")
-
-
-@asynccontextmanager
-async def working(operation: str, **create: Any) -> AsyncIterator[tuple[Store, Backend, trio.Nursery]]:
-    """A disk of 1 MiB with data of its own in its first two clusters, and a snapshot to delete."""
-    store = await created_in_memory(Store(), size=1 << 20, **create)
-    async with in_memory(store, discard="unmap") as backend, trio.open_nursery() as nursery:
-        nursery.cancel_scope.deadline = trio.current_time() + 30
-        await backend.write(0, b"0" * 2 * CLUSTER)
-        if operation == "delete":
-            await backend.create_snapshot(HERE)
-        await backend.write(0, b"1" * 2 * CLUSTER)
-        await settle(backend)
-        yield store, backend, nursery
-
-
-async def content_of_snapshot(backend: Backend, length: int) -> bytes:
-    await backend.apply_snapshot("1")
-    return await backend.read(0, length)
-
-
-@pytest.mark.parametrize("extended_l2", [False, True])
-@pytest.mark.parametrize("operation", ["create", "delete"])
-async def test_overwrites_go_on_while_tables_are_written(tmp_path: Path, operation: str, extended_l2: bool) -> None:
-    """A new snapshot holds them, since they are answered before it begins."""
-    async with working(operation, extended_l2=extended_l2) as (store, backend, nursery):
-        held = store.steps.hold("write")
-        work = await start(nursery, operation_on(backend, operation))
-        await held.reached.wait()
-        with trio.fail_after(10):
-            await backend.write(512, b"w" * 512)
-            await backend.write(CLUSTER - 512, b"v" * 1024, fua=True)
-        assert not work.done
-        held.release()
-        await work.join()
-        expected = b"1" * 512 + b"w" * 512 + b"1" * (CLUSTER - 1536) + b"v" * 1024
-        assert await backend.read(0, len(expected)) == expected
-        if operation == "create":
-            await backend.write(0, b"2" * 2 * CLUSTER)
-            assert await content_of_snapshot(backend, len(expected)) == expected
-    assert_clean(saved(store, tmp_path))
-
-
-@pytest.mark.parametrize("operation", ["create", "delete"])
-async def test_an_overwrite_passes_whose_table_is_not_in_memory(operation: str) -> None:
-    async with working(operation) as (store, backend, nursery):
-        driver_of(backend).image.l2.clear()
-        held = store.steps.hold("write")
-        work = await start(nursery, operation_on(backend, operation))
-        await held.reached.wait()
-        driver_of(backend).image.l2.clear()
-        with trio.fail_after(10):
-            await backend.write(512, b"w" * 512)
-        assert not work.done
-        held.release()
-        await work.join()
-        assert await backend.read(0, 1536) == b"1" * 512 + b"w" * 512 + b"1" * 512
-
-
-@pytest.mark.parametrize("operation", ["create", "delete"])
-@pytest.mark.parametrize("kind", ["allocating", "half allocating", "zeroes", "discard"])
-async def test_other_changes_wait_for_the_end(tmp_path: Path, operation: str, kind: str) -> None:
-    async with working(operation) as (store, backend, nursery):
-        held = store.steps.hold("write")
-        work = await start(nursery, operation_on(backend, operation))
-        await held.reached.wait()
-        change, offset, expected = {
-            "allocating": (lambda: backend.write(4 * CLUSTER, b"w" * 512), 4 * CLUSTER, b"w" * 512),
-            "half allocating": (lambda: backend.write(2 * CLUSTER - 512, b"w" * 1024), 2 * CLUSTER - 512, b"w" * 1024),
-            "zeroes": (lambda: backend.write_zeroes(0, CLUSTER), 0, bytes(CLUSTER)),
-            "discard": (lambda: backend.discard(0, CLUSTER), 0, None),
-        }[kind]
-        writer = await start(nursery, change)
-        assert not writer.done
-        assert not work.done
-        held.release()
-        await work.join()
-        await writer.join()
-        if expected is not None:
-            assert await backend.read(offset, len(expected)) == expected
-        if operation == "create":
-            assert await content_of_snapshot(backend, 3 * CLUSTER) == b"1" * 2 * CLUSTER + bytes(CLUSTER)
-    assert_clean(saved(store, tmp_path))
-
-
-async def test_written_zeroes_that_become_zero_clusters_wait() -> None:
-    store = await created_in_memory(Store(), size=1 << 20)
-    async with in_memory(store, **{"detect-zeroes": "on"}) as backend, trio.open_nursery() as nursery:
-        nursery.cancel_scope.deadline = trio.current_time() + 30
-        await backend.write(0, b"1" * CLUSTER)
-        await settle(backend)
-        held = store.steps.hold("write")
-        work = await start(nursery, operation_on(backend, "create"))
-        await held.reached.wait()
-        writer = await start(nursery, lambda: backend.write(0, bytes(CLUSTER)))
-        assert not writer.done
-        held.release()
-        await work.join()
-        await writer.join()
-        assert await backend.read(0, CLUSTER) == bytes(CLUSTER)
-        assert await content_of_snapshot(backend, CLUSTER) == b"1" * CLUSTER
-
-
-@pytest.mark.parametrize("operation", ["create", "delete"])
-async def test_the_switch_waits_for_overwrites_and_holds_later_ones_back(tmp_path: Path, operation: str) -> None:
-    """An overwrite that comes after the header leads to a new snapshot must not change what that holds."""
-    async with working(operation) as (store, backend, nursery):
-        tables = store.steps.hold("write")
-        header = store.steps.hold("write", 24)
-        work = await start(nursery, operation_on(backend, operation))
-        await tables.reached.wait()
-        slow = store.steps.hold("write")
-        early = await start(nursery, lambda: backend.write(0, b"e" * 512))
-        await slow.reached.wait()
-        tables.release()
-        await trio.testing.wait_all_tasks_blocked()
-        assert not header.reached.is_set(), "a write goes to space that the snapshot would share"
-        late = await start(nursery, lambda: backend.write(512, b"l" * 512))
-        assert not late.done
-        assert await backend.read(1024, 512) == b"1" * 512
-        slow.release()
-        await early.join()
-        await header.reached.wait()
-        assert not late.done
-        header.release()
-        await work.join()
-        await late.join()
-        assert await backend.read(0, 1536) == b"e" * 512 + b"l" * 512 + b"1" * 512
-        if operation == "create":
-            assert await content_of_snapshot(backend, 1536) == b"e" * 512 + b"1" * 1024
-    assert_clean(saved(store, tmp_path))
-
-
-async def test_overwrites_go_on_while_a_deleted_snapshot_gives_space_back() -> None:
-    async with working("delete") as (store, backend, nursery):
-        held = store.steps.hold("discard")
-        work = await start(nursery, operation_on(backend, "delete"))
-        await held.reached.wait()
-        with trio.fail_after(10):
-            await backend.write(0, b"w" * 512)
-        assert not work.done
-        held.release()
-        await work.join()
-        assert await backend.read(0, 1024) == b"w" * 512 + b"1" * 512
-
-
-@pytest.mark.parametrize("operation", ["create", "delete"])
-async def test_overwrites_beside_an_operation_that_fails_stay(tmp_path: Path, operation: str) -> None:
-    async with working(operation) as (store, backend, nursery):
-        tables = store.steps.hold("write")
-        header = store.steps.hold("write", 24)
-        work = await start(nursery, operation_on(backend, operation))
-        await tables.reached.wait()
-        await backend.write(0, b"w" * 512)
-        tables.release()
-        await header.reached.wait()
-        late = await start(nursery, lambda: backend.write(512, b"l" * 512))
-        store.steps.fail("write", NoSpaceError("full"))
-        header.release()
-        with pytest.raises(NoSpaceError):
-            await work.join()
-        await late.join()
-        assert len(backend.list_snapshots()) == (operation == "delete")
-        assert await backend.read(0, 1536) == b"w" * 512 + b"l" * 512 + b"1" * 512
-    assert_clean(saved(store, tmp_path))
 
 
 # --- the event loop -------------------------------------------------------------------------------------

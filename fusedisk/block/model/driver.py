@@ -405,12 +405,11 @@ class Driver:
         """Return the image's snapshots, in the order of its table."""
         return []
 
-    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress, no_overwrites: HoldBack) -> SnapshotInfo:
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress, no_changes: HoldBack) -> SnapshotInfo:
         """Make a snapshot of the disk with the name, date and VM data of ``wanted`` and return it. An empty id means:
-        choose one. An error, or a crash at any instant, leaves everything as it was. Plain reads run meanwhile, and
-        writes for which ``lookup_in_place`` answers the whole range, except within ``no_overwrites()``, where the
-        snapshot begins to share the disk's space. No other request is in flight on the node, as for all methods of
-        this section."""
+        choose one. An error, or a crash at any instant, leaves everything as it was. All requests for data run
+        meanwhile, except within ``no_changes()``, where only plain reads do and the snapshot comes to be. No other
+        request of this section is in flight on the node, for the other methods no other request at all."""
         raise self._keeps_none("internal snapshots")
 
     async def apply_snapshot(self, id: str, progress: Progress, no_reads: HoldBack) -> None:
@@ -418,7 +417,7 @@ class Driver:
         except within ``no_reads()``, where the disk changes. Raises SnapshotNotFoundError."""
         raise self._keeps_none("internal snapshots")
 
-    async def delete_snapshot(self, id: str, progress: Progress, no_overwrites: HoldBack) -> None:
+    async def delete_snapshot(self, id: str, progress: Progress, no_changes: HoldBack) -> None:
         """Delete a snapshot, beside the same requests as ``create_snapshot``. Raises SnapshotNotFoundError."""
         raise self._keeps_none("internal snapshots")
 

@@ -4,13 +4,12 @@ A request is entered when it arrives and leaves when it is answered. Two overlap
 least one of them is *serialising* (read-modify-write, write-zeroes, discard, compressed write, copy-on-read,
 resize): the one that came later waits for the earlier. Waiting only ever looks back, so there is no deadlock.
 
-A long serialising request that changes nothing for readers until its end (a snapshot) lets plain reads pass. While
-the mapping stays as it is, it may also let overwrites pass: writes that go to space that only the disk uses.
+A long serialising request that changes nothing for readers until its end (a snapshot) lets plain reads pass. One that
+follows what others change meanwhile also lets changes pass: everything but requests that need the node *alone*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -26,9 +25,9 @@ class Request:
 
     __slots__ = (
         "_done",
+        "alone",
         "end",
-        "in_place",
-        "lets_overwrites",
+        "lets_changes",
         "lets_reads",
         "offset",
         "serialising",
@@ -41,15 +40,22 @@ class Request:
         self.end = end
         self.write = write
         self.serialising = serialising
+        self.alone = False
+        """Passes no other request: it changes more than data."""
         self.lets_reads = False
         """Serialising, except against plain reads."""
-        self.lets_overwrites = False
-        """Serialising, except against overwrites."""
-        self.in_place: Callable[[], bool] | None = None
-        """For a plain write: whether it is an overwrite now, see :meth:`wait_for_earlier`."""
+        self.lets_changes = False
+        """Serialising, except against requests that are not ``alone``."""
         self.waiting = False
         """Waits for another request now."""
         self._done: trio.Event | None = None
+
+    @classmethod
+    def of_all(cls) -> Request:
+        """Return a request that runs alone on its node."""
+        request = cls(0, 1 << 63, True, serialising=True)
+        request.alone = True
+        return request
 
     def enter(self, node: Node) -> None:
         """Become visible to every later request."""
@@ -76,10 +82,7 @@ class Request:
             self._done = None
 
     async def wait_for_earlier(self, node: Node) -> None:
-        """Wait until no earlier conflicting request is in flight. Call after ``enter``.
-
-        A write that passed another request because of ``in_place`` must begin before the next await.
-        """
+        """Wait until no earlier conflicting request is in flight. Call after ``enter``."""
         while (other := self._conflict(node)) is not None:
             refuse_to_wait()
             self.waiting = True
@@ -89,17 +92,18 @@ class Request:
                 self.waiting = False
 
     async def hold_back(self, node: Node, *, reads: bool) -> None:
-        """Stop letting overwrites pass, with ``reads`` also reads, and wait for those that did. All other requests wait
-        for this one already."""
-        self.lets_overwrites = False
+        """Stop letting changes pass, with ``reads`` also plain reads, and wait for those that did. All other requests
+        wait for this one already."""
+        self.lets_changes = False
         self.lets_reads = self.lets_reads and not reads
         while (other := self._passing(node, reads=reads)) is not None:
             await other._ended()
 
-    def let_pass(self, *, overwrites: bool) -> None:
-        """Let plain reads pass, with ``overwrites`` also overwrites, including those that already wait. Synchronous."""
+    def let_pass(self, *, changes: bool) -> None:
+        """Let plain reads pass, with ``changes`` also what changes data, including those that already wait.
+        Synchronous."""
         self.lets_reads = True
-        self.lets_overwrites = overwrites
+        self.lets_changes = changes
         self._wake()
 
     async def _ended(self) -> None:
@@ -112,7 +116,7 @@ class Request:
             if (
                 other is not self
                 and not other.waiting
-                and (other.write or reads)
+                and (other.write or other.serialising or reads)
                 and other.offset < self.end
                 and self.offset < other.end
             ):
@@ -134,8 +138,6 @@ class Request:
 
     def _passes(self, other: Request) -> bool:
         """Whether ``other`` lets this request pass, though they conflict."""
-        if self.serialising:
-            return False
-        if not self.write:
-            return other.lets_reads
-        return other.lets_overwrites and self.in_place is not None and self.in_place()
+        if self.write or self.serialising:
+            return other.lets_changes and not self.alone
+        return other.lets_reads

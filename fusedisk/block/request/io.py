@@ -24,7 +24,7 @@ from fusedisk.block.model.flags import COMPRESSED, COPY_ON_READ, FUA, MAY_UNMAP,
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.tracked import Request
-from fusedisk.block.request import overwriting, transfer
+from fusedisk.block.request import transfer
 from fusedisk.block.request.checks import PROBE_SIZE, check_end, check_writable, guarding_request
 from fusedisk.core.errors import (
     FusediskError,
@@ -157,8 +157,6 @@ async def write(node: Node, offset: int, buffers: Sequence[Buffer], flags: int =
     if zeroes != "off" and not unaligned and all(map(is_zero, buffers)):
         await write_zeroes(node, offset, length, flags | (MAY_UNMAP if zeroes == "unmap" else 0))
         return
-    if node.serialising and not request.serialising and not flags & ~FUA and len(buffers) == 1:
-        await overwriting.prepare(node, request)
     begun = False
     request.enter(node)
     try:

@@ -1,13 +1,14 @@
 """Internal snapshots of a node: the door for making, applying and deleting them. Filters pass them to what is below.
 
-A snapshot lies between requests: it holds every write answered before, and none that comes later. So these operations
-wait for every request in flight on the node, and hold back all later ones. Two kinds of requests go on meanwhile:
+A snapshot lies between requests: it holds every write answered before, and none that comes later.
 
-* Plain reads, since they find the same bytes before and after. Only for the moment when an applied snapshot changes the
-  disk they wait.
-* While a snapshot is made or deleted, overwrites: writes to space that is the disk's alone. A new snapshot holds what
-  they wrote, since it begins when the header leads to it; they wait for that moment. After it a write to space that
-  the snapshot shares is an overwrite no longer.
+* Making and deleting one let other requests go on: reads, and whatever changes the disk's data. The format follows
+  these changes. Only for the moment when the file comes to lead to the snapshot, or no longer, changes are held back;
+  a new snapshot holds what was written before that moment.
+* Applying one waits for every request in flight on the node, and holds back all later ones but plain reads. For the
+  moment when the disk changes, these wait too.
+
+What needs the node alone, such as a resize or another snapshot, waits for the end.
 """
 
 from __future__ import annotations
@@ -60,9 +61,8 @@ def list_snapshots(node: Node) -> list[SnapshotInfo]:
 async def create_snapshot(node: Node, snapshot: SnapshotInfo, progress: Progress = no_progress) -> SnapshotInfo:
     """Make a snapshot of the disk as it is now, see :meth:`fusedisk.block.model.driver.Driver.create_snapshot`."""
     node = node.unfiltered
-    async with alone(node, "snapshot") as request:
-        request.let_pass(overwrites=True)
-        return await node.driver.create_snapshot(snapshot, progress, partial(_no_overwrites, node, request))
+    async with alone(node, "snapshot", beside_changes=True) as request:
+        return await node.driver.create_snapshot(snapshot, progress, partial(_no_changes, node, request))
 
 
 async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
@@ -70,7 +70,7 @@ async def apply_snapshot(node: Node, id: str, progress: Progress = no_progress) 
     node = node.unfiltered
     changed = node.with_filters_above()
     async with alone(node, "snapshot") as request:
-        request.let_pass(overwrites=False)
+        request.let_pass(changes=False)
         old = node.length
         size = next((found.disk_size for found in node.driver.list_snapshots() if found.id == id), old)
         if size != old:
@@ -98,25 +98,25 @@ async def _no_reads(node: Node, request: Request) -> AsyncIterator[None]:
     finally:
         node.take_length(await node.driver.length())
         node.change_mapping()
-        request.let_pass(overwrites=False)
+        request.let_pass(changes=False)
 
 
 @asynccontextmanager
-async def _no_overwrites(node: Node, request: Request) -> AsyncIterator[None]:
-    """Hold back overwrites while the mapping changes. Afterwards it says which writes still are overwrites."""
+async def _no_changes(node: Node, request: Request) -> AsyncIterator[None]:
+    """Hold back changes of the disk. Afterwards its mapping may be another."""
     await request.hold_back(node, reads=False)
     try:
         yield
     finally:
-        request.let_pass(overwrites=True)
+        node.change_mapping()
+        request.let_pass(changes=True)
 
 
 async def delete_snapshot(node: Node, id: str, progress: Progress = no_progress) -> None:
     """Delete a snapshot and free the space that only it used."""
     node = node.unfiltered
-    async with alone(node, "snapshot") as request:
-        request.let_pass(overwrites=True)
-        await node.driver.delete_snapshot(id, progress, partial(_no_overwrites, node, request))
+    async with alone(node, "snapshot", beside_changes=True) as request:
+        await node.driver.delete_snapshot(id, progress, partial(_no_changes, node, request))
 
 
 async def save_vmstate(node: Node, offset: int, data: memoryview) -> None:
@@ -150,12 +150,15 @@ def check_vmstate_range(offset: int, length: int) -> None:
 
 
 @asynccontextmanager
-async def alone(node: Node, operation: str) -> AsyncIterator[Request]:
-    """Run the block with no other request in flight on the node, shielded from cancellation. The block may let some
-    pass its request. Raises an error if the node is not writable."""
+async def alone(node: Node, operation: str, *, beside_changes: bool = False) -> AsyncIterator[Request]:
+    """Run the block with no other request in flight on the node, shielded from cancellation; with ``beside_changes``
+    only with no other one that runs alone. The block may let some pass its request. Raises an error if the node is not
+    writable."""
     checks.check_writable(node)
     node.check_operation(operation)
-    request = Request(0, 1 << 63, True, serialising=True)
+    request = Request.of_all()
+    if beside_changes:
+        request.let_pass(changes=True)
     request.enter(node)
     try:
         await request.wait_for_earlier(node)

@@ -218,7 +218,7 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
     node.check_operation("resize")
     if not node.perm & permissions.RESIZE:
         raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
-    request = Request(0, 1 << 63, True, serialising=True)
+    request = Request.of_all()
     old: int | None = None
     request.enter(node)
     try:

@@ -315,6 +315,8 @@ class Allocator:
         except BaseException:
             self.refcounts.keep(run)
             raise
+        if image.watcher is not None and table is not None:
+            image.watcher.table_changes(l1_index, copy)
         image.put_l1_entry(l1_index, offset | COPIED)
         if entry & OFFSET_MASK:
             self.refcounts.free([HostRun((entry & OFFSET_MASK) >> geometry.cluster_bits, 1)])

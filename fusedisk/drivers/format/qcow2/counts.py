@@ -55,7 +55,8 @@ class Counts:
     # --- counting ---------------------------------------------------------------------------------------
 
     def add_run(self, first: int, count: int, weight: int = 1) -> None:
-        """Count ``weight`` references to each of ``count`` neighbours, of which one may lie behind the file's end."""
+        """Count ``weight`` references to each of ``count`` neighbours, of which one may lie behind the file's end. What
+        was counted before can be taken back with a negative ``weight``."""
         end = first + count
         if end > self.clusters:
             self._behind += weight
@@ -66,8 +67,8 @@ class Counts:
             high = min(low + end - first, self._chunk_size, len(chunk), low + _RUN_AT_ONCE)
             first += high - low
             part = chunk[low:high]
-            if part == _filled(0, len(part)):
-                chunk[low:high] = _filled(min(weight, LARGEST), len(part))
+            if part[0] == part[-1] and part == _filled(part[0], len(part)):
+                chunk[low:high] = _filled(min(part[0] + weight, LARGEST), len(part))
             else:
                 chunk[low:high] = array(COUNTER, [min(value + weight, LARGEST) for value in part])
 

@@ -16,7 +16,7 @@ import logging
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.node import Node
@@ -57,6 +57,16 @@ SNAPSHOT_L2 = "snapshot's L2 table"
 
 
 BeforeChange = Callable[[bool], Awaitable[None]]
+
+
+class MappingWatcher(Protocol):
+    """Told of changes of L1 and L2 tables in memory, just before each. Synchronous, and under the mutex."""
+
+    def table_changes(self, l1_index: int, table: array[int]) -> None:
+        """The L2 table that an L1 entry leads to is to change, or that entry; so far the table is ``table``."""
+
+    def entry_changes(self, l1_index: int, old: int, new: int) -> None:
+        """An L1 entry is to lead from the host offset ``old`` to ``new``, which is another."""
 
 
 async def _no_preparation(disk: bool) -> None:
@@ -164,6 +174,7 @@ class Image:
         """Host offsets of the clusters that hold refcount blocks or ``snapshot_tables``, sorted. For writing only."""
         self.l2_places: array[int] = array("Q")
         """Host offsets of the L2 tables that ``l1`` leads to, sorted. For writing only."""
+        self.watcher: MappingWatcher | None = None
         self.place_fixed()
 
     # --- reading ----------------------------------------------------------------------------------------
@@ -251,22 +262,23 @@ class Image:
         return self._scattered_at(start, length) or self.fixed_at(start, length)
 
     @property
-    def _guards_scattered(self) -> bool:
+    def guards_scattered(self) -> bool:
+        """Whether the overlap checks know scattered metadata."""
         return self.overlap_check in ("cached", "all")
 
     def place_blocks(self, blocks: Iterable[int]) -> None:
         """Record where the refcount blocks and the snapshots' tables lie."""
-        if self._guards_scattered:
+        if self.guards_scattered:
             self.scattered = array("Q", sorted({*filter(None, blocks), *self.snapshot_tables}))
 
     def place_block(self, offset: int) -> None:
         """Record where a new refcount block lies."""
-        if self._guards_scattered:
+        if self.guards_scattered:
             insort(self.scattered, offset)
 
-    async def sorted_l2(self, l1: array[int]) -> array[int]:
-        """Return the sorted offsets of the L2 tables of ``l1``, for :attr:`l2_places`. Other tasks run meanwhile."""
-        if not self._guards_scattered:
+    async def sorted_l2(self, l1: array[int], pause: Callable[[], Awaitable[None]] = checkpoint) -> array[int]:
+        """Return the sorted offsets of the L2 tables of ``l1``, for :attr:`l2_places`. Others run in each ``pause``."""
+        if not self.guards_scattered:
             return array("Q")
         runs: list[array[int]] = []
         for _, piece in used_pieces(l1):
@@ -275,13 +287,13 @@ class Image:
                 runs[-1].extend(found)
             elif found:
                 runs.append(found)
-            await checkpoint()
+            await pause()
         if len(runs) < 2:
             return runs[0] if runs else array("Q")
         merged, rest = array("Q"), heapq.merge(*runs)
         while part := array("Q", itertools.islice(rest, ENTRIES_AT_ONCE)):
             merged.extend(part)
-            await checkpoint()
+            await pause()
         return merged
 
     # --- corruption -------------------------------------------------------------------------------------
@@ -332,7 +344,9 @@ class Image:
     def put_l1_entry(self, index: int, entry: int) -> None:
         """Change one L1 entry in memory."""
         old, new = self.l1[index] & OFFSET_MASK, entry & OFFSET_MASK
-        if old != new and self._guards_scattered:
+        if old != new and self.watcher is not None:
+            self.watcher.entry_changes(index, old, new)
+        if old != new and self.guards_scattered:
             if old:
                 del self.l2_places[bisect_left(self.l2_places, old)]
             if new:
@@ -360,6 +374,8 @@ class Image:
         """
         offset = self.l1[l1_index] & OFFSET_MASK
         table = await self.l2.load(offset)
+        if self.watcher is not None:
+            self.watcher.table_changes(l1_index, table)
         index *= self.geometry.entry_words
         end = index + len(entries)
         table[index:end] = entries

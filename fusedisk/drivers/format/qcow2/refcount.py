@@ -85,6 +85,8 @@ class Refcounts:
         """References that memory has lost, but perhaps not the file."""
         self.freed_clusters = 0
         """The number of clusters in ``_freed``."""
+        self.changed: set[int] | None = None
+        """Collects the indices of blocks that change, if somebody wants them."""
 
     async def load(self) -> None:
         """Read the refcount table. Raises ImageError for invalid entries."""
@@ -348,6 +350,8 @@ class Refcounts:
         self._touch(offset, position, position + len(data))
         if self.image.changes is not None:
             self.image.changes.add(Kind.REFCOUNTS, offset + position, data)
+        if self.changed is not None:
+            self.changed.add(block_index)
         self.blocks.put(offset, block)
         if freed:
             if any(first - index + at <= self.open_cluster < first - index + at + run for at, run in freed):

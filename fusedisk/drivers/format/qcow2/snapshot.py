@@ -9,10 +9,11 @@ A snapshot is an L1 table of its own.
 * Deleting one removes its references. Clusters that only the active table still leads to get their flags again.
 
 Each is one step from an old state to a new one, see :mod:`.snapshot_switch`: a crash leaves one of the two, and an
-error changes nothing. Only plain reads are in flight on the node meanwhile, and overwrites of COPIED clusters where a
-snapshot is made or deleted (``request/snapshot.py``). They see the old state, in memory too, until the step, and none
-that it would disturb is in flight during it: no read when one is applied, no overwrite when one is made or deleted.
-The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and other tasks run between.
+error changes nothing. The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and other tasks run between.
+
+Making and deleting give way to all requests for data between two pieces, and follow what they change
+(:mod:`.snapshot_active`). At the end changes are held back while the last pieces are done, those of the last moments,
+and the header is written. While one is applied, only plain reads are in flight on the node, and none during the step.
 
 Source: docs/interop/qcow2.txt, "Snapshots".
 """
@@ -23,7 +24,7 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Protocol
 
 import trio
@@ -38,7 +39,8 @@ from fusedisk.drivers.format.qcow2.entries import COPIED, ENTRIES_AT_ONCE, OFFSE
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
-from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, rewritten, table_weights
+from fusedisk.drivers.format.qcow2.snapshot_active import ActiveTables, FlaggedTables, SharedTables
+from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, Pause, rewritten, table_weights
 from fusedisk.drivers.format.qcow2.snapshot_switch import NewTable, State, Switch
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots, next_id
 
@@ -82,34 +84,38 @@ async def read_l1(image: Image, snapshot: Snapshot) -> array[int]:
     return table + empty_table(needed - snapshot.l1_size)
 
 
-async def create(
-    driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress, no_overwrites: HoldBack
-) -> SnapshotInfo:
+async def create(driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress, no_changes: HoldBack) -> SnapshotInfo:
     """Make a snapshot with the name, date and VM data of ``wanted``, whose id is chosen where it is empty. No
-    overwrites run within ``no_overwrites``.
+    changes run within ``no_changes``.
 
     Raises OptionError for an invalid name or id; ImageError where there are too many snapshots or references.
     """
-    header = driver.image.header
     identity = wanted.id.encode("utf-8", "surrogateescape") or next_id(driver.snapshots)
     name = wanted.name.encode("utf-8", "surrogateescape")
     _check_names(driver, identity, name)
-    async with _switching(driver) as switch:
-        l1 = await _share_active(driver, switch, progress)
-        snapshot = Snapshot(
-            raw_id=identity,
-            raw_name=name,
-            l1_table_offset=await switch.new_l1(l1),
-            l1_size=len(l1),
-            date_seconds=wanted.date // 10**9,
-            date_nanoseconds=wanted.date % 10**9,
-            vm_clock=wanted.vm_clock,
-            vm_state_size=wanted.vm_state_size,
-            disk_size=header.size,
-            icount=wanted.icount,
-        )
-        snapshots = [*driver.snapshots, snapshot]
-        await _commit(driver, switch, header.size, l1, snapshots, no_overwrites, discard=False)
+    image, header = driver.image, driver.image.header
+    async with _beside_requests(driver) as switch:
+        tables = SharedTables(image, switch)
+        with tables.followed():
+            async with image.mutex:
+                switch.follow_file()
+                await tables.count(progress)
+                _lose_tables(driver, switch)
+                await tables.write(2, discard=False)
+            async with _last_moment(driver, switch, tables, no_changes):
+                snapshot = Snapshot(
+                    raw_id=identity,
+                    raw_name=name,
+                    l1_table_offset=tables.l1_offsets[1],
+                    l1_size=len(tables.l1),
+                    date_seconds=wanted.date // 10**9,
+                    date_nanoseconds=wanted.date % 10**9,
+                    vm_clock=wanted.vm_clock,
+                    vm_state_size=wanted.vm_state_size,
+                    disk_size=header.size,
+                    icount=wanted.icount,
+                )
+                await _commit_beside(driver, switch, tables, [*driver.snapshots, snapshot], discard=False)
     return snapshot.public()
 
 
@@ -151,12 +157,27 @@ async def apply(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, n
                     data = table.without_copied() if offset in new else None
                 if data is not None:
                     cleared.append(NewTable(offset, data, new[offset]))
-                _count_table(switch, offset, (0 if data is not None else new[offset]) - old[offset])
+                switch.count_table(offset, (0 if data is not None else new[offset]) - old[offset])
             moved.update(await switch.new_tables(cleared))
 
         await _each(driver, itertools.chain(new, (offset for offset in old if offset not in new)), exchange, progress)
         l1 = await rewritten(l1, lambda entry: _leads_to(moved.get(entry & OFFSET_MASK), entry, new))
-        await _commit(driver, switch, snapshot.disk_size, l1, driver.snapshots, no_reads, discard=True)
+        _lose_tables(driver, switch)
+        table = encode_snapshots(driver.snapshots, image.filename)
+        state = State(
+            size=snapshot.disk_size,
+            l1=l1,
+            l1_offset=await switch.new_l1(l1),
+            snapshots=len(driver.snapshots),
+            snapshots_offset=await switch.new_table(table),
+        )
+        try:
+            await switch.commit(state, no_reads, discard=_discards(driver))
+        finally:
+            if switch.done:
+                image.snapshot_table_size = len(table)
+        await _place(driver)
+    await switch.discard()
 
 
 def _leads_to(moved: int | None, entry: int, weights: Counter[int]) -> int:
@@ -167,96 +188,56 @@ def _leads_to(moved: int | None, entry: int, weights: Counter[int]) -> int:
     return moved | COPIED if weights[offset] == 1 else moved
 
 
-async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, no_overwrites: HoldBack) -> None:
-    """Delete a snapshot. No overwrites run within ``no_overwrites``. Raises ImageError if its tables are invalid."""
+async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, no_changes: HoldBack) -> None:
+    """Delete a snapshot. No changes run within ``no_changes``. Raises ImageError if its tables are invalid."""
+    image, discards = driver.image, _discards(driver)
+    async with _beside_requests(driver) as switch:
+        tables = FlaggedTables(image, switch)
+        with tables.followed():
+            async with image.mutex:
+                await _lose_snapshot(driver, switch, snapshot, lambda done, all: progress(done, 2 * all))
+                tables.ones = await _ones(driver, switch)
+                await tables.count(lambda done, all: progress(all + done, 2 * all))
+                _lose_tables(driver, switch)
+                await tables.write(1, discard=discards)
+            async with _last_moment(driver, switch, tables, no_changes):
+                remaining = [other for other in driver.snapshots if other is not snapshot]
+                await _commit_beside(driver, switch, tables, remaining, discard=discards)
+    await switch.discard()
+
+
+async def _lose_snapshot(driver: SnapshotImage, switch: Switch, snapshot: Snapshot, progress: Progress) -> None:
+    """Count the references that go with a snapshot."""
     image = driver.image
-    async with _switching(driver) as switch:
-        l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
-        weights = await table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}")
-        active = await table_weights(image, image.l1, "its L1 table")
-        total = len(weights) + len(active)
+    l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
+    weights = await table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}", switch.pause)
 
-        async def lose(offsets: Sequence[int]) -> None:
-            for offset in offsets:
-                (await L2Table.read(image, offset)).count(switch.lost, weights[offset])
-                _count_table(switch, offset, -weights[offset])
+    async def lose(offsets: Sequence[int]) -> None:
+        for offset in offsets:
+            (await L2Table.read(image, offset)).count(switch.lost, weights[offset])
+            switch.count_table(offset, -weights[offset])
 
-        await _each(driver, weights, lose, lambda done, _: progress(done, total))
-        if snapshot.l1_size:
-            switch.lose_table(snapshot.l1_table_offset, snapshot.l1_size * 8)
-        flagged = await _flag_active(driver, switch, active, lambda done, _: progress(len(weights) + done, total))
-        remaining = [other for other in driver.snapshots if other is not snapshot]
-        await _commit(driver, switch, image.header.size, flagged, remaining, no_overwrites, discard=True)
+    await _each(driver, weights, lose, progress, switch.pause)
+    if snapshot.l1_size:
+        switch.lose_table(snapshot.l1_table_offset, snapshot.l1_size * 8)
 
 
-async def _flag_active(driver: SnapshotImage, switch: Switch, active: Counter[int], progress: Progress) -> array[int]:
-    """Set the COPIED flags of what only the active L1 table leads to in the new state, in copies of the L2 tables that
-    change. Returns the L1 table for these copies."""
-    image, geometry = driver.image, driver.image.geometry
-    ones = Ones(geometry)
+async def _ones(driver: SnapshotImage, switch: Switch) -> Ones:
+    """Which clusters have one reference in the new state, as far as was collected."""
+    ones = Ones(driver.image.geometry)
     for number, index in enumerate([index for index, offset in enumerate(driver.refcounts.table) if offset]):
         ones.put(index, await switch.new_refcounts(index))
         if number % switch.blocks_at_once == 0:
-            await trio.lowlevel.checkpoint()
-    moved: dict[int, int] = {}
-
-    async def flag(offsets: Sequence[int]) -> None:
-        flagged: list[NewTable] = []
-        for offset in offsets:
-            if not ones.of(offset >> geometry.cluster_bits):
-                continue  # shared, and so is all that it leads to
-            data = (await L2Table.read(image, offset)).with_copied(ones)
-            if data is not None:
-                flagged.append(NewTable(offset, data, 1))
-                _count_table(switch, offset, -active[offset])
-        moved.update(await switch.new_tables(flagged))
-
-    def leads_to(entry: int) -> int:
-        offset = entry & OFFSET_MASK
-        owned = offset and ones.of(offset >> geometry.cluster_bits)
-        return moved.get(offset, offset) | (COPIED if owned else 0)
-
-    await _each(driver, active, flag, progress)
-    return await rewritten(image.l1, leads_to)
-
-
-async def _share_active(driver: SnapshotImage, switch: Switch, progress: Progress) -> array[int]:
-    """Add a reference to everything that the active L1 table leads to, in L2 tables without COPIED flags. Returns the
-    L1 table for these."""
-    image = driver.image
-    weights = await table_weights(image, image.l1, "its L1 table")
-    moved: dict[int, int] = {}
-
-    async def share(offsets: Sequence[int]) -> None:
-        cleared: list[NewTable] = []
-        for offset in offsets:
-            table = await L2Table.read(image, offset)
-            table.count(switch.gained, weights[offset])
-            data = table.without_copied()
-            if data is not None:
-                cleared.append(NewTable(offset, data, 2 * weights[offset]))
-            _count_table(switch, offset, weights[offset] if data is None else -weights[offset])
-        moved.update(await switch.new_tables(cleared))
-
-    await _each(driver, weights, share, progress)
-    return await rewritten(image.l1, lambda entry: moved.get(entry & OFFSET_MASK, entry & OFFSET_MASK))
-
-
-def _count_table(switch: Switch, offset: int, change: int) -> None:
-    """Count a change in the number of L1 entries that lead to an L2 table. Raises ImageError for a table outside of the
-    file."""
-    counts = switch.gained if change > 0 else switch.lost
-    if change and counts.add([offset >> switch.geometry.cluster_bits], abs(change)):
-        raise ImageError(
-            f"'{switch.image.filename}' has an L2 table at {offset}, behind the end of the file; "
-            "'fusedisk check -r all' may repair it."
-        )
-    if change < 0:
-        switch.changed_l2.add(offset)
+            await switch.pause()
+    return ones
 
 
 async def _each(
-    driver: SnapshotImage, tables: Iterable[int], work: Callable[[Sequence[int]], Awaitable[None]], progress: Progress
+    driver: SnapshotImage,
+    tables: Iterable[int],
+    work: Callable[[Sequence[int]], Awaitable[None]],
+    progress: Progress,
+    pause: Pause = trio.lowlevel.checkpoint,
 ) -> None:
     """Work on L2 tables, by host offset, a few at a time; other tasks run between."""
     offsets = array("Q", tables)
@@ -264,16 +245,20 @@ async def _each(
     for start in range(0, len(offsets), size):
         progress(start, len(offsets))
         await work(offsets[start : start + size])
-        await trio.lowlevel.checkpoint()
+        await pause()
 
 
-@asynccontextmanager
-async def _switching(driver: SnapshotImage) -> AsyncIterator[Switch]:
-    """Begin a new state, with all changes of the old one in the file."""
+def _check_place(driver: SnapshotImage) -> None:
     if driver.image.header.has_data_file:
         raise NotSupportedError(
             f"'{driver.image.filename}' keeps its data in another file, which cannot hold internal snapshots."
         )
+
+
+@asynccontextmanager
+async def _switching(driver: SnapshotImage) -> AsyncIterator[Switch]:
+    """Begin a new state, with all changes of the old one in the file and nobody else changing anything."""
+    _check_place(driver)
     async with driver.committer.exclusive():
         switch = Switch(driver.image, driver.refcounts)
         try:
@@ -283,35 +268,77 @@ async def _switching(driver: SnapshotImage) -> AsyncIterator[Switch]:
             raise
 
 
-async def _commit(
-    driver: SnapshotImage,
-    switch: Switch,
-    size: int,
-    l1: array[int],
-    snapshots: list[Snapshot],
-    hold_back: HoldBack,
-    *,
-    discard: bool,
+@asynccontextmanager
+async def _beside_requests(driver: SnapshotImage) -> AsyncIterator[Switch]:
+    """Begin a new state beside requests that change the old one."""
+    _check_place(driver)
+    async with driver.image.mutex:
+        await driver.image.before_change(False)
+    switch = Switch(driver.image, driver.refcounts, gives_way=True)
+    try:
+        yield switch
+    except BaseException:
+        switch.undo()
+        raise
+
+
+@asynccontextmanager
+async def _last_moment(
+    driver: SnapshotImage, switch: Switch, tables: ActiveTables, no_changes: HoldBack
+) -> AsyncIterator[None]:
+    """Hold everybody back, with all changes in the file and nothing left to follow."""
+    # What the file has already need not be waited for then.
+    await driver.committer.commit()
+    await driver.image.barrier()
+    async with no_changes(), driver.committer.exclusive():
+        switch.gives_way = False
+        switch.follow_file()
+        try:
+            await tables.follow()
+            yield
+        except BaseException:
+            switch.undo()
+            raise
+
+
+async def _commit_beside(
+    driver: SnapshotImage, switch: Switch, tables: ActiveTables, snapshots: list[Snapshot], *, discard: bool
 ) -> None:
     """Switch to the new L1 table and list of snapshots."""
-    image, header = driver.image, driver.image.header
+    image = driver.image
     table = encode_snapshots(snapshots, image.filename)
-    if header.l1_size:
-        switch.lose_table(header.l1_table_offset, header.l1_size * 8)
-    if header.nb_snapshots:
-        switch.lose_table(header.snapshots_offset, image.snapshot_table_size)
     state = State(
-        size=size,
-        l1=l1,
-        l1_offset=await switch.new_l1(l1),
+        size=image.header.size,
+        l1=tables.l1,
+        l1_offset=tables.l1_offsets[0],
         snapshots=len(snapshots),
         snapshots_offset=await switch.new_table(table),
     )
     try:
-        await switch.commit(state, hold_back, discard=discard and Reason.SNAPSHOT in driver.refcounts.pass_discard)
+        await switch.commit(state, nullcontext, discard=discard, l2_places=tables.l2_places)
     finally:
         if switch.done:
             driver.snapshots, image.snapshot_table_size = snapshots, len(table)
+    await _place(driver)
+
+
+def _discards(driver: SnapshotImage) -> bool:
+    """Whether the host gets space back."""
+    return Reason.SNAPSHOT in driver.refcounts.pass_discard
+
+
+def _lose_tables(driver: SnapshotImage, switch: Switch) -> None:
+    """Note that the new state has another L1 table and list of snapshots."""
+    image, header = driver.image, driver.image.header
+    if header.l1_size:
+        switch.lose_table(header.l1_table_offset, header.l1_size * 8)
+    if header.nb_snapshots:
+        switch.lose_table(header.snapshots_offset, image.snapshot_table_size)
+
+
+async def _place(driver: SnapshotImage) -> None:
+    """Tell the overlap checks where everything lies now."""
+    image = driver.image
     await driver.place_snapshots()
     image.place_blocks(driver.refcounts.table)
     image.place_fixed()

@@ -96,11 +96,11 @@ class SnapshotDriver(Driver):
     def list_snapshots(self) -> list[SnapshotInfo]:
         return [found.public() for found in self.snapshots]
 
-    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress, no_overwrites: HoldBack) -> SnapshotInfo:
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress, no_changes: HoldBack) -> SnapshotInfo:
         # Imported here: rarely needed.
         from fusedisk.drivers.format.qcow2 import snapshot, vmstate
 
-        made = await snapshot.create(self, wanted, progress, no_overwrites)
+        made = await snapshot.create(self, wanted, progress, no_changes)
         if made.vm_state_size:
             await vmstate.drop(self, made.vm_state_size)
         return made
@@ -116,10 +116,10 @@ class SnapshotDriver(Driver):
         self.allocator.end_settled = False
         await snapshot.apply(self, self._snapshot(id), progress, no_reads)
 
-    async def delete_snapshot(self, id: str, progress: Progress, no_overwrites: HoldBack) -> None:
+    async def delete_snapshot(self, id: str, progress: Progress, no_changes: HoldBack) -> None:
         from fusedisk.drivers.format.qcow2 import snapshot
 
-        await snapshot.delete(self, self._snapshot(id), progress, no_overwrites)
+        await snapshot.delete(self, self._snapshot(id), progress, no_changes)
 
     def _snapshot(self, id: str) -> Snapshot:
         for found in self.snapshots:

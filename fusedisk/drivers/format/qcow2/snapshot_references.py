@@ -1,7 +1,7 @@
 """Counts the references in L1 and L2 tables in bulk, and sets and clears their COPIED flags.
 
 A strip of entries that continue each other is counted as one run, other strips in a few passes in C; nothing here calls
-Python for each cluster. Tables are taken from the file, which has all changes when snapshots are worked on.
+Python for each cluster.
 
 Source: docs/interop/qcow2.txt, "Cluster mapping".
 """
@@ -12,7 +12,7 @@ import functools
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from operator import or_
 
 import trio
@@ -39,28 +39,41 @@ _CLEARED = bytes(byte & 0x7F for byte in range(256))
 _ONE_TO_FLAG = bytes([0, 0x80, *bytes(254)])
 
 
-async def table_weights(image: Image, l1: array[int], what: str) -> Counter[int]:
+Pause = Callable[[], Awaitable[None]]
+"""Lets others run between two pieces of work."""
+
+
+async def table_weights(
+    image: Image, l1: array[int], what: str, pause: Pause = trio.lowlevel.checkpoint
+) -> Counter[int]:
     """How many of the L1 entries lead to each L2 table, by its host offset, in the order of the L1 table.
 
-    Raises ImageError for invalid entries; ``what`` names the table. Others run meanwhile.
+    Raises ImageError for invalid entries; ``what`` names the table.
     """
-    bad = L1_RESERVED | OFFSET_MASK & image.geometry.cluster_mask
     weights: Counter[int] = Counter()
     for first, piece in used_pieces(l1):
-        if functools.reduce(or_, piece) & bad:
-            index, entry = next((at, entry) for at, entry in enumerate(piece, first) if entry & bad)
-            raise corrupt(image, f"entry {index} of {what} is {entry:#018x}, which is invalid")
-        weights.update(filter(None, [entry & OFFSET_MASK for entry in piece]))
-        await trio.lowlevel.checkpoint()
+        weights.update(l2_offsets(image, piece, first, what))
+        await pause()
     return weights
 
 
-async def rewritten(l1: array[int], change: Callable[[int], int]) -> array[int]:
-    """An L1 table with ``change(entry)`` in place of each entry but empty ones. Others run meanwhile."""
+def l2_offsets(image: Image, piece: array[int], first: int, what: str) -> Iterator[int]:
+    """The host offsets that L1 entries from ``first`` on lead to. Raises ImageError for invalid entries."""
+    bad = L1_RESERVED | OFFSET_MASK & image.geometry.cluster_mask
+    if functools.reduce(or_, piece) & bad:
+        index, entry = next((at, entry) for at, entry in enumerate(piece, first) if entry & bad)
+        raise corrupt(image, f"entry {index} of {what} is {entry:#018x}, which is invalid")
+    return filter(None, [entry & OFFSET_MASK for entry in piece])
+
+
+async def rewritten(
+    l1: array[int], change: Callable[[int], int], pause: Pause = trio.lowlevel.checkpoint
+) -> array[int]:
+    """An L1 table with ``change(entry)`` in place of each entry but empty ones."""
     found = empty_table(len(l1))
     for first, piece in used_pieces(l1):
         found[first : first + len(piece)] = array("Q", [change(entry) if entry else 0 for entry in piece])
-        await trio.lowlevel.checkpoint()
+        await pause()
     return found
 
 
@@ -70,7 +83,7 @@ def corrupt(image: Image, what: str) -> ImageError:
 
 
 class L2Table:
-    """One L2 table as it is in the file."""
+    """One L2 table, with bytes as in the file."""
 
     def __init__(self, image: Image, offset: int, raw: bytearray) -> None:
         self.image = image
@@ -81,7 +94,10 @@ class L2Table:
 
     @classmethod
     async def read(cls, image: Image, offset: int) -> L2Table:
-        """The table at a host offset. Raises HostError."""
+        """The table at a host offset, with all changes in memory. Raises HostError."""
+        table = image.l2.tables.get(offset)
+        if table is not None:
+            return cls(image, offset, bytearray(encode_table(table)))
         return cls(image, offset, await image.read(offset, image.geometry.cluster_size))
 
     def entries(self) -> array[int]:
@@ -108,8 +124,20 @@ class L2Table:
 
     # --- counting ---------------------------------------------------------------------------------------
 
+    def blocks(self) -> set[int]:
+        """The refcount blocks, by index, that count what the entries refer to."""
+        bits, per_block = self.geometry.cluster_bits, self.geometry.block_entries
+        first = self.first_of_run()
+        if first:
+            return set(range(first // per_block, (first + self.geometry.l2_entries - 1) // per_block + 1))
+        table = self.entries()
+        found = {(entry & OFFSET_MASK) >> bits for entry in table if not entry & COMPRESSED}
+        found.update(compressed_references(table, self.geometry))
+        return {cluster // per_block for cluster in found if cluster}
+
     def count(self, counts: Counts, weight: int) -> None:
-        """Count what the entries refer to, ``weight`` times. Raises ImageError for invalid entries."""
+        """Count what the entries refer to, ``weight`` times; fewer times if that is negative. Raises ImageError for
+        invalid entries."""
         first = self.first_of_run()
         if first:
             self._count_clusters(counts, first, self.geometry.l2_entries, weight)
@@ -157,9 +185,11 @@ class L2Table:
         """The table without any COPIED flag; None where it has none."""
         return self._with_heads(self.raw[0 :: self._stride].translate(_CLEARED))
 
-    def with_copied(self, ones: Ones) -> bytearray | None:
-        """The table with COPIED flags where ``ones`` says that there is one reference; None where it is like that."""
-        heads = self.raw[0 :: self._stride].translate(_CLEARED)
+    def with_copied(self, ones: Ones, *, keep: bool = False) -> bytearray | None:
+        """The table with COPIED flags where ``ones`` says that there is one reference, and with ``keep`` where it has
+        them; None where it is like that."""
+        heads = self.raw[0 :: self._stride]
+        heads = heads if keep else heads.translate(_CLEARED)
         first = self.first_of_run()
         flags = ones.of_run(first, self.geometry.l2_entries) if first else ones.of_entries(self.entries())
         merged = int.from_bytes(heads, "big") | int.from_bytes(flags, "big")

@@ -3,14 +3,17 @@
 Everything that changes is written to clusters that nothing refers to: L1 and L2 tables, the snapshot table, refcount
 blocks, the refcount table. After a barrier one write of 48 bytes, in the first sector of the file, lets the header lead
 to all of it: disk size, L1 table, refcount table and snapshot table are neighbours there. Stopped before that write the
-file is what it was, after it the file is what it shall be; there is no state between them, in version 2 either, and no
-leak. What the old state alone had used has a refcount of zero in the new one, and nobody gets it before a second
-barrier.
+file is what it was, after it the file is what it shall be; there is no state between them, in version 2 either. What
+the old state alone had used has a refcount of zero in the new one, and nobody gets it before a second barrier.
+
+Most of that can be done beside requests that change the old state: the mutex is held but for pauses. What they change
+is done again; see :mod:`.snapshot_active` for the tables, here refcount blocks are. A crash meanwhile leaks the new
+clusters at worst.
 """
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import logging
 import re
 import struct
@@ -22,7 +25,7 @@ import trio
 
 from fusedisk.block.model.driver import HoldBack
 from fusedisk.block.request import space
-from fusedisk.core.errors import FusediskError, ImageError
+from fusedisk.core.errors import CorruptImageError, FusediskError, ImageError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.counts import Counts, are_zero
 from fusedisk.drivers.format.qcow2.entries import ENTRIES_AT_ONCE, HostRun, encode_table
@@ -34,6 +37,7 @@ from fusedisk.drivers.format.qcow2.snapshot_references import balance
 log = logging.getLogger(__name__)
 
 _BLOCKS_AT_ONCE = 256
+_RUNS_AT_ONCE = 256
 _HOST_BLOCK = 4096
 _L1_BYTES_AT_ONCE = 1 << 20
 _ONES = re.compile(b"\1+")
@@ -62,16 +66,19 @@ class NewTable(NamedTuple):
 
 
 class Switch:
-    """A new state in the making. Everything here runs inside :meth:`Committer.exclusive`.
+    """A new state in the making. Everything here but :meth:`discard` runs under the mutex, and :meth:`commit` inside
+    :meth:`Committer.exclusive`.
 
     If :meth:`commit` does not return normally, the caller calls :meth:`undo`; then nothing has changed.
     """
 
-    def __init__(self, image: Image, refcounts: Refcounts) -> None:
+    def __init__(self, image: Image, refcounts: Refcounts, *, gives_way: bool = False) -> None:
+        """``gives_way``: others get the mutex in each :meth:`pause`."""
         self.image = image
         self.geometry = image.geometry
         self.refcounts = refcounts
         self.codec = refcounts.codec
+        self.gives_way = gives_way
         self.blocks_at_once = max(ENTRIES_AT_ONCE // self.geometry.block_entries, 1)
         """Refcount blocks that one step works on."""
         clusters = self.geometry.clusters(image.storage.node.length)
@@ -85,6 +92,40 @@ class Switch:
         """The new state is the image's."""
         self._new: dict[int, int] = {}
         """References of new clusters."""
+        self._stale: set[int] | None = None
+        """Blocks, by index, whose new version is not in the file or out of date. None until :meth:`begin_blocks`."""
+        self._places: dict[int, int] = {}
+        """Host offsets of the new versions of blocks, by index."""
+        self._table = HostRun(0, 0)
+        """The place of the new refcount table."""
+        self._old_table = (0, 0)
+        """Offset and clusters of the table that it replaces."""
+        self._freed: dict[int, list[HostRun]] = {}
+        """Clusters that lose their last reference, by block."""
+
+    async def pause(self) -> None:
+        """Let others run. Raises CorruptImageError if they found corruption."""
+        if not self.gives_way:
+            await trio.lowlevel.checkpoint()
+            return
+        self.image.mutex.release()
+        await self.run_others()
+        await self.image.mutex.acquire()
+        if not self.image.writable:
+            raise CorruptImageError(f"'{self.image.filename}' was found to be corrupt meanwhile.")
+        self.follow_file()
+
+    async def run_others(self) -> None:
+        """Let others run, who may take the mutex."""
+        await trio.lowlevel.checkpoint()
+
+    def follow_file(self) -> None:
+        """Take note that the file or its refcount table has grown. Call it whenever the mutex was taken."""
+        clusters = self.geometry.clusters(self.image.storage.node.length)
+        self.gained.grow(clusters)
+        self.lost.grow(clusters)
+        if self._old_table != self._header_table():
+            self._leave_table()
 
     # --- collecting -------------------------------------------------------------------------------------
 
@@ -110,7 +151,7 @@ class Switch:
             piece = l1[start // 8 : (start + size) // 8]
             piece.frombytes(bytes(-8 * len(piece) % self.geometry.cluster_size))
             await self.image.put_new_table(offset + start, encode_table(piece))
-            await trio.lowlevel.checkpoint()
+            await self.pause()
         return offset
 
     async def new_tables(self, tables: Sequence[NewTable]) -> dict[int, int]:
@@ -138,6 +179,27 @@ class Switch:
         self.image.l2.drop_all(range(run.first << bits, run.first + run.clusters << bits))
         return run
 
+    def count_table(self, offset: int, change: int, *, take_back: bool = False) -> None:
+        """Count a change in the number of L1 entries that lead to an L2 table, or take back that it was counted. Raises
+        ImageError for a table outside of the file."""
+        if not change:
+            return
+        cluster, weight = offset >> self.geometry.cluster_bits, abs(change)
+        counts = self.gained if change > 0 else self.lost
+        if counts.add([cluster], -weight if take_back else weight):
+            raise ImageError(
+                f"'{self.image.filename}' has an L2 table at {offset}, behind the end of the file; "
+                "'fusedisk check -r all' may repair it."
+            )
+        if change < 0:
+            self.changed_l2.add(offset)
+        self.touch([cluster // self.geometry.block_entries])
+
+    def give_back(self, offset: int) -> None:
+        """Free a new table that is not needed after all. Synchronous."""
+        cluster = offset >> self.geometry.cluster_bits
+        self.refcounts.free((), references={cluster: self._new.pop(cluster)})
+
     def lose_table(self, offset: int, length: int) -> None:
         """Note that the new state does not use a table. Raises ImageError if the table is invalid."""
         first, count = offset >> self.geometry.cluster_bits, self.geometry.clusters(length)
@@ -150,8 +212,13 @@ class Switch:
 
     def undo(self) -> None:
         """Give the new clusters back. Synchronous."""
+        self.close()
         self.refcounts.free((), references=dict(sorted(self._new.items())))
         self._new.clear()
+
+    def close(self) -> None:
+        """Follow changes no longer. Synchronous."""
+        self.refcounts.changed = None
 
     # --- new refcounts ----------------------------------------------------------------------------------
 
@@ -181,43 +248,86 @@ class Switch:
         table = self.refcounts.table
         return table[block_index] if block_index < len(table) else 0
 
-    async def _place_blocks(self) -> tuple[dict[int, int], int]:
-        """Give new clusters to the blocks that change and to the refcount table, which loses the old ones, until
-        that changes no other block. Returns the blocks' places by index, and the table's."""
-        bits, per_block, header = self.geometry.cluster_bits, self.geometry.block_entries, self.image.header
-        pending = await self._touched_blocks()
-        heapq.heapify(pending)
-        places: dict[int, int] = {}
-        table = await self._allocate(header.refcount_table_clusters)
-        while True:
-            while pending:
-                index = heapq.heappop(pending)
-                if index in places:
-                    continue
-                if len(places) % _BLOCKS_AT_ONCE == 0:
-                    await trio.lowlevel.checkpoint()
-                old = self._block_offset(index)
-                if not old:
-                    raise await self.image.corruption(
-                        f"clusters from {index * per_block << bits} on are in use, but have no refcounts"
-                    )
-                places[index] = (await self._allocate(1)).first << bits
-                self.lost.grow((old >> bits) + 1)
-                self.lost.add_run(old >> bits, 1)
-                heapq.heappush(pending, (old >> bits) // per_block)
-            if table.clusters != header.refcount_table_clusters:
-                # It has grown meanwhile.
-                self.refcounts.free([table])
-                for cluster in range(table.first, table.first + table.clusters):
-                    del self._new[cluster]
-                table = await self._allocate(header.refcount_table_clusters)
-            first = header.refcount_table_offset >> bits
-            homes = {cluster // per_block for cluster in range(first, first + table.clusters)}
-            pending = sorted(homes - places.keys())
-            if not pending:
-                self.lost.grow(first + table.clusters)
-                self.lost.add_run(first, table.clusters)
-                return places, table.first << bits
+    @property
+    def stale_blocks(self) -> int:
+        """How many blocks may have to be written again."""
+        return len(self._stale or ())
+
+    def follows_blocks(self) -> bool:
+        """Whether blocks that change are to be told to :meth:`touch`."""
+        return self._stale is not None
+
+    def touch(self, blocks: Iterable[int]) -> None:
+        """Note that other changes were collected for these blocks."""
+        if self._stale is not None:
+            self._stale.update(blocks)
+
+    async def begin_blocks(self) -> None:
+        """Find the blocks that change, as far as was collected."""
+        stale = self._stale = self.refcounts.changed = set()
+        stale.update(await self._touched_blocks())
+
+    async def put_blocks(self, *, discard: bool) -> None:
+        """Write the new versions of blocks that changed since the last time. That changes a few others.
+
+        A block that changes is given a new cluster, and loses its old one."""
+        assert self._stale is not None
+        await self._place_table()
+        todo = sorted(self._stale)
+        self._stale.clear()
+        for start in range(0, len(todo), _BLOCKS_AT_ONCE):
+            for index in todo[start : start + _BLOCKS_AT_ONCE]:
+                if index not in self._places and self._changes(index):
+                    await self._place_block(index)
+            await self.pause()
+        for number, index in enumerate(index for index in todo if index in self._places):
+            self._stale.discard(index)
+            values = await self.new_refcounts(index)
+            await self.image.announce("refblock_alloc_write_blocks")
+            await self.image.put_new_table(self._places[index], self.codec.encode(values))
+            if discard:
+                self._freed[index] = list(self._freed_in(index, values))
+            if number % self.blocks_at_once == 0:
+                await self.pause()
+
+    async def _place_block(self, index: int) -> None:
+        bits, per_block = self.geometry.cluster_bits, self.geometry.block_entries
+        old = self._block_offset(index)
+        if not old:
+            raise await self.image.corruption(
+                f"clusters from {index * per_block << bits} on are in use, but have no refcounts"
+            )
+        self._places[index] = (await self._allocate(1)).first << bits
+        self.lost.grow((old >> bits) + 1)
+        self.lost.add_run(old >> bits, 1)
+        self.touch([(old >> bits) // per_block])
+
+    async def _place_table(self) -> None:
+        """Give new clusters to the refcount table, which loses the old ones; again if it has moved since."""
+        while self._old_table != self._header_table():
+            self._leave_table()
+            self._old_table = self._header_table()
+            self._lose_old_table(1)
+            self._table = await self._allocate(self._old_table[1])
+
+    def _leave_table(self) -> None:
+        """Undo :meth:`_place_table`: who moved the table has freed the old one."""
+        self._lose_old_table(-1)
+        self._old_table = (0, 0)
+        for cluster in range(self._table.first, self._table.first + self._table.clusters):
+            self.give_back(cluster << self.geometry.cluster_bits)
+        self._table = HostRun(0, 0)
+
+    def _lose_old_table(self, weight: int) -> None:
+        per_block = self.geometry.block_entries
+        first, clusters = self._old_table[0] >> self.geometry.cluster_bits, self._old_table[1]
+        self.lost.grow(first + clusters)
+        self.lost.add_run(first, clusters, weight)
+        self.touch(cluster // per_block for cluster in range(first, first + clusters))
+
+    def _header_table(self) -> tuple[int, int]:
+        header = self.image.header
+        return header.refcount_table_offset, header.refcount_table_clusters
 
     async def _touched_blocks(self) -> list[int]:
         """The blocks whose refcounts change, as far as was collected."""
@@ -226,7 +336,7 @@ class Switch:
         found: list[int] = []
         for start in range(0, len(touched), _BLOCKS_AT_ONCE):
             found += filter(self._changes, touched[start : start + _BLOCKS_AT_ONCE])
-            await trio.lowlevel.checkpoint()
+            await self.pause()
         return found
 
     def _changes(self, block_index: int) -> bool:
@@ -236,30 +346,29 @@ class Switch:
 
     # --- switching --------------------------------------------------------------------------------------
 
-    async def commit(self, state: State, hold_back: HoldBack, *, discard: bool) -> None:
-        """Put the file and memory into the new state, within ``hold_back``. ``discard``: give unused host space back.
+    async def commit(
+        self, state: State, hold_back: HoldBack, *, discard: bool, l2_places: array[int] | None = None
+    ) -> None:
+        """Put the file and memory into the new state, within ``hold_back``. ``discard``: give unused host space back,
+        see :meth:`discard`. ``l2_places``: of the new L1 table, see :meth:`Image.sorted_l2`.
 
         Raises what writing raises, with nothing changed, unless the image is fenced.
         """
         image, refcounts = self.image, self.refcounts
-        places, table_offset = await self._place_blocks()
-        freed: list[HostRun] = []
-        for number, (index, offset) in enumerate(sorted(places.items())):
-            values = await self.new_refcounts(index)
-            await image.announce("refblock_alloc_write_blocks")
-            await image.put_new_table(offset, self.codec.encode(values))
-            if discard:
-                freed += self._freed(index, values)
-            if number % self.blocks_at_once == 0:
-                await trio.lowlevel.checkpoint()
+        if self._stale is None:
+            await self.begin_blocks()
+        while self._stale or self._old_table != self._header_table():
+            await self.put_blocks(discard=discard)
         table = array("Q", refcounts.table)
-        for index, offset in places.items():
+        for index, offset in self._places.items():
             table[index] = offset
+        table_offset = self._table.first << self.geometry.cluster_bits
         await image.announce("refblock_alloc_write_table")
         await image.put_new_table(table_offset, encode_table(table))
         # Blocks that only new clusters are in: in the old state these are leaks at worst.
         await refcounts.write_blocks()
-        l2_places = await image.sorted_l2(state.l1)
+        if l2_places is None:
+            l2_places = await image.sorted_l2(state.l1)
         await image.barrier()
         async with hold_back():
             await self._put_header(state, table_offset)
@@ -271,7 +380,6 @@ class Switch:
             image.writable = False
             image.fence(f"A change of its snapshots may not be on disk: {str(exc).rstrip('.')}.")
             raise
-        await self._discard(freed)
 
     async def _put_header(self, state: State, table_offset: int) -> None:
         header = self.image.header
@@ -291,6 +399,7 @@ class Switch:
     def _take(self, state: State, table: array[int], table_offset: int, l2_places: array[int]) -> None:
         """Put memory into the new state. Synchronous."""
         self.done = True
+        self.close()
         image, header = self.image, self.image.header
         header.size = state.size
         header.l1_size, header.l1_table_offset = len(state.l1), state.l1_offset
@@ -306,7 +415,7 @@ class Switch:
 
     # --- host space -------------------------------------------------------------------------------------
 
-    def _freed(self, block_index: int, values: array[int]) -> Iterator[HostRun]:
+    def _freed_in(self, block_index: int, values: array[int]) -> Iterator[HostRun]:
         """Clusters of a block that lose their last reference."""
         first = block_index * self.geometry.block_entries
         lost = self.lost.part(first, len(values))
@@ -320,19 +429,40 @@ class Switch:
         for run in _ONES.finditer(ended.to_bytes(len(free), "big")):
             yield HostRun(first + run.start(), run.end() - run.start())
 
-    async def _discard(self, runs: list[HostRun]) -> None:
-        """Free host space. A failure is only logged, since the operation itself is done."""
-        bits = self.geometry.cluster_bits
+    async def discard(self) -> None:
+        """Free host space that the new state has no use for and that nobody has taken since. Not under the mutex. A
+        failure is only logged, since the operation itself is done."""
+        runs = [run for index in sorted(self._freed) for run in self._freed[index]]
+        try:
+            for start in range(0, len(runs), _RUNS_AT_ONCE):
+                async with self.image.mutex:
+                    await self._discard_unused(runs[start : start + _RUNS_AT_ONCE])
+                await self.run_others()
+        except FusediskError as exc:
+            log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
+
+    async def _discard_unused(self, runs: list[HostRun]) -> None:
+        bits, per_block = self.geometry.cluster_bits, self.geometry.block_entries
+        unused: list[HostRun] = []
+        for index, part in itertools.groupby(runs, lambda run: run.first // per_block):
+            unused += await self._unused(index, part)
         ranges: list[tuple[int, int]] = []
-        for run in _joined(runs):
+        for run in _joined(unused):
             start, end = run.first << bits, run.first + run.clusters << bits
             # Hosts give back whole blocks only, and small clusters are many.
             if end - start >= _HOST_BLOCK or start // _HOST_BLOCK != (end - 1) // _HOST_BLOCK:
                 ranges.append((start, end - start))
-        try:
-            await space.discard_ranges(self.image.storage.node, ranges)
-        except FusediskError as exc:
-            log.warning("%s: freed space stays in the file: %s", self.image.filename, exc)
+        await space.discard_ranges(self.image.storage.node, ranges)
+
+    async def _unused(self, block_index: int, runs: Iterable[HostRun]) -> list[HostRun]:
+        """The parts of runs in one block that have no references now."""
+        base = block_index * self.geometry.block_entries
+        free = are_zero(self.codec.decode(await self.refcounts.blocks.load(self._block_offset(block_index))))
+        return [
+            HostRun(base + found.start(), found.end() - found.start())
+            for run in runs
+            for found in _ONES.finditer(free, run.first - base, run.first - base + run.clusters)
+        ]
 
 
 def _joined(runs: Iterable[HostRun]) -> Iterator[HostRun]:
