@@ -154,7 +154,7 @@ class Allocator:
         host = entry & OFFSET_MASK
         what = self.clusters.guard.occupied_at(host, self.geometry.cluster_size) if host else None
         if what is not None:
-            raise await self.image.corruption(
+            raise await self.image.mark_corrupt(
                 f"the L2 entry for guest offset {offset & ~self.geometry.cluster_mask} leads to {host}, "
                 f"where its {what} lies"
             )
@@ -166,7 +166,7 @@ class Allocator:
         host = entry & OFFSET_MASK
         refcount = await self.space.refcount(host >> self.geometry.cluster_bits)
         if not refcount:
-            raise await self.image.corruption(f"the host cluster at {host} is in use, but its refcount is 0")
+            raise await self.image.mark_corrupt(f"the host cluster at {host} is in use, but its refcount is 0")
         return refcount == 1
 
     async def _adopt(self, offset: int, length: int, entry: int) -> WriteExtent:
@@ -235,7 +235,7 @@ class Allocator:
 
     def _take_back(self, allocation: Allocation) -> None:
         if not allocation.owned:
-            self.space.keep(HostRun(allocation.host >> self.geometry.cluster_bits, allocation.count))
+            self.space.return_unused(HostRun(allocation.host >> self.geometry.cluster_bits, allocation.count))
 
     async def publish(self, allocation: Allocation) -> None:
         """Make the L2 table refer to the written clusters, and drop the references to what they replace."""
@@ -298,7 +298,7 @@ class Allocator:
             offset = entry & OFFSET_MASK
             what = image.metadata_at(offset, geometry.cluster_size)
             if what is not None:
-                raise await image.corruption(f"L1 entry {l1_index} leads to {offset}, where its {what} lies")
+                raise await image.mark_corrupt(f"L1 entry {l1_index} leads to {offset}, where its {what} lies")
             if entry & COPIED:
                 return table
             if await self._is_ours(entry):
@@ -313,7 +313,7 @@ class Allocator:
         try:
             await image.put_new_l2(offset, copy)
         except BaseException:
-            self.refcounts.keep(run)
+            self.refcounts.return_unused(run)
             raise
         if image.watcher is not None and table is not None:
             image.watcher.table_changes(l1_index, copy)

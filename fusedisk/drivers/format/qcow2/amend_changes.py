@@ -296,7 +296,7 @@ class _Expansion:
         self._writes.clear()
         self._freed.clear()
         self._batch = 0
-        await committer.settle()
+        await committer.commit_with_barrier()
 
 
 # --- keys ---------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ class RefcountWidth:
         start, end = plan.first << self.geometry.cluster_bits, plan.end << self.geometry.cluster_bits
         what = self.image.occupied_at(start, end - start)
         if what is not None:
-            raise await self.image.corruption(
+            raise await self.image.mark_corrupt(
                 f"its refcounts say that the clusters from {start} on are free, but its {what} lies there"
             )
 
@@ -192,7 +192,7 @@ class RefcountWidth:
             values = await self._old_values(first, self.per_block)
             for cluster in lost[bisect_left(lost, first) : bisect_left(lost, end)]:
                 if not values[cluster - first]:
-                    raise await self.image.corruption(
+                    raise await self.image.mark_corrupt(
                         f"the refcount of its refcount structure at {cluster << self.geometry.cluster_bits} is 0"
                     )
                 values[cluster - first] -= 1

@@ -152,7 +152,7 @@ class ClusterMap:
             entry = self._l1[l1_index]
             offset = entry & OFFSET_MASK
             if entry & bits.L1_RESERVED or offset & self._cluster_mask:
-                raise await self.image.corruption(
+                raise await self.image.mark_corrupt(
                     f"L1 entry {l1_index} is {entry:#018x}, expected a multiple of {self._cluster_size}"
                 )
             if not offset:
@@ -171,7 +171,7 @@ class ClusterMap:
     async def bad_entry(self, offset: int, words: array[int]) -> CorruptImageError:
         """Fence the image because of an invalid L2 entry, ``words``; returns the error to raise."""
         entry = words[0]
-        return await self.image.corruption(
+        return await self.image.mark_corrupt(
             f"the L2 entry for guest offset {offset & ~self._cluster_mask} is {entry:#018x}, expected a multiple of "
             f"{self._cluster_size} without reserved bits"
         )
@@ -200,21 +200,18 @@ class ClusterMap:
         l1_entry = self._l1[offset >> self._span_bits]
         l2_offset = l1_entry & OFFSET_MASK
         table = self._tables.get(l2_offset)
-        # The table is not in memory, or shared with a snapshot.
         if table is None or not l1_entry & COPIED:
-            return None
+            return None  # the table is missing, not in memory, or shared with a snapshot
         self._touch(l2_offset)
         index = offset >> self._cluster_bits & self._l2_mask
         entry = table[index]
         host = entry & OFFSET_MASK
-        # The cluster is shared, unallocated, zero, compressed or invalid.
         if not entry & COPIED or not host or entry & self._unusual:
-            return None
-        # Go on as far as the host clusters are adjacent.
+            return None  # the cluster is shared, unallocated, zero, compressed or invalid
         inside = offset & self._cluster_mask
         if inside + length > self._cluster_size:
             length = self._run(table, index, inside, length, self._cluster_size)
-        # Refuse to overwrite metadata: the same test as occupied_at(), but nearly always without a call.
+        # The same test as occupied_at(), but nearly always without a call.
         image, end = self.guard, host + inside + length
         scattered, l2_places = image.scattered, image.l2_places
         block, l2 = bisect_left(scattered, host), bisect_left(l2_places, host)
@@ -223,8 +220,8 @@ class ClusterMap:
             or (block < len(scattered) and scattered[block] < end)
             or (host < image.fixed_end and image.fixed_at(host, end - host))
         ):
-            # Metadata somewhere in the run: answer for the first cluster alone if that one is free of it.
             length = min(length, self._cluster_size - inside)
             if image.occupied_at(host, self._cluster_size):
-                return None
+                return None  # the cluster holds metadata, which map_write() reports
+        # Up to where host clusters are adjacent; the first cluster alone if there is metadata in a later one.
         return _new(WriteExtent, (length, self.edge, host + inside, None, 0, 0))

@@ -121,7 +121,7 @@ class Committer:
         """Whether a task is in :meth:`exclusive`."""
         return self._exclusive is not None
 
-    async def settle(self) -> None:
+    async def commit_with_barrier(self) -> None:
         """Commit within :meth:`exclusive`, with a barrier behind it."""
         await self._commit(held=True)
         await self.image.barrier()

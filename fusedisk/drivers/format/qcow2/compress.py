@@ -156,7 +156,7 @@ class CompressedWriter:
         try:
             await refcounts.add(cluster, [1])
         except BaseException:
-            refcounts.keep(run)
+            refcounts.return_unused(run)
             raise
         return self._next
 

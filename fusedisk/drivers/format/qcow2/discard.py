@@ -270,7 +270,7 @@ async def check_dropped(allocator: Allocator, dropped: list[int]) -> None:
     for start, clusters in places:
         what = allocator.clusters.guard.occupied_at(start, clusters << geometry.cluster_bits)
         if what is not None:
-            raise await image.corruption(f"L2 entries lead to {clusters} clusters at {start}, where its {what} lies")
+            raise await image.mark_corrupt(f"L2 entries lead to {clusters} clusters at {start}, where its {what} lies")
 
 
 def _loses_reference(old: int, new: int) -> bool:

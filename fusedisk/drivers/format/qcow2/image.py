@@ -298,7 +298,7 @@ class Image:
 
     # --- corruption -------------------------------------------------------------------------------------
 
-    async def corruption(self, reason: str) -> CorruptImageError:
+    async def mark_corrupt(self, reason: str) -> CorruptImageError:
         """Fence the image, mark it corrupt on disk, and return the error to raise. ``reason`` has no full
         stop.
         """
@@ -309,11 +309,11 @@ class Image:
             self.changes.lose()
         if self.writable:
             self.writable = False
-            await self._mark_corrupt()
+            await self._set_corrupt_bit()
         self.fence(f"{reason}.")
         return CorruptImageError(message)
 
-    async def _mark_corrupt(self) -> None:
+    async def _set_corrupt_bit(self) -> None:
         """Set the corrupt bit. A failure is only logged: the error that is about to be raised matters more."""
         header = self.header
         if header.version < 3 or header.incompatible_features & layout.CORRUPT:

@@ -1,6 +1,6 @@
 """Refcounts of host clusters: the allocator, freeing, and growth of the refcount table.
 
-Everything here but :meth:`Refcounts.keep` runs under the image's mutex.
+Everything here but :meth:`Refcounts.return_unused` runs under the image's mutex.
 
 Blocks change in memory, and may be written at any time: references are counted before they are made, and freed clusters
 are counted down only when the file has lost the reference (:meth:`Refcounts.take_freed`), so they are not allocated
@@ -162,7 +162,7 @@ class Refcounts:
             self._first_free = first + count
         return HostRun(first, count, fresh)
 
-    def keep(self, run: HostRun) -> None:
+    def return_unused(self, run: HostRun) -> None:
         """Take back unused clusters from :meth:`allocate`, for the next allocation. Synchronous."""
         self._kept.append(run)
 
@@ -176,7 +176,7 @@ class Refcounts:
         return HostRun(first, min(count, length))
 
     def release_kept(self) -> None:
-        """Free the clusters that :meth:`keep` took back."""
+        """Free the clusters that :meth:`return_unused` took back."""
         kept, self._kept = self._kept, []
         self.free(kept)
 
@@ -189,19 +189,16 @@ class Refcounts:
         start = have = 0
         while have < count:
             block_index, index = divmod(cluster, per_block)
-            # Past the table: all clusters are free.
             if block_index >= len(self.table):
-                break
+                break  # everything behind the table is free, so the run is as long as it needs to be
             offset = self.table[block_index]
-            # No block: all clusters of its range are free.
             if not offset:
+                # Without a block all clusters of its range are free.
                 at, run = index, min(count - have, per_block - index)
-            # A full block: start again at the next one that is not known to be full.
             elif self._full[block_index]:
                 following = self._full.find(0, block_index)
                 cluster, have = (following if following >= 0 else len(self.table)) * per_block, 0
-                continue
-            # Any other block: continue the run from its first cluster, or search it for a new one.
+                continue  # nothing is free before the next block that is not known to be full
             else:
                 block = await self.blocks.load(offset)
                 if have:
@@ -212,9 +209,9 @@ class Refcounts:
                 start = block_index * per_block + at
             have += run
             cluster = block_index * per_block + at + run
-            # Too short, and it ends inside the block: search on behind it.
             if have < count and at + run < per_block:
-                have = 0
+                have = 0  # the run is too short and ends inside the block: search on behind it
+        # Without a run, everything from `cluster` on lies behind the table.
         first = start if have else cluster
         if first + count > MAX_HOST_OFFSET >> self.geometry.cluster_bits:
             raise NoSpaceError(
@@ -242,7 +239,7 @@ class Refcounts:
         start, end = first << bits, first + count << bits
         what = self.image.occupied_at(start, end - start)
         if what is not None:
-            raise await self.image.corruption(
+            raise await self.image.mark_corrupt(
                 f"its refcounts say that {count} clusters at {start} are free, but its {what} lies there"
             )
 
@@ -338,7 +335,7 @@ class Refcounts:
             block = await self.blocks.load(offset)
             position, data, freed = self.codec.added(block, index, deltas)
         except RefcountUnderflow:
-            raise await self.image.corruption(
+            raise await self.image.mark_corrupt(
                 f"the refcount of one of {len(deltas)} clusters in use at {first << self.geometry.cluster_bits} is 0"
             ) from None
         except RefcountOverflow:

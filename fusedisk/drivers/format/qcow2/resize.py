@@ -249,7 +249,7 @@ async def _drop_table(allocator: Allocator, l1_index: int) -> None:
     offset = image.l1[l1_index] & OFFSET_MASK
     what = image.metadata_at(offset, geometry.cluster_size)
     if what is not None:
-        raise await image.corruption(f"L1 entry {l1_index} leads to {offset}, where its {what} lies")
+        raise await image.mark_corrupt(f"L1 entry {l1_index} leads to {offset}, where its {what} lies")
     bad = allocator.clusters.find_bad(table)
     if bad is not None:
         words = geometry.entry_words
@@ -320,7 +320,7 @@ async def _preallocate_table(allocator: Allocator, cluster: int, end: int, mode:
         try:
             await _make_host_range(allocator.space.edge.node, allocator.space.place(host), size, mode)
         except BaseException:
-            allocator.space.keep(run)
+            allocator.space.return_unused(run)
             raise
         entry = host | COPIED
         if allocator.refcounts.encrypted and geometry.version >= 3:

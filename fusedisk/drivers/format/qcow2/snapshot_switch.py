@@ -235,7 +235,7 @@ class Switch:
         try:
             return balance(values, self.gained.part(first, count), self.lost.part(first, count), geometry.refcount_bits)
         except RefcountUnderflow:
-            raise await self.image.corruption(
+            raise await self.image.mark_corrupt(
                 f"the refcount of a cluster from {first << geometry.cluster_bits} on is less than its references"
             ) from None
         except RefcountOverflow:
@@ -294,7 +294,7 @@ class Switch:
         bits, per_block = self.geometry.cluster_bits, self.geometry.block_entries
         old = self._block_offset(index)
         if not old:
-            raise await self.image.corruption(
+            raise await self.image.mark_corrupt(
                 f"clusters from {index * per_block << bits} on are in use, but have no refcounts"
             )
         self._places[index] = (await self._allocate(1)).first << bits

@@ -27,7 +27,7 @@ from fusedisk.drivers.format.qcow2.subclusters import SubclusterMap
 
 
 class Space(abc.ABC):
-    """Host clusters for guest data, by number. All under the image's mutex but :meth:`keep`."""
+    """Host clusters for guest data, by number. All under the image's mutex but :meth:`return_unused`."""
 
     edge: Child
 
@@ -36,7 +36,7 @@ class Space(abc.ABC):
         """Allocate adjacent clusters for the guest's from ``guest_cluster`` on: at least one, at most ``count``."""
 
     @abc.abstractmethod
-    def keep(self, run: HostRun) -> None:
+    def return_unused(self, run: HostRun) -> None:
         """Take back unused clusters from :meth:`allocate`."""
 
     @abc.abstractmethod
@@ -67,8 +67,8 @@ class OwnSpace(Space):
     async def allocate(self, guest_cluster: int, count: int) -> HostRun:
         return await self._refcounts.allocate(count)
 
-    def keep(self, run: HostRun) -> None:
-        self._refcounts.keep(run)
+    def return_unused(self, run: HostRun) -> None:
+        self._refcounts.return_unused(run)
 
     async def refcount(self, cluster: int) -> int:
         return await self._refcounts.get(cluster)
@@ -100,7 +100,7 @@ class ExternalSpace(Space):
             return HostRun(FIRST_CLUSTER >> self._bits, 1, fresh)
         return HostRun(guest_cluster, count, fresh)
 
-    def keep(self, run: HostRun) -> None:
+    def return_unused(self, run: HostRun) -> None:
         """Do nothing: every cluster has its fixed offset, used or not."""
 
     async def refcount(self, cluster: int) -> int:
@@ -169,12 +169,12 @@ class _ExternalMap(ClusterMap):
         entry = table[(offset >> self._cluster_bits & self._l2_mask) * self.image.geometry.entry_words]
         guest = offset & ~self._cluster_mask
         if entry & COMPRESSED:
-            raise await self.image.corruption(
+            raise await self.image.mark_corrupt(
                 f"the L2 entry for guest offset {guest} is compressed, which nothing in an external data file can be"
             )
         host = entry & OFFSET_MASK
         if host and host & (FIRST_CLUSTER - 1) != guest:
-            raise await self.image.corruption(
+            raise await self.image.mark_corrupt(
                 f"the L2 entry for guest offset {guest} leads to {host} in the external data file, expected the same "
                 "offset"
             )

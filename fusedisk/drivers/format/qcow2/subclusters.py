@@ -127,7 +127,7 @@ class SubclusterMap(ClusterMap):
             if entry & OFFSET_MASK
             else "no subclusters with data, as it has no cluster,"
         )
-        return await self.image.corruption(
+        return await self.image.mark_corrupt(
             f"the L2 entry for guest offset {offset & ~self._cluster_mask} is {entry:#018x} with the bitmap "
             f"{bitmap:#018x}, expected {wanted}"
         )
