@@ -25,7 +25,6 @@ from fusedisk.block.model.node import Node
 from fusedisk.core.errors import ImageError
 from fusedisk.core.progress import Progress
 from fusedisk.drivers.format.qcow2.check_open import (
-    SECTOR,
     CheckedImage,
     SnapshotTable,
     open_image,
@@ -34,6 +33,7 @@ from fusedisk.drivers.format.qcow2.check_open import (
 from fusedisk.drivers.format.qcow2.check_walk import L1Table, Walk
 from fusedisk.drivers.format.qcow2.counts import WHOLE, Counts, DiskRefcounts
 from fusedisk.drivers.format.qcow2.entries import HostRun
+from fusedisk.drivers.format.qcow2.layout import SECTOR
 
 
 async def check(file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:

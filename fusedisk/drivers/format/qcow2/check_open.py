@@ -19,9 +19,8 @@ from fusedisk.block.request import io
 from fusedisk.core.errors import HostError, ImageError, UnsupportedFeatureError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, encode_table, swap_table
-from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.qcow2.layout import SECTOR, Header
 
-SECTOR = 512
 MAX_READ_END = (1 << 63) - (1 << 30)
 """No byte at or behind this can be read, as in QEMU."""
 MAX_CLUSTERS = (1 << 31) - 1

@@ -29,12 +29,11 @@ from fusedisk.core.offload import run_cpu
 from fusedisk.core.zeroes import is_zero
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED
-from fusedisk.drivers.format.qcow2.layout import COMPRESSION_NAMES, EXTERNAL_DATA
+from fusedisk.drivers.format.qcow2.layout import COMPRESSION_NAMES, EXTERNAL_DATA, SECTOR
 
 INLINE_SIZE = 8 << 10
 """Clusters up to this size are compressed in the trio thread."""
 
-_SECTOR = 512
 _WINDOW_BITS = 12
 _MEMORY_LEVEL = 9
 _ZSTD_LEVEL = 3
@@ -122,7 +121,7 @@ class CompressedWriter:
 
     def _entry(self, place: int, length: int) -> int:
         """The descriptor of compressed data."""
-        sectors = (place + length - 1) // _SECTOR - place // _SECTOR
+        sectors = (place + length - 1) // SECTOR - place // SECTOR
         return COMPRESSED | sectors << self.image.geometry.compressed_size_shift | place
 
     async def _place(self, offset: int, length: int) -> int | None:

@@ -100,7 +100,7 @@ async def check(options: Qcow2CreateOptions, filename: str) -> None:
 
 
 def _length(options: Qcow2CreateOptions) -> int:
-    return -(-options.size // 512) * 512
+    return -(-options.size // layout.SECTOR) * layout.SECTOR
 
 
 def _encrypts(options: Qcow2CreateOptions) -> bool:

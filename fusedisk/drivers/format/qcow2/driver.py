@@ -14,29 +14,29 @@ Specification: docs/interop/qcow2.txt of QEMU.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import trio
 
 from fusedisk.block.model.children import BackingReference, ChildSpec, Role
-from fusedisk.block.model.edge import Child
+from fusedisk.block.model.driver import Driver, HoldBack
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, Extent, WriteExtent
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.flags import MAY_UNMAP, ZERO_NEW, Buffer
 from fusedisk.block.model.limits import Limits
-from fusedisk.block.model.node import Node, NodeConfig
+from fusedisk.block.model.node import NodeConfig
+from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import io
 from fusedisk.core.at_once import refuse_to_wait
-from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, OptionError
+from fusedisk.core.errors import ImageError, NotSupportedError
 from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import zero_fill
 from fusedisk.drivers.format.change_log import ChangeLog
 from fusedisk.drivers.format.qcow2 import discard, layout
-from fusedisk.drivers.format.qcow2.allocation import Allocation
+from fusedisk.drivers.format.qcow2.allocation import Allocation, Allocator
 from fusedisk.drivers.format.qcow2.backing import Backing
-from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps
+from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps, label
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
@@ -45,25 +45,27 @@ from fusedisk.drivers.format.qcow2.first_write import FirstWrite, check_base
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.header import check_version, check_writable, read_header
 from fusedisk.drivers.format.qcow2.image import Image, specific_information
-from fusedisk.drivers.format.qcow2.layout import Header
-from fusedisk.drivers.format.qcow2.options import Qcow2AmendOptions, Qcow2CreateOptions, Qcow2Options, cache_sizes
+from fusedisk.drivers.format.qcow2.options import (
+    Qcow2AmendOptions,
+    Qcow2CreateOptions,
+    Qcow2Options,
+    cache_sizes,
+    check_read_only,
+)
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
-from fusedisk.drivers.format.qcow2.snapshot_driver import SnapshotDriver
+from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, find, load_snapshots, open_snapshot, table_places
+from fusedisk.drivers.format.qcow2.space import open_data_file
 from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator
-
-log = logging.getLogger(__name__)
-
-SECTOR = 512
-"""The unit of encryption and of image lengths, in bytes."""
 
 if TYPE_CHECKING:
     from fusedisk.block.model.check_result import CheckResult, Repair
     from fusedisk.core.progress import Progress
     from fusedisk.drivers.format.compressed_pieces import CompressedPieces
     from fusedisk.drivers.format.qcow2.compress import CompressedWriter
+    from fusedisk.drivers.format.qcow2.encryption import Encryption
 
 
-class Qcow2Driver(SnapshotDriver):
+class Qcow2Driver(Driver):
     """One open qcow2 image."""
 
     name = "qcow2"
@@ -75,7 +77,15 @@ class Qcow2Driver(SnapshotDriver):
     amend_options_type: ClassVar[type[CreateOptions] | None] = Qcow2AmendOptions
     child_specs = (ChildSpec("file", Role.FILE), ChildSpec("data-file", Role.DATA_FILE, required=False))
 
+    image: Image
+    snapshots: list[Snapshot]
+    bitmaps: Bitmaps
     clusters: ClusterMap
+    refcounts: Refcounts
+    committer: Committer
+    allocator: Allocator
+    first_write: FirstWrite
+    encryption: Encryption | None = None
 
     _compressed: CompressedPieces | None = None
     _compressing: CompressedWriter | None = None
@@ -109,7 +119,11 @@ class Qcow2Driver(SnapshotDriver):
         if not node.config.read_only:
             check_writable(header, node.filename)
             if header.incompatible_features & layout.DIRTY:
-                header = await self._repair_refcounts(edge.node)
+                # Imported here: rarely needed.
+                from fusedisk.drivers.format.qcow2.repair import repair_unclosed
+
+                await repair_unclosed(edge.node, node.filename)
+                header = await read_header(edge.node, node.filename)
         image = Image(
             edge,
             header,
@@ -123,9 +137,13 @@ class Qcow2Driver(SnapshotDriver):
         self.image = image
         self.bitmaps = Bitmaps(image)
         await self.bitmaps.load()
-        await self.load_snapshots()
+        self.snapshots, image.snapshot_table_size = await load_snapshots(image)
+        await self.place_snapshots()
+        if self.options.internal_snapshot is not None:
+            check_read_only(self.options, node.config, node.filename)
+            await open_snapshot(image, self.snapshots, self.options.internal_snapshot)
         image.place_fixed()
-        image.data_file = await self._open_data_file(header)
+        image.data_file = await open_data_file(node, header)
         if not self._end_was_checked and self.options.internal_snapshot is None:
             await warn_if_incomplete(image)
             self._end_was_checked = True
@@ -161,29 +179,6 @@ class Qcow2Driver(SnapshotDriver):
     async def backing_opened(self) -> None:
         self.first_write.note_base = check_base(self)
 
-    async def _open_data_file(self, header: Header) -> Child | None:
-        """Return the child for guest data, None if that is ``file``."""
-        node = self.node
-        given = node.children.get("data-file")
-        if not header.has_data_file:
-            if given is not None:
-                raise OptionError(f"'{node.filename}' has no external data file, but the option 'data-file' was given.")
-            return None
-        if given is not None:
-            return given
-        if node.graph.look_only:
-            return None
-        name = header.data_file_name
-        if name is None:
-            raise ImageError(
-                f"'{node.filename}' has an external data file and does not name it: give the option 'data-file'."
-            )
-        try:
-            return await node.graph.open_child(node, "data-file", Role.DATA_FILE, name, implicit=True)
-        except FusediskError as exc:
-            exc.message = f"the data file of '{node.filename}' cannot be opened: {exc.message}"
-            raise
-
     def _take_options(self, options: Qcow2Options) -> None:
         """Apply the options that may change while the image is open."""
         lazy = options.lazy_refcounts
@@ -198,30 +193,6 @@ class Qcow2Driver(SnapshotDriver):
             Reason.OTHER: options.pass_discard_other,
         }
         self.refcounts.pass_discard = frozenset(reason for reason, passes in wanted.items() if passes)
-
-    async def _repair_refcounts(self, file: Node) -> Header:
-        """Make writing safe after a writer that did not close the image; see docs/adr/0021. Raises ImageError if more
-        than refcounts is wrong."""
-        from fusedisk.block.model.check_result import Repair
-        from fusedisk.core.progress import no_progress
-        from fusedisk.drivers.format.qcow2.check import check
-
-        filename = self.node.filename
-        log.warning("'%s' was not closed properly: its refcounts are checked before it is written to.", filename)
-        result = await check(file, Repair.REFCOUNTS, no_progress)
-        if result.corruptions or result.check_errors:
-            raise ImageError(
-                f"'{filename}' was not closed properly, and its refcounts could not be repaired; 'fusedisk check' "
-                "tells more."
-            )
-        await io.flush(file)
-        log.warning(
-            "'%s' can be written to: %d wrong refcounts or COPIED flags were corrected, %d leaked clusters given back.",
-            filename,
-            result.corruptions_fixed,
-            result.leaks_fixed,
-        )
-        return await read_header(file, filename)
 
     async def _load_refcounts(self) -> None:
         """Load what allocating needs. The image changes only with the first write, see :mod:`.first_write`."""
@@ -251,9 +222,11 @@ class Qcow2Driver(SnapshotDriver):
 
     async def reopen_prepare(self, config: NodeConfig, options: Any) -> object:
         sizes = cache_sizes(options, self.image.header)
-        if options.overlap_check != self.options.overlap_check:
-            raise NotSupportedError(f"node '{self.node.name}': qcow2's overlap-check cannot change while it is open.")
-        self.check_reopen(config, options)
+        for name in ("overlap-check", "internal-snapshot"):
+            attribute = name.replace("-", "_")
+            if getattr(options, attribute) != getattr(self.options, attribute):
+                raise NotSupportedError(f"node '{self.node.name}': qcow2's {name} cannot change while it is open.")
+        check_read_only(options, config, self.image.filename)
         check_version(options, self.image.header, self.node.filename)
         if self.node.config.read_only and not config.read_only:
             check_writable(self.image.header, self.image.filename)
@@ -283,10 +256,10 @@ class Qcow2Driver(SnapshotDriver):
 
     def refresh_limits(self, limits: Limits) -> None:
         limits.cluster_size = limits.discard_alignment = self.image.geometry.cluster_size
-        limits.length_unit = SECTOR
+        limits.length_unit = layout.SECTOR
         limits.zeroes_alignment = self.image.geometry.subcluster_size
         if self.encodes:
-            limits.request_alignment = max(limits.request_alignment, SECTOR)
+            limits.request_alignment = max(limits.request_alignment, layout.SECTOR)
 
     # --- data -------------------------------------------------------------------------------------------
 
@@ -377,7 +350,10 @@ class Qcow2Driver(SnapshotDriver):
         """Fill ``buffer`` from an extent that needs no transformation."""
         backing = self.node.backing
         if self.encodes and extent.status in (DATA, SPECIAL):
-            await self._read_encrypted(extent, offset, buffer)
+            assert extent.child is not None
+            assert self.encryption is not None
+            await self.encryption.unlock(self.options)
+            await self.encryption.read(extent.child.node, offset, extent.offset, buffer)
         elif extent.status == DATA:
             assert extent.child is not None
             await io.read(extent.child.node, extent.offset, buffer)
@@ -392,24 +368,15 @@ class Qcow2Driver(SnapshotDriver):
         if self.encryption is not None:
             await self.encryption.unlock(self.options)
 
+    def take_key(self, other: Driver) -> None:
+        assert isinstance(other, Qcow2Driver)
+        if self.encryption is not None and other.encryption is not None:
+            self.encryption.take_key(other.encryption)
+
     async def encode(self, offset: int, host_offset: int, data: bytes) -> Buffer:
         assert self.encryption is not None
         await self.encryption.unlock(self.options)
         return await self.encryption.encrypt(offset, host_offset, data)
-
-    async def _read_encrypted(self, extent: Extent, offset: int, buffer: Buffer) -> None:
-        assert extent.child is not None
-        assert self.encryption is not None
-        await self.encryption.unlock(self.options)
-        head, end = offset % SECTOR, offset + len(buffer)
-        whole = buffer
-        if head or end % SECTOR:
-            # Used as a backing file below a format that does not align its reads.
-            whole = memoryview(bytearray(head + len(buffer) + -end % SECTOR))
-        await io.read(extent.child.node, extent.offset - head, whole)
-        await self.encryption.decrypt(offset - head, extent.offset - head, whole)
-        if whole is not buffer:
-            buffer[:] = whole[head : head + len(buffer)]
 
     # --- other requests ---------------------------------------------------------------------------------
 
@@ -447,6 +414,51 @@ class Qcow2Driver(SnapshotDriver):
     def _backing_length(self) -> int:
         backing = self.node.backing
         return backing.node.length if backing is not None else 0
+
+    # --- snapshots and VM state -------------------------------------------------------------------------
+
+    async def place_snapshots(self) -> None:
+        """Tell the overlap checks where the snapshots' tables lie, as ``self.snapshots`` says."""
+        writable = not self.node.config.read_only
+        self.image.snapshot_tables = await table_places(self.image, self.snapshots, writable=writable)
+
+    def list_snapshots(self) -> list[SnapshotInfo]:
+        return [found.public() for found in self.snapshots]
+
+    async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress, no_changes: HoldBack) -> SnapshotInfo:
+        # Imported here and below: rarely needed.
+        from fusedisk.drivers.format.qcow2 import snapshot, vmstate
+
+        made = await snapshot.create(self, wanted, progress, no_changes)
+        if made.vm_state_size:
+            await vmstate.drop(self, made.vm_state_size)
+        return made
+
+    async def apply_snapshot(self, id: str, progress: Progress, no_reads: HoldBack) -> None:
+        if self.bitmaps.valid:
+            raise NotSupportedError(
+                f"'{self.image.filename}' has {label(self.bitmaps.valid)}, which would not record what applying a "
+                "snapshot changes: remove the bitmaps first, for example with 'qemu-img bitmap --remove'."
+            )
+        from fusedisk.drivers.format.qcow2 import snapshot
+
+        self.allocator.end_settled = False
+        await snapshot.apply(self, find(self.snapshots, id, self.image.filename), progress, no_reads)
+
+    async def delete_snapshot(self, id: str, progress: Progress, no_changes: HoldBack) -> None:
+        from fusedisk.drivers.format.qcow2 import snapshot
+
+        await snapshot.delete(self, find(self.snapshots, id, self.image.filename), progress, no_changes)
+
+    async def save_vmstate(self, offset: int, data: memoryview) -> None:
+        from fusedisk.drivers.format.qcow2 import vmstate
+
+        await vmstate.save(self, offset, data)
+
+    async def load_vmstate(self, offset: int, buffer: memoryview) -> None:
+        from fusedisk.drivers.format.qcow2 import vmstate
+
+        await vmstate.load(self, offset, buffer)
 
     # --- settings ---------------------------------------------------------------------------------------
 

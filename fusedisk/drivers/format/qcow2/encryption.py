@@ -21,11 +21,10 @@ from fusedisk.crypto.ciphers import SectorCipher
 from fusedisk.crypto.qcow_aes import legacy_cipher
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.layout import CRYPT_AES, CRYPT_LUKS, CRYPT_NAMES, Header
+from fusedisk.drivers.format.qcow2.layout import CRYPT_AES, CRYPT_LUKS, CRYPT_NAMES, SECTOR, Header
 from fusedisk.drivers.format.qcow2.options import EncryptionOptions, Qcow2CreateOptions, luks_options
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 
-SECTOR = 512
 INLINE_SIZE = 128 << 10
 """Bytes up to which a thread would cost more than it saves."""
 
@@ -71,7 +70,19 @@ class Encryption:
         found = await run_cpu(luks.unlock, self._luks, materials, passphrase, self._filename)
         return SectorCipher(self._luks.spec, found.master_key)
 
-    async def decrypt(self, offset: int, host_offset: int, buffer: memoryview) -> None:
+    async def read(self, node: Node, offset: int, host_offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with what the guest sees at ``offset``, from ``host_offset`` in ``node``."""
+        head, end = offset % SECTOR, offset + len(buffer)
+        whole = buffer
+        if head or end % SECTOR:
+            # Used as a backing file below a format that does not align its reads.
+            whole = memoryview(bytearray(head + len(buffer) + -end % SECTOR))
+        await io.read(node, host_offset - head, whole)
+        await self._decrypt(offset - head, host_offset - head, whole)
+        if whole is not buffer:
+            buffer[:] = whole[head : head + len(buffer)]
+
+    async def _decrypt(self, offset: int, host_offset: int, buffer: memoryview) -> None:
         """Turn whole sectors of the guest's ``offset``, read at ``host_offset``, into what the guest sees."""
         assert self._cipher is not None
         sector = (offset if self._luks is None else host_offset) // SECTOR

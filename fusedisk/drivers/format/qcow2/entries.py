@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from fusedisk.drivers.format.qcow2.layout import EXTENDED_L2, Header
+from fusedisk.drivers.format.qcow2.layout import EXTENDED_L2, SECTOR, Header
 
 COPIED = 1 << 63
 """The refcount of what the entry points to is exactly one: it may be overwritten in place."""
@@ -36,7 +36,6 @@ ENTRIES_AT_ONCE = 1 << 14
 """Entries that one step works on at most, before others run."""
 _ZEROES_AT_ONCE = 4096
 _ZEROES = bytes(8 * _ZEROES_AT_ONCE)
-_SECTOR = 512
 _SWAP = sys.byteorder == "little"
 
 
@@ -105,7 +104,7 @@ class Geometry:
         the host file."""
         offset = entry & self.compressed_offset_mask
         sectors = (entry & (COMPRESSED - 1)) >> self.compressed_size_shift
-        return offset, (sectors + 1) * _SECTOR - (offset & (_SECTOR - 1))
+        return offset, (sectors + 1) * SECTOR - (offset & (SECTOR - 1))
 
     def compressed_ranges(self, entries: Iterable[int]) -> list[tuple[int, int, int]]:
         """The same for each of many, and the entry itself."""

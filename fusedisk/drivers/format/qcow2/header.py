@@ -24,7 +24,7 @@ from fusedisk.block.request import io
 from fusedisk.core.errors import ImageError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.layout import Header
+from fusedisk.drivers.format.qcow2.layout import SECTOR, Header
 from fusedisk.drivers.format.qcow2.options import Qcow2Options
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,6 @@ def check_writable(header: Header, filename: str) -> None:
 
 # --- rewriting the header -----------------------------------------------------------------------------
 
-SECTOR = 512
 
 Range = tuple[int, int]
 """First byte and the one behind the last."""

@@ -14,6 +14,8 @@ from fusedisk.core.errors import ImageError, UnsupportedFeatureError
 
 MAGIC = b"QFI\xfb"
 
+SECTOR = 512
+"""The unit of encryption, of compressed lengths and of the disk's size; what is written as a whole."""
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
 MIN_EXTENDED_L2_CLUSTER = 16 << 10

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from fusedisk.block.model.node import NodeConfig
 from fusedisk.core.errors import OptionError
 from fusedisk.core.options import CreateOptions, Options, flatten, option
 from fusedisk.crypto import secrets
@@ -129,6 +130,15 @@ class Qcow2CreateOptions(CreateOptions):
     encrypt_iter_time: int | None = option(
         None, kind="int", name="encrypt.iter-time", help="luks: milliseconds that unlocking shall take (default: 2000)"
     )
+
+
+def check_read_only(options: Qcow2Options, config: NodeConfig, filename: str) -> None:
+    """Raise OptionError for a writable node that shows a snapshot."""
+    wanted = options.internal_snapshot
+    if wanted is not None and not config.read_only:
+        raise OptionError(
+            f"'{filename}' cannot be writable with internal-snapshot '{wanted}', as snapshots are read-only."
+        )
 
 
 def luks_options(options: Qcow2CreateOptions) -> luks.Options:

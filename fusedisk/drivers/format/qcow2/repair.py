@@ -42,15 +42,17 @@ Dying at any point leaves an image that is not worse than it was; each step is f
 from __future__ import annotations
 
 import bisect
+import logging
 from array import array
 
 from fusedisk.block.model.check_result import CheckResult, Repair
-from fusedisk.block.request import space
+from fusedisk.block.model.node import Node
+from fusedisk.block.request import io, space
 from fusedisk.core.errors import ImageError
-from fusedisk.core.progress import Progress
+from fusedisk.core.progress import Progress, no_progress
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.bitmaps import TABLE_ENTRY_OFFSET, TABLE_ENTRY_ONES
-from fusedisk.drivers.format.qcow2.check import Analysis, analyse
+from fusedisk.drivers.format.qcow2.check import Analysis, analyse, check
 from fusedisk.drivers.format.qcow2.check_open import (
     KNOWN_AUTOCLEAR,
     CheckedImage,
@@ -68,6 +70,8 @@ from fusedisk.drivers.format.qcow2.entries import (
     ZERO,
 )
 from fusedisk.drivers.format.qcow2.repair_refcounts import lower_refcounts, plan_moves, raise_refcounts
+
+log = logging.getLogger(__name__)
 
 _MAX_ROUNDS = 6
 """Mending may uncover further faults (a dropped table shared clusters with others), but it converges quickly."""
@@ -119,6 +123,25 @@ async def repair(analysis: Analysis, repair: Repair, progress: Progress) -> Chec
     if repair is Repair.LEAKS:
         return await _repair_leaks(analysis, progress)
     return await _repair_all(analysis, progress, mends=repair is Repair.ALL)
+
+
+async def repair_unclosed(file: Node, filename: str) -> None:
+    """Make writing safe after a writer that did not close the image; see docs/adr/0021. Raises ImageError if more
+    than refcounts is wrong."""
+    log.warning("'%s' was not closed properly: its refcounts are checked before it is written to.", filename)
+    result = await check(file, Repair.REFCOUNTS, no_progress)
+    if result.corruptions or result.check_errors:
+        raise ImageError(
+            f"'{filename}' was not closed properly, and its refcounts could not be repaired; 'fusedisk check' "
+            "tells more."
+        )
+    await io.flush(file)
+    log.warning(
+        "'%s' can be written to: %d wrong refcounts or COPIED flags were corrected, %d leaked clusters given back.",
+        filename,
+        result.corruptions_fixed,
+        result.leaks_fixed,
+    )
 
 
 def _check_repairable(analysis: Analysis, repair: Repair) -> None:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SECTOR = 512
 _SKIPS_AT_ONCE = 1 << 16
 """Empty L1 entries that one step skips at most."""
 
@@ -157,8 +156,8 @@ def check_size(allocator: Allocator, length: int, preallocation: str, *, zero_ne
             f"'{image.filename}' has {header.size} bytes and cannot shrink to {length} with preallocation, which is "
             "for what is added."
         )
-    if length % _SECTOR:
-        raise OptionError(f"'{image.filename}' cannot get {length} bytes, expected a multiple of {_SECTOR}.")
+    if length % layout.SECTOR:
+        raise OptionError(f"'{image.filename}' cannot get {length} bytes, expected a multiple of {layout.SECTOR}.")
     if header.version < 3 and header.nb_snapshots:
         raise NotSupportedError(
             f"'{image.filename}' is qcow2 of version 2 with snapshots, which cannot be resized: delete the "

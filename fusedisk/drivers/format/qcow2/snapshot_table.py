@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fusedisk.block.model.snapshot_info import SnapshotInfo
-from fusedisk.core.errors import ImageError
+from fusedisk.block.request.snapshot import find_snapshot
+from fusedisk.core.errors import ImageError, SnapshotNotFoundError
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.entries import Geometry
-from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK, Geometry
+from fusedisk.drivers.format.qcow2.image import SNAPSHOT_L2, Image
 
 MAX_TABLE_SIZE = 1024 * layout.MAX_SNAPSHOTS
 """Bytes; QEMU's bound."""
@@ -91,6 +92,14 @@ class Snapshot:
         return fixed + extra + self.raw_id + self.raw_name
 
 
+def find(snapshots: Sequence[Snapshot], id: str, filename: str) -> Snapshot:
+    """Return the snapshot with this id. Raises SnapshotNotFoundError."""
+    for snapshot in snapshots:
+        if snapshot.id == id:
+            return snapshot
+    raise SnapshotNotFoundError(f"'{filename}' has no snapshot with the id '{id}'.")
+
+
 async def load_snapshots(image: Image) -> tuple[list[Snapshot], int]:
     """The snapshot table and its length in bytes. Raises ImageError where it is longer than it can be, or
     ends too early.
@@ -128,7 +137,35 @@ def _leading_number(text: bytes) -> int:
     return min(int(text[:digits] or b"0"), (1 << 63) - 1)
 
 
-def l1_clusters(snapshots: list[Snapshot], geometry: Geometry) -> frozenset[int]:
+async def open_snapshot(image: Image, snapshots: Sequence[Snapshot], wanted: str) -> None:
+    """Let the disk be that of the snapshot with the id or name ``wanted``. Raises SnapshotNotFoundError, and ImageError
+    if the snapshot is invalid."""
+    # Imported here: rarely needed.
+    from fusedisk.drivers.format.qcow2.snapshot import read_l1
+
+    known = [snapshot.public() for snapshot in snapshots]
+    found = find(snapshots, find_snapshot(known, wanted, image.filename).id, image.filename)
+    if found.disk_size >> 63:
+        raise ImageError(
+            f"'{image.filename}' has a disk of {found.disk_size} bytes in snapshot '{wanted}', expected less than 2^63."
+        )
+    image.l1[:] = await read_l1(image, found)
+    image.header.size = found.disk_size
+
+
+async def table_places(image: Image, snapshots: Sequence[Snapshot], *, writable: bool) -> dict[int, str]:
+    """Return the clusters that the overlap checks guard for snapshots, by host offset, with what they hold. L2 tables
+    are among them where the image is ``writable`` and the option asks for that."""
+    tables = dict.fromkeys(_l1_clusters(snapshots, image.geometry), "snapshot's L1 table")
+    if image.overlap_check == "all" and writable:
+        for snapshot in snapshots:
+            if snapshot.l1_size * 8 <= layout.MAX_L1_SIZE:
+                l1 = await image.read_table(snapshot.l1_table_offset, snapshot.l1_size)
+                tables |= {entry & OFFSET_MASK: SNAPSHOT_L2 for entry in l1 if entry & OFFSET_MASK}
+    return tables
+
+
+def _l1_clusters(snapshots: Sequence[Snapshot], geometry: Geometry) -> set[int]:
     """Host offsets of the clusters that hold the snapshots' L1 tables; of hostile snapshots, not of all of them."""
     found: set[int] = set()
     for snapshot in snapshots:
@@ -136,7 +173,7 @@ def l1_clusters(snapshots: list[Snapshot], geometry: Geometry) -> frozenset[int]
         if start & geometry.cluster_mask or length > layout.MAX_L1_SIZE or len(found) > _MAX_L1_CLUSTERS:
             continue
         found.update(range(start, start + length, geometry.cluster_size))
-    return frozenset(found - {0})
+    return found - {0}
 
 
 class _TableReader:

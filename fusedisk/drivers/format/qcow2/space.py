@@ -15,15 +15,42 @@ import abc
 from array import array
 from collections.abc import Sequence
 
+from fusedisk.block.model.children import Role
 from fusedisk.block.model.edge import Child
 from fusedisk.block.model.extent import Extent, WriteExtent
+from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
+from fusedisk.core.errors import FusediskError, ImageError, OptionError
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, FIRST_CLUSTER, OFFSET_MASK, HostRun, plain_runs
 from fusedisk.drivers.format.qcow2.freed import ExternalRange, Reason
 from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.subclusters import SubclusterMap
+
+
+async def open_data_file(node: Node, header: Header) -> Child | None:
+    """Return the child for guest data, None if that is ``file``. Raises OptionError, or what opening raises."""
+    given = node.children.get("data-file")
+    if not header.has_data_file:
+        if given is not None:
+            raise OptionError(f"'{node.filename}' has no external data file, but the option 'data-file' was given.")
+        return None
+    if given is not None:
+        return given
+    if node.graph.look_only:
+        return None
+    name = header.data_file_name
+    if name is None:
+        raise ImageError(
+            f"'{node.filename}' has an external data file and does not name it: give the option 'data-file'."
+        )
+    try:
+        return await node.graph.open_child(node, "data-file", Role.DATA_FILE, name, implicit=True)
+    except FusediskError as exc:
+        exc.message = f"the data file of '{node.filename}' cannot be opened: {exc.message}"
+        raise
 
 
 class Space(abc.ABC):
