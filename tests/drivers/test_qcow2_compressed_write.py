@@ -14,7 +14,7 @@ import fusedisk
 from fusedisk.block.graph.backend import Backend
 from fusedisk.compression.inflate import inflate_by_zlib
 from fusedisk.core.errors import HostError, NotSupportedError, OutOfRangeError, ReadOnlyError
-from fusedisk.drivers.format.qcow2 import compress
+from fusedisk.drivers.format.qcow2 import compressed
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, OFFSET_MASK
 from tests.conftest import qemu_img, qemu_io
 from tests.support.memory import Store
@@ -124,10 +124,10 @@ async def test_a_window_of_4_kib_is_enough() -> None:
     # The same noise again at a distance that only a larger window reaches.
     noise = random.Random(1).randbytes(8 << 10)
     content = noise * 8
-    packed = compress.deflate_zlib(content)
+    packed = compressed.deflate_zlib(content)
     assert len(packed) >= len(content)
     near = noise[:2048] * 32
-    packed = compress.deflate_zlib(near)
+    packed = compressed.deflate_zlib(near)
     assert len(packed) < 4096
     assert inflate_by_zlib(packed, len(near), -12) == near
 

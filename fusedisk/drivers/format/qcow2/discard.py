@@ -17,11 +17,12 @@ from array import array
 
 import trio
 
+from fusedisk.block.model.node import Node
 from fusedisk.block.request import space
+from fusedisk.block.request.status import chain_status
 from fusedisk.core.at_once import refuse_to_wait
-from fusedisk.core.errors import NotSupportedError
+from fusedisk.core.errors import FusediskError, NotSupportedError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
-from fusedisk.drivers.format.qcow2.backing import NO_BACKING, Backing
 from fusedisk.drivers.format.qcow2.cluster import Transform
 from fusedisk.drivers.format.qcow2.entries import (
     ALL_ALLOCATED,
@@ -40,6 +41,43 @@ _SKIPS_AT_ONCE = 1 << 16
 """The most L1 entries without a table that one step skips."""
 _ENTRIES_AT_ONCE = 8192
 """The most L2 entries that one step changes."""
+_EVERYTHING = 1 << 63
+_LOOKUPS_AT_ONCE = 64
+
+
+class Backing:
+    """The backing file of one image, as it is now: the content of the disk where the image has no data.
+
+    ``node`` is the open one. ``named``: the header names one; where it is not open nothing is known of it, and all of
+    it might show through later.
+    """
+
+    def __init__(self, node: Node | None, *, named: bool) -> None:
+        self._node = node
+        self.end = node.length if node is not None else _EVERYTHING if named else 0
+        """Behind this guest offset there are zeroes."""
+
+    async def zero_until(self, offset: int, end: int) -> int:
+        """Up to where from ``offset`` on nothing but zeroes shows through, as far as that is known without reading
+        data; ``end`` at most."""
+        lookups = 0
+        while offset < min(end, self.end):
+            if self._node is None:
+                return offset
+            try:
+                status = await chain_status(self._node, offset, min(end, self.end) - offset)
+            except FusediskError:
+                return offset  # reading it reports the error
+            if not status.zero:
+                return offset
+            offset += status.length
+            lookups += 1
+            if lookups % _LOOKUPS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        return end
+
+
+NO_BACKING = Backing(None, named=False)
 
 
 async def write_zeroes(allocator: Allocator, offset: int, length: int, *, may_unmap: bool, backing: Backing) -> None:

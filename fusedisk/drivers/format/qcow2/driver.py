@@ -35,10 +35,10 @@ from fusedisk.core.zeroes import zero_fill
 from fusedisk.drivers.format.change_log import ChangeLog
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocation, Allocator
-from fusedisk.drivers.format.qcow2.backing import Backing
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmaps, label
 from fusedisk.drivers.format.qcow2.cluster import ClusterMap
 from fusedisk.drivers.format.qcow2.commit import Committer
+from fusedisk.drivers.format.qcow2.discard import Backing
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.file_state import sparse_threshold, uses_clusters, warn_if_incomplete
 from fusedisk.drivers.format.qcow2.first_write import FirstWrite, check_base
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from fusedisk.block.model.check_result import CheckResult, Repair
     from fusedisk.core.progress import Progress
     from fusedisk.drivers.format.compressed_pieces import CompressedPieces
-    from fusedisk.drivers.format.qcow2.compress import CompressedWriter
+    from fusedisk.drivers.format.qcow2.compressed import CompressedWriter
     from fusedisk.drivers.format.qcow2.encryption import Encryption
 
 
@@ -308,7 +308,7 @@ class Qcow2Driver(Driver):
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         if self._compressing is None:
             # Imported here, like the reader: few images have compressed clusters.
-            from fusedisk.drivers.format.qcow2.compress import CompressedWriter
+            from fusedisk.drivers.format.qcow2.compressed import CompressedWriter
 
             self._compressing = CompressedWriter(self.node, self.allocator, self._drop)
         await self._compressing.write(offset, data)

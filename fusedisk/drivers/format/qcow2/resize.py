@@ -27,8 +27,8 @@ from fusedisk.core.errors import FusediskError, ImageError, NotSupportedError, O
 from fusedisk.core.zeroes import ZEROES, is_zero
 from fusedisk.drivers.format.qcow2 import discard, layout
 from fusedisk.drivers.format.qcow2.allocation import Allocator
-from fusedisk.drivers.format.qcow2.backing import NO_BACKING, Backing
 from fusedisk.drivers.format.qcow2.bitmaps import resizing
+from fusedisk.drivers.format.qcow2.discard import NO_BACKING, Backing
 from fusedisk.drivers.format.qcow2.entries import COPIED, OFFSET_MASK, ZERO, Geometry, HostRun, next_entry
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.options import PREALLOCATIONS
