@@ -25,8 +25,6 @@ from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new
 
 _FIRST_CLUSTERS = 3
 """Header, refcount table, refcount block."""
-_SMALL_CLUSTER = 4096
-"""In clusters up to this size the room is left for the backing file's name, as QEMU does."""
 
 
 def new_header(options: Qcow2CreateOptions) -> Header:
@@ -72,7 +70,7 @@ def new_header(options: Qcow2CreateOptions) -> Header:
         header.incompatible_features |= layout.EXTENDED_L2 if options.extended_l2 else 0
         header.compatible_features = layout.LAZY_REFCOUNTS if options.lazy_refcounts else 0
         header.extra = bytes([zstd, 0, 0, 0, 0, 0, 0, 0])
-        if size > _SMALL_CLUSTER:
+        if size > layout.SMALL_CLUSTER:
             header.extensions.append(layout.feature_name_table())
     return header
 

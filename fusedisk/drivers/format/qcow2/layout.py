@@ -20,6 +20,8 @@ MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
 MIN_EXTENDED_L2_CLUSTER = 16 << 10
 """Bytes in a cluster, so that a subcluster has at least 512."""
+SMALL_CLUSTER = 4096
+"""Bytes. Clusters up to this size leave out the feature name table, for the backing file's name, as QEMU does."""
 MAX_REFCOUNT_ORDER = 6
 MAX_L1_SIZE = 32 << 20
 """Bytes; QEMU's bound."""
