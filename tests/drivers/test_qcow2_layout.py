@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusedisk.core.errors import FusediskError, ImageError, UnsupportedFeatureError
-from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2 import header_checks, layout
 from fusedisk.drivers.format.qcow2.layout import Extension, Header
 from tests.conftest import qemu_img
 from tests.support.memory import Store
@@ -21,7 +21,7 @@ CLUSTER = 65536
 
 def parsed(area: bytes) -> Header:
     header = layout.parse_header(area[: layout.V3_HEADER_LENGTH], "x")
-    layout.check_untrusted(header, "x")
+    header_checks.refuse(header_checks.field_faults(header, opening=True), "'x'")
     layout.parse_header_area(header, area[: header.cluster_size], "x")
     return header
 

@@ -24,9 +24,8 @@ from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.block.model.node import Node
 from fusedisk.core.errors import ImageError
 from fusedisk.core.progress import Progress
-from fusedisk.drivers.format.qcow2.check_open import (
+from fusedisk.drivers.format.qcow2.check_image import (
     CheckedImage,
-    SnapshotTable,
     open_image,
     read_snapshot_table,
 )
@@ -34,6 +33,7 @@ from fusedisk.drivers.format.qcow2.check_walk import L1Table, Walk
 from fusedisk.drivers.format.qcow2.counts import WHOLE, Counts, DiskRefcounts
 from fusedisk.drivers.format.qcow2.entries import HostRun
 from fusedisk.drivers.format.qcow2.layout import SECTOR
+from fusedisk.drivers.format.qcow2.snapshot_table import SnapshotTable
 
 
 async def check(file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
@@ -88,7 +88,7 @@ class Analysis:
         self.leaks = 0
         self.unreadable = 0
         """Clusters whose refcounts cannot be read."""
-        self.incomplete_snapshots = sum(entry.is_incomplete(image) for entry in snapshots.entries)
+        self.incomplete_snapshots = sum(map(image.is_incomplete, snapshots.snapshots))
         self.rebuild = False
         """The refcount structure cannot be repaired where it is."""
         self.miscopied = 0
@@ -122,9 +122,9 @@ class Analysis:
 
     def _sum_up(self) -> None:
         walk, result, image = self.walk, self.result, self.image
-        for entry in self.snapshots.entries:
-            if entry.is_incomplete(image):
-                result.note(f"{entry.label}: its entry in the snapshot table lacks the size of the disk.")
+        for snapshot in self.snapshots.snapshots:
+            if image.is_incomplete(snapshot):
+                result.note(f"{snapshot.label}: its entry in the snapshot table lacks the size of the disk.")
         result.corruptions = (
             self.broken
             + walk.block_corruptions

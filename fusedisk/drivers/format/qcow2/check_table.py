@@ -12,7 +12,7 @@ from collections.abc import Callable
 from operator import itemgetter, sub
 from typing import NamedTuple
 
-from fusedisk.drivers.format.qcow2.check_open import CheckedImage, decode_table
+from fusedisk.drivers.format.qcow2.check_image import CheckedImage
 from fusedisk.drivers.format.qcow2.counts import UNKNOWN, Counts, DiskRefcounts
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,
@@ -20,6 +20,7 @@ from fusedisk.drivers.format.qcow2.entries import (
     L2_RESERVED,
     OFFSET_MASK,
     ZERO,
+    decode_table,
     encode_table,
 )
 

@@ -22,7 +22,7 @@ from fusedisk.drivers.format.qcow2.bitmaps import (
     InvalidDirectoryError,
     parse_directory,
 )
-from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region, SnapshotTable
+from fusedisk.drivers.format.qcow2.check_image import CheckedImage, Region, l1_of
 from fusedisk.drivers.format.qcow2.check_table import TableFindings, TableScanner
 from fusedisk.drivers.format.qcow2.counts import (
     REFCOUNT_OFFSET_MASK,
@@ -32,6 +32,7 @@ from fusedisk.drivers.format.qcow2.counts import (
 )
 from fusedisk.drivers.format.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK, used_pieces
 from fusedisk.drivers.format.qcow2.layout import BitmapDirectory
+from fusedisk.drivers.format.qcow2.snapshot_table import SnapshotTable
 
 _TABLES_BETWEEN_CHECKPOINTS = 64
 
@@ -72,7 +73,7 @@ class Walk:
         """Collects findings, and errors of reading."""
         self.found = TableFindings()
         self.corruptions = 0
-        """Corruptions outside of L2 tables and refcount blocks; :class:`.check_analysis.Analysis` adds them all up."""
+        """Corruptions outside of L2 tables and refcount blocks; :class:`.check.Analysis` adds them all up."""
         self.block_corruptions = 0
         """Wrong entries of the refcount table."""
         self.rebuild = False
@@ -171,16 +172,17 @@ class Walk:
             self.result.note(f"{label}: COPIED is wrong in entry {entry:#x}, whose table has {refcount} users.")
 
     async def _read_snapshots(self) -> None:
-        if self.image.data_file and self.snapshots.entries:
-            self._corrupt(f"there are {len(self.snapshots.entries)} snapshots with an external data file.")
+        snapshots = self.snapshots.snapshots
+        if self.image.data_file and snapshots:
+            self._corrupt(f"there are {len(snapshots)} snapshots with an external data file.")
         labels: dict[Region, str] = {}
-        for snapshot in self.snapshots.entries:
-            wrong = snapshot.wrong_l1(self.image)
+        for snapshot in snapshots:
+            wrong = self.image.wrong_l1(snapshot)
             if wrong is not None:
                 self._corrupt(f"{snapshot.label}: {wrong}.")
             else:
-                labels.setdefault(snapshot.l1, f"the L1 table of {snapshot.label}")
-        users = Counter(snapshot.l1 for snapshot in self.snapshots.entries)
+                labels.setdefault(l1_of(snapshot), f"the L1 table of {snapshot.label}")
+        users = Counter(map(l1_of, snapshots))
         for region, label in labels.items():
             await self._read_l1(label, region, users[region], active=False)
 

@@ -133,6 +133,13 @@ def encode_table(table: array[int]) -> memoryview:
     return memoryview(table).cast("B")
 
 
+def decode_table(data: bytes | bytearray) -> array[int]:
+    """The entries of a table, from its bytes."""
+    table = array("Q", data)
+    swap_table(table)
+    return table
+
+
 def empty_table(entries: int) -> array[int]:
     """A table of zeroes."""
     return array("Q", [0]) * entries

@@ -27,6 +27,7 @@ from fusedisk.block.request import io
 from fusedisk.core.alone import checkpoint
 from fusedisk.core.errors import FusediskError
 from fusedisk.core.zeroes import is_zero
+from fusedisk.drivers.format.qcow2.counts import REFCOUNT_OFFSET_MASK
 from fusedisk.drivers.format.qcow2.entries import (
     ALL_ALLOCATED,
     COMPRESSED,
@@ -149,8 +150,6 @@ def _data_places(table: array[int], geometry: Geometry) -> Iterator[int]:
 
 # --- holes --------------------------------------------------------------------------------------------
 
-_BLOCK_OFFSET = ~0x1FF & (1 << 64) - 1
-
 
 async def sparse_threshold(file: Node, header: Header) -> int | None:
     """How many clusters in use make the image a sparse one; None where there cannot be that many."""
@@ -175,7 +174,7 @@ async def uses_clusters(file: Node, header: Header, wanted: int) -> bool:
     for entry in await read_table(file, header.refcount_table_offset, header.refcount_table_size() // 8):
         if clusters_left <= 0:
             break
-        if offset := entry & _BLOCK_OFFSET:
+        if offset := entry & REFCOUNT_OFFSET_MASK:
             block = await io.read_bytes(file, offset, cluster_size)
             counters = codec.decode(block)[: min(entries, clusters_left)]
             wanted -= len(counters) - counters.count(0)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
 from fusedisk.core.errors import ImageError, OptionError
-from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2 import header_checks, layout
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.layout import SECTOR, Header
 from fusedisk.drivers.format.qcow2.options import Qcow2Options
@@ -37,13 +37,14 @@ async def read_header(file: Node, filename: str, *, look_only: bool = False) -> 
     """
     head = bytes(await io.read_bytes(file, 0, min(layout.V3_HEADER_LENGTH, file.length)))
     header = layout.parse_header(head, filename)
-    layout.check_untrusted(header, filename)
+    subject = f"'{filename}'"
+    header_checks.refuse(header_checks.field_faults(header, opening=True), subject)
     area = await io.read_bytes(file, 0, min(header.cluster_size, file.length))
     layout.parse_header_area(header, bytes(area), filename)
-    layout.check_features(header, filename)
-    layout.check_table_sizes(header, filename)
+    header_checks.refuse(header_checks.feature_faults(header, opening=True), subject)
+    header_checks.refuse(header_checks.table_faults(header, opening=True), subject)
     try:
-        layout.check_table_places(header, file.length, filename)
+        header_checks.refuse(header_checks.place_faults(header, file.length), subject)
     except ImageError as exc:
         if not look_only:
             raise

@@ -1,4 +1,6 @@
-"""The qcow2 header, its extensions, and the checks that they must pass before they are used. Bytes only, no I/O.
+"""The qcow2 header and its extensions: reading and writing their bytes. No I/O.
+
+What they may say is checked in :mod:`.header_checks`.
 
 Source: docs/interop/qcow2.txt, "Header", "Header extensions", "Feature name table".
 """
@@ -100,6 +102,7 @@ _CRYPTO = struct.Struct(">QQ")
 _BITMAPS = struct.Struct(">IIQQ")
 _MAX_BITMAPS = 65535
 BITMAP_EXTENSION_LENGTH = _BITMAPS.size
+CRYPTO_EXTENSION_LENGTH = _CRYPTO.size
 
 
 class Extension(NamedTuple):
@@ -159,6 +162,11 @@ class Header:
     def cluster_size(self) -> int:
         """Bytes in a cluster."""
         return 1 << self.cluster_bits
+
+    @property
+    def l2_span(self) -> int:
+        """Guest bytes that one L2 table maps."""
+        return self.cluster_size * (self.cluster_size // (16 if self.incompatible_features & EXTENDED_L2 else 8))
 
     @property
     def compression_type(self) -> int:
@@ -255,123 +263,6 @@ def parse_header(head: bytes, filename: str) -> Header:
     return header
 
 
-def check_untrusted(header: Header, filename: str) -> None:
-    """Bound what the fixed fields say about the header itself: cluster size, lengths and positions in the
-    first cluster.
-
-    Tables follow in :func:`check_table_sizes` and :func:`check_table_places`. Raises ImageError naming what was found
-    and wanted.
-    """
-    bits = header.cluster_bits
-    if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
-        raise ImageError(
-            f"'{filename}' has qcow2 cluster bits of {bits}, expected {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS} "
-            f"(clusters of 512 bytes to 2 MiB)."
-        )
-    if not header.refcount_order <= MAX_REFCOUNT_ORDER:
-        raise ImageError(
-            f"'{filename}' has a refcount order of {header.refcount_order}, expected at most {MAX_REFCOUNT_ORDER} "
-            f"(refcounts of 64 bits)."
-        )
-    minimum = V2_HEADER_LENGTH if header.version == 2 else V3_MIN_HEADER_LENGTH
-    if not minimum <= header.header_length <= header.cluster_size:
-        raise ImageError(
-            f"'{filename}' has a header length of {header.header_length}, expected {minimum} to "
-            f"{header.cluster_size} bytes."
-        )
-    if header.incompatible_features & EXTENDED_L2 and header.cluster_size < MIN_EXTENDED_L2_CLUSTER:
-        raise ImageError(
-            f"'{filename}' has extended L2 entries and clusters of {header.cluster_size} bytes, expected at least "
-            f"{MIN_EXTENDED_L2_CLUSTER}."
-        )
-    if header.size >> 63:
-        raise ImageError(f"'{filename}' has a virtual size of {header.size} bytes, expected less than 2^63.")
-    if header.crypt_method not in (0, *CRYPT_NAMES):
-        raise ImageError(f"'{filename}' has the encryption method {header.crypt_method}, expected 0, 1 or 2.")
-    _check_backing_position(header, filename)
-
-
-def _check_backing_position(header: Header, filename: str) -> None:
-    if not header.backing_file_offset:
-        return
-    start, size = header.backing_file_offset, header.backing_file_size
-    if size > MAX_BACKING_NAME:
-        raise ImageError(f"'{filename}' has a backing file name of {size} bytes, expected at most {MAX_BACKING_NAME}.")
-    if start < header.header_length or start + size > header.cluster_size:
-        raise ImageError(
-            f"'{filename}' has its backing file name at {start} with {size} bytes, expected it "
-            "between the header's end "
-            f"at {header.header_length} and the first cluster's at {header.cluster_size}."
-        )
-
-
-def check_table_sizes(header: Header, filename: str) -> None:
-    """Bound the tables that the header leads to, before anything is sized by them. Raises ImageError."""
-    l1_bytes = header.l1_size * 8
-    span = header.cluster_size * (header.cluster_size // (16 if header.incompatible_features & EXTENDED_L2 else 8))
-    needed = -(-header.size // span)
-    if max(l1_bytes, needed * 8) > MAX_L1_SIZE:
-        raise ImageError(
-            f"'{filename}' has an L1 table of {header.l1_size} entries and needs {needed} for its size, expected at "
-            f"most {MAX_L1_SIZE // 8}."
-        )
-    if header.l1_size < needed:
-        raise ImageError(
-            f"'{filename}' has an L1 table of {header.l1_size} entries, but its size of {header.size} bytes "
-            f"needs {needed}."
-        )
-    if not 0 < header.refcount_table_size() <= MAX_REFCOUNT_TABLE_SIZE:
-        raise ImageError(
-            f"'{filename}' has a refcount table of {header.refcount_table_clusters} clusters, expected 1 to "
-            f"{MAX_REFCOUNT_TABLE_SIZE >> header.cluster_bits}."
-        )
-    if header.nb_snapshots > MAX_SNAPSHOTS:
-        raise ImageError(f"'{filename}' has {header.nb_snapshots} snapshots, expected at most {MAX_SNAPSHOTS}.")
-
-
-def check_table_places(header: Header, file_length: int, filename: str) -> None:
-    """The tables that the header leads to must lie in the storage, ``file_length`` bytes long, and apart from each
-    other. Raises ImageError."""
-    tables = [
-        ("L1 table", header.l1_table_offset, header.l1_size * 8),
-        ("refcount table", header.refcount_table_offset, header.refcount_table_size()),
-        ("snapshot table", header.snapshots_offset, header.nb_snapshots and 1),
-        ("LUKS header", *(header.crypto_header or (0, 0))),
-    ]
-    placed: list[tuple[str, int, int]] = []
-    for what, start, length in tables:
-        if length:
-            check_table(filename, what, start, length, header.cluster_size, file_length)
-            _check_overlap(filename, what, start, length, placed)
-            placed.append((what, start, start + length))
-
-
-def check_table(filename: str, what: str, start: int, length: int, cluster_size: int, file_length: int) -> None:
-    """A table must be aligned, behind the header, and inside the storage (whose last cluster may be cut
-    short).
-
-    Raises ImageError.
-    """
-    if start % cluster_size or start < cluster_size:
-        raise ImageError(
-            f"'{filename}' has its {what} at {start}, but expected a multiple of {cluster_size} behind the header."
-        )
-    if start + length > -(-file_length // cluster_size) * cluster_size:
-        raise ImageError(
-            f"'{filename}' has its {what} at {start} with {length} bytes, past the end of the file at {file_length}: "
-            "the file may have been cut short."
-        )
-
-
-def _check_overlap(filename: str, what: str, start: int, length: int, placed: list[tuple[str, int, int]]) -> None:
-    for other, low, high in placed:
-        if start < high and low < start + length:
-            raise ImageError(
-                f"'{filename}' has its {what} at {start} over its {other} at {low}, expected tables that do not "
-                "overlap."
-            )
-
-
 def parse_header_area(header: Header, area: bytes, filename: str) -> None:
     """Fill in ``extra``, ``extensions`` and ``backing_file`` from the first cluster (or what the file has of
     it).
@@ -409,39 +300,6 @@ def _parse_extensions(area: bytes, position: int, end: int, filename: str) -> li
         found.append(Extension(kind, area[position : position + length]))
         position += (length + 7) & -8
     return found
-
-
-def check_features(header: Header, filename: str) -> None:
-    """Refuse by name what this driver does not know. Raises UnsupportedFeatureError, or ImageError where
-    feature bits and
-    fields contradict each other."""
-    if (header.crypt_method == CRYPT_LUKS) != (header.crypto_header is not None):
-        raise ImageError(
-            f"'{filename}' has the encryption method {header.crypt_method} and "
-            f"{'a' if header.crypto_header else 'no'} pointer to a LUKS header; expected both or neither."
-        )
-    unknown = header.incompatible_features & ~SUPPORTED_INCOMPATIBLE
-    if unknown:
-        found = named_features(header, unknown)
-        raise UnsupportedFeatureError(
-            f"'{filename}' uses the incompatible qcow2 feature{'s' if len(found) > 1 else ''} "
-            f"{', '.join(found)}, which "
-            f"{'are' if len(found) > 1 else 'is'} not supported."
-        )
-    if header.has_raw_data_file and header.backing_file:
-        raise ImageError(
-            f"'{filename}' has a raw external data file and the backing file '{header.backing_file}', expected only "
-            "one of them, as a raw file cannot show through."
-        )
-    kind = header.compression_type
-    if kind not in COMPRESSION_NAMES:
-        raise UnsupportedFeatureError(f"'{filename}' uses the compression type {kind}, expected zlib (0) or zstd (1).")
-    if bool(kind) != bool(header.incompatible_features & COMPRESSION_TYPE):
-        raise ImageError(
-            f"'{filename}' has the compression type {COMPRESSION_NAMES[kind]}, but its compression type "
-            "feature bit is "
-            f"{'not ' if kind else ''}set; the two must agree."
-        )
 
 
 def named_features(header: Header, unknown: int) -> list[str]:

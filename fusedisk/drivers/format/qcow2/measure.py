@@ -16,7 +16,7 @@ from fusedisk.core.progress import Progress, no_progress
 from fusedisk.crypto.luks_layout import area_size
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmap
-from fusedisk.drivers.format.qcow2.check_open import open_image
+from fusedisk.drivers.format.qcow2.check_image import open_image
 from fusedisk.drivers.format.qcow2.check_walk import bitmap_directory
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
 

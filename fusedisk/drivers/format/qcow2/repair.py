@@ -53,7 +53,7 @@ from fusedisk.core.progress import Progress, no_progress
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.bitmaps import TABLE_ENTRY_OFFSET, TABLE_ENTRY_ONES
 from fusedisk.drivers.format.qcow2.check import Analysis, analyse, check
-from fusedisk.drivers.format.qcow2.check_open import (
+from fusedisk.drivers.format.qcow2.check_image import (
     KNOWN_AUTOCLEAR,
     CheckedImage,
     Region,

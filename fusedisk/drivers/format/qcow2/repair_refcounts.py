@@ -14,8 +14,9 @@ from heapq import heapify, heappop, heappush
 from fusedisk.core.errors import ImageError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.check import Analysis
-from fusedisk.drivers.format.qcow2.check_open import CheckedImage, Region, SnapshotEntry
+from fusedisk.drivers.format.qcow2.check_image import CheckedImage, Region
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, HostRun, encode_table
+from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots
 
 _ENTRIES_IN_WHOLE_BYTES = 8
 
@@ -207,26 +208,26 @@ async def plan_moves(analysis: Analysis) -> Moves:
 
 def _rewrite_snapshots(analysis: Analysis, moves: Moves) -> None:
     image, table = analysis.image, analysis.snapshots
-    kept = [entry for entry in table.entries if _is_possible(image, entry)]
+    kept = [snapshot for snapshot in table.snapshots if _is_possible(image, snapshot)]
     unplaced = not image.has_region(image.header.snapshots_offset, table.length) or not image.header.snapshots_offset
-    whole = len(kept) == len(table.entries) and not table.dropped and not table.shortened
-    if not table.entries and not table.dropped:
+    whole = len(kept) == len(table.snapshots) and not table.dropped and not table.shortened
+    if not table.snapshots and not table.dropped:
         return
     if whole and not analysis.incomplete_snapshots and not unplaced:
         return
-    content = b"".join(entry.encode(image.header.size) for entry in kept)
+    content = encode_snapshots(kept, image.filename)
     offset = moves.place(len(content)) if content else 0
     if content:
         moves.tables.append((offset, content))
     moves.switches.append((_SNAPSHOT_FIELDS, len(kept).to_bytes(4, "big") + offset.to_bytes(8, "big")))
 
 
-def _is_possible(image: CheckedImage, entry: SnapshotEntry) -> bool:
-    if entry.wrong_l1(image) is not None:
+def _is_possible(image: CheckedImage, snapshot: Snapshot) -> bool:
+    if image.wrong_l1(snapshot) is not None:
         return False
-    if not entry.l1.length:
-        return bool(entry.id or entry.name)
-    return image.cluster_size <= entry.l1.offset < image.length
+    if not snapshot.l1_size:
+        return bool(snapshot.raw_id or snapshot.raw_name)
+    return image.cluster_size <= snapshot.l1_table_offset < image.length
 
 
 # --- crowded clusters -----------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from fusedisk.block.model.driver import HoldBack
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import ImageError, NotSupportedError, OptionError
 from fusedisk.core.progress import Progress
-from fusedisk.drivers.format.qcow2 import layout
+from fusedisk.drivers.format.qcow2 import header_checks, layout
 from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import COPIED, ENTRIES_AT_ONCE, OFFSET_MASK, empty_table
 from fusedisk.drivers.format.qcow2.freed import Reason
@@ -72,7 +72,7 @@ async def read_l1(image: Image, snapshot: Snapshot) -> array[int]:
     length = snapshot.l1_size * 8
     if not length:
         return empty_table(needed)
-    layout.check_table(
+    header_checks.check_table(
         image.filename,
         what,
         snapshot.l1_table_offset,

@@ -25,9 +25,9 @@ from fusedisk.drivers.format.qcow2.entries import (
     OFFSET_MASK,
     Geometry,
     compressed_references,
+    decode_table,
     empty_table,
     encode_table,
-    swap_table,
     used_pieces,
 )
 from fusedisk.drivers.format.qcow2.image import Image
@@ -102,8 +102,7 @@ class L2Table:
 
     def entries(self) -> array[int]:
         """The entries, without the bitmaps of extended ones."""
-        table = array("Q", bytes(self.raw))
-        swap_table(table)
+        table = decode_table(self.raw)
         return table if self._stride == 8 else table[0::2]
 
     def first_of_run(self) -> int:

@@ -1,5 +1,8 @@
 """The snapshot table: reading, finding and writing its entries.
 
+Opening and checking read it here, each by its own rules: opening refuses a table that goes on behind the file's end,
+where a check reads zeroes, and a repair cuts off what is too long instead of refusing it.
+
 Source: docs/interop/qcow2.txt, "Snapshots".
 """
 
@@ -7,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fusedisk.block.model.snapshot_info import SnapshotInfo
@@ -16,18 +20,29 @@ from fusedisk.core.errors import ImageError, SnapshotNotFoundError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK, Geometry
 from fusedisk.drivers.format.qcow2.image import SNAPSHOT_L2, Image
+from fusedisk.drivers.format.qcow2.layout import Header
 
 MAX_TABLE_SIZE = 1024 * layout.MAX_SNAPSHOTS
 """Bytes; QEMU's bound."""
 MAX_EXTRA_DATA = 1024
+MIN_EXTRA_DATA = 16
+"""Bytes that version 3 asks for: VM state size and disk size."""
 NO_ICOUNT = (1 << 64) - 1
 """Stands for an unknown number of instructions."""
 
 _FIXED = struct.Struct(">QIHHIIQII")
+MIN_ENTRY_SIZE = _FIXED.size
 _EXTRA = struct.Struct(">QQQ")
 """VM state size, disk size, icount."""
 _READ_AHEAD = 64 << 10
 _MAX_L1_CLUSTERS = 1 << 16
+_LONGEST_LABEL = 64
+"""Letters of an id or a name in a message."""
+
+Read = Callable[[int, int], Awaitable[bytearray]]
+"""Reads bytes of the file, by offset and length."""
+Refuse = Callable[[str], ImageError]
+"""Makes an error from what is wrong, which continues the file's name: "has ..."."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,6 +66,8 @@ class Snapshot:
     """Instructions executed, where the entry says."""
     unknown_extra: bytes = b""
     """Extra data behind what is known, byte for byte."""
+    extra_size: int = _EXTRA.size
+    """Bytes of extra data that the file has."""
 
     @property
     def id(self) -> str:
@@ -61,6 +78,11 @@ class Snapshot:
     def name(self) -> str:
         """Need not be unique."""
         return self.raw_name.decode("utf-8", "surrogateescape")
+
+    @property
+    def label(self) -> str:
+        """Id and name for a message about an invalid snapshot."""
+        return f"snapshot {_readable(self.raw_id)} ('{_readable(self.raw_name)}')"
 
     def information(self) -> dict[str, Any]:
         """As ``qemu-img info --output=json`` prints it."""
@@ -100,13 +122,63 @@ def find(snapshots: Sequence[Snapshot], id: str, filename: str) -> Snapshot:
     raise SnapshotNotFoundError(f"'{filename}' has no snapshot with the id '{id}'.")
 
 
+def _readable(text: bytes) -> str:
+    """Return a text for a message: printable, and cut if it is too long."""
+    whole = "".join(filter(str.isprintable, text.decode(errors="replace")))
+    return whole if len(whole) <= _LONGEST_LABEL else f"{whole[:_LONGEST_LABEL]}..."
+
+
+@dataclasses.dataclass(slots=True)
+class SnapshotTable:
+    """The whole table."""
+
+    snapshots: list[Snapshot]
+    length: int = 0
+    """Bytes that the entries take up."""
+    dropped: int = 0
+    """Entries that the header counts and that are more than there can be."""
+    shortened: int = 0
+    """Entries whose extra data is longer than it can be."""
+
+
 async def load_snapshots(image: Image) -> tuple[list[Snapshot], int]:
     """The snapshot table and its length in bytes. Raises ImageError where it is longer than it can be, or
     ends too early.
     """
-    reader = _TableReader(image)
-    snapshots = [await _read_entry(reader, number) for number in range(image.header.nb_snapshots)]
-    return snapshots, reader.position
+    file_end = image.storage.node.length
+    table = await read_snapshots(image.read, image.header, partial(_refuse, image.filename), file_end=file_end)
+    return table.snapshots, table.length
+
+
+def _refuse(filename: str, what: str) -> ImageError:
+    return ImageError(f"'{filename}' {what}.")
+
+
+async def read_snapshots(
+    read: Read, header: Header, refuse: Refuse, *, file_end: int | None = None, cut: bool = False
+) -> SnapshotTable:
+    """Read the table, no byte of it behind ``file_end``. With ``cut``, what is too long is cut off and counted.
+
+    Raises what ``refuse`` returns for an invalid table.
+    """
+    count = header.nb_snapshots
+    limit = MAX_TABLE_SIZE if file_end is None else min(file_end - header.snapshots_offset, MAX_TABLE_SIZE)
+    reader = _TableReader(read, header.snapshots_offset, limit)
+    table = SnapshotTable([], dropped=max(count - layout.MAX_SNAPSHOTS, 0))
+    for number in range(min(count, layout.MAX_SNAPSHOTS)):
+        before = reader.position
+        try:
+            table.snapshots.append(await _read_entry(reader, header, table, refuse, cut=cut))
+        except _TooLongError:
+            if not cut:
+                raise refuse(
+                    f"has {count} snapshots, but their table goes on behind the file's end or is larger than "
+                    f"{MAX_TABLE_SIZE} bytes, the maximum"
+                ) from None
+            table.dropped, reader.position = count - number, before
+            break
+    table.length = reader.position
+    return table
 
 
 def encode_snapshots(snapshots: Sequence[Snapshot], filename: str) -> bytes:
@@ -176,43 +248,51 @@ def _l1_clusters(snapshots: Sequence[Snapshot], geometry: Geometry) -> set[int]:
     return found - {0}
 
 
+class _TooLongError(Exception):
+    """The table goes on where it must not."""
+
+
 class _TableReader:
     """Reads the snapshot table front to back, in bounded pieces."""
 
-    def __init__(self, image: Image) -> None:
-        self.image = image
+    def __init__(self, read: Read, offset: int, limit: int) -> None:
+        self._read = read
+        self._offset = offset
+        self._limit = limit
         self.position = 0
         self._piece = bytearray()
+        self._piece_start = 0
+
+    def skip(self, length: int) -> None:
+        """Pass over bytes. Raises _TooLongError where the table must not have that many."""
+        if self.position + length > self._limit:
+            raise _TooLongError
+        self.position += length
 
     async def take(self, length: int) -> bytes:
-        """The next ``length`` bytes (at most a few 100 KiB)."""
-        while len(self._piece) < length:
-            start = self.image.header.snapshots_offset + self.position + len(self._piece)
-            count = min(_READ_AHEAD, self.image.storage.node.length - start)
-            if count <= 0 or self.position + length > MAX_TABLE_SIZE:
-                raise ImageError(
-                    f"'{self.image.filename}' has {self.image.header.nb_snapshots} snapshots, but their "
-                    "table goes on behind the "
-                    f"file's end or is larger than {MAX_TABLE_SIZE} bytes, the maximum."
-                )
-            self._piece += await self.image.read(start, count)
-        taken = bytes(self._piece[:length])
-        del self._piece[:length]
-        self.position += length
-        return taken
+        """Return the next ``length`` bytes (at most a few 100 KiB). Raises _TooLongError as :meth:`skip` does."""
+        start = self.position
+        self.skip(length)
+        if length and start + length > self._piece_start + len(self._piece):
+            count = min(max(length, _READ_AHEAD), self._limit - start)
+            self._piece, self._piece_start = await self._read(self._offset + start, count), start
+        at = start - self._piece_start
+        return bytes(self._piece[at : at + length])
 
 
-async def _read_entry(reader: _TableReader, number: int) -> Snapshot:
+async def _read_entry(
+    reader: _TableReader, header: Header, table: SnapshotTable, refuse: Refuse, *, cut: bool
+) -> Snapshot:
     # The padding of the last entry need not be in the file.
-    await reader.take(-reader.position % 8)
+    reader.skip(-reader.position % 8)
     fields = _FIXED.unpack(await reader.take(_FIXED.size))
     l1_offset, l1_size, id_size, name_size, seconds, nanoseconds, clock, vm_state_size, extra_size = fields
     if extra_size > MAX_EXTRA_DATA:
-        raise ImageError(
-            f"'{reader.image.filename}' has a snapshot with {extra_size} bytes of extra data, expected at most "
-            f"{MAX_EXTRA_DATA}."
-        )
-    extra = await reader.take(extra_size)
+        if not cut:
+            raise refuse(f"has a snapshot with {extra_size} bytes of extra data, expected at most {MAX_EXTRA_DATA}")
+        table.shortened += 1
+    extra = await reader.take(min(extra_size, MAX_EXTRA_DATA))
+    reader.skip(extra_size - len(extra))
     identity = await reader.take(id_size)
     name = await reader.take(name_size)
     more = [int.from_bytes(extra[at : at + 8], "big") for at in range(0, min(len(extra), _EXTRA.size) - 7, 8)]
@@ -225,7 +305,8 @@ async def _read_entry(reader: _TableReader, number: int) -> Snapshot:
         date_nanoseconds=nanoseconds,
         vm_clock=clock,
         vm_state_size=more[0] if more else vm_state_size,
-        disk_size=more[1] if len(more) > 1 else reader.image.header.size,
+        disk_size=more[1] if len(more) > 1 else header.size,
         icount=more[2] if len(more) > 2 and more[2] != NO_ICOUNT else None,
         unknown_extra=extra[_EXTRA.size :],
+        extra_size=extra_size,
     )
