@@ -29,7 +29,7 @@ from fusedisk.block.model.node import NodeConfig
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import io
 from fusedisk.core.at_once import refuse_to_wait
-from fusedisk.core.errors import ImageError, NotSupportedError
+from fusedisk.core.errors import NotSupportedError
 from fusedisk.core.options import CreateOptions, Options
 from fusedisk.core.zeroes import zero_fill
 from fusedisk.drivers.format.change_log import ChangeLog
@@ -42,8 +42,7 @@ from fusedisk.drivers.format.qcow2.discard import Backing
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
 from fusedisk.drivers.format.qcow2.file_state import sparse_threshold, uses_clusters, warn_if_incomplete
 from fusedisk.drivers.format.qcow2.first_write import FirstWrite, check_base
-from fusedisk.drivers.format.qcow2.freed import Reason
-from fusedisk.drivers.format.qcow2.header import check_version, check_writable, read_header
+from fusedisk.drivers.format.qcow2.header import check_closed, check_version, check_writable, read_header
 from fusedisk.drivers.format.qcow2.image import Image, specific_information
 from fusedisk.drivers.format.qcow2.options import (
     Qcow2AmendOptions,
@@ -51,6 +50,7 @@ from fusedisk.drivers.format.qcow2.options import (
     Qcow2Options,
     cache_sizes,
     check_read_only,
+    passed_discards,
 )
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, find, load_snapshots, open_snapshot, table_places
@@ -186,13 +186,7 @@ class Qcow2Driver(Driver):
             lazy = bool(self.image.header.compatible_features & layout.LAZY_REFCOUNTS)
         self.committer.lazy_refcounts = lazy
         self.allocator.keeps_discarded = options.discard_no_unref
-        request = options.pass_discard_request
-        wanted = {
-            Reason.REQUEST: self.node.config.discard == "unmap" if request is None else request,
-            Reason.SNAPSHOT: options.pass_discard_snapshot,
-            Reason.OTHER: options.pass_discard_other,
-        }
-        self.refcounts.pass_discard = frozenset(reason for reason, passes in wanted.items() if passes)
+        self.refcounts.pass_discard = passed_discards(options, self.node.config)
 
     async def _load_refcounts(self) -> None:
         """Load what allocating needs. The image changes only with the first write, see :mod:`.first_write`."""
@@ -230,11 +224,7 @@ class Qcow2Driver(Driver):
         check_version(options, self.image.header, self.node.filename)
         if self.node.config.read_only and not config.read_only:
             check_writable(self.image.header, self.image.filename)
-            if self.image.header.incompatible_features & layout.DIRTY:
-                raise ImageError(
-                    f"'{self.image.filename}' was not closed properly: its refcounts must be repaired before it is "
-                    "written to, which opening it for writing does, or 'fusedisk check -r all'."
-                )
+            check_closed(self.image.header, self.image.filename)
             await self._load_refcounts()
         if config.read_only and self.first_write.begun:
             await self.committer.finish()

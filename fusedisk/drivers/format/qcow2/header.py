@@ -70,6 +70,15 @@ def check_writable(header: Header, filename: str) -> None:
         )
 
 
+def check_closed(header: Header, filename: str) -> None:
+    """Refuse to write to an image whose refcounts may be behind. Raises ImageError."""
+    if header.incompatible_features & layout.DIRTY:
+        raise ImageError(
+            f"'{filename}' was not closed properly: its refcounts must be repaired before it is written to, which "
+            "opening it for writing does, or 'fusedisk check -r all'."
+        )
+
+
 # --- rewriting the header -----------------------------------------------------------------------------
 
 

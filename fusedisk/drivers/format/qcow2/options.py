@@ -11,6 +11,7 @@ from fusedisk.core.errors import OptionError
 from fusedisk.core.options import CreateOptions, Options, flatten, option
 from fusedisk.crypto import secrets
 from fusedisk.drivers.format.qcow2.entries import Geometry
+from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import MIN_L2_TABLES
 from fusedisk.drivers.format.qcow2.layout import Header
 from fusedisk.drivers.format.qcow2.refcount import MIN_BLOCKS
@@ -139,6 +140,17 @@ def check_read_only(options: Qcow2Options, config: NodeConfig, filename: str) ->
         raise OptionError(
             f"'{filename}' cannot be writable with internal-snapshot '{wanted}', as snapshots are read-only."
         )
+
+
+def passed_discards(options: Qcow2Options, config: NodeConfig) -> frozenset[Reason]:
+    """Return the reasons of freeing for which the host gets the space."""
+    request = options.pass_discard_request
+    wanted = {
+        Reason.REQUEST: config.discard == "unmap" if request is None else request,
+        Reason.SNAPSHOT: options.pass_discard_snapshot,
+        Reason.OTHER: options.pass_discard_other,
+    }
+    return frozenset(reason for reason, passes in wanted.items() if passes)
 
 
 def luks_options(options: Qcow2CreateOptions) -> luks.Options:
