@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from fusedisk.block.graph.graph import Graph
+from fusedisk.block.model.check_result import CheckResult, Repair
+from fusedisk.block.model.files import Files
 from fusedisk.core.errors import FusediskError, ImageError, UnsupportedFeatureError
+from fusedisk.core.progress import no_progress
 from fusedisk.drivers.format.qcow2 import header_checks, layout
+from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.format.qcow2.layout import Extension, Header
 from tests.conftest import qemu_img
-from tests.support.memory import Store
-from tests.support.qcow2 import create_image, created_in_memory, driver_of, in_memory, opened
+from tests.support.memory import Store, stores
+from tests.support.qcow2 import MEMORY_DRIVERS, create_image, created_in_memory, driver_of, in_memory, opened
 
 SIZE = 1 << 30
 CLUSTER = 65536
@@ -154,6 +159,39 @@ async def test_hostile_headers_are_refused_with_a_sentence(position: int, data: 
     assert "'memory:image'" in message
     assert message.endswith(".")
     assert any(word in message for word in ("must", "expected", "past the end", "needs", "agree"))
+
+
+PLACES = {
+    *("L1 table at .* past the end of the file", "L1 table at 0", "L1 table at 1099511627776", "over its L1 table"),
+    *("refcount table at 0", "refcount table at", "refcount table of 0 clusters"),
+    *("snapshot table at 0", "over its refcount table", "backing file name at 64"),
+}
+"""What a check of a hostile header does not refuse, as it can report it."""
+
+
+async def checked(position: int, data: bytes) -> CheckResult:
+    """Check an image whose header has ``data`` at ``position``."""
+    store = await created_in_memory(Store(), size=SIZE)
+    store.data[position : position + len(data)] = data
+    graph = Graph(MEMORY_DRIVERS)
+    with stores(image=store):
+        try:
+            backend = await graph.open_backend({"driver": "memory", "filename": "image"}, writable=False)
+            return await Qcow2Driver.check(Files(backend.node), Repair.NOTHING, no_progress)
+        finally:
+            await graph.close()
+
+
+@pytest.mark.parametrize(("position", "data", "found"), [item for item in HOSTILE if item[2] not in PLACES])
+async def test_a_check_refuses_hostile_headers_in_the_words_of_opening(position: int, data: bytes, found: str) -> None:
+    with pytest.raises(ImageError, match=found):
+        await checked(position, data)
+
+
+@pytest.mark.parametrize(("position", "data", "found"), [item for item in HOSTILE if item[2] in PLACES])
+async def test_a_check_does_not_refuse_misplaced_tables(position: int, data: bytes, found: str) -> None:
+    result = await checked(position, data)
+    assert result.corruptions or result.leaks or "backing" in found
 
 
 @pytest.mark.parametrize("length", [0, 3, 71, 72, 103, 104])
