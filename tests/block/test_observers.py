@@ -28,7 +28,7 @@ from tests.block.conftest import assert_idle
 from tests.conftest import qemu_img, qemu_io
 from tests.support.memory import Store, stores
 from tests.support.opening import memory_backend
-from tests.support.qcow2 import create_image, opened
+from tests.support.qcow2 import create_image, driver_of, opened
 from tests.support.tasks import start
 
 OLD = b"o" * 8192
@@ -346,7 +346,8 @@ async def test_an_attempt_that_fails_half_way_is_told(tmp_path: Path, monkeypatc
     async with warm_disk(tmp_path, "half") as backend:
         seen = Recorder(changes=True)
         backend.node.observe(seen)
-        assert not backend.immediate.write(2 * CLUSTER - 512, data(1024))  # cluster 2 is not allocated
+        async with driver_of(backend).image.mutex:  # cluster 2 is not allocated
+            assert not backend.immediate.write(2 * CLUSTER - 512, data(1024))
         assert seen.changes == [(Change.WRITE, 2 * CLUSTER - 512, 512)]
         assert (await backend.read(2 * CLUSTER - 512, 512)) == data(512)
         seen.changes.clear()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import trio
 
-from fusedisk.block.graph import backend as backends
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.check_result import CheckResult, Repair
@@ -87,7 +86,7 @@ def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: in
 # Reads and changes come by turns here: places are to be remembered all the same.
 immediate.STEADY = immediate.PAUSE = 1
 # What could not be written at once is tried again soon.
-backends.MAX_SKIPPED_ATTEMPTS = 1
+immediate.MAX_SKIPPED_ATTEMPTS = 1
 
 
 class Run:

@@ -22,7 +22,7 @@ from fusedisk.block.model.observer import Change
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import io, snapshot, space, status
 from fusedisk.block.request.accounting import Accounting, Kind
-from fusedisk.block.request.immediate import Immediate
+from fusedisk.block.request.immediate import Attempts, Immediate
 from fusedisk.block.request.policies import Decision, ErrorPolicy, OnDone, Throttle
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, HostError, NoMediumError, OperationBlockedError, OutOfRangeError
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-
-MAX_SKIPPED_ATTEMPTS = 1 << 12
-"""After a failed attempt to write without a task, the most writes that skip the attempt (exponential back-off)."""
 
 _READ, _WRITE, _OTHER = Kind.READ, Kind.WRITE, Kind.OTHER
 """A global is found faster than a member of an enum."""
@@ -92,10 +89,8 @@ class Backend:
         self._parked: set[trio.CancelScope] = set()
         self._passed: list[list[Node]] = []
         """The nodes that requests go past, once for each ``begin_passthrough``."""
-        self._skip_attempts = 0
-        """The number of writes that still skip the attempt to write without a task."""
-        self._backoff = 0
-        """How many skipped it after the last failed attempt."""
+        self._attempts = Attempts()
+        """Of writes through the door without a task."""
 
     @property
     def node(self) -> Node:
@@ -151,22 +146,20 @@ class Backend:
         again."""
         if self.immediate.write(offset, buffer):
             return True
-        if self._skip_attempts:
-            self._skip_attempts -= 1
-            return False
         root, length = self.root, len(buffer)
         if root is None or self.drain_count or offset + length > root.node.length or not self.immediate.ways().at_once:
+            return False
+        if self._attempts.skipped():
             return False
         try:
             run_at_once(io.write(root.node, offset, (buffer,)))
         except WouldWait:
-            # An attempt in vain is not free: the clusters that it allocated must be filled up when they are used again.
-            self._skip_attempts = self._backoff = min(2 * self._backoff + 1, MAX_SKIPPED_ATTEMPTS)
+            self._attempts.failed()
             return False
         except BaseException:
             self.accounting.failed += 1
             raise
-        self._backoff = 0
+        self._attempts.backoff = 0
         self.accounting.done(_WRITE, length)
         return True
 

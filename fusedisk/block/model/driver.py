@@ -303,6 +303,15 @@ class Driver:
         """Return the answer of ``map_write`` if that takes no I/O and changes nothing; otherwise None."""
         return None
 
+    def map_write_now(self, offset: int, length: int) -> WriteExtent | None:
+        """Do as :meth:`map_write` without waiting; None declines. The caller goes on to :meth:`publish_now` or
+        :meth:`abandon` before anything else runs."""
+        return None
+
+    def publish_now(self, allocation: object) -> None:
+        """Do as :meth:`publish` for what :meth:`map_write_now` has allocated. Synchronous."""
+        raise NotImplementedError
+
     def read_now(self, offset: int, buffer: Buffer) -> bool:
         """Read as ``preadv`` does, if that does not wait. False: ``buffer`` may hold anything."""
         return False

@@ -60,14 +60,44 @@ STEADY = 64
 PAUSE = 1 << 19
 """The most such reads, if remembering does not pay: each place should be used several times."""
 
+MAX_SKIPPED_ATTEMPTS = 1 << 12
+"""The most writes in a row that skip the attempt to write to new space without waiting."""
+
 _MOST_RUNS = 1 << 16
 """Kept for one chain: some 20 MiB."""
+
+
+class Attempts:
+    """Says which writes to new space skip an attempt to do without waiting.
+
+    An attempt in vain is not free: the clusters that it allocated must be filled up when they are used again. So each
+    one that fails sends more writes straight to a task.
+    """
+
+    __slots__ = ("_skip", "backoff")
+
+    def __init__(self) -> None:
+        self._skip = 0
+        self.backoff = 0
+        """How many skipped it after the last failed attempt; set it to 0 after one that succeeds."""
+
+    def skipped(self) -> bool:
+        """Count an attempt; return whether to skip it."""
+        if self._skip:
+            self._skip -= 1
+            return True
+        return False
+
+    def failed(self) -> None:
+        """Note an attempt that allocated in vain."""
+        self._skip = self.backoff = min(2 * self.backoff + 1, MAX_SKIPPED_ATTEMPTS)
 
 
 class Immediate:
     """The short way to one backend's node."""
 
     __slots__ = (
+        "_attempts",
         "_backend",
         "_chains",
         "_changes",
@@ -95,6 +125,7 @@ class Immediate:
         self._ways = CLOSED
         self._reads = self._writes = self._detects = False
         """Copies of ``_ways``: an attribute is cheaper to look at than a field of a tuple's."""
+        self._attempts = Attempts()
         self._chains: dict[Node, RunMap[Fill]] = {}
         self._places: dict[int, _Place] = {}
         self._generation = -1
@@ -415,9 +446,18 @@ class Immediate:
         while True:
             extent = driver.lookup_in_place(offset, length)
             if extent is None:  # not allocated, or not known without I/O
-                if offset > start:
-                    node.changed(start, offset - start, _WRITE)
-                return False
+                count = self._put_new(node, offset, data, length) if self._ways.at_once else 0
+                if count == length:
+                    node.changed(start, offset + length - start, _WRITE)
+                    return True
+                if not count:
+                    if offset > start:
+                        node.changed(start, offset - start, _WRITE)
+                    return False
+                offset += count
+                length -= count
+                data = data[count:]
+                continue
             count, child, place, _, _, _ = extent
             if not self._put(child.node, place, data if count == length else data[:count], count):
                 node.changed(start, offset + count - start, _WRITE)  # the child may have written a part
@@ -428,6 +468,41 @@ class Immediate:
             offset += count
             length -= count
             data = data[count:]
+
+    def _put_new(self, node: Node, offset: int, data: Buffer, length: int) -> int:
+        """Write a prefix of the range to new space, with the old bytes around it; returns its length, 0 if this way
+        cannot."""
+        attempts = self._attempts
+        if attempts.skipped():
+            return 0
+        driver = node.driver
+        extent = driver.map_write_now(offset, length)
+        if extent is None:
+            return 0
+        count, child, place, allocation, head, tail = extent
+        part: Buffer | None = data if count == length else data[:count]
+        if head or tail:
+            part, place = self._surrounded(node, offset, data[:count], head, tail), place - head
+        if part is None or not self._put(child.node, place, part, len(part)):
+            driver.abandon(allocation)
+            attempts.failed()
+            return 0
+        driver.publish_now(allocation)
+        attempts.backoff = 0
+        return count
+
+    def _surrounded(self, node: Node, offset: int, data: Buffer, head: int, tail: int) -> Buffer | None:
+        """Return ``data`` with the old bytes before and behind it; None if this way cannot read them."""
+        if not self._reads:
+            return None
+        length = len(data)
+        whole = memoryview(bytearray(head + length + tail))
+        whole[head : head + length] = data
+        if head and not self._fill(node, offset - head, whole[:head], head):
+            return None
+        if tail and not self._fill(node, offset + length, whole[head + length :], tail):
+            return None
+        return whole
 
 
 def _lend(driver: Driver, offset: int, length: int, parts: list[Lent]) -> bool:

@@ -87,6 +87,8 @@ class Allocator:
         self.end_settled = False
         """Nothing behind the disk's end has changed since the last barrier. Not known of an image just opened."""
         self._in_flight: list[Allocation] = []
+        self._blank = bits.ZERO if self.geometry.version >= 3 else 0
+        """Entries up to this have no host cluster."""
 
     async def map_write(self, offset: int, length: int) -> WriteExtent:
         """Return where to write a prefix of the range; allocate. See ``Driver.map_write``."""
@@ -133,6 +135,42 @@ class Allocator:
         start = first << geometry.cluster_bits
         end = start + (allocation.count << geometry.cluster_bits)
         return await self._register(offset, length, allocation, start, end)
+
+    def map_write_now(self, offset: int, length: int) -> WriteExtent | None:
+        """Do as :meth:`map_write` for the commonest case, in which nothing has to wait: the L2 table is in memory and
+        ours, and nothing is mapped yet. None otherwise. The caller goes on to :meth:`publish_now` or :meth:`abandon`
+        before anything else runs."""
+        image, geometry = self.image, self.geometry
+        if image.mutex.locked or image.watcher is not None or self.committer.holds_much:
+            return None
+        if self._in_flight:
+            conflict, length = self._in_flight_at(offset, length)
+            if conflict is not None:
+                return None
+        l1_entry = image.l1[offset >> geometry.span_bits]
+        table_offset = l1_entry & OFFSET_MASK
+        table = image.l2.get(table_offset)
+        if table is None or not l1_entry & COPIED or image.metadata_at(table_offset, geometry.cluster_size):
+            return None
+        return self._prepare_now(table, offset, length)
+
+    def _prepare_now(self, table: array[int], offset: int, length: int) -> WriteExtent | None:
+        geometry = self.geometry
+        first = offset >> geometry.cluster_bits
+        index = first & geometry.l2_mask
+        old = table[index : self._end(offset, length)]
+        if max(old) > self._blank:
+            if old[0] > self._blank:
+                return None
+            del old[next(at for at, entry in enumerate(old) if entry > self._blank) :]
+        start = first << geometry.cluster_bits
+        if start + (len(old) << geometry.cluster_bits) > self.image.header.size:
+            return None  # bytes behind the disk's end may have to be zeroed
+        run = self.space.allocate_now(first, len(old))
+        if run is None:
+            return None
+        allocation = Allocation(first, run.first << geometry.cluster_bits, old[: run.clusters], fresh=run.fresh)
+        return self._begin(offset, length, allocation, start, start + (run.clusters << geometry.cluster_bits))
 
     def _end(self, offset: int, length: int) -> int:
         """Index in the L2 table behind the range, or behind the table."""
@@ -207,6 +245,11 @@ class Allocator:
             except BaseException:
                 self._take_back(allocation)
                 raise
+        return self._begin(offset, length, allocation, start, end)
+
+    def _begin(self, offset: int, length: int, allocation: Allocation, start: int, end: int) -> WriteExtent:
+        size = self.image.header.size
+        base = allocation.host - (allocation.first << self.geometry.cluster_bits)
         stop = min(offset + length, end)
         head = offset - start
         tail = max(min(end, size) - stop, 0)
@@ -255,6 +298,14 @@ class Allocator:
             self.image.mutex.release()
             self._in_flight.remove(allocation)
             allocation.finish()
+
+    def publish_now(self, allocation: Allocation) -> None:
+        """Publish what :meth:`map_write_now` has allocated."""
+        image, geometry = self.image, self.geometry
+        table_offset = image.l1[allocation.first >> geometry.l2_bits] & OFFSET_MASK
+        index, entries = allocation.first & geometry.l2_mask, self._new_entries(allocation)
+        image.put_entries_now(table_offset, image.l2.tables[table_offset], index, entries)
+        self._in_flight.remove(allocation)
 
     async def replaceable(self, offset: int) -> array[int]:
         """Return the L2 entry for a guest offset, in a table that may be changed. Under the mutex. Raises

@@ -22,13 +22,13 @@ program that opens the image after a crash count again. See docs/explanation/dur
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import NamedTuple
 
 import trio
 
 from fusedisk.core.alone import shield
-from fusedisk.core.at_once import refuse_to_wait
+from fusedisk.core.at_once import WouldWait, is_at_once, refuse_to_wait
 from fusedisk.core.errors import CorruptImageError
 from fusedisk.core.locks import Mutex
 from fusedisk.drivers.format.qcow2 import layout
@@ -37,6 +37,8 @@ from fusedisk.drivers.format.qcow2.freed import ExternalRange, Freed
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
 
+_MOST_TABLES_AT_ONCE = 8
+"""Changed L2 tables with which a commit may be tried without a task."""
 MAX_FREED_BYTES = 64 << 20
 """The amount of freed host space that triggers a commit, so that it can be used again."""
 
@@ -81,22 +83,35 @@ class Committer:
             if self._exclusive is settled:
                 return
         if self._needed or self._committing.locked:
-            refuse_to_wait()
-            with trio.CancelScope(shield=True):
+            at_once = is_at_once()
+            if at_once and not self._is_short:
+                raise WouldWait
+            with nullcontext() if at_once else trio.CancelScope(shield=True):
                 async with self._committing:
                     await self._commit(held=False)
 
-    async def relieve(self) -> None:
-        """Commit if memory holds many changes. Not under the mutex."""
+    @property
+    def _is_short(self) -> bool:
+        """Whether a commit is short enough to be tried without a task, and can be made again if it then has to wait:
+        dropping freed clusters cannot."""
+        return not self.refcounts.freed_clusters and len(self.image.dirty.l2) <= _MOST_TABLES_AT_ONCE
+
+    @property
+    def holds_much(self) -> bool:
+        """Whether memory holds many changes."""
         image, refcounts = self.image, self.refcounts
         tables = image.l2.capacity
-        if (
+        return (
             # A cache that holds all tables is not relieved by writing them.
-            (tables < len(image.l1) and len(image.dirty.l2) * 4 > tables * 3)
+            (len(image.dirty.l2) * 4 > tables * 3 and tables < len(image.l1))
             or refcounts.dirty_blocks > refcounts.blocks.capacity
             or refcounts.freed_clusters > self.max_freed
             or (image.changes is not None and image.changes.full)
-        ):
+        )
+
+    async def relieve(self) -> None:
+        """Commit if memory holds many changes. Not under the mutex."""
+        if self.holds_much:
             await self.commit()
 
     @asynccontextmanager

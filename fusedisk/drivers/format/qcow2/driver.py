@@ -287,6 +287,13 @@ class Qcow2Driver(Driver):
             return extent
         return await self.allocator.map_write(offset, length)
 
+    def map_write_now(self, offset: int, length: int) -> WriteExtent | None:
+        return self.allocator.map_write_now(offset, length) if self.first_write.disk and not self.encodes else None
+
+    def publish_now(self, allocation: object) -> None:
+        assert isinstance(allocation, Allocation)
+        self.allocator.publish_now(allocation)
+
     async def publish(self, allocation: object) -> None:
         assert isinstance(allocation, Allocation)
         await self.allocator.publish(allocation)

@@ -376,6 +376,13 @@ class Image:
         table = await self.l2.load(offset)
         if self.watcher is not None:
             self.watcher.table_changes(l1_index, table)
+        self.put_entries_now(offset, table, index, entries, ordered=ordered)
+        self.l2.put(offset, table)
+
+    def put_entries_now(
+        self, offset: int, table: array[int], index: int, entries: array[int], *, ordered: bool = True
+    ) -> None:
+        """Do the same in the cached table at ``offset``, with nobody watching."""
         index *= self.geometry.entry_words
         end = index + len(entries)
         table[index:end] = entries
@@ -383,7 +390,6 @@ class Image:
         self.dirty.ordered |= ordered
         if self.changes is not None:
             self.changes.add(Kind.L2, offset + 8 * index, self.encode_l2(table, index, end))
-        self.l2.put(offset, table)
         self.mapping_changed()
 
     async def put_header_fields(self, position: int, data: bytes) -> None:

@@ -50,6 +50,8 @@ from fusedisk.drivers.format.table_cache import TableCache
 log = logging.getLogger(__name__)
 
 MIN_BLOCKS = 4
+_MOST_SPARE = 256
+"""Free clusters that one look into a block finds."""
 _BLOCKS_AT_ONCE = 64
 
 
@@ -73,6 +75,8 @@ class Refcounts:
         self._next_run = 0
         self._used_end = 0
         """No cluster at or behind this host offset was allocated since the image was opened."""
+        self._spare = self._spare_end = 0
+        """From the one cluster to the other all were free when they were found, and hold no metadata."""
         self.open_cluster = -1
         """The cluster with room for more compressed data behind its last; -1 if there is none."""
         self._kept: list[HostRun] = []
@@ -161,6 +165,52 @@ class Refcounts:
         if count == 1 or first == self._first_free:
             self._first_free = first + count
         return HostRun(first, count, fresh)
+
+    def allocate_now(self, count: int) -> HostRun | None:
+        """Do as :meth:`allocate` if that takes no more than counting up in a block in memory; None otherwise."""
+        geometry = self.geometry
+        if self._kept or (self._spare_end - self._spare < count and not self._find_spare(count)):
+            return None
+        first = self._spare
+        block_index, index = divmod(first, geometry.block_entries)
+        offset = self.table[block_index] if block_index < len(self.table) else 0
+        block = self.blocks.get(offset)
+        if block is None or self.codec.free_run(block, index, count) < count:
+            self._spare_end = first  # somebody else has taken them
+            return None
+        position, data = self.codec.encoded(block, index, [1] * count)
+        block[position : position + len(data)] = data
+        self._touch(offset, position, position + len(data))
+        if self.image.changes is not None:
+            self.image.changes.add(Kind.REFCOUNTS, offset + position, data)
+        self._spare = end = first + count
+        start = first << geometry.cluster_bits
+        fresh = not self.encrypted and start >= self._used_end and start >= self.image.storage.node.length
+        self._used_end = max(self._used_end, end << geometry.cluster_bits)
+        if count > 1:
+            self._next_run = end
+        if first == self._first_free:
+            self._first_free = end
+        return HostRun(first, count, fresh)
+
+    def _find_spare(self, count: int) -> bool:
+        """Look for at least ``count`` adjacent free clusters where :meth:`allocate` would look first."""
+        per_block, bits = self.geometry.block_entries, self.geometry.cluster_bits
+        block_index, index = divmod(self._first_free if count == 1 else self._next_run, per_block)
+        if block_index >= len(self.table) or self._full[block_index]:
+            return False
+        block = self.blocks.get(self.table[block_index])
+        if block is None:
+            return False
+        at, run = self.codec.find_free(block, index, count)
+        if run < count:
+            return False
+        run = self.codec.free_run(block, at, max(count, _MOST_SPARE))
+        first = block_index * per_block + at
+        if self.image.occupied_at(first << bits, run << bits) is not None:
+            return False
+        self._spare, self._spare_end = first, first + run
+        return True
 
     def return_unused(self, run: HostRun) -> None:
         """Take back unused clusters from :meth:`allocate`, for the next allocation. Synchronous."""
@@ -351,6 +401,7 @@ class Refcounts:
             self.changed.add(block_index)
         self.blocks.put(offset, block)
         if freed:
+            self._spare_end = self._spare  # the lowest are used first
             if any(first - index + at <= self.open_cluster < first - index + at + run for at, run in freed):
                 self.open_cluster = -1
             lowest = block_index * self.geometry.block_entries + freed[0][0]

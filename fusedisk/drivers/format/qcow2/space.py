@@ -63,6 +63,10 @@ class Space(abc.ABC):
         """Allocate adjacent clusters for the guest's from ``guest_cluster`` on: at least one, at most ``count``."""
 
     @abc.abstractmethod
+    def allocate_now(self, guest_cluster: int, count: int) -> HostRun | None:
+        """Do the same without waiting; None if that is not possible."""
+
+    @abc.abstractmethod
     def return_unused(self, run: HostRun) -> None:
         """Take back unused clusters from :meth:`allocate`."""
 
@@ -94,6 +98,9 @@ class OwnSpace(Space):
     async def allocate(self, guest_cluster: int, count: int) -> HostRun:
         return await self._refcounts.allocate(count)
 
+    def allocate_now(self, guest_cluster: int, count: int) -> HostRun | None:
+        return self._refcounts.allocate_now(count)
+
     def return_unused(self, run: HostRun) -> None:
         self._refcounts.return_unused(run)
 
@@ -119,6 +126,9 @@ class ExternalSpace(Space):
         """Ranges that will be discarded, unless they are used again before."""
 
     async def allocate(self, guest_cluster: int, count: int) -> HostRun:
+        return self.allocate_now(guest_cluster, count)
+
+    def allocate_now(self, guest_cluster: int, count: int) -> HostRun:
         self._given_up = [item for item in self._given_up if item.parts]
         for item in self._given_up:
             item.take_back(guest_cluster, guest_cluster + count)

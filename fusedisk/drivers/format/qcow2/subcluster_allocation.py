@@ -88,8 +88,49 @@ class SubclusterAllocator(Allocator):
         assert extent is not None
         return extent
 
+    def _prepare_now(self, table: array[int], offset: int, length: int) -> WriteExtent | None:
+        geometry, clusters = self.geometry, self.clusters
+        first = offset >> geometry.cluster_bits
+        index = first & geometry.l2_mask
+        words = table[2 * index : 2 * self._end(offset, length)]
+        entry, bitmap = words[0], words[1]
+        if entry:
+            host = entry & OFFSET_MASK
+            if (
+                entry & COMPRESSED
+                or not entry & COPIED
+                or clusters.find_bad(words[:2]) is not None
+                or bitmap >> self._subcluster(offset) & 1
+                or clusters.guard.occupied_at(host, geometry.cluster_size)
+            ):
+                return None
+            allocation, length = self._filling(table, index, offset, length)
+            if allocation.end > self.image.header.size:
+                return None
+            return self._begin(offset, length, allocation, allocation.start, allocation.end)
+        for at in range(0, len(words), 2):
+            if words[at] or words[at + 1] & ALL_ALLOCATED:
+                del words[at:]
+                break
+        if not words or (first << geometry.cluster_bits) + (len(words) // 2 << geometry.cluster_bits) > (
+            self.image.header.size
+        ):
+            return None
+        run = self.space.allocate_now(first, len(words) // 2)
+        if run is None:
+            return None
+        host = run.first << geometry.cluster_bits
+        new = SubclusterAllocation(first, host, words[: 2 * run.clusters], fresh=run.fresh)
+        self._place(new, offset, length)
+        return self._begin(offset, length, new, new.start, new.end)
+
     async def _fill(self, table: array[int], index: int, offset: int, length: int) -> WriteExtent:
         """Write to subclusters without data in place, in this cluster and in those that continue it."""
+        allocation, count = self._filling(table, index, offset, length)
+        return await self._register(offset, count, allocation, allocation.start, allocation.end)
+
+    def _filling(self, table: array[int], index: int, offset: int, length: int) -> tuple[SubclusterAllocation, int]:
+        """Return the allocation of :meth:`_fill`, and how much of the range it is for."""
         geometry = self.geometry
         inside, size = offset & geometry.cluster_mask, geometry.subcluster_size
         count = self.clusters.unallocated_run(table, index, inside, length)
@@ -99,7 +140,7 @@ class SubclusterAllocator(Allocator):
         allocation = SubclusterAllocation(first, host, words, owned=True)
         allocation.start = offset & -size
         allocation.end = -(-(offset + count) // size) * size
-        return await self._register(offset, count, allocation, allocation.start, allocation.end)
+        return allocation, count
 
     async def _count_new(self, table: array[int], index: int, end: int) -> int:
         at = index + 1
