@@ -258,10 +258,21 @@ class Export:
         self._unflushed = False
         try:
             await self.backend.flush()
+            await self._times.image_written()
         except BaseException:
             self._unflushed = True
             raise
-        await self._times.image_written()
+
+    def flush_now(self) -> bool:
+        """Flush if that is possible without a task, although it blocks for the time of a quick flush. False: call
+        :meth:`flush`."""
+        if self.empty or self.backend.drain_count or not self.backend.immediate.ways().at_once:
+            return False
+        try:
+            run_at_once(self.flush())
+        except WouldWait:
+            return False
+        return True
 
     # --- direct access to the host file -----------------------------------------------------------------
 

@@ -228,7 +228,7 @@ class Channel:
                 )
             answered = False
             handle = handles.get(number)
-            # 4. Answer READ and WRITE at once, if that needs no waiting; ``answered`` tells step 5.
+            # 4. Answer READ, WRITE and FSYNC at once, if that needs no waiting; ``answered`` tells step 5.
             try:
                 if opcode == wire.READ:
                     # The kernel will keep these pages: note them before they are read.
@@ -255,6 +255,9 @@ class Channel:
                         answered = True
                         _WRITTEN.pack_into(written, 0, len(written), 0, unique, size, 0)
                         write(device, written)
+                elif opcode == wire.FSYNC and handle is not None and handle.export.flush_now():
+                    answered = True
+                    write(device, wire.OUT_HEADER.pack(_OUT, 0, unique))
             except BrokenConnectionError:
                 raise
             except Exception as exc:

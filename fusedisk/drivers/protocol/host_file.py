@@ -53,6 +53,44 @@ class Pace:
             self._pause = 0.0
 
 
+class FlushPace:
+    """Keeps track of whether flushes of one file have been quick lately, so that the next one may run inline.
+
+    Unlike other calls a flush may take long for reasons of its own: much was written, or the host's disk is busy. So
+    one slow flush sends many to the kernel's threads, more each time, and it takes several quick ones to return.
+    """
+
+    QUICK = 0.001
+    """Seconds: less than what a task, a thread of the kernel and waking up cost together three times."""
+    MOST_WRITES = 16
+    """Writes since the last flush with which one may still be expected to be quick."""
+    _LEAST = 4
+    _MOST = 64
+
+    __slots__ = ("_needed", "_streak")
+
+    def __init__(self) -> None:
+        self._streak = 0
+        """Quick flushes in a row."""
+        self._needed = self._LEAST
+        """How many there must be."""
+
+    def is_quick(self, writes: int) -> bool:
+        """Whether a flush may run inline. ``writes``: since the last flush."""
+        return self._streak >= self._needed and writes <= self.MOST_WRITES
+
+    def measured(self, seconds: float) -> None:
+        """A flush took this long, inline or not."""
+        if seconds <= self.QUICK:
+            self._streak += 1
+            if self._streak > 4 * self._MOST:
+                self._needed = self._LEAST
+            return
+        if self._streak >= self._needed:
+            self._needed = min(2 * self._needed, self._MOST)
+        self._streak = 0
+
+
 class HostFile:
     """A descriptor with what is known about it. All methods raise OSError."""
 
@@ -62,6 +100,7 @@ class HostFile:
         "_tells_residency",
         "alignment",
         "fd",
+        "flush_pace",
         "in_memory",
         "nowait_reads",
         "nowait_writes",
@@ -78,6 +117,7 @@ class HostFile:
         self.nowait_reads = alignment is None and not self.in_memory
         self.nowait_writes = alignment is None and not self.in_memory
         self.pace = Pace()
+        self.flush_pace = FlushPace()
         self._tells_residency = True
         self._probe = bytearray(1)
         self._reading = 0
