@@ -28,23 +28,12 @@ class Work(NamedTuple):
     """How to answer one request."""
 
     run: Callable[[], Awaitable[bytes]]
-    """Serves the request and returns the body of the reply. Raises errors for :func:`failed`."""
+    """Serves the request and returns the body of the reply. Raises errors for :func:`.errors.errno_of`."""
     changes: tuple[Export, int, int] | None
     """The file whose bytes it may change, even if it fails, and where: offset and length."""
 
 
 _BODY = wire.IN_HEADER.size
-
-
-def failed(what: str, exc: Exception) -> int:
-    """The errno that tells the kernel of a failure; a bug is logged and costs one EIO."""
-    if isinstance(exc, FusediskError):
-        log.debug("%s: %s", what, exc)
-        return exc.errno
-    if isinstance(exc, FUSEError):
-        return int(exc.errno)
-    log.error("a bug in fusedisk: %s failed", what, exc_info=exc)
-    return errno.EIO
 
 
 class Answers:

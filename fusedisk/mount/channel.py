@@ -27,7 +27,8 @@ from fusedisk.block.request.immediate import Pieces
 from fusedisk.core.errors import HostError
 from fusedisk.export.export import Export
 from fusedisk.mount import wire
-from fusedisk.mount.answers import Answers, Work, failed
+from fusedisk.mount.answers import Answers, Work
+from fusedisk.mount.errors import errno_of
 from fusedisk.mount.handles import Handle
 from fusedisk.mount.nap import Nap
 from fusedisk.mount.negotiation import Negotiation
@@ -266,7 +267,7 @@ class Channel:
                     self._reply_failed(exc)
                 else:
                     answered = True
-                    self.answer(unique, -failed("a request", exc))
+                    self.answer(unique, -errno_of("a request", exc))
             # 5. Hand everything else on. A task that writes keeps the buffer, so the next request gets another one.
             if not answered:
                 if await self._dispatch(nursery, request, length, opcode, unique):
@@ -388,7 +389,7 @@ class Channel:
                 try:
                     size_read = await handle.export.read_into(offset, reply[_REPLY : _REPLY + size])
                 except Exception as exc:
-                    self.answer(unique, -failed("read", exc))
+                    self.answer(unique, -errno_of("read", exc))
                     return
                 wire.OUT_HEADER.pack_into(reply, _REPLY_HEADER, _OUT + size_read, 0, unique)
                 self._send(reply[_REPLY_HEADER : _REPLY + size_read])
@@ -405,16 +406,11 @@ class Channel:
     ) -> None:
         error, body = 0, b""
         try:
-            if page and handle.export.exchanging:
-                raise HostError(f"'{handle.export.name}' changed while a page of it was written.", errno=errno.EIO)
-            written = await handle.write(offset, request.data[:size])
-            if flags & _SYNCHRONOUS:
-                await handle.export.flush()
+            synchronous = bool(flags & _SYNCHRONOUS)
+            written = await handle.write(offset, request.data[:size], page=page, synchronous=synchronous)
             body = wire.WRITE_OUT.pack(written, 0)
         except Exception as exc:
-            error = -failed("write", exc)
-            if page and not handle.export.writable:
-                handle.export.pages_stale()
+            error = -errno_of("write", exc)
         finally:
             if len(self._spare) < _MOST_SPARE:
                 self._spare.append(request)
@@ -434,7 +430,7 @@ class Channel:
                     body = await work.run()
                     error = 0
                 except Exception as exc:
-                    error = -failed(f"request {opcode}", exc)
+                    error = -errno_of(f"request {opcode}", exc)
         finally:
             self._interruptible.pop(unique, None)
             self._admission.end(0, begun=begun)

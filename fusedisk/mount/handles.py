@@ -46,14 +46,28 @@ class Handle:
         generation = self.export.generation % _GENERATIONS
         return self.export.inode << _INODE_SHIFT | generation << _GENERATION_SHIFT | flags
 
-    async def write(self, offset: int, data: bytes | memoryview) -> int:
-        """Write; short only at the end of a disk that may not grow.
+    async def write(self, offset: int, data: bytes | memoryview, *, page: bool, synchronous: bool = False) -> int:
+        """Write; short only at the end of a disk that may not grow. The bytes are on stable storage afterwards if the
+        handle or the write is ``synchronous``.
+
+        ``page``: the bytes may be a page of the kernel's cache. Written while another medium comes, it would hold bytes
+        of the old one, so that fails (EIO).
 
         Linux turns a short O_DIRECT write into EIO, so such a write raises NoSpaceError, which has the right errno.
         """
-        written = await self.export.write(offset, data)
+        export = self.export
+        if page and export.exchanging:
+            raise HostError(f"'{export.name}' changed while a page of it was written.", errno=errno.EIO)
+        try:
+            written = await export.write(offset, data)
+        except BaseException:
+            if page and not export.writable:
+                export.pages_stale()
+            raise
         if written < len(data) and self.direct:
-            raise NoSpaceError(f"'{self.export.name}' ended {len(data) - written} bytes before a write did.")
+            raise NoSpaceError(f"'{export.name}' ended {len(data) - written} bytes before a write did.")
+        if synchronous or self.synchronous:
+            await export.flush()
         return written
 
     async def sync_if_requested(self) -> None:

@@ -1,9 +1,7 @@
 """The handlers that pyfuse3 calls: FUSE's requests in terms of exports.
 
 An exception other than FUSEError would end pyfuse3's main loop and with it every disk of the mount, so each handler
-goes through :func:`_guarded`: an expected error becomes its errno, anything else is a bug, which is logged and
-costs EIO.
-
+goes through :func:`_guarded`, and what it raises through :mod:`.errors`.
 Every handler is a task of its own, so one that waits for cold data holds up no other. Lookups need no counting: the
 kernel is told when a file goes, and its number is never given to a file of another name.
 """
@@ -35,12 +33,12 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from fusedisk.core.errors import FusediskError
 from fusedisk.core.locks import Signal
 from fusedisk.export.export import EVERYTHING, Attributes, Export
 from fusedisk.export.names import NAME_MAX, ROOT_INODE
 from fusedisk.export.registry import Registry
 from fusedisk.export.views import View
+from fusedisk.mount.errors import errno_of
 from fusedisk.mount.handles import Handles
 
 log = logging.getLogger(__name__)
@@ -59,19 +57,13 @@ _Result = TypeVar("_Result")
 def _guarded(
     handler: Callable[Concatenate[_Self, _Args], Coroutine[Any, Any, _Result]],
 ) -> Callable[Concatenate[_Self, _Args], Coroutine[Any, Any, _Result]]:
-    """Translate what a handler raises; the mount's one border for errors."""
+    """Translate what a handler raises into what pyfuse3 passes to the kernel."""
 
     async def guard(self: _Self, /, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         try:
             return await handler(self, *args, **kwargs)
-        except FUSEError:
-            raise
-        except FusediskError as exc:
-            log.debug("%s: %s", handler.__name__, exc)
-            raise FUSEError(exc.errno) from exc
         except Exception as exc:
-            log.exception("a bug in fusedisk: %s failed", handler.__name__)
-            raise FUSEError(errno.EIO) from exc
+            raise FUSEError(errno_of(handler.__name__, exc)) from exc
 
     return guard
 
@@ -309,12 +301,9 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write; short only at the end of a disk that may not grow."""
         handle = self.handles.find(fh)
-        if handle.export.exchanging:  # nothing here says whether the kernel writes a page of the old medium back
-            raise FUSEError(errno.EIO)
         async with handle.export.changing(off, len(buf)):
-            written = await handle.write(off, buf)
-            await handle.sync_if_requested()
-        return written
+            # Nothing here says whether the kernel writes a page of its cache.
+            return await handle.write(off, buf, page=True)
 
     @_guarded
     async def flush(self, fh: FileHandleT) -> None:
