@@ -84,6 +84,7 @@ class Export:
         self.source = ""
         """The image as the user named it."""
         self.shared_views = False
+        self._writers_past_cache = 0
         """Other files show the same bytes and one of them may be written to, so none of them may be cached."""
         self.immutable = False
         """Its bytes cannot change while it is open."""
@@ -228,14 +229,30 @@ class Export:
         """Raise the error of reading a range that is not on the disk. Parts of disks override this; a disk has none."""
 
     def keep(self, offset: int, length: int) -> None:
-        """Note that the kernel puts what it reads there into its page cache, although the file is not cached."""
-        if self.shared_views:
+        """Note that the kernel puts what it reads there into its page cache, if there are writers that bypass it."""
+        if self.shared_views or self._writers_past_cache:
             self._times.family.keep(self, self.origin + offset, self.origin + offset + length)
 
     async def drop_kept(self, offset: int, length: int) -> None:
         """Make the kernel drop its pages of a changed range, in all files that show it. Call it before the change is
         answered, also after a failed one: a part may be changed. See :meth:`.Family.drop`."""
-        await self._times.family.drop(self.origin + offset, self.origin + offset + length)
+        if self.shared_views:
+            await self._times.family.drop(self.origin + offset, self.origin + offset + length)
+
+    def begin_writing_past_cache(self) -> None:
+        """Note that a handle writes past the kernel's cache of this file, which other handles use."""
+        self._writers_past_cache += 1
+
+    def end_writing_past_cache(self) -> None:
+        """Undo one :meth:`begin_writing_past_cache`."""
+        self._writers_past_cache -= 1
+        if not self._writers_past_cache and not self.shared_views:
+            self._times.family.forget(self)
+
+    async def drop_overtaken(self, offset: int, length: int) -> bool:
+        """Do as :meth:`drop_kept` after a write past the kernel's cache. True: there were pages. One that a program has
+        changed through memory was written back whole, over what was written, so write that again."""
+        return await self._times.family.drop(self.origin + offset, self.origin + offset + length)
 
     @asynccontextmanager
     async def changing(self, offset: int, length: int) -> AsyncIterator[None]:

@@ -6,6 +6,9 @@ request. So each range that the kernel is about to cache is noted, and a request
 only after the kernel has dropped the pages. Shared mappings are refused (:mod:`..mount.negotiation`), so no such page
 is ever dirty.
 
+A file whose writer can only write is written past the cache, too, while other handles of it are cached (see
+docs/adr/0031). It is a family of its own as long as there are such writers.
+
 Positions are bytes of the disk, whichever file they belong to.
 """
 
@@ -46,14 +49,20 @@ class Family:
         """Return whether the kernel may have some of a range in the page cache of any file."""
         return self._dropping.locked or any(low < stop and start < high for low, high in self._kept.values())
 
-    async def drop(self, start: int, stop: int) -> None:
-        """Make the kernel drop its pages of a changed range. The change may be answered afterwards.
+    def forget(self, export: Export) -> None:
+        """Forget the pages of a file: from now on all its writers use the same cache."""
+        self._kept.pop(export, None)
+        self.keeps_some = bool(self._kept)
+
+    async def drop(self, start: int, stop: int) -> bool:
+        """Make the kernel drop its pages of a changed range; returns whether there may have been any. The change may be
+        answered afterwards.
 
         The kernel may wait for reads of the same pages that are not answered yet, so the caller must not hold anything
         that a read needs.
         """
         if not self.keeps(start, stop):
-            return
+            return False
         # A change that comes while pages are being dropped waits: they may be its own.
         async with self._dropping:
             for export, (low, high) in list(self._kept.items()):
@@ -63,3 +72,4 @@ class Family:
                     if export.drop_pages is not None:
                         await export.drop_pages()
             self.keeps_some = bool(self._kept)
+        return True

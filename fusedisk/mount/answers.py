@@ -94,13 +94,18 @@ class Answers:
 
     async def _open(self, inode: int, flags: int, open_flags: int) -> bytes:
         export = self._operations.export_of(inode)
-        number, handle = await self._handles.open(export, flags)
+        cached = self._operations.cached(export)
+        past_cache = cached and flags & os.O_ACCMODE == os.O_WRONLY and self._negotiation.writes_drop_pages
+        number, handle = await self._handles.open(export, flags, past_cache=past_cache)
         if self._negotiation.passthrough:
             handle.kernel_backing_id = self._passed.handle_opened(export)
             if handle.kernel_backing_id:
                 return wire.OPEN_OUT.pack(number, wire.FOPEN_PASSTHROUGH, handle.kernel_backing_id)
-        cached = self._operations.cached(export)
-        mode = wire.FOPEN_KEEP_CACHE if cached else wire.FOPEN_DIRECT_IO | wire.FOPEN_PARALLEL_DIRECT_WRITES
+        mode = (
+            wire.FOPEN_KEEP_CACHE
+            if cached and not past_cache
+            else wire.FOPEN_DIRECT_IO | wire.FOPEN_PARALLEL_DIRECT_WRITES
+        )
         return wire.OPEN_OUT.pack(number, mode, 0)
 
     async def _release(self, number: int) -> bytes:

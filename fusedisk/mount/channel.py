@@ -162,6 +162,11 @@ class Channel:
         os.write(self._device, wire.OUT_HEADER.pack(wire.OUT_HEADER.size + len(body), code, 0) + body)
 
     @property
+    def _notes_reads(self) -> bool:
+        """Whether reads that fill the kernel's cache must be noted."""
+        return self.shared or self._operations.handles.past_cache > 0
+
+    @property
     def maps_uncached(self) -> bool:
         """Whether the kernel allows shared mappings of files that it does not cache."""
         return self._negotiation.maps_uncached
@@ -189,7 +194,7 @@ class Channel:
         vector, head, data = request.vector, request.head, request.data
         content = data[:0]
         polling, nap, busy, turns = self._polling, self._nap.sleep, self._busy, self._turns
-        admission, shared = self._admission, self.shared
+        admission, shared = self._admission, self._notes_reads
         turns.begin(clock())
         asked = 0.0
         while True:
@@ -205,7 +210,7 @@ class Channel:
                     asked = now
                     continue
                 await trio.lowlevel.wait_readable(device)
-                shared = self.shared
+                shared = self._notes_reads
                 now = clock()
                 turns.begin(now)
                 polling.woke(now, asked)
@@ -274,7 +279,7 @@ class Channel:
                     request = self._take_request()
                     vector, head, data = request.vector, request.head, request.data
                     content = data[:0]
-                shared = self.shared
+                shared = self._notes_reads
             # 6. After a while give other tasks a turn: soon if there are any that we know of, later in any case.
             now = clock()
             if turns.is_over(now) and (
@@ -283,7 +288,7 @@ class Channel:
                 if busy is not None:
                     busy()
                 await trio.lowlevel.checkpoint()
-                shared = self.shared
+                shared = self._notes_reads
                 now = clock()
                 turns.begin(now)
             polling.answered(now, asked)
@@ -404,18 +409,23 @@ class Channel:
     async def _write(
         self, unique: int, handle: Handle, offset: int, size: int, flags: int, page: bool, request: Request
     ) -> None:
-        error, body = 0, b""
+        error, body, export = 0, b"", handle.export
+        synchronous = bool(flags & _SYNCHRONOUS)
         try:
-            synchronous = bool(flags & _SYNCHRONOUS)
             written = await handle.write(offset, request.data[:size], page=page, synchronous=synchronous)
             body = wire.WRITE_OUT.pack(written, 0)
         except Exception as exc:
             error = -errno_of("write", exc)
         finally:
-            if len(self._spare) < _MOST_SPARE:
-                self._spare.append(request)
             self._admission.end(size)
-        await handle.export.drop_kept(offset, size)
+        await export.drop_kept(offset, size)
+        try:
+            while handle.past_cache and await export.drop_overtaken(offset, size) and not error:
+                await handle.write(offset, request.data[:size], page=page, synchronous=synchronous)
+        except Exception as exc:
+            error, body = -errno_of("write", exc), b""
+        if len(self._spare) < _MOST_SPARE:
+            self._spare.append(request)
         self.answer(unique, error, body)
 
     async def _work(self, unique: int, work: Work, opcode: int, scope: trio.CancelScope) -> None:

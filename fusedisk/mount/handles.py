@@ -18,21 +18,23 @@ from fusedisk.export.registry import Registry
 
 _GENERATION_SHIFT, _INODE_SHIFT = 4, 16
 _GENERATIONS = 1 << (_INODE_SHIFT - _GENERATION_SHIFT)
-_WRITABLE, _DIRECT, _SYNCHRONOUS = 1, 2, 4
+_WRITABLE, _DIRECT, _SYNCHRONOUS, _PAST_CACHE = 1, 2, 4, 8
 
 
 class Handle:
     """An open file."""
 
-    __slots__ = ("direct", "export", "kernel_backing_id", "opens", "synchronous", "writable")
+    __slots__ = ("direct", "export", "kernel_backing_id", "opens", "past_cache", "synchronous", "writable")
 
-    def __init__(self, export: Export, flags: int) -> None:
+    def __init__(self, export: Export, flags: int, *, past_cache: bool = False) -> None:
         self.export = export
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.direct = bool(flags & os.O_DIRECT)
         self.synchronous = bool(flags & os.O_DSYNC)
         """Changes must be on stable storage when they are answered (O_SYNC has the bit of O_DSYNC). The kernel ensures
         that only for files that it caches, and not for all requests."""
+        self.past_cache = past_cache
+        """It writes past the kernel's page cache, although the file is cached."""
         self.kernel_backing_id = 0
         """The kernel's number for the host file that it accesses directly; 0 if it does not."""
 
@@ -43,6 +45,7 @@ class Handle:
     def number(self) -> int:
         """The number by which the kernel knows it."""
         flags = self.writable * _WRITABLE | self.direct * _DIRECT | self.synchronous * _SYNCHRONOUS
+        flags |= self.past_cache * _PAST_CACHE
         generation = self.export.generation % _GENERATIONS
         return self.export.inode << _INODE_SHIFT | generation << _GENERATION_SHIFT | flags
 
@@ -87,20 +90,22 @@ class Handles:
     def __init__(self, registry: Registry) -> None:
         self.by_number: dict[int, Handle] = {}
         self._registry = registry
+        self.past_cache = 0
+        """How many times files are open for writing past the kernel's cache."""
         self.released = Signal()
         """Given whenever a handle is released, so that tasks that wait for the mount to become idle look again."""
 
     def __len__(self) -> int:
         return sum(handle.opens for handle in self.by_number.values())
 
-    async def open(self, export: Export, flags: int) -> tuple[int, Handle]:
+    async def open(self, export: Export, flags: int, *, past_cache: bool = False) -> tuple[int, Handle]:
         """Return a new handle and its number. Raises ReadOnlyError for writing to a read-only export.
 
         O_TRUNC removes all content: a growable disk becomes empty, any other keeps its length, all zeroes. Zeroes are
         needed since tools such as ``cp`` skip holes when they copy into a file that they have just truncated.
         """
         export.check_medium()
-        handle = Handle(export, flags)
+        handle = Handle(export, flags, past_cache=past_cache)
         if handle.writable and not export.writable:
             raise ReadOnlyError(f"'{export.name}' is read-only.", errno=errno.EROFS)
         if handle.writable and flags & os.O_TRUNC:
@@ -112,7 +117,7 @@ class Handles:
         if self._registry.by_inode.get(export.inode) is not export:
             raise self._stale(number)  # removed meanwhile
         handle = self.by_number.setdefault(number, handle)
-        handle.opens += 1
+        self._opened(handle)
         return number, handle
 
     def find(self, number: int) -> Handle:
@@ -125,12 +130,18 @@ class Handles:
         if export is not None:
             flags = os.O_RDWR if number & _WRITABLE else os.O_RDONLY
             flags |= (os.O_DIRECT if number & _DIRECT else 0) | (os.O_SYNC if number & _SYNCHRONOUS else 0)
-            handle = Handle(export, flags)
+            handle = Handle(export, flags, past_cache=bool(number & _PAST_CACHE))
             if handle.number == number:
-                handle.opens = 1
+                self._opened(handle)
                 self.by_number[number] = handle
                 return handle
         raise self._stale(number)
+
+    def _opened(self, handle: Handle) -> None:
+        handle.opens += 1
+        if handle.past_cache:
+            self.past_cache += 1
+            handle.export.begin_writing_past_cache()
 
     @staticmethod
     def _stale(number: int) -> HostError:
@@ -146,6 +157,9 @@ class Handles:
         handle = self.by_number.get(number)
         if handle is not None:
             handle.opens -= 1
+            if handle.past_cache:
+                self.past_cache -= 1
+                handle.export.end_writing_past_cache()
             if not handle.opens:
                 del self.by_number[number]
         self.released.notify()
@@ -153,6 +167,7 @@ class Handles:
 
     def drop(self, export: Export) -> None:
         """Forget all handles of a file that was removed; requests of them get ESTALE."""
-        for number in [number for number, handle in self.by_number.items() if handle.export is export]:
-            del self.by_number[number]
+        for handle in [handle for handle in self.by_number.values() if handle.export is export]:
+            self.past_cache -= handle.opens * handle.past_cache
+            del self.by_number[handle.number]
         self.released.notify()

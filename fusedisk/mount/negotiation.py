@@ -40,6 +40,11 @@ class Negotiation:
         """The features in force, once there was a reply: bits of flags and, above them, of flags2."""
 
     @property
+    def writes_drop_pages(self) -> bool:
+        """Whether the kernel drops its pages of what is written past its cache (Linux 6.6, as the feature offered)."""
+        return bool(self._features & wire.DIRECT_IO_ALLOW_MMAP)
+
+    @property
     def passthrough(self) -> bool:
         """Whether files may be opened so that the kernel accesses the host file directly."""
         return bool(self.taken & wire.PASSTHROUGH)

@@ -2,6 +2,7 @@
 
 An exception other than FUSEError would end pyfuse3's main loop and with it every disk of the mount, so each handler
 goes through :func:`_guarded`, and what it raises through :mod:`.errors`.
+
 Every handler is a task of its own, so one that waits for cold data holds up no other. Lookups need no counting: the
 kernel is told when a file goes, and its number is never given to a file of another name.
 """
