@@ -14,6 +14,7 @@ from tests.conftest import qemu_img, qemu_io
 from tests.crash.recording import Guest, Recording, record
 from tests.crash.replay import SECTOR
 from tests.support.profiles import PROFILES, QCOW2, FormatProfile
+from tests.support.qcow2 import pausing_everywhere
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -285,14 +286,15 @@ async def beside_snapshots(guest: Guest, random_: random.Random, unit: int) -> N
     for index in range(12):
         for offset, length in places(random_, guest.length, unit, random_.randrange(4)):
             await guest.write(offset, stamped(length))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(writer)
-            await trio.lowlevel.checkpoint()
-            if names and random_.random() < 0.5:
-                await guest.delete_snapshot(names.pop(random_.randrange(len(names))))
-            else:
-                names.append(f"s{index}")
-                await guest.create_snapshot(names[-1])
+        with pausing_everywhere():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(writer)
+                await trio.lowlevel.checkpoint()
+                if names and random_.random() < 0.5:
+                    await guest.delete_snapshot(names.pop(random_.randrange(len(names))))
+                else:
+                    names.append(f"s{index}")
+                    await guest.create_snapshot(names[-1])
 
 
 async def parallel(guest: Guest, random_: random.Random, unit: int) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.files import MIB
 from tests.support.memory import Store
-from tests.support.qcow2 import created_in_memory
+from tests.support.qcow2 import created_in_memory, pausing_everywhere
 
 
 @pytest.fixture
@@ -24,3 +25,10 @@ def disk(tmp_path: Path) -> Path:
 async def store() -> Store:
     """An empty qcow2 image of 64 MiB with clusters of 64 KiB."""
     return await created_in_memory(Store(), size=64 << 20)
+
+
+@pytest.fixture
+def every_pause() -> Iterator[None]:
+    """Others run in every pause of a snapshot's work, however short ago the last one was."""
+    with pausing_everywhere():
+        yield

@@ -22,6 +22,8 @@ from tests.support.memory import Store
 from tests.support.qcow2 import assert_clean, created_in_memory, driver_of, in_memory, opened, saved
 from tests.support.tasks import start
 
+pytestmark = pytest.mark.usefixtures("every_pause")
+
 HERE = SnapshotInfo(id="", name="here", date=0)
 SIZE = 256 << 10
 
@@ -306,18 +308,56 @@ async def test_changes_beside_an_operation_that_fails_stay(
 
 
 @pytest.mark.parametrize("operation", ["create", "delete"])
-async def test_a_resize_waits_for_the_end(operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_resize_to_less_waits_for_the_end(
+    operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with disk_for(operation, "plain") as (store, disk, _), trio.open_nursery() as nursery:
         stop = Stop(monkeypatch, 3)
         work = await start(nursery, operation_on(disk.backend, operation))
         assert stop.reached.is_set()
-        resize = await start(nursery, lambda: disk.backend.truncate(2 * SIZE))
-        assert not resize.done
-        stop.go_on.set()
+        resize = await start(nursery, lambda: disk.backend.truncate(SIZE // 2))
+        try:
+            assert not resize.done
+        finally:
+            stop.go_on.set()
         await work.join()
         await resize.join()
-        assert await disk.backend.read(0, 2 * SIZE) == disk.expected + bytes(SIZE)
+        assert await disk.backend.read(0, SIZE // 2) == disk.expected[: SIZE // 2]
     assert_clean(saved(store, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["small", "plain"])
+@pytest.mark.parametrize("operation", ["create", "delete"])
+async def test_the_disk_grows_in_each_pause(
+    operation: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does its L1 table, to more clusters with the small ones."""
+    pauses = await pauses_of(operation, kind, monkeypatch)
+    for number in range(pauses):
+        with monkeypatch.context() as patch:
+            async with disk_for(operation, kind) as (store, disk, cluster), trio.open_nursery() as nursery:
+                stop = Stop(patch, number)
+                work = await start(nursery, operation_on(disk.backend, operation))
+                assert stop.reached.is_set()
+                try:
+                    with trio.fail_after(20):
+                        for longer in (SIZE + cluster, 2 * SIZE, 24 * SIZE):
+                            await disk.backend.truncate(longer)
+                            disk.expected += bytes(longer - len(disk.expected))
+                            await disk.write(longer - cluster, b"g" * cluster)
+                            await disk.backend.flush()
+                    assert not work.done
+                finally:
+                    stop.go_on.set()
+                await work.join()
+                held = bytes(disk.expected)
+                await disk.write(SIZE, b"f" * 3 * cluster)
+                await disk.write(24 * SIZE - cluster, b"f" * 512)
+                await disk.check()
+                if operation == "create":
+                    await disk.backend.apply_snapshot("10")
+                    assert await disk.backend.read(0, 24 * SIZE) == held
+        assert_clean(saved(store, tmp_path))
 
 
 @pytest.mark.parametrize("operation", ["create", "delete"])
@@ -428,11 +468,19 @@ async def _random_changes(store: Store, tmp_path: Path, kind: str, seed: int, ro
     async with in_memory(store, discard="unmap") as backend:
         writers = [Writer(backend, number, cluster, chance, clock) for number in range(SIZE // _REGION)]
         held: dict[str, bytes] = {}
+
+        async def grow() -> None:
+            while not writers[0].stopped:
+                await backend.truncate(backend.length + chance.randrange(1, 9) * cluster)
+                await backend.write(backend.length - 512, b"g" * 512)
+
         for _ in range(rounds):
             async with trio.open_nursery() as nursery:
                 for writer in writers:
                     writer.stopped = False
                     nursery.start_soon(writer.run)
+                if kind != "version 2":
+                    nursery.start_soon(grow)
                 for _ in range(chance.randrange(60)):
                     await trio.lowlevel.checkpoint()
                 before = clock[0]

@@ -154,6 +154,7 @@ class Watched(array):  # type: ignore[type-arg]
         return super().tobytes()
 
 
+@pytest.mark.usefixtures("every_pause")
 async def test_no_step_looks_at_more_than_a_piece_of_the_l1_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """With small clusters it has millions of entries. Here all of them lead to one L2 table, as hostile as that is."""
     entries, cluster = 1 << 18, 512

@@ -5,7 +5,8 @@ least one of them is *serialising* (read-modify-write, write-zeroes, discard, co
 resize): the one that came later waits for the earlier. Waiting only ever looks back, so there is no deadlock.
 
 A long serialising request that changes nothing for readers until its end (a snapshot) lets plain reads pass. One that
-follows what others change meanwhile also lets changes pass: everything but requests that need the node *alone*.
+follows what others change meanwhile also lets changes pass: everything but requests that need the node *alone*. A disk
+that only grows does not.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Request:
         self.write = write
         self.serialising = serialising
         self.alone = False
-        """Passes no other request: it changes more than data."""
+        """Passes no other request: it changes more than data and a length that grows."""
         self.lets_reads = False
         """Serialising, except against plain reads."""
         self.lets_changes = False

@@ -8,7 +8,7 @@ A snapshot lies between requests: it holds every write answered before, and none
 * Applying one waits for every request in flight on the node, and holds back all later ones but plain reads. For the
   moment when the disk changes, these wait too.
 
-What needs the node alone, such as a resize or another snapshot, waits for the end.
+What needs the node alone, such as shrinking the disk or another snapshot, waits for the end.
 """
 
 from __future__ import annotations

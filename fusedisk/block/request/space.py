@@ -219,10 +219,14 @@ async def truncate(node: Node, length: int, preallocation: str = "off", flags: i
     if not node.perm & permissions.RESIZE:
         raise PermissionConflictError(f"No user of node '{node.name}' has asked for the resize permission.")
     request = Request.of_all()
+    request.alone = preallocation != "off"
     old: int | None = None
     request.enter(node)
     try:
         await request.wait_for_earlier(node)
+        if length < node.length:
+            request.alone = True
+            await request.wait_for_earlier(node)
         await node.before_change(*between_lengths(node.length, length), Change.RESIZE)
         old = node.length
         if node.backing is not None and min(node.backing.node.length, length) > node.length:

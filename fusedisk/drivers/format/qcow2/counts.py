@@ -36,6 +36,11 @@ def _filled(value: int, count: int) -> array[int]:
     return array(COUNTER, [value]) * count
 
 
+def are_same(counters: array[int]) -> bool:
+    """Whether all of some counters are the same; there is at least one."""
+    return counters[0] == counters[-1] and counters == _filled(counters[0], len(counters))
+
+
 class Counts:
     """How often each of ``clusters`` host clusters is referred to."""
 
@@ -67,7 +72,7 @@ class Counts:
             high = min(low + end - first, self._chunk_size, len(chunk), low + _RUN_AT_ONCE)
             first += high - low
             part = chunk[low:high]
-            if part[0] == part[-1] and part == _filled(part[0], len(part)):
+            if are_same(part):
                 chunk[low:high] = _filled(min(part[0] + weight, LARGEST), len(part))
             else:
                 chunk[low:high] = array(COUNTER, [min(value + weight, LARGEST) for value in part])
@@ -131,8 +136,11 @@ class Counts:
         return chunk[cluster & self._chunk_size - 1] if chunk is not None else 0
 
     def part(self, first: int, count: int) -> array[int] | None:
-        """The counters of ``count`` neighbours, zeroes behind :meth:`end`; None where all are zero as no chunk is
-        there."""
+        """The counters of ``count`` neighbours, zeroes behind :meth:`end`; None where all are zero."""
+        found = self._part(first, count)
+        return None if found is None or found == _filled(0, count) else found
+
+    def _part(self, first: int, count: int) -> array[int] | None:
         numbers = range(first >> self._chunk_bits, (first + count - 1 >> self._chunk_bits) + 1)
         reaches_behind = self._behind and first <= self.clusters < first + count
         if not reaches_behind and not any(number in self._chunks for number in numbers):
@@ -313,6 +321,8 @@ def are_zero(values: array[int]) -> bytes:
 
 def _are_small(values: array[int], chosen: bytes) -> bytes:
     """What ``chosen`` has for each number below 256, and 0 for larger numbers."""
+    if values and are_same(values):
+        return (chosen[values[0] : values[0] + 1] or b"\0") * len(values)
     planes = values.tobytes()
     lowest = 3 if _BIG_ENDIAN else 0
     found = planes[lowest::COUNTER_BYTES].translate(chosen)

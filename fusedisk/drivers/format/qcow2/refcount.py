@@ -24,7 +24,7 @@ from __future__ import annotations
 import errno
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -48,6 +48,9 @@ from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, Refco
 from fusedisk.drivers.format.table_cache import TableCache
 
 log = logging.getLogger(__name__)
+
+Pause = Callable[[], Awaitable[None]]
+"""Lets others run between two pieces of work."""
 
 MIN_BLOCKS = 4
 _MOST_SPARE = 256
@@ -139,9 +142,10 @@ class Refcounts:
 
     # --- allocating -------------------------------------------------------------------------------------
 
-    async def allocate(self, count: int, *, exact: bool = False) -> HostRun:
+    async def allocate(self, count: int, *, exact: bool = False, pause: Pause | None = None) -> HostRun:
         """Allocate adjacent clusters: at least one and at most ``count``, with ``exact`` exactly ``count``. Their
-        refcounts become one, in memory; a commit writes that before anything that refers to them.
+        refcounts become one, in memory; a commit writes that before anything that refers to them. Others may allocate
+        in each ``pause``, of which there are several if refcount blocks are missing.
 
         Raises NoSpaceError or HostError, with at most leaked clusters changed, and CorruptImageError if the refcounts
         call metadata free.
@@ -154,7 +158,7 @@ class Refcounts:
             missing = self._missing_blocks(first, count)
             if not missing:
                 break
-            await self._add_blocks(missing)
+            await self._add_blocks(missing, pause)
         await self._check_free(first, count)
         start, end = first << self.geometry.cluster_bits, first + count << self.geometry.cluster_bits
         fresh = not self.encrypted and start >= max(self._used_end, self.image.storage.node.length)
@@ -468,12 +472,14 @@ class Refcounts:
 
     # --- growing ----------------------------------------------------------------------------------------
 
-    async def _add_blocks(self, indices: list[int]) -> None:
+    async def _add_blocks(self, indices: list[int], pause: Pause | None) -> None:
         """Make progress towards the blocks for ``indices``. Other tasks run meanwhile if there are many."""
         for number, block_index in enumerate(indices, 1):
             if not self._has_block(block_index):
                 await self._add_block(block_index)
-            if number % _BLOCKS_AT_ONCE == 0:
+            if pause is not None:
+                await pause()
+            elif number % _BLOCKS_AT_ONCE == 0:
                 refuse_to_wait()
                 await trio.lowlevel.checkpoint()
 

@@ -38,9 +38,9 @@ from fusedisk.drivers.format.qcow2.commit import Committer
 from fusedisk.drivers.format.qcow2.entries import COPIED, ENTRIES_AT_ONCE, OFFSET_MASK, empty_table
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.refcount import Pause, Refcounts
 from fusedisk.drivers.format.qcow2.snapshot_active import ActiveTables, FlaggedTables, SharedTables
-from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, Pause, rewritten, table_weights
+from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, rewritten, table_weights
 from fusedisk.drivers.format.qcow2.snapshot_switch import NewTable, State, Switch
 from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots, next_id
 
@@ -81,7 +81,8 @@ async def read_l1(image: Image, snapshot: Snapshot) -> array[int]:
         image.storage.node.length,
     )
     table = await image.read_table(snapshot.l1_table_offset, snapshot.l1_size)
-    return table + empty_table(needed - snapshot.l1_size)
+    table.extend(empty_table(needed - snapshot.l1_size))
+    return table
 
 
 async def create(driver: SnapshotImage, wanted: SnapshotInfo, progress: Progress, no_changes: HoldBack) -> SnapshotInfo:
@@ -192,10 +193,12 @@ async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, 
     """Delete a snapshot. No changes run within ``no_changes``. Raises ImageError if its tables are invalid."""
     image, discards = driver.image, _discards(driver)
     async with _beside_requests(driver) as switch:
+        lost = await read_l1(image, snapshot)
         tables = FlaggedTables(image, switch)
         with tables.followed():
             async with image.mutex:
-                await _lose_snapshot(driver, switch, snapshot, lambda done, all: progress(done, 2 * all))
+                switch.follow_file()
+                await _lose_snapshot(driver, switch, snapshot, lost, lambda done, all: progress(done, 2 * all))
                 tables.ones = await _ones(driver, switch)
                 await tables.count(lambda done, all: progress(all + done, 2 * all))
                 _lose_tables(driver, switch)
@@ -206,15 +209,18 @@ async def delete(driver: SnapshotImage, snapshot: Snapshot, progress: Progress, 
     await switch.discard()
 
 
-async def _lose_snapshot(driver: SnapshotImage, switch: Switch, snapshot: Snapshot, progress: Progress) -> None:
-    """Count the references that go with a snapshot."""
+async def _lose_snapshot(
+    driver: SnapshotImage, switch: Switch, snapshot: Snapshot, l1: array[int], progress: Progress
+) -> None:
+    """Count the references that go with a snapshot, whose L1 table is ``l1``."""
     image = driver.image
-    l1 = (await read_l1(image, snapshot))[: snapshot.l1_size]
     weights = await table_weights(image, l1, f"the L1 table of snapshot {snapshot.id}", switch.pause)
 
     async def lose(offsets: Sequence[int]) -> None:
         for offset in offsets:
-            (await L2Table.read(image, offset)).count(switch.lost, weights[offset])
+            table = await L2Table.read(image, offset)
+            table.count(switch.lost, weights[offset])
+            switch.runs[offset] = table.first_of_run()
             switch.count_table(offset, -weights[offset])
 
     await _each(driver, weights, lose, progress, switch.pause)
@@ -330,8 +336,7 @@ def _discards(driver: SnapshotImage) -> bool:
 def _lose_tables(driver: SnapshotImage, switch: Switch) -> None:
     """Note that the new state has another L1 table and list of snapshots."""
     image, header = driver.image, driver.image.header
-    if header.l1_size:
-        switch.lose_table(header.l1_table_offset, header.l1_size * 8)
+    switch.lose_l1()
     if header.nb_snapshots:
         switch.lose_table(header.snapshots_offset, image.snapshot_table_size)
 

@@ -20,6 +20,7 @@ A change never makes wrong what was found of other tables:
 from __future__ import annotations
 
 import abc
+import sys
 from array import array
 from bisect import bisect_left, insort
 from collections import Counter
@@ -27,7 +28,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fusedisk.core.progress import Progress
-from fusedisk.drivers.format.qcow2.entries import COPIED, ENTRIES_AT_ONCE, OFFSET_MASK, encode_table, used_pieces
+from fusedisk.drivers.format.qcow2.entries import (
+    COPIED,
+    ENTRIES_AT_ONCE,
+    OFFSET_MASK,
+    empty_table,
+    encode_table,
+    used_pieces,
+)
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, l2_offsets, rewritten
 from fusedisk.drivers.format.qcow2.snapshot_switch import NewTable, Switch
@@ -53,7 +61,7 @@ class ActiveTables(abc.ABC):
         self.weights: Counter[int] = Counter()
         """How many L1 entries lead to each L2 table, by its host offset."""
         self._counted = 0
-        """How many L1 entries are in ``weights``, from the first on."""
+        """How many L1 entries are in ``weights``, from the first on; finally all, also those that are added."""
         self._own: set[int] = set()
         """Tables that have changed, which the active disk alone refers to."""
         self._places: dict[int, int] = {}
@@ -101,6 +109,7 @@ class ActiveTables(abc.ABC):
         """See :class:`.MappingWatcher`."""
         entry = self.image.l1[l1_index]
         offset = entry & OFFSET_MASK
+        self.switch.runs.pop(offset, None)
         self._moved.add(l1_index)
         self._pending.add(offset)
         if entry & COPIED:
@@ -144,13 +153,18 @@ class ActiveTables(abc.ABC):
 
     async def count(self, progress: Progress) -> None:
         """Go through all tables for the first time."""
-        image, switch = self.image, self.switch
+        image, switch, size = self.image, self.switch, len(self.image.l1)
         for first, piece in used_pieces(image.l1):
-            self.weights.update(l2_offsets(image, piece, first, "its L1 table"))
-            self._counted = first + len(piece)
+            self._count_l1(first, piece)
             await switch.pause()
-        self._counted = len(image.l1)
+        self._count_l1(size, image.l1[size:])  # it may have grown
+        self._counted = sys.maxsize
         await self._update(array("Q", self.weights), progress)
+
+    def _count_l1(self, first: int, piece: array[int]) -> None:
+        self._counted = first + len(piece)
+        if piece:
+            self.weights.update(l2_offsets(self.image, piece, first, "its L1 table"))
 
     async def write(self, copies: int, *, discard: bool) -> None:
         """Write the L1 table so many times, and the refcount blocks, and follow what changes until little is left."""
@@ -166,10 +180,11 @@ class ActiveTables(abc.ABC):
 
     async def follow(self) -> None:
         """Go through what has changed since the last time."""
-        while self._pending or self._moved:
+        while self._pending or self._moved or len(self.l1) < len(self.image.l1):
             # What changes meanwhile is for the next round, entries together with their tables.
             pending, self._pending = self._pending, set()
             moved, self._moved = self._moved, set()
+            await self._lengthen_l1()
             await self._update(array("Q", sorted(pending)))
             await self._patch_l1(moved)
             if self.switch.gives_way:
@@ -195,7 +210,7 @@ class ActiveTables(abc.ABC):
         new: list[NewTable] = []
         for offset in offsets:
             weight, place = self.weights[offset], self._places.get(offset)
-            table = await L2Table.read(image, offset)
+            table = await L2Table.read(image, offset, switch.runs.get(offset))
             data = self.take(table, weight)
             self._touch(table)
             if place not in (None, offset):
@@ -220,6 +235,19 @@ class ActiveTables(abc.ABC):
         self.l1 = await rewritten(self.image.l1, self.leads_to, self.switch.pause)
         for _ in range(copies):
             self.l1_offsets.append(await self.switch.new_l1(self.l1))
+
+    async def _lengthen_l1(self) -> None:
+        """Make the L1 table as long as the image's, with empty entries, and if need be write it to other clusters."""
+        image, switch, old = self.image, self.switch, len(self.l1)
+        self.l1.extend(empty_table(len(image.l1) - old))
+        clusters = image.geometry.clusters(8 * old)
+        if image.geometry.clusters(8 * len(self.l1)) == clusters:
+            return
+        copies, self.l1_offsets = self.l1_offsets, []
+        for offset in copies:
+            switch.give_back(offset, clusters)
+        for _ in copies:
+            self.l1_offsets.append(await switch.new_l1(self.l1))
 
     async def _patch_l1(self, moved: set[int]) -> None:
         """Write the entries that have changed."""

@@ -12,13 +12,13 @@ import functools
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import or_
 
 import trio
 
 from fusedisk.core.errors import ImageError
-from fusedisk.drivers.format.qcow2.counts import Counts, are_one
+from fusedisk.drivers.format.qcow2.counts import Counts, are_one, are_same
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,
     L1_RESERVED,
@@ -31,16 +31,13 @@ from fusedisk.drivers.format.qcow2.entries import (
     used_pieces,
 )
 from fusedisk.drivers.format.qcow2.image import Image
+from fusedisk.drivers.format.qcow2.refcount import Pause
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow
 
 _STRIP = 512
 _CLEARED = bytes(byte & 0x7F for byte in range(256))
 """The first byte of an entry without its COPIED flag."""
 _ONE_TO_FLAG = bytes([0, 0x80, *bytes(254)])
-
-
-Pause = Callable[[], Awaitable[None]]
-"""Lets others run between two pieces of work."""
 
 
 async def table_weights(
@@ -85,20 +82,22 @@ def corrupt(image: Image, what: str) -> ImageError:
 class L2Table:
     """One L2 table, with bytes as in the file."""
 
-    def __init__(self, image: Image, offset: int, raw: bytearray) -> None:
+    def __init__(self, image: Image, offset: int, raw: bytearray, first_of_run: int | None = None) -> None:
+        """``first_of_run``: what :meth:`first_of_run` found before, if anything."""
         self.image = image
         self.geometry = image.geometry
         self.offset = offset
         self.raw = raw
         self._stride = self.geometry.cluster_size // self.geometry.l2_entries
+        self._first_of_run = first_of_run
 
     @classmethod
-    async def read(cls, image: Image, offset: int) -> L2Table:
+    async def read(cls, image: Image, offset: int, first_of_run: int | None = None) -> L2Table:
         """The table at a host offset, with all changes in memory. Raises HostError."""
         table = image.l2.tables.get(offset)
         if table is not None:
-            return cls(image, offset, bytearray(encode_table(table)))
-        return cls(image, offset, await image.read(offset, image.geometry.cluster_size))
+            return cls(image, offset, bytearray(encode_table(table)), first_of_run)
+        return cls(image, offset, await image.read(offset, image.geometry.cluster_size), first_of_run)
 
     def entries(self) -> array[int]:
         """The entries, without the bitmaps of extended ones."""
@@ -108,6 +107,11 @@ class L2Table:
     def first_of_run(self) -> int:
         """The host cluster of the first entry where all entries have one, each the one behind its neighbour's; else
         0, to which no entry leads."""
+        if self._first_of_run is None:
+            self._first_of_run = self._find_run()
+        return self._first_of_run
+
+    def _find_run(self) -> int:
         raw, size = self.raw, self.geometry.cluster_size
         first, last = int.from_bytes(raw[:8], "big"), int.from_bytes(raw[-self._stride :][:8], "big")
         host = first & OFFSET_MASK
@@ -255,6 +259,8 @@ _PLANES = range(_WIDTH) if sys.byteorder == "little" else range(_WIDTH - 1, -1, 
 """Where the bytes of a counter are, the lowest first."""
 _TOP = _PLANES[-1]
 _MOST = (1 << 32) - 1
+_BALANCED_AT_ONCE = 2048
+"""Neighbours often have the same refcount, and then one number stands for a strip of so many."""
 
 
 def balance(values: array[int], gained: array[int] | None, lost: array[int] | None, bits: int) -> array[int]:
@@ -262,19 +268,29 @@ def balance(values: array[int], gained: array[int] | None, lost: array[int] | No
 
     Raises RefcountOverflow where a result does not fit into ``bits`` bits, RefcountUnderflow where one is negative.
     """
-    count = len(values)
+    terms = [(part, sign) for part, sign in ((values, 1), (gained, 1), (lost, -1)) if part is not None]
+    if all(are_same(part) for part, _ in terms):
+        return _balance_strip(terms, bits)
+    found: array[int] = array("I")
+    for start in range(0, len(values), _BALANCED_AT_ONCE):
+        found += _balance_strip([(part[start : start + _BALANCED_AT_ONCE], sign) for part, sign in terms], bits)
+    return found
+
+
+def _balance_strip(terms: list[tuple[array[int], int]], bits: int) -> array[int]:
+    count = len(terms[0][0])
+    if all(are_same(part) for part, _ in terms):
+        return _balance_each([(part[:1], sign) for part, sign in terms], bits) * count
     zeroes = bytes(count)
     total = _guards(count)
-    for part, sign in ((values, 1), (gained, 1), (lost, -1)):
-        if part is None:
-            continue
+    for part, sign in terms:
         raw = part.tobytes()
         if raw[_TOP::_WIDTH] != zeroes:
-            return _balance_each(values, gained, lost, bits)
+            return _balance_each(terms, bits)
         total += sign * int.from_bytes(raw, sys.byteorder)
     result = bytearray(total.to_bytes(count * _WIDTH, sys.byteorder))
     if result[_TOP::_WIDTH] != b"\x80" * count:
-        return _balance_each(values, gained, lost, bits)
+        return _balance_each(terms, bits)
     result[_TOP::_WIDTH] = zeroes
     for place, plane in enumerate(_PLANES):
         if not _fits(result[plane::_WIDTH], bits - 8 * place):
@@ -303,9 +319,8 @@ def _allowed(bits: int) -> bytes:
     return bytes(range(1 << bits))
 
 
-def _balance_each(values: array[int], gained: array[int] | None, lost: array[int] | None, bits: int) -> array[int]:
-    zeroes = [0] * len(values)
-    found = [a + b - c for a, b, c in zip(values, gained or zeroes, lost or zeroes, strict=True)]
+def _balance_each(terms: list[tuple[array[int], int]], bits: int) -> array[int]:
+    found = [sum(numbers) for numbers in zip(*([sign * value for value in part] for part, sign in terms), strict=True)]
     if min(found) < 0:
         raise RefcountUnderflow
     # Larger ones are not told apart.

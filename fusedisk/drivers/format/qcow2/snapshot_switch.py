@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 import struct
+import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -30,17 +30,18 @@ from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.counts import Counts, are_zero
 from fusedisk.drivers.format.qcow2.entries import ENTRIES_AT_ONCE, HostRun, encode_table
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.refcount import Refcounts
+from fusedisk.drivers.format.qcow2.refcount import Pause, Refcounts
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow
 from fusedisk.drivers.format.qcow2.snapshot_references import balance
 
 log = logging.getLogger(__name__)
 
+STEP_SECONDS = 0.005
+"""How long the work goes on before others run. Changing tasks costs more than many a piece of work."""
 _BLOCKS_AT_ONCE = 256
 _RUNS_AT_ONCE = 256
 _HOST_BLOCK = 4096
 _L1_BYTES_AT_ONCE = 1 << 20
-_ONES = re.compile(b"\1+")
 _FIELDS = struct.Struct(">QIIQQIIQ")
 """The header's fields from the disk size to the snapshot table."""
 
@@ -88,8 +89,12 @@ class Switch:
         """The references that they lose."""
         self.changed_l2: set[int] = set()
         """Host offsets of L2 tables that may go."""
+        self.runs: dict[int, int] = {}
+        """See :meth:`.L2Table.first_of_run`: of tables, by host offset, that were looked at and have not changed."""
         self.done = False
         """The new state is the image's."""
+        self._pause_at = 0.0
+        """When the next :meth:`pause` is due."""
         self._new: dict[int, int] = {}
         """References of new clusters."""
         self._stale: set[int] | None = None
@@ -100,14 +105,23 @@ class Switch:
         """The place of the new refcount table."""
         self._old_table = (0, 0)
         """Offset and clusters of the table that it replaces."""
+        self._old_l1: tuple[int, int] | None = None
+        """Offset and clusters of the L1 table that the new state does not use. None until :meth:`lose_l1`."""
         self._freed: dict[int, list[HostRun]] = {}
         """Clusters that lose their last reference, by block."""
 
     async def pause(self) -> None:
-        """Let others run. Raises CorruptImageError if they found corruption."""
+        """Let others run, if this task has run for :data:`STEP_SECONDS`. Raises CorruptImageError if they found
+        corruption."""
+        if time.monotonic() < self._pause_at:
+            return
         if not self.gives_way:
             await trio.lowlevel.checkpoint()
-            return
+        else:
+            await self._give_way()
+        self._pause_at = time.monotonic() + STEP_SECONDS
+
+    async def _give_way(self) -> None:
         self.image.mutex.release()
         await self.run_others()
         await self.image.mutex.acquire()
@@ -120,12 +134,15 @@ class Switch:
         await trio.lowlevel.checkpoint()
 
     def follow_file(self) -> None:
-        """Take note that the file or its refcount table has grown. Call it whenever the mutex was taken."""
+        """Take note that the file, its refcount table or its L1 table has grown. Call it whenever the mutex was
+        taken."""
         clusters = self.geometry.clusters(self.image.storage.node.length)
         self.gained.grow(clusters)
         self.lost.grow(clusters)
         if self._old_table != self._header_table():
             self._leave_table()
+        if self._old_l1 is not None:
+            self.lose_l1()
 
     # --- collecting -------------------------------------------------------------------------------------
 
@@ -144,7 +161,7 @@ class Switch:
         """Write an L1 table to new clusters, in pieces; returns its host offset, 0 for an empty one."""
         if not l1:
             return 0
-        run = await self._allocate(self.geometry.clusters(8 * len(l1)))
+        run = await self._allocate(self.geometry.clusters(8 * len(l1)), pause=self.pause)
         offset = run.first << self.geometry.cluster_bits
         size = max(_L1_BYTES_AT_ONCE, self.geometry.cluster_size)
         for start in range(0, run.clusters << self.geometry.cluster_bits, size):
@@ -171,9 +188,9 @@ class Switch:
             places |= {table.old: offset + (number << bits) for number, table in enumerate(part)}
         return places
 
-    async def _allocate(self, clusters: int, *, exact: bool = True) -> HostRun:
+    async def _allocate(self, clusters: int, *, exact: bool = True, pause: Pause | None = None) -> HostRun:
         """Clusters for tables, also where a part of :attr:`Image.l2` was before."""
-        run = await self.refcounts.allocate(clusters, exact=exact)
+        run = await self.refcounts.allocate(clusters, exact=exact, pause=pause)
         self._new |= dict.fromkeys(range(run.first, run.first + run.clusters), 1)
         bits = self.geometry.cluster_bits
         self.image.l2.drop_all(range(run.first << bits, run.first + run.clusters << bits))
@@ -195,10 +212,11 @@ class Switch:
             self.changed_l2.add(offset)
         self.touch([cluster // self.geometry.block_entries])
 
-    def give_back(self, offset: int) -> None:
+    def give_back(self, offset: int, clusters: int = 1) -> None:
         """Free a new table that is not needed after all. Synchronous."""
-        cluster = offset >> self.geometry.cluster_bits
-        self.refcounts.free((), references={cluster: self._new.pop(cluster)})
+        first = offset >> self.geometry.cluster_bits
+        references = {cluster: self._new.pop(cluster) for cluster in range(first, first + clusters)}
+        self.refcounts.free((), references=references)
 
     def lose_table(self, offset: int, length: int) -> None:
         """Note that the new state does not use a table. Raises ImageError if the table is invalid."""
@@ -209,6 +227,16 @@ class Switch:
                 "'fusedisk check -r all' may repair it."
             )
         self.lost.add_run(first, count)
+
+    def lose_l1(self) -> None:
+        """Note that the new state does not use the image's L1 table. Who moves that has freed the old one."""
+        header = self.image.header
+        place = header.l1_table_offset, self.geometry.clusters(header.l1_size * 8)
+        if place != self._old_l1:
+            if self._old_l1 is not None:
+                self._lose_clusters(self._old_l1, -1)
+            self._lose_clusters(place, 1)
+            self._old_l1 = place
 
     def undo(self) -> None:
         """Give the new clusters back. Synchronous."""
@@ -230,10 +258,11 @@ class Switch:
         geometry = self.geometry
         first, count = block_index * geometry.block_entries, geometry.block_entries
         values = self.codec.decode(await self.refcounts.blocks.load(self._block_offset(block_index)))
-        if not self._changes(block_index):
+        gained, lost = self.gained.part(first, count), self.lost.part(first, count)
+        if gained is lost is None:
             return values
         try:
-            return balance(values, self.gained.part(first, count), self.lost.part(first, count), geometry.refcount_bits)
+            return balance(values, gained, lost, geometry.refcount_bits)
         except RefcountUnderflow:
             raise await self.image.mark_corrupt(
                 f"the refcount of a cluster from {first << geometry.cluster_bits} on is less than its references"
@@ -307,20 +336,19 @@ class Switch:
         while self._old_table != self._header_table():
             self._leave_table()
             self._old_table = self._header_table()
-            self._lose_old_table(1)
+            self._lose_clusters(self._old_table, 1)
             self._table = await self._allocate(self._old_table[1])
 
     def _leave_table(self) -> None:
         """Undo :meth:`_place_table`: who moved the table has freed the old one."""
-        self._lose_old_table(-1)
+        self._lose_clusters(self._old_table, -1)
         self._old_table = (0, 0)
-        for cluster in range(self._table.first, self._table.first + self._table.clusters):
-            self.give_back(cluster << self.geometry.cluster_bits)
+        self.give_back(self._table.first << self.geometry.cluster_bits, self._table.clusters)
         self._table = HostRun(0, 0)
 
-    def _lose_old_table(self, weight: int) -> None:
+    def _lose_clusters(self, table: tuple[int, int], weight: int) -> None:
         per_block = self.geometry.block_entries
-        first, clusters = self._old_table[0] >> self.geometry.cluster_bits, self._old_table[1]
+        first, clusters = table[0] >> self.geometry.cluster_bits, table[1]
         self.lost.grow(first + clusters)
         self.lost.add_run(first, clusters, weight)
         self.touch(cluster // per_block for cluster in range(first, first + clusters))
@@ -340,9 +368,8 @@ class Switch:
         return found
 
     def _changes(self, block_index: int) -> bool:
-        per_block = self.geometry.block_entries
-        parts = (counts.part(block_index * per_block, per_block) for counts in (self.gained, self.lost))
-        return any(part is not None and bool(part.tobytes().strip(b"\0")) for part in parts)
+        first, count = block_index * self.geometry.block_entries, self.geometry.block_entries
+        return any(counts.part(first, count) is not None for counts in (self.gained, self.lost))
 
     # --- switching --------------------------------------------------------------------------------------
 
@@ -421,13 +448,10 @@ class Switch:
         lost = self.lost.part(first, len(values))
         if lost is None:
             return
-        free = are_zero(values)
-        if 1 not in free:
-            return
-        # Larger than zero only where nothing is left and something was lost.
-        ended = int.from_bytes(free, "big") & ~int.from_bytes(are_zero(lost), "big")
-        for run in _ONES.finditer(ended.to_bytes(len(free), "big")):
-            yield HostRun(first + run.start(), run.end() - run.start())
+        for start, end in _stretches(are_zero(values), 1):
+            # Nothing is left, and here something was lost.
+            for low, high in _stretches(are_zero(lost[start:end]), 0):
+                yield HostRun(first + start + low, high - low)
 
     async def discard(self) -> None:
         """Free host space that the new state has no use for and that nobody has taken since. Not under the mutex. A
@@ -457,12 +481,25 @@ class Switch:
     async def _unused(self, block_index: int, runs: Iterable[HostRun]) -> list[HostRun]:
         """The parts of runs in one block that have no references now."""
         base = block_index * self.geometry.block_entries
-        free = are_zero(self.codec.decode(await self.refcounts.blocks.load(self._block_offset(block_index))))
-        return [
-            HostRun(base + found.start(), found.end() - found.start())
-            for run in runs
-            for found in _ONES.finditer(free, run.first - base, run.first - base + run.clusters)
-        ]
+        block = await self.refcounts.blocks.load(self._block_offset(block_index))
+        unused: list[HostRun] = []
+        for first, clusters, _ in runs:
+            index, end = first - base, first - base + clusters
+            while index < end:
+                count = self.codec.free_run(block, index, end - index)
+                if count:
+                    unused.append(HostRun(base + index, count))
+                index += count + 1
+        return unused
+
+
+def _stretches(flags: bytes, flag: int) -> Iterator[tuple[int, int]]:
+    """Where flags, which are 0 or 1, are ``flag``: starts and ends."""
+    end = 0
+    while (start := flags.find(flag, end)) >= 0:
+        end = flags.find(1 - flag, start)
+        end = end if end >= 0 else len(flags)
+        yield start, end
 
 
 def _joined(runs: Iterable[HostRun]) -> Iterator[HostRun]:
