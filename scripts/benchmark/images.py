@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.benchmark.servers import ServerError, run
+from scripts.benchmark.servers import KEY, ServerError, run
 
 MIB = 1 << 20
 CLUSTER = 64 << 10
 """qcow2's cluster size, in bytes."""
 EMPTY = 64
 """How many times the size of the others the empty image has."""
+UNDER = 2
+"""How many times their size the image below the overlay has."""
 DEPTH = 16
 """Images in the chain."""
 FILES = 10_000
@@ -23,13 +25,27 @@ FILES = 10_000
 FILES_SIZE = 512 * MIB
 """Size of the disk with the filesystem, whatever that of the other images, in bytes."""
 
+_SUBCLUSTERS = "extended_l2=on,cluster_size=64k"
 PROGRAMS = (Path("/usr/bin"), Path("/usr/lib"))
 """Where programs and libraries are."""
 
-FORMATS = {"raw": "raw", "qcow2": "qcow2", "empty": "qcow2", "compressed": "qcow2", "ext4": "qcow2", "chain": "qcow2"}
+FORMATS = {
+    "raw": "raw",
+    "qcow2": "qcow2",
+    "empty": "qcow2",
+    "subclusters": "qcow2",
+    "empty-subclusters": "qcow2",
+    "overlay": "qcow2",
+    "luks": "qcow2",
+    "compressed": "qcow2",
+    "ext4": "qcow2",
+    "chain": "qcow2",
+}
 """What is served, and the driver that opens it.
 
 ``empty``: nothing is allocated, at the start of each run; so large that hardly a cluster is written to twice.
+``subclusters`` and ``empty-subclusters``: the same with extended L2 entries. ``overlay``: empty at the start of each
+run, over an image that holds everything. ``luks``: encrypted; the key lies beside the image.
 ``compressed``: this machine's programs and libraries, zlib in clusters of 64 KiB. ``ext4``: a filesystem with ten
 thousand files. ``chain``: the lowest of DEPTH images holds everything, each other one a sixteenth of it again, cluster
 by cluster in turns.
@@ -46,6 +62,8 @@ class Image:
     backing: Image | None = None
     empty_size: int = 0
     """Bytes of a disk that each run finds empty; 0 for all others."""
+    options: tuple[str, ...] = ()
+    """How to create it for each run."""
 
     @property
     def bottom(self) -> Image:
@@ -68,14 +86,26 @@ def make_images(folder: Path, size: int, formats: tuple[str, ...]) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
         raw = (folder if "raw" in formats else scratch) / "image.raw"
-        if {"raw", "qcow2", "chain"} & set(formats):
+        if {"raw", "qcow2", "subclusters", "luks", "chain"} & set(formats):
             _write(raw, size)
         for fmt in formats:
             image = Image(folder / f"image.{fmt}", FORMATS[fmt])
             if fmt == "qcow2":
                 _convert(raw, image.path)
+            elif fmt == "subclusters":
+                _convert(raw, image.path, "-o", _SUBCLUSTERS)
+            elif fmt == "luks":
+                _encrypt(raw, image.path)
             elif fmt == "empty":
                 image = Image(image.path, image.fmt, empty_size=size * EMPTY)
+            elif fmt == "empty-subclusters":
+                image = Image(image.path, image.fmt, empty_size=size * EMPTY, options=("-o", _SUBCLUSTERS))
+            elif fmt == "overlay":
+                base = Image(folder / "base.qcow2", "qcow2")
+                _write(scratch / "base.raw", size * UNDER)
+                _convert(scratch / "base.raw", base.path)
+                options = ("-b", base.path.name, "-F", "qcow2")
+                image = Image(image.path, image.fmt, base, empty_size=size * UNDER, options=options)
             elif fmt == "compressed":
                 content = scratch / "programs.raw"
                 _write_programs(content, size)
@@ -92,7 +122,7 @@ def settle(image: Image) -> None:
     """Write dirty pages of *image* and all below it to disk and read them: runs start with a clean, warm page cache,
     and with a new image where it shall be empty."""
     if image.empty_size:
-        run(["qemu-img", "create", "-q", "-f", image.fmt, str(image.path), str(image.empty_size)])
+        run(["qemu-img", "create", "-q", "-f", image.fmt, *image.options, str(image.path), str(image.empty_size)])
     buffer = bytearray(MIB)
     with image.path.open("rb", buffering=0) as file:
         os.fsync(file.fileno())
@@ -139,6 +169,17 @@ def _programs() -> Iterator[Path]:
 
 def _convert(raw: Path, image: Path, *options: str) -> None:
     run(["qemu-img", "convert", *options, "-f", "raw", "-O", "qcow2", str(raw), str(image)], timeout=600)
+
+
+def _encrypt(raw: Path, image: Path) -> None:
+    key = image.with_name(image.name + KEY)
+    key.write_text("a passphrase")
+    secret = ["--object", f"secret,id=key,file={key}"]
+    layout = ["-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"]
+    source = f"driver=raw,file.filename={raw}"
+    run(["qemu-img", "create", "-q", *secret, "-f", "qcow2", *layout, str(image), str(raw.stat().st_size)])
+    target = f"driver=qcow2,file.filename={image},encrypt.key-secret=key"
+    run(["qemu-img", "convert", *secret, "-n", "--image-opts", "--target-image-opts", source, target], timeout=600)
 
 
 def _chain(folder: Path, raw: Path, scratch: Path) -> Image:

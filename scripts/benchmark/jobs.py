@@ -113,6 +113,36 @@ class Fio:
 
 
 @dataclass(frozen=True)
+class Dd:
+    """Filling the file by dd, from its start to its end and over again, without direct I/O."""
+
+    block_size: int = MIB
+    """In bytes."""
+
+    @property
+    def unit(self) -> str:
+        """Bytes per second."""
+        return "B/s"
+
+    @property
+    def needs_root(self) -> bool:
+        """It does not."""
+        return False
+
+    def measure(self, path: Path, runtime: float) -> Measurement:
+        """Fill it until *runtime* seconds have passed, after once that does not count; raises ServerError."""
+        count = _size(path) // self.block_size
+        command = ["dd", "if=/dev/zero", f"of={path}", f"bs={self.block_size}", f"count={count}", "conv=notrunc"]
+        run(command, timeout=PATIENCE)
+        rounds, start = 0, time.perf_counter()
+        while (passed := time.perf_counter() - start) < runtime:
+            run(command, timeout=PATIENCE)
+            rounds += 1
+        size = float(count * self.block_size)
+        return Measurement(rounds * size / passed, (rounds + 1) * size)
+
+
+@dataclass(frozen=True)
 class OnLoop:
     """A job on a loop device over the file, with direct I/O between the two."""
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+KEY = ".key"
+"""What the name of an encrypted image's key ends with, behind that of the image."""
 COMMAND_TIMEOUT = 60.0
 """Seconds that mounting or unmounting may take."""
 
@@ -49,6 +51,9 @@ def fusedisk(image: Path, fmt: str, folder: Path, *options: str) -> Iterator[Ser
     mountpoint = folder / "fusedisk"
     mountpoint.mkdir()
     pid_file = folder / "fusedisk.pid"
+    key = image.with_name(image.name + KEY)
+    if key.exists():
+        options = (*options, "--key-file", str(key))
     mount = ["mount", "--format", fmt, "--name", "disk", "--pid-file", str(pid_file), *options, str(image)]
     with _cleaned_up(mountpoint, pid_file):
         run([*FUSEDISK, *mount, str(mountpoint)])
@@ -65,10 +70,14 @@ def qemu_storage_daemon(image: Path, fmt: str, folder: Path) -> Iterator[Served]
     mountpoint.touch()
     pid_file = folder / "qemu.pid"
     with _cleaned_up(mountpoint, pid_file):
+        key = image.with_name(image.name + KEY)
+        secret = (f"--object=secret,id=key,file={_escaped(key)}",) if key.exists() else ()
+        encrypted = ",encrypt.format=luks,encrypt.key-secret=key" if secret else ""
         options = (
             f"--pidfile={pid_file}",
+            *secret,
             f"--blockdev=driver=file,node-name=file,filename={_escaped(image)}",
-            f"--blockdev=driver={fmt},node-name=disk,file=file",
+            f"--blockdev=driver={fmt},node-name=disk,file=file{encrypted}",
             f"--export=type=fuse,id=e,node-name=disk,writable=on,mountpoint={_escaped(mountpoint)}",
         )
         run(["qemu-storage-daemon", "--daemonize", *options])

@@ -11,7 +11,7 @@ from functools import partial
 
 from fusedisk.mount.wakefulness import DEVICE
 from scripts.benchmark.images import MIB
-from scripts.benchmark.jobs import Fio, Job, OnLoop, Tar
+from scripts.benchmark.jobs import Dd, Fio, Job, OnLoop, Tar
 from scripts.benchmark.servers import SERVERS, Server, awake, fusedisk, host_file, passed_through
 
 OURS, THEIRS = SERVERS
@@ -89,6 +89,9 @@ _passthrough = partial(Workload, goal=0.95, images=("raw",), pair=(PASSTHROUGH, 
 _chain = partial(Workload, goal=1 / 1.2, images=("chain",), pair=(CHAIN, SINGLE))
 _awake = partial(Workload, images=("qcow2",), pair=(AWAKE, OURS))
 
+_WRITTEN = ("raw", "qcow2", "subclusters", "luks")
+_NEW = ("empty", "empty-subclusters", "overlay")
+_FOUR = ("--numjobs=4", "--group_reporting")
 _MIXED = ("--rwmixread=70",)
 _LOCAL = Fio("randread", 4096, options=("--random_distribution=zoned:90/10:10/90",))
 """Nine of ten requests go to a tenth of the disk, which a cache of inflated clusters can hold."""
@@ -98,17 +101,23 @@ WORKLOADS = {
     for workload in (
         Workload("randread-4k-d1", Fio("randread", 4096), goal=2.0),
         Workload("randread-4k-d16", Fio("randread", 4096, 16), goal=1.25),
-        Workload("randwrite-4k-d1", Fio("randwrite", 4096), goal=1.5),
-        Workload("randwrite-4k-d16", Fio("randwrite", 4096, 16)),
+        Workload("randwrite-4k-d1", Fio("randwrite", 4096), goal=2.0, images=_WRITTEN),
+        Workload("randwrite-4k-d16", Fio("randwrite", 4096, 16), goal=2.0, images=_WRITTEN),
+        Workload("randwrite-4k-4x8", Fio("randwrite", 4096, 8, options=_FOUR)),
+        Workload("turns-4k-d16", Fio("randrw", 4096, 16, options=("--rwmixread=50",)), goal=3.0),
+        Workload("fsync-4k", Fio("randwrite", 4096, options=("--fsync=1",)), goal=1.2),
         Workload("randrw-4k-d1", Fio("randrw", 4096, options=_MIXED), goal=1.25),
         Workload("randrw-4k-d16", Fio("randrw", 4096, 16, options=_MIXED), goal=1.25),
-        Workload("firstwrite-4k-d1", Fio("randwrite", 4096), goal=1.0, images=("empty",)),
-        Workload("firstwrite-4k-d16", Fio("randwrite", 4096, 16), images=("empty",)),
+        Workload("firstwrite-4k-d1", Fio("randwrite", 4096), goal=1.5, images=_NEW),
+        Workload("firstwrite-4k-d16", Fio("randwrite", 4096, 16), goal=1.5, images=_NEW),
+        Workload("firstwrite-1m", Fio("write", MIB), goal=1.6, images=("empty",)),
         Workload("seqread-1m", Fio("read", MIB), goal=2.5),
-        Workload("seqwrite-1m", Fio("write", MIB), goal=1.2),
+        Workload("seqwrite-1m", Fio("write", MIB), goal=1.5),
+        Workload("dd-1m", Dd(), goal=2.3),
         _compressed("compressed-seqread-1m", Fio("read", MIB), goal=3.0),
         _compressed("compressed-randread-4k-local", _LOCAL, goal=10.0),
         Workload("loop-randread-4k-d16", OnLoop(Fio("randread", 4096, 16)), goal=1.0),
+        Workload("loop-randwrite-4k-d16", OnLoop(Fio("randwrite", 4096, 16)), goal=1.0),
         Workload("loop-tar", Tar(), goal=1.2, images=("ext4",)),
         # Direct, both end at the host's disk; buffered, both in its page cache, where the way there shows most.
         _passthrough("passthrough-randread-4k-d1", Fio("randread", 4096)),
