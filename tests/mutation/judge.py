@@ -112,7 +112,7 @@ class Judge(Checks):
             theirs = self._answer(process, verdict)
         assert self.path.read_bytes() == image, "a check wrote"
         ours = _numbers(found)
-        if isinstance(found, ImageError) and "external data file is not named" in str(found):
+        if isinstance(found, ImageError) and "an external data file and does not name it" in str(found):
             verdict.exception = "data file"
         if ours is not None:
             verdict.state = "corrupt" if ours[0] or ours[1] else "leaky" if ours[2] else "clean"
