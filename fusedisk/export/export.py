@@ -19,7 +19,7 @@ import trio
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.model.children import Role
 from fusedisk.block.model.node import Node
-from fusedisk.block.request.immediate import Lent, Pieces
+from fusedisk.block.request.immediate import Attempts, Lent, Pieces
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, NoMediumError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex, Signal
@@ -67,6 +67,10 @@ class FileSettings:
     """Writes past the end make the disk longer."""
 
 
+_MOST_SKIPPED_FLUSHES = 32
+"""Flushes in a row that go straight to a task while the host's disk is slow."""
+
+
 class Export:
     """A backend as a regular file. Made by :meth:`open`."""
 
@@ -85,6 +89,7 @@ class Export:
         """The image as the user named it."""
         self.shared_views = False
         self._writers_past_cache = 0
+        self._flush_attempts = Attempts(_MOST_SKIPPED_FLUSHES)
         """Other files show the same bytes and one of them may be written to, so none of them may be cached."""
         self.immutable = False
         """Its bytes cannot change while it is open."""
@@ -285,10 +290,14 @@ class Export:
         :meth:`flush`."""
         if self.empty or self.backend.drain_count or not self.backend.immediate.ways().at_once:
             return False
+        if self._flush_attempts.skipped():
+            return False
         try:
             run_at_once(self.flush())
         except WouldWait:
+            self._flush_attempts.failed()
             return False
+        self._flush_attempts.backoff = 0
         return True
 
     # --- direct access to the host file -----------------------------------------------------------------

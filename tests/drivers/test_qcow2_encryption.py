@@ -115,6 +115,26 @@ async def test_random_writes_are_what_qemu_reads(tmp_path: Path, key: Path, encr
 
 
 @pytest.mark.parametrize("encryption", ["luks", "aes"])
+async def test_writes_take_no_task(tmp_path: Path, key: Path, encryption: str) -> None:
+    """Small ones are encrypted at once, where there are clusters."""
+    image = await made(tmp_path / "x.qcow2", key, encryption)
+    random_ = random.Random(encryption)
+    oracle = bytearray(SIZE)
+    async with unlocked(image, key) as backend:
+        oracle[:] = random_.randbytes(SIZE)
+        await backend.write(0, oracle)
+        for _ in range(30):
+            length = random_.choice((512, 4096))
+            offset = random_.randrange((SIZE - length) // 512) * 512
+            data = random_.randbytes(length)
+            assert backend.write_now(offset, memoryview(data))
+            oracle[offset : offset + length] = data
+        assert await backend.read(0, SIZE) == oracle
+    check(image)
+    assert plain(image, tmp_path / "plain") == oracle
+
+
+@pytest.mark.parametrize("encryption", ["luks", "aes"])
 async def test_what_is_written_is_not_in_the_file(tmp_path: Path, key: Path, encryption: str) -> None:
     image = await made(tmp_path / "x.qcow2", key, encryption)
     async with unlocked(image, key) as backend:

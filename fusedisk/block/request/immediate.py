@@ -68,15 +68,14 @@ _MOST_RUNS = 1 << 16
 
 
 class Attempts:
-    """Says which writes to new space skip an attempt to do without waiting.
+    """Says which requests skip an attempt to do without waiting. Each one that fails sends more of them straight to a
+    task."""
 
-    An attempt in vain is not free: the clusters that it allocated must be filled up when they are used again. So each
-    one that fails sends more writes straight to a task.
-    """
+    __slots__ = ("_most", "_skip", "backoff")
 
-    __slots__ = ("_skip", "backoff")
-
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """``most``: the most that skip it in a row; MAX_SKIPPED_ATTEMPTS by default."""
+        self._most = most
         self._skip = 0
         self.backoff = 0
         """How many skipped it after the last failed attempt; set it to 0 after one that succeeds."""
@@ -89,8 +88,10 @@ class Attempts:
         return False
 
     def failed(self) -> None:
-        """Note an attempt that allocated in vain."""
-        self._skip = self.backoff = min(2 * self.backoff + 1, MAX_SKIPPED_ATTEMPTS)
+        """Note an attempt in vain. It is not free: what it did must be undone, and clusters that it allocated must be
+        filled up when they are used again."""
+        most = MAX_SKIPPED_ATTEMPTS if self._most is None else self._most
+        self._skip = self.backoff = min(2 * self.backoff + 1, most)
 
 
 class Immediate:

@@ -74,7 +74,7 @@ def ways_of(user: Requester) -> Ways:
     writable = bool(root.perm & permissions.WRITE)
     detects = any(node.config.detect_zeroes != "off" for node in below)
     writes = writable and user.write_cache and not any(node.before_observers for node in below)
-    can_run = all(node.driver.can_run_at_once and not node.driver.encodes for node in below)
+    can_run = all(node.driver.can_run_at_once for node in below)
     seen = detects or any(node.observers for node in below)
     return Ways(
         reads=not any(node.read_observers for node in below),

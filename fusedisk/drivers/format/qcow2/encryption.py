@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedisk.block.model.node import Node
 from fusedisk.block.request import io
+from fusedisk.core.at_once import refuse_to_wait
 from fusedisk.core.errors import NotSupportedError, OptionError, PassphraseError
 from fusedisk.core.locks import Mutex
 from fusedisk.core.offload import run_cpu
@@ -52,6 +53,7 @@ class Encryption:
         Raises PassphraseError without a key or with a wrong one.
         """
         if self._cipher is None:
+            refuse_to_wait()
             async with self._unlocking:
                 if self._cipher is None:
                     self._cipher = await self._make_cipher(options)
