@@ -183,10 +183,7 @@ class Refcounts:
             self._spare_end = first  # somebody else has taken them
             return None
         position, data = self.codec.encoded(block, index, [1] * count)
-        block[position : position + len(data)] = data
-        self._touch(offset, position, position + len(data))
-        if self.image.changes is not None:
-            self.image.changes.add(Kind.REFCOUNTS, offset + position, data)
+        self._put(block_index, block, position, data)
         self._spare = end = first + count
         start = first << geometry.cluster_bits
         fresh = not self.encrypted and start >= self._used_end and start >= self.image.storage.node.length
@@ -397,12 +394,7 @@ class Refcounts:
                 f"'{self.image.filename}' has refcounts of {self.codec.bits} bits, which cannot count one "
                 "more reference."
             ) from None
-        block[position : position + len(data)] = data
-        self._touch(offset, position, position + len(data))
-        if self.image.changes is not None:
-            self.image.changes.add(Kind.REFCOUNTS, offset + position, data)
-        if self.changed is not None:
-            self.changed.add(block_index)
+        self._put(block_index, block, position, data)
         self.blocks.put(offset, block)
         if freed:
             self._spare_end = self._spare  # the lowest are used first
@@ -419,9 +411,16 @@ class Refcounts:
     def _is_dirty(self, offset: int) -> bool:
         return offset in self._dirty
 
-    def _touch(self, offset: int, first: int, end: int) -> None:
-        low, high = self._dirty.get(offset, (first, end))
-        self._dirty[offset] = min(low, first), max(high, end)
+    def _put(self, block_index: int, block: bytearray, position: int, data: bytes) -> None:
+        """Change bytes of a block in memory."""
+        offset, end = self.table[block_index], position + len(data)
+        block[position:end] = data
+        low, high = self._dirty.get(offset, (position, end))
+        self._dirty[offset] = min(low, position), max(high, end)
+        if self.image.changes is not None:
+            self.image.changes.add(Kind.REFCOUNTS, offset + position, data)
+        if self.changed is not None:
+            self.changed.add(block_index)
 
     @property
     def dirty_blocks(self) -> int:
