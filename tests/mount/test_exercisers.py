@@ -288,8 +288,9 @@ async def test_the_short_way_changes_nothing(tmp_path: Path, kind: str, seed: in
             assert bool(target.short > count // 20) == short
         _check(image, exerciser.content)
         entries = json.loads(qemu_img("map", "--output=json", "-f", _format(image), image))
-        keys = ("start", "length", "zero", "depth")
-        results.append((bytes(exerciser.content), [[entry.get(key) for key in keys] for entry in entries]))
+        # Where clusters lie, and so which entries go on in the host's file, may differ.
+        runs = itertools.groupby(entries, lambda entry: (entry["zero"], entry["depth"]))
+        results.append((bytes(exerciser.content), [(kind, next(run)["start"]) for kind, run in runs]))
     assert results[0][0] == results[1][0]
     assert results[0][1] == results[1][1]
 
