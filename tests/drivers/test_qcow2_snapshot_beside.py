@@ -15,8 +15,8 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import snapshot
 from fusedisk.core.errors import NoSpaceError
-from fusedisk.drivers.format.qcow2 import snapshot_active
-from fusedisk.drivers.format.qcow2.snapshot_switch import Switch
+from fusedisk.drivers.format.qcow2.snapshots import active as snapshot_active
+from fusedisk.drivers.format.qcow2.snapshots.switch import Switch
 from tests.conftest import qemu_img
 from tests.support.memory import Store
 from tests.support.qcow2 import assert_clean, created_in_memory, driver_of, in_memory, opened, saved

@@ -12,11 +12,11 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import space
-from fusedisk.drivers.format.qcow2 import snapshot_switch
 from fusedisk.drivers.format.qcow2.counts import Counts
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
-from fusedisk.drivers.format.qcow2.snapshot_references import L2Table
-from fusedisk.drivers.format.qcow2.snapshot_switch import Switch
+from fusedisk.drivers.format.qcow2.snapshots import switch as snapshot_switch
+from fusedisk.drivers.format.qcow2.snapshots.references import L2Table
+from fusedisk.drivers.format.qcow2.snapshots.switch import Switch
 from tests.support.memory import Store
 from tests.support.qcow2 import created_in_memory, driver_of, in_memory
 from tests.support.tasks import start

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from fusedisk.drivers.format.qcow2 import snapshot_references
 from fusedisk.drivers.format.qcow2.counts import are_one, are_zero
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow
-from fusedisk.drivers.format.qcow2.snapshot_references import balance
+from fusedisk.drivers.format.qcow2.snapshots import references as snapshot_references
+from fusedisk.drivers.format.qcow2.snapshots.references import balance
 
 EDGES = [0, 1, 2, 3, 15, 16, 255, 256, 257, 65535, 65536, (1 << 24) - 1, 1 << 24, 1 << 31]
 ENTRIES = 16

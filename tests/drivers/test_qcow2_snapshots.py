@@ -23,7 +23,7 @@ from fusedisk.core.errors import (
     ReadOnlyError,
     SnapshotNotFoundError,
 )
-from fusedisk.drivers.format.qcow2 import check as checking
+from fusedisk.drivers.format.qcow2.check import check as checking
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, qemu_io
 from tests.support.images import make_qcow2, make_sparse_raw, random_commands

@@ -13,7 +13,7 @@ from fusedisk.block.graph.backend import Backend
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.core.errors import FusediskError, HostError, ImageError, OptionError
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots
+from fusedisk.drivers.format.qcow2.snapshots.table import Snapshot, encode_snapshots
 from tests.conftest import qemu_img, qemu_io
 from tests.support.images import make_qcow2
 from tests.support.memory import Store

@@ -15,9 +15,9 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.graph.registry import Registry
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.node import Node
-from fusedisk.drivers.format.qcow2 import snapshot_switch
 from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
+from fusedisk.drivers.format.qcow2.snapshots import switch as snapshot_switch
 from fusedisk.drivers.table import DRIVERS
 from tests.conftest import qemu_img, run_tool
 from tests.support.memory import Store, stores

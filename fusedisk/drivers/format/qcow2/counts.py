@@ -19,7 +19,7 @@ from fusedisk.core.errors import FusediskError
 from fusedisk.drivers.format.qcow2.refcount_block import COUNTER, COUNTER_BYTES, LARGEST, refcount_codec
 
 if TYPE_CHECKING:
-    from fusedisk.drivers.format.qcow2.check_image import CheckedImage
+    from fusedisk.drivers.format.qcow2.check.image import CheckedImage
 
 WHOLE = 1 << 24
 """Files with up to this many clusters have one chunk, which is fastest: 64 MiB."""

@@ -53,7 +53,7 @@ from fusedisk.drivers.format.qcow2.options import (
     passed_discards,
 )
 from fusedisk.drivers.format.qcow2.refcount import Refcounts
-from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, find, load_snapshots, open_snapshot, table_places
+from fusedisk.drivers.format.qcow2.snapshots.table import Snapshot, find, load_snapshots, open_snapshot, table_places
 from fusedisk.drivers.format.qcow2.space import open_data_file
 from fusedisk.drivers.format.qcow2.subcluster_allocation import cluster_map, new_allocator
 
@@ -120,7 +120,7 @@ class Qcow2Driver(Driver):
             check_writable(header, node.filename)
             if header.incompatible_features & layout.DIRTY:
                 # Imported here: rarely needed.
-                from fusedisk.drivers.format.qcow2.repair import repair_unclosed
+                from fusedisk.drivers.format.qcow2.check.repair import repair_unclosed
 
                 await repair_unclosed(edge.node, node.filename)
                 header = await read_header(edge.node, node.filename)
@@ -424,9 +424,9 @@ class Qcow2Driver(Driver):
 
     async def create_snapshot(self, wanted: SnapshotInfo, progress: Progress, no_changes: HoldBack) -> SnapshotInfo:
         # Imported here and below: rarely needed.
-        from fusedisk.drivers.format.qcow2 import snapshot, vmstate
+        from fusedisk.drivers.format.qcow2.snapshots import operations, vmstate
 
-        made = await snapshot.create(self, wanted, progress, no_changes)
+        made = await operations.create(self, wanted, progress, no_changes)
         if made.vm_state_size:
             await vmstate.drop(self, made.vm_state_size)
         return made
@@ -437,23 +437,23 @@ class Qcow2Driver(Driver):
                 f"'{self.image.filename}' has {label(self.bitmaps.valid)}, which would not record what applying a "
                 "snapshot changes: remove the bitmaps first, for example with 'qemu-img bitmap --remove'."
             )
-        from fusedisk.drivers.format.qcow2 import snapshot
+        from fusedisk.drivers.format.qcow2.snapshots import operations
 
         self.allocator.end_settled = False
-        await snapshot.apply(self, find(self.snapshots, id, self.image.filename), progress, no_reads)
+        await operations.apply(self, find(self.snapshots, id, self.image.filename), progress, no_reads)
 
     async def delete_snapshot(self, id: str, progress: Progress, no_changes: HoldBack) -> None:
-        from fusedisk.drivers.format.qcow2 import snapshot
+        from fusedisk.drivers.format.qcow2.snapshots import operations
 
-        await snapshot.delete(self, find(self.snapshots, id, self.image.filename), progress, no_changes)
+        await operations.delete(self, find(self.snapshots, id, self.image.filename), progress, no_changes)
 
     async def save_vmstate(self, offset: int, data: memoryview) -> None:
-        from fusedisk.drivers.format.qcow2 import vmstate
+        from fusedisk.drivers.format.qcow2.snapshots import vmstate
 
         await vmstate.save(self, offset, data)
 
     async def load_vmstate(self, offset: int, buffer: memoryview) -> None:
-        from fusedisk.drivers.format.qcow2 import vmstate
+        from fusedisk.drivers.format.qcow2.snapshots import vmstate
 
         await vmstate.load(self, offset, buffer)
 
@@ -461,7 +461,7 @@ class Qcow2Driver(Driver):
 
     async def amend(self, options: Any, progress: Progress, *, force: bool) -> None:
         # Imported here: rarely needed.
-        from fusedisk.drivers.format.qcow2.amend import amend
+        from fusedisk.drivers.format.qcow2.amend.amend import amend
 
         await amend(self, options, progress, force=force)
 
@@ -514,7 +514,7 @@ class Qcow2Driver(Driver):
     @classmethod
     async def check(cls, files: Files, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
         # Imported here: rarely needed.
-        from fusedisk.drivers.format.qcow2.check import check
+        from fusedisk.drivers.format.qcow2.check.check import check
 
         return await check(files.main, repair, progress, dry_run=dry_run)
 

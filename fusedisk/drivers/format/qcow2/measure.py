@@ -16,8 +16,8 @@ from fusedisk.core.progress import Progress, no_progress
 from fusedisk.crypto.luks_layout import area_size
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.bitmaps import Bitmap
-from fusedisk.drivers.format.qcow2.check_image import open_image
-from fusedisk.drivers.format.qcow2.check_walk import bitmap_directory
+from fusedisk.drivers.format.qcow2.check.image import open_image
+from fusedisk.drivers.format.qcow2.check.walk import bitmap_directory
 from fusedisk.drivers.format.qcow2.options import Qcow2CreateOptions
 
 _REFCOUNT_BITS = (1, 2, 4, 8, 16, 32, 64)

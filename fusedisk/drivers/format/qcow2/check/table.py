@@ -12,7 +12,7 @@ from collections.abc import Callable
 from operator import itemgetter, sub
 from typing import NamedTuple
 
-from fusedisk.drivers.format.qcow2.check_image import CheckedImage
+from fusedisk.drivers.format.qcow2.check.image import CheckedImage
 from fusedisk.drivers.format.qcow2.counts import UNKNOWN, Counts, DiskRefcounts
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,

@@ -13,10 +13,10 @@ from heapq import heapify, heappop, heappush
 
 from fusedisk.core.errors import ImageError
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.check import Analysis
-from fusedisk.drivers.format.qcow2.check_image import CheckedImage, Region
+from fusedisk.drivers.format.qcow2.check.check import Analysis
+from fusedisk.drivers.format.qcow2.check.image import CheckedImage, Region
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, HostRun, encode_table
-from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots
+from fusedisk.drivers.format.qcow2.snapshots.table import Snapshot, encode_snapshots
 
 _ENTRIES_IN_WHOLE_BYTES = 8
 

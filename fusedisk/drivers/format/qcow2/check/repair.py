@@ -52,15 +52,16 @@ from fusedisk.core.errors import ImageError
 from fusedisk.core.progress import Progress, no_progress
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.bitmaps import TABLE_ENTRY_OFFSET, TABLE_ENTRY_ONES
-from fusedisk.drivers.format.qcow2.check import Analysis, analyse, check
-from fusedisk.drivers.format.qcow2.check_image import (
+from fusedisk.drivers.format.qcow2.check.check import Analysis, analyse, check
+from fusedisk.drivers.format.qcow2.check.image import (
     KNOWN_AUTOCLEAR,
     CheckedImage,
     Region,
     open_image,
     read_snapshot_table,
 )
-from fusedisk.drivers.format.qcow2.check_table import ALLOCATED_SUBCLUSTERS
+from fusedisk.drivers.format.qcow2.check.repair_refcounts import lower_refcounts, plan_moves, raise_refcounts
+from fusedisk.drivers.format.qcow2.check.table import ALLOCATED_SUBCLUSTERS
 from fusedisk.drivers.format.qcow2.entries import (
     COMPRESSED,
     COPIED,
@@ -69,7 +70,6 @@ from fusedisk.drivers.format.qcow2.entries import (
     OFFSET_MASK,
     ZERO,
 )
-from fusedisk.drivers.format.qcow2.repair_refcounts import lower_refcounts, plan_moves, raise_refcounts
 
 log = logging.getLogger(__name__)
 

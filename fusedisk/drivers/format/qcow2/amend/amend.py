@@ -36,16 +36,16 @@ from fusedisk.core.errors import FusediskError, NotSupportedError, OptionError
 from fusedisk.core.progress import Progress
 from fusedisk.crypto.luks import Piece
 from fusedisk.drivers.format.qcow2 import layout
-from fusedisk.drivers.format.qcow2.amend_refcounts import RefcountWidth
+from fusedisk.drivers.format.qcow2.amend.refcounts import RefcountWidth
 from fusedisk.drivers.format.qcow2.encryption import prepare_keys, write_keys
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, encode_table, used_pieces
 from fusedisk.drivers.format.qcow2.header import put_header
 from fusedisk.drivers.format.qcow2.layout import Extension, Header
 from fusedisk.drivers.format.qcow2.options import Qcow2AmendOptions
-from fusedisk.drivers.format.qcow2.snapshot import read_l1
-from fusedisk.drivers.format.qcow2.snapshot_references import corrupt, table_weights
-from fusedisk.drivers.format.qcow2.snapshot_switch import State, Switch
-from fusedisk.drivers.format.qcow2.snapshot_table import encode_snapshots
+from fusedisk.drivers.format.qcow2.snapshots.operations import read_l1
+from fusedisk.drivers.format.qcow2.snapshots.references import corrupt, table_weights
+from fusedisk.drivers.format.qcow2.snapshots.switch import State, Switch
+from fusedisk.drivers.format.qcow2.snapshots.table import encode_snapshots
 
 if TYPE_CHECKING:
     from fusedisk.drivers.format.qcow2.driver import Qcow2Driver

@@ -213,7 +213,7 @@ async def open_snapshot(image: Image, snapshots: Sequence[Snapshot], wanted: str
     """Let the disk be that of the snapshot with the id or name ``wanted``. Raises SnapshotNotFoundError, and ImageError
     if the snapshot is invalid."""
     # Imported here: rarely needed.
-    from fusedisk.drivers.format.qcow2.snapshot import read_l1
+    from fusedisk.drivers.format.qcow2.snapshots.operations import read_l1
 
     known = [snapshot.public() for snapshot in snapshots]
     found = find(snapshots, find_snapshot(known, wanted, image.filename).id, image.filename)

@@ -37,8 +37,8 @@ from fusedisk.drivers.format.qcow2.entries import (
     used_pieces,
 )
 from fusedisk.drivers.format.qcow2.image import Image
-from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, l2_offsets, rewritten
-from fusedisk.drivers.format.qcow2.snapshot_switch import NewTable, Switch
+from fusedisk.drivers.format.qcow2.snapshots.references import L2Table, Ones, l2_offsets, rewritten
+from fusedisk.drivers.format.qcow2.snapshots.switch import NewTable, Switch
 
 _PATCH = 64
 """L1 entries that are written again together: the fewest that fill a cluster."""

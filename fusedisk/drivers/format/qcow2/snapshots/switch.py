@@ -7,7 +7,7 @@ file is what it was, after it the file is what it shall be; there is no state be
 the old state alone had used has a refcount of zero in the new one, and nobody gets it before a second barrier.
 
 Most of that can be done beside requests that change the old state: the mutex is held but for pauses. What they change
-is done again; see :mod:`.snapshot_active` for the tables, here refcount blocks are. A crash meanwhile leaks the new
+is done again; see :mod:`.active` for the tables, here refcount blocks are. A crash meanwhile leaks the new
 clusters at worst.
 """
 
@@ -32,7 +32,7 @@ from fusedisk.drivers.format.qcow2.entries import ENTRIES_AT_ONCE, HostRun, enco
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Pause, Refcounts
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow
-from fusedisk.drivers.format.qcow2.snapshot_references import balance
+from fusedisk.drivers.format.qcow2.snapshots.references import balance
 
 log = logging.getLogger(__name__)
 

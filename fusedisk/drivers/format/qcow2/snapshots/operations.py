@@ -8,11 +8,11 @@ A snapshot is an L1 table of its own.
   active table led to.
 * Deleting one removes its references. Clusters that only the active table still leads to get their flags again.
 
-Each is one step from an old state to a new one, see :mod:`.snapshot_switch`: a crash leaves one of the two, and an
+Each is one step from an old state to a new one, see :mod:`.switch`: a crash leaves one of the two, and an
 error changes nothing. The work is done in pieces of :data:`ENTRIES_AT_ONCE` table entries, and other tasks run between.
 
 Making and deleting give way to all requests for data between two pieces, and follow what they change
-(:mod:`.snapshot_active`). At the end changes are held back while the last pieces are done, those of the last moments,
+(:mod:`.active`). At the end changes are held back while the last pieces are done, those of the last moments,
 and the header is written. While one is applied, only plain reads are in flight on the node, and none during the step.
 
 Source: docs/interop/qcow2.txt, "Snapshots".
@@ -39,10 +39,10 @@ from fusedisk.drivers.format.qcow2.entries import COPIED, ENTRIES_AT_ONCE, OFFSE
 from fusedisk.drivers.format.qcow2.freed import Reason
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount import Pause, Refcounts
-from fusedisk.drivers.format.qcow2.snapshot_active import ActiveTables, FlaggedTables, SharedTables
-from fusedisk.drivers.format.qcow2.snapshot_references import L2Table, Ones, rewritten, table_weights
-from fusedisk.drivers.format.qcow2.snapshot_switch import NewTable, State, Switch
-from fusedisk.drivers.format.qcow2.snapshot_table import Snapshot, encode_snapshots, next_id
+from fusedisk.drivers.format.qcow2.snapshots.active import ActiveTables, FlaggedTables, SharedTables
+from fusedisk.drivers.format.qcow2.snapshots.references import L2Table, Ones, rewritten, table_weights
+from fusedisk.drivers.format.qcow2.snapshots.switch import NewTable, State, Switch
+from fusedisk.drivers.format.qcow2.snapshots.table import Snapshot, encode_snapshots, next_id
 
 MAX_NAME = 255
 """Bytes; QEMU truncates longer names."""

@@ -22,8 +22,8 @@ from fusedisk.drivers.format.qcow2.bitmaps import (
     InvalidDirectoryError,
     parse_directory,
 )
-from fusedisk.drivers.format.qcow2.check_image import CheckedImage, Region, l1_of
-from fusedisk.drivers.format.qcow2.check_table import TableFindings, TableScanner
+from fusedisk.drivers.format.qcow2.check.image import CheckedImage, Region, l1_of
+from fusedisk.drivers.format.qcow2.check.table import TableFindings, TableScanner
 from fusedisk.drivers.format.qcow2.counts import (
     REFCOUNT_OFFSET_MASK,
     REFCOUNT_TABLE_RESERVED,
@@ -32,7 +32,7 @@ from fusedisk.drivers.format.qcow2.counts import (
 )
 from fusedisk.drivers.format.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK, used_pieces
 from fusedisk.drivers.format.qcow2.layout import BitmapDirectory
-from fusedisk.drivers.format.qcow2.snapshot_table import SnapshotTable
+from fusedisk.drivers.format.qcow2.snapshots.table import SnapshotTable
 
 _TABLES_BETWEEN_CHECKPOINTS = 64
 

@@ -16,7 +16,7 @@ from fusedisk.drivers.format.qcow2 import header_checks, layout
 from fusedisk.drivers.format.qcow2.entries import COMPRESSED, Geometry, encode_table
 from fusedisk.drivers.format.qcow2.image import read_table
 from fusedisk.drivers.format.qcow2.layout import SECTOR, Header
-from fusedisk.drivers.format.qcow2.snapshot_table import (
+from fusedisk.drivers.format.qcow2.snapshots.table import (
     MIN_ENTRY_SIZE,
     MIN_EXTRA_DATA,
     Snapshot,

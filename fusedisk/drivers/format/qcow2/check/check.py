@@ -1,6 +1,6 @@
 """``check``: analyse the image, repair it if that is asked for, and analyse it again.
 
-A check reads the refcounts in the file, walks everything that refers to clusters (:mod:`.check_walk`), and compares.
+A check reads the refcounts in the file, walks everything that refers to clusters (:mod:`.walk`), and compares.
 It counts as ``qemu-img check`` does:
 
 * **corruptions**: a refcount lower than the number of references; an invalid entry (reserved bits, an offset
@@ -24,16 +24,16 @@ from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.block.model.node import Node
 from fusedisk.core.errors import ImageError
 from fusedisk.core.progress import Progress
-from fusedisk.drivers.format.qcow2.check_image import (
+from fusedisk.drivers.format.qcow2.check.image import (
     CheckedImage,
     open_image,
     read_snapshot_table,
 )
-from fusedisk.drivers.format.qcow2.check_walk import L1Table, Walk
+from fusedisk.drivers.format.qcow2.check.walk import L1Table, Walk
 from fusedisk.drivers.format.qcow2.counts import WHOLE, Counts, DiskRefcounts
 from fusedisk.drivers.format.qcow2.entries import HostRun
 from fusedisk.drivers.format.qcow2.layout import SECTOR
-from fusedisk.drivers.format.qcow2.snapshot_table import SnapshotTable
+from fusedisk.drivers.format.qcow2.snapshots.table import SnapshotTable
 
 
 async def check(file: Node, repair: Repair, progress: Progress, *, dry_run: bool = False) -> CheckResult:
@@ -45,7 +45,7 @@ async def check(file: Node, repair: Repair, progress: Progress, *, dry_run: bool
     result.corruptions += snapshots.dropped + snapshots.shortened
     if repair is Repair.NOTHING:
         return result
-    from fusedisk.drivers.format.qcow2 import repair as repairing  # it builds on the analysis
+    from fusedisk.drivers.format.qcow2.check import repair as repairing  # it builds on the analysis
 
     plan = repairing.plan(analysis, repair)
     if plan and not dry_run:

@@ -1,0 +1,1 @@
+"""Checking and repairing images that are not open."""

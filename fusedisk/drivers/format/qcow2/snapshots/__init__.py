@@ -1,0 +1,1 @@
+"""Internal snapshots, and the VM state that lies in them."""
