@@ -111,3 +111,8 @@ def test_a_refcount_leaves_its_range_in_neither_direction(codec: RefcountCodec) 
         codec.added(block, 1, [-1])
     with pytest.raises(RefcountUnderflow):
         codec.added(block, 0, [-1, -1])
+
+
+def test_a_run_of_free_entries_ends_with_the_block() -> None:
+    for bits in (1, 2, 4, 8, 16, 32, 64):
+        assert refcount_codec(bits, 64).free_run(bytearray(8 * bits), 60, 1000) == 4

@@ -206,7 +206,7 @@ class Refcounts:
         at, run = self.codec.find_free(block, index, count)
         if run < count:
             return False
-        run = self.codec.free_run(block, at, max(count, _MOST_SPARE))
+        run = self.codec.free_run(block, at, min(max(count, _MOST_SPARE), per_block - at))
         first = block_index * per_block + at
         if self.image.occupied_at(first << bits, run << bits) is not None:
             return False

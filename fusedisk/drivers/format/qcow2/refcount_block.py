@@ -227,7 +227,7 @@ class NarrowCodec(RefcountCodec):
 
     def free_run(self, block: bytearray, index: int, limit: int) -> int:
         # Bounded steps: a long run need not be unpacked where a short one is wanted.
-        run = 0
+        run, limit = 0, min(limit, self.entries - index)
         while run < limit:
             values = self.values(block, index + run, min(limit - run, 64))
             for value in values:
