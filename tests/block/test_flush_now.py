@@ -42,18 +42,29 @@ def flush_now(backend: Backend) -> bool:
     return True
 
 
-@pytest.mark.parametrize("odds", [1.0, 0.6])
+class QuickFor:
+    """In place of a pace: the disk is quick for the next `answers` questions, then slow."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+
+    def is_quick(self, pace: FlushPace, writes: int) -> bool:
+        self.answers -= 1
+        return self.answers >= 0
+
+
+@pytest.mark.parametrize("slow_rounds", [False, True])
 @pytest.mark.parametrize("feature", FEATURES)
 async def test_all_that_was_written_is_in_the_file(
-    tmp_path: Path, feature: str, odds: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, feature: str, slow_rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after flushes that have to be made again, since the host's disk is slow from one moment to the next."""
-    rng, content, at_once = random.Random(feature), bytearray(SIZE), 0
-    monkeypatch.setattr(FlushPace, "is_quick", lambda self, writes: rng.random() < odds)
+    """Also after flushes that have to be made again, since the host's disk turns slow in their middle."""
+    rng, content, at_once, quick = random.Random(feature), bytearray(SIZE), 0, QuickFor()
+    monkeypatch.setattr(FlushPace, "is_quick", lambda pace, writes: quick.is_quick(pace, writes))
     path = made(tmp_path, feature)
     (tmp_path / "copy").mkdir()
     async with opened(path, discard="unmap") as backend:
-        for _ in range(25):
+        for turn in range(24):
             for _ in range(rng.randrange(1, 6)):
                 length = rng.choice((512, 4096, 70000))
                 offset = rng.randrange(SIZE - length)
@@ -64,6 +75,7 @@ async def test_all_that_was_written_is_in_the_file(
                 start = rng.randrange(SIZE // 65536 - 2) * 65536
                 await backend.write_zeroes(start, 65536, may_unmap=True)
                 content[start : start + 65536] = bytes(65536)
+            quick.answers = rng.randrange(3) if slow_rounds and turn % 2 else 1000
             if flush_now(backend):
                 at_once += 1
             else:
