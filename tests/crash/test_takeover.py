@@ -94,7 +94,7 @@ class Deaths:
             assert at(offset, 8 * len(table)) == image.encode_l2(table)
         for offset, block in refcounts.blocks.tables.items():
             assert at(offset, len(block)) == block
-        assert freed_in(changes) == refcounts._freed
+        assert freed_in(changes) == refcounts.freed.items
         self.exact += 1
 
 
@@ -190,7 +190,7 @@ async def taken_over(death: Death) -> bytes:
             for item in freed_in(death.changes):
                 for number, delta in enumerate(item.deltas):
                     cluster = HostRun(item.first + number, 1)
-                    driver.refcounts.free([cluster] * -delta)
+                    driver.refcounts.freed.add([cluster] * -delta)
     return bytes(store.data)
 
 

@@ -226,14 +226,14 @@ async def test_what_waits_to_be_given_back_is_counted_after_a_failed_commit_too(
         await backend.write(0, b"x" * SIZE)
         await backend.flush()
         await backend.discard(CLUSTER, 3 * CLUSTER)
-        assert refcounts.freed_clusters == 3
+        assert refcounts.freed.clusters == 3
         metadata.steps.fail("write", HostError("broken", errno=errno.EIO))
         with pytest.raises(HostError):
             await backend.flush()
-        assert refcounts.freed_clusters == 3
+        assert refcounts.freed.clusters == 3
         assert not data.steps.of("discard")
         await backend.flush()
-        assert refcounts.freed_clusters == 0
+        assert refcounts.freed.clusters == 0
         assert [(call.offset, call.length) for call in data.steps.of("discard")] == [(CLUSTER, 3 * CLUSTER)]
         await graph.close()
 

@@ -327,7 +327,7 @@ class Allocator:
             old = await self.replaceable(offset)
             index = offset >> geometry.cluster_bits & geometry.l2_mask
             await self.image.put_l2_entries(offset >> geometry.span_bits, index, words)
-            self.refcounts.free_entries(old[:1])
+            self.refcounts.freed.add_entries(old[:1])
 
     def _new_entries(self, allocation: Allocation) -> array[int]:
         """Return the L2 entries that replace the old ones."""
@@ -370,7 +370,7 @@ class Allocator:
             image.watcher.table_changes(l1_index, copy)
         image.put_l1_entry(l1_index, offset | COPIED)
         if entry & OFFSET_MASK:
-            self.refcounts.free([HostRun((entry & OFFSET_MASK) >> geometry.cluster_bits, 1)])
+            self.refcounts.freed.add([HostRun((entry & OFFSET_MASK) >> geometry.cluster_bits, 1)])
         return copy
 
 

@@ -300,7 +300,7 @@ async def _fit(driver: Qcow2Driver, bitmap: Bitmap) -> bool:
     if entries != len(table):
         await _move_table(driver, bitmap, (table + empty_table(max(entries - len(table), 0)))[:entries])
         dropped = [HostRun(place >> image.geometry.cluster_bits, 1) for place in places[entries:] if place]
-        driver.refcounts.free(dropped)
+        driver.refcounts.freed.add(dropped)
     if entries <= len(places) and places[entries - 1]:
         bits = min(bits_in(image.header, bitmap.granularity_bits) - (entries - 1) * size * 8, size * 8)
         await _clear_bits(image, places[entries - 1], bits)
@@ -327,7 +327,9 @@ async def _move_table(driver: Qcow2Driver, bitmap: Bitmap, table: array[int]) ->
     for field, data in fields:
         await image.barrier()
         await driver.bitmaps.put_field(bitmap, field, data)
-    refcounts.free([HostRun(bitmap.table_offset >> geometry.cluster_bits, geometry.clusters(8 * bitmap.table_entries))])
+    refcounts.freed.add(
+        [HostRun(bitmap.table_offset >> geometry.cluster_bits, geometry.clusters(8 * bitmap.table_entries))]
+    )
     bitmap.table_offset, bitmap.table_entries = offset, len(table)
 
 

@@ -94,7 +94,7 @@ class Committer:
     def _is_short(self) -> bool:
         """Whether a commit is short enough to be tried without a task, and can be made again if it then has to wait:
         dropping freed clusters cannot."""
-        return not self.refcounts.freed_clusters and len(self.image.dirty.l2) <= _MOST_TABLES_AT_ONCE
+        return not self.refcounts.freed.clusters and len(self.image.dirty.l2) <= _MOST_TABLES_AT_ONCE
 
     @property
     def holds_much(self) -> bool:
@@ -105,7 +105,7 @@ class Committer:
             # A cache that holds all tables is not relieved by writing them.
             (len(image.dirty.l2) * 4 > tables * 3 and tables < len(image.l1))
             or refcounts.dirty_blocks > refcounts.blocks.capacity
-            or refcounts.freed_clusters > self.max_freed
+            or refcounts.freed.clusters > self.max_freed
             or (image.changes is not None and image.changes.full)
         )
 
@@ -191,7 +191,7 @@ class Committer:
 
     @property
     def _needed(self) -> bool:
-        return bool(self.image.dirty or self.refcounts.dirty or self.refcounts.freed_clusters)
+        return bool(self.image.dirty or self.refcounts.dirty or self.refcounts.freed.clusters)
 
     @asynccontextmanager
     async def _mutex(self, held: bool) -> AsyncIterator[None]:
@@ -234,7 +234,7 @@ class Committer:
             image.changes.settle(plan.mark)
         if plan.freed:
             async with self._mutex(held):
-                await refcounts.drop(plan.freed)
+                await refcounts.freed.drop(plan.freed)
 
     async def _prepare(self, held: bool) -> _Plan:
         """Write refcounts, and take a snapshot of the dirty tables for the other steps."""
@@ -249,7 +249,7 @@ class Committer:
             l2=dirty.l2,
             writes=[*self._l2_writes(), *self._l1_writes()],
             ordered=dirty.ordered,
-            freed=self.refcounts.take_freed(),
+            freed=self.refcounts.freed.take(),
             new_blocks=new_blocks,
             mark=self.image.changes.mark() if self.image.changes is not None else 0,
         )
@@ -275,7 +275,7 @@ class Committer:
             dirty.touch_l2(offset, first, end)
         dirty.on_their_way = frozenset()
         dirty.ordered |= plan.ordered
-        self.refcounts.put_back(plan.freed)
+        self.refcounts.freed.put_back(plan.freed)
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -174,7 +174,7 @@ class CompressedWriter:
         """Drop the references of a place that nothing leads to; it is not given out again."""
         bits = self.image.geometry.cluster_bits
         touched = range(place >> bits, (place + length - 1 >> bits) + 1)
-        self.refcounts.free((), references=dict.fromkeys(touched, 1))
+        self.refcounts.freed.add((), references=dict.fromkeys(touched, 1))
 
     def _entry(self, place: int, length: int) -> int:
         """The descriptor of compressed data."""

@@ -229,7 +229,7 @@ async def _change_part(
         first, last = differing[0], differing[-1] + 1
         part = slice(first * words, last * words)
         await _replace(allocator, l1_index, cluster - base + first, old[part], new[part])
-        if discard_kept and Reason.REQUEST in allocator.refcounts.pass_discard:
+        if discard_kept and Reason.REQUEST in allocator.refcounts.freed.pass_discard:
             await _discard_kept(allocator, [new[i * words] for i in differing])
     return True
 

@@ -186,7 +186,7 @@ class Qcow2Driver(Driver):
             lazy = bool(self.image.header.compatible_features & layout.LAZY_REFCOUNTS)
         self.committer.lazy_refcounts = lazy
         self.allocator.keeps_discarded = options.discard_no_unref
-        self.refcounts.pass_discard = passed_discards(options, self.node.config)
+        self.refcounts.freed.pass_discard = passed_discards(options, self.node.config)
 
     async def _load_refcounts(self) -> None:
         """Load what allocating needs. The image changes only with the first write, see :mod:`.first_write`."""

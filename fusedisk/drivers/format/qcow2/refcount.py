@@ -3,7 +3,7 @@
 Everything here but :meth:`Refcounts.return_unused` runs under the image's mutex.
 
 Blocks change in memory, and may be written at any time: references are counted before they are made, and freed clusters
-are counted down only when the file has lost the reference (:meth:`Refcounts.take_freed`), so they are not allocated
+are counted down only when the file has lost the reference (:class:`~.freed.FreedClusters`), so they are not allocated
 before. A new block is written when it is made, which reserves its space on the host, and before the table refers to
 it, with a barrier between.
 
@@ -24,25 +24,21 @@ from __future__ import annotations
 import errno
 import logging
 from array import array
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import trio
 
-from fusedisk.block.request import space
 from fusedisk.core.at_once import refuse_to_wait
-from fusedisk.core.errors import FusediskError, ImageError, NoSpaceError
+from fusedisk.core.errors import ImageError, NoSpaceError
 from fusedisk.drivers.format.qcow2 import layout
 from fusedisk.drivers.format.qcow2.changes import Kind
 from fusedisk.drivers.format.qcow2.entries import (
-    COMPRESSED,
     MAX_HOST_OFFSET,
     HostRun,
-    compressed_references,
     empty_table,
     encode_table,
-    plain_runs,
 )
-from fusedisk.drivers.format.qcow2.freed import ExternalRange, Freed, Reason
+from fusedisk.drivers.format.qcow2.freed import FreedClusters
 from fusedisk.drivers.format.qcow2.image import Image
 from fusedisk.drivers.format.qcow2.refcount_block import RefcountOverflow, RefcountUnderflow, refcount_codec
 from fusedisk.drivers.format.table_cache import TableCache
@@ -68,8 +64,7 @@ class Refcounts:
         self.blocks: TableCache[bytearray] = TableCache(self._read_block, self.geometry.cluster_size, MIN_BLOCKS)
         self.blocks.is_pinned = self._is_dirty
         self.table: array[int] = array("Q")
-        self.pass_discard: frozenset[Reason] = frozenset()
-        """The reasons of freeing for which the space is given back to the host."""
+        self.freed = FreedClusters(image, self.add)
         self.encrypted = False
         """Guest data is encrypted, so new clusters of zeroes do not read as zeroes to the guest."""
         self._full = bytearray()
@@ -88,10 +83,6 @@ class Refcounts:
         """For each changed block, by host offset, the changed bytes: the first, and the one behind the last."""
         self._unhooked: dict[int, int] = {}
         """Entries of ``table`` that are not in the file's table yet."""
-        self._freed: list[Freed | ExternalRange] = []
-        """References that memory has lost, but perhaps not the file."""
-        self.freed_clusters = 0
-        """The number of clusters in ``_freed``."""
         self.changed: set[int] | None = None
         """Collects the indices of blocks that change, if somebody wants them."""
 
@@ -229,7 +220,7 @@ class Refcounts:
     def release_kept(self) -> None:
         """Free the clusters that :meth:`return_unused` took back."""
         kept, self._kept = self._kept, []
-        self.free(kept)
+        self.freed.add(kept)
 
     async def _find(self, count: int, cluster: int) -> int:
         """Return the first cluster of the first run of ``count`` free ones from ``cluster`` on.
@@ -295,74 +286,6 @@ class Refcounts:
             )
 
     # --- changing ---------------------------------------------------------------------------------------
-
-    def free(
-        self, runs: Sequence[HostRun], *, references: dict[int, int] | None = None, reason: Reason = Reason.OTHER
-    ) -> None:
-        """Lower refcounts once the file has lost the references: by one in ``runs``, and for single clusters by the
-        numbers in ``references``, whose keys must be in ascending order.
-        """
-        discard = reason in self.pass_discard
-        freed = [Freed(run.first, [-1] * run.clusters, discard) for run in runs]
-        for cluster, count in (references or {}).items():
-            if freed and freed[-1].first + len(freed[-1].deltas) == cluster:
-                freed[-1].deltas.append(-count)
-            else:
-                freed.append(Freed(cluster, [-count], discard))
-        self._freed += freed
-        self.freed_clusters += sum(item.clusters for item in freed)
-        if self.image.changes is not None:
-            kind = Kind.FREED_DISCARD if discard else Kind.FREED
-            for item in freed:
-                self.image.changes.add(kind, item.first, array("q", item.deltas).tobytes())
-
-    def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
-        """Call :meth:`free` for the clusters that L2 entries refer to."""
-        for entry in entries:
-            if entry & COMPRESSED:
-                self.image.inflated.drop(entry)
-        references = compressed_references(entries, self.geometry)
-        self.free(plain_runs(entries, self.geometry), references=references, reason=reason)
-
-    def free_external(self, item: ExternalRange) -> None:
-        """Give a range of an external data file back to the host once the file has lost the references to it."""
-        self._freed.append(item)
-        self.freed_clusters += item.clusters
-
-    def take_freed(self) -> list[Freed | ExternalRange]:
-        """Remove and return what was freed so far. Pass it to :meth:`drop` when the file has lost these references, or
-        to :meth:`put_back` if that fails."""
-        freed, self._freed, self.freed_clusters = self._freed, [], 0
-        return freed
-
-    def put_back(self, freed: list[Freed | ExternalRange]) -> None:
-        """Undo :meth:`take_freed`."""
-        self._freed = freed + self._freed
-        self.freed_clusters += sum(item.clusters for item in freed)
-
-    async def drop(self, freed: list[Freed | ExternalRange]) -> None:
-        """Lower the refcounts, after which the clusters can be allocated again.
-
-        A failure leaks the clusters and is only logged, since the caller's work is done.
-        """
-        bits = self.geometry.cluster_bits
-        for item in freed:
-            try:
-                await self.image.announce("cluster_free")
-                if isinstance(item, ExternalRange):
-                    for first, end in item.parts:
-                        await space.discard(item.edge.node, first << bits, end - first << bits)
-                    item.parts.clear()
-                    continue
-                for first, count, _ in await self.add(item.first, item.deltas):
-                    if item.discard:
-                        await self._release_host_range(first << bits, count << bits)
-            except FusediskError as exc:
-                log.warning("%s: clusters are leaked: %s", self.image.filename, exc)
-
-    async def _release_host_range(self, offset: int, length: int) -> None:
-        """Give freed clusters back to the host. Under the mutex, so that they are not allocated again meanwhile."""
-        await space.discard(self.image.storage.node, offset, length)
 
     async def add(self, first: int, deltas: list[int]) -> list[HostRun]:
         """Change refcounts of neighbouring clusters whose blocks exist; returns the runs that dropped to zero."""
@@ -464,6 +387,7 @@ class Refcounts:
         self._unhooked.clear()
         self._take_table(table)
         self._first_free = self._next_run = 0
+        self._spare_end = self._spare
         self.open_cluster = -1
         if self.image.changes is not None:
             # The file has all changes, and the old blocks may be used for other things at once.
@@ -563,7 +487,7 @@ class Refcounts:
         self.image.place_fixed()
         self._unhooked.clear()
         await self.image.barrier()
-        self.free([old])
+        self.freed.add([old])
 
     def _set_to_one(self, content: bytearray, index: int, count: int) -> None:
         position, data = self.codec.encoded(content, index, [1] * count)

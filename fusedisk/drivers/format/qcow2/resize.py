@@ -206,7 +206,7 @@ async def grow_l1(allocator: Allocator, entries: int) -> None:
         await allocator.committer.write_refcounts()
         await image.put_l1_table(run.first << geometry.cluster_bits, entries)
         if old_size:
-            allocator.refcounts.free([HostRun(old_offset >> geometry.cluster_bits, old_size)])
+            allocator.refcounts.freed.add([HostRun(old_offset >> geometry.cluster_bits, old_size)])
 
 
 async def clear_behind_end(allocator: Allocator, length: int, backing: Backing) -> bool:
@@ -261,7 +261,7 @@ async def _drop_table(allocator: Allocator, l1_index: int) -> None:
     image.dirty.forget_l2(offset)
     image.l2.drop(offset)  # another table may be written there next
     allocator.space.free_entries(dropped, reason=Reason.REQUEST)
-    allocator.refcounts.free([HostRun(offset >> geometry.cluster_bits, 1)], reason=Reason.REQUEST)
+    allocator.refcounts.freed.add([HostRun(offset >> geometry.cluster_bits, 1)], reason=Reason.REQUEST)
 
 
 async def shorten_file(allocator: Allocator) -> None:

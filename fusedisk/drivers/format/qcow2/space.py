@@ -108,7 +108,7 @@ class OwnSpace(Space):
         return await self._refcounts.get(cluster)
 
     def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
-        self._refcounts.free_entries(entries, reason=reason)
+        self._refcounts.freed.add_entries(entries, reason=reason)
 
     async def zero(self, offset: int, length: int) -> None:
         await self._image.zero_host(offset, length)
@@ -144,12 +144,12 @@ class ExternalSpace(Space):
         return 1
 
     def free_entries(self, entries: Sequence[int], *, reason: Reason = Reason.OTHER) -> None:
-        if reason in self._refcounts.pass_discard:
+        if reason in self._refcounts.freed.pass_discard:
             for run in plain_runs(entries, self._geometry):
                 first = self.place(run.first << self._bits) >> self._bits
                 item = ExternalRange(self.edge, first, run.clusters)
                 self._given_up.append(item)
-                self._refcounts.free_external(item)
+                self._refcounts.freed.add_external(item)
 
     async def zero(self, offset: int, length: int) -> None:
         # Bytes behind the file's end read as zeroes anyway.

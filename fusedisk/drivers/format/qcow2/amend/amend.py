@@ -479,7 +479,7 @@ class _Expansion:
         await image.barrier()
         for offset, data in self._writes:
             await image.put_bytes(offset, data)
-        self.refcounts.free((), references=dict(sorted(self._freed.items())))
+        self.refcounts.freed.add((), references=dict(sorted(self._freed.items())))
         self._writes.clear()
         self._freed.clear()
         self._batch = 0

@@ -130,7 +130,7 @@ class Switch:
         self.follow_file()
 
     async def run_others(self) -> None:
-        """Let others run, who may take the mutex."""
+        """Let other tasks run and take the mutex."""
         await trio.lowlevel.checkpoint()
 
     def follow_file(self) -> None:
@@ -216,7 +216,7 @@ class Switch:
         """Free a new table that is not needed after all. Synchronous."""
         first = offset >> self.geometry.cluster_bits
         references = {cluster: self._new.pop(cluster) for cluster in range(first, first + clusters)}
-        self.refcounts.free((), references=references)
+        self.refcounts.freed.add((), references=references)
 
     def lose_table(self, offset: int, length: int) -> None:
         """Note that the new state does not use a table. Raises ImageError if the table is invalid."""
@@ -229,7 +229,7 @@ class Switch:
         self.lost.add_run(first, count)
 
     def lose_l1(self) -> None:
-        """Note that the new state does not use the image's L1 table. Who moves that has freed the old one."""
+        """Note that the new state does not use the image's L1 table: a request that moved it has freed the old one."""
         header = self.image.header
         place = header.l1_table_offset, self.geometry.clusters(header.l1_size * 8)
         if place != self._old_l1:
@@ -241,7 +241,7 @@ class Switch:
     def undo(self) -> None:
         """Give the new clusters back. Synchronous."""
         self.close()
-        self.refcounts.free((), references=dict(sorted(self._new.items())))
+        self.refcounts.freed.add((), references=dict(sorted(self._new.items())))
         self._new.clear()
 
     def close(self) -> None:
@@ -340,7 +340,7 @@ class Switch:
             self._table = await self._allocate(self._old_table[1])
 
     def _leave_table(self) -> None:
-        """Undo :meth:`_place_table`: who moved the table has freed the old one."""
+        """Undo :meth:`_place_table`: a request that moved the table has freed the old one."""
         self._lose_clusters(self._old_table, -1)
         self._old_table = (0, 0)
         self.give_back(self._table.first << self.geometry.cluster_bits, self._table.clusters)
