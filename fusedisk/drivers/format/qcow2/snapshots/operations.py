@@ -23,8 +23,8 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Protocol
 
 import trio
@@ -261,17 +261,23 @@ def _check_place(driver: SnapshotImage) -> None:
         )
 
 
+@contextmanager
+def _undone_on_error(switch: Switch) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        switch.undo()
+        raise
+
+
 @asynccontextmanager
 async def _switching(driver: SnapshotImage) -> AsyncIterator[Switch]:
     """Begin a new state, with all changes of the old one in the file and nobody else changing anything."""
     _check_place(driver)
     async with driver.committer.exclusive():
         switch = Switch(driver.image, driver.refcounts)
-        try:
+        with _undone_on_error(switch):
             yield switch
-        except BaseException:
-            switch.undo()
-            raise
 
 
 @asynccontextmanager
@@ -281,11 +287,8 @@ async def _beside_requests(driver: SnapshotImage) -> AsyncIterator[Switch]:
     async with driver.image.mutex:
         await driver.image.before_change(False)
     switch = Switch(driver.image, driver.refcounts, gives_way=True)
-    try:
+    with _undone_on_error(switch):
         yield switch
-    except BaseException:
-        switch.undo()
-        raise
 
 
 @asynccontextmanager
@@ -299,12 +302,9 @@ async def _last_moment(
     async with no_changes(), driver.committer.exclusive():
         switch.gives_way = False
         switch.follow_file()
-        try:
+        with _undone_on_error(switch):  # while nobody else can change anything
             await tables.follow()
             yield
-        except BaseException:
-            switch.undo()
-            raise
 
 
 async def _commit_beside(
@@ -330,7 +330,7 @@ async def _commit_beside(
 
 def _discards(driver: SnapshotImage) -> bool:
     """Whether the host gets space back."""
-    return Reason.SNAPSHOT in driver.refcounts.pass_discard
+    return Reason.SNAPSHOT in driver.refcounts.freed.pass_discard
 
 
 def _lose_tables(driver: SnapshotImage, switch: Switch) -> None:
