@@ -7,7 +7,6 @@ All offsets and lengths are bytes, ranges are half-open, and every expected fail
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
@@ -16,7 +15,19 @@ from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import trio
 
-from fusedisk.arguments import choice, fillable, flag, mapping, number_below, path, paths, readable, text, whole_number
+from fusedisk.arguments import (
+    AnyPath,
+    choice,
+    fillable,
+    flag,
+    mapping,
+    number_below,
+    path,
+    paths,
+    readable,
+    text,
+    whole_number,
+)
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.graph.cache_modes import CACHE_MODES
 from fusedisk.block.graph.filenames import has_protocol, parse_argument
@@ -35,7 +46,6 @@ from fusedisk.core.progress import no_progress
 from fusedisk.drivers.table import DRIVERS
 from fusedisk.forgotten import Forgotten, of_this_run
 
-AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Image: TypeAlias = AnyPath | Mapping[str, Any]
 """What to open: a path, ``proto:name``, ``json:{…}`` or dotted options (``driver=qcow2,file.filename=x``) as text; a
 path-like object or bytes, which are a path and nothing else; or nested options."""

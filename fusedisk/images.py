@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from fusedisk import api
-from fusedisk.api import AnyPath, Image, Preallocation, callback, gate_for, need_trio, specification, text_or_none
-from fusedisk.arguments import choice, flag, mapping, text, whole_number
+from fusedisk.api import Image, Preallocation, callback, gate_for, need_trio, specification, text_or_none
+from fusedisk.arguments import AnyPath, choice, flag, mapping, text, whole_number
 from fusedisk.block.image.check import open_for_check
 from fusedisk.block.image.mapping import MapEntry
 from fusedisk.block.image.measure import Measurement

@@ -21,8 +21,9 @@ from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Unpack, get_type_
 
 import trio
 
-from fusedisk.api import AnyPath, Image, need_trio
-from fusedisk.arguments import flag, mapping, path, paths, text
+from fusedisk.access import AccessOptions, ServingOptions
+from fusedisk.api import Image, need_trio
+from fusedisk.arguments import AnyPath, flag, mapping, path, paths, text
 from fusedisk.core.errors import FusediskError, HostError, OptionError
 
 log = logging.getLogger(__name__)
@@ -32,26 +33,11 @@ _EXIT_USAGE = 2
 _Result = TypeVar("_Result")
 
 
-class AttachOptions(TypedDict, total=False):
+class AttachOptions(AccessOptions, ServingOptions, total=False):
     """Options of :func:`mount` and :func:`attach`; see ``fusedisk attach --help``."""
 
-    read_only: bool
-    overlay: bool
-    overlay_file: AnyPath
     name: str
-    format: str
-    key_file: AnyPath
-    copy_on_read: bool
-    detect_zeroes: Literal["off", "on", "unmap"]
-    discard: Literal["ignore", "unmap"]
-    cache: Literal["writeback", "writethrough", "none", "directsync", "unsafe"]
-    kernel_cache: Literal["auto", "off"]
-    passthrough: Literal["off", "auto", "on"]
-    channel: Literal["auto", "off"]
     low_latency: bool
-    force_share: bool
-    allow_path: Iterable[AnyPath]
-    allow_any_reference: bool
 
 
 class MountOptions(AttachOptions, total=False):

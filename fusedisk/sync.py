@@ -22,7 +22,7 @@ import trio
 
 from fusedisk import api, images, mounts
 from fusedisk.api import Data, Disk
-from fusedisk.arguments import fillable, readable, whole_number
+from fusedisk.arguments import AnyPath, fillable, readable, whole_number
 from fusedisk.block.image.mapping import MapEntry
 from fusedisk.block.model.extent import BlockStatus
 from fusedisk.block.model.snapshot_info import SnapshotInfo
@@ -304,7 +304,7 @@ resize_sync = _like(images.resize)
 
 
 def mount_sync(
-    images: api.Image | Sequence[api.Image], mountpoint: api.AnyPath, **options: Unpack[mounts.MountOptions]
+    images: api.Image | Sequence[api.Image], mountpoint: AnyPath, **options: Unpack[mounts.MountOptions]
 ) -> AbstractContextManager[mounts.Mount]:
     """Mount images: ``with fusedisk.mount_sync("vm.qcow2", "/mnt/disk") as mounted``; see :func:`fusedisk.mount`."""
     command = mounts.mount_command(images, mountpoint, options)
@@ -317,12 +317,12 @@ def attach_sync(image: api.Image, **options: Unpack[mounts.DeviceOptions]) -> Ab
     return mounts.lasting_sync(command, mounts.read_attachment, mounts.detach_command)
 
 
-def umount_sync(mountpoint: api.AnyPath, **options: Unpack[mounts.LeaveOptions]) -> None:
+def umount_sync(mountpoint: AnyPath, **options: Unpack[mounts.LeaveOptions]) -> None:
     """Unmount; see :func:`fusedisk.umount`."""
     mounts.run_sync(mounts.leave_command("umount", mountpoint, options))
 
 
-def detach_sync(device_or_image: api.AnyPath, **options: Unpack[mounts.LeaveOptions]) -> None:
+def detach_sync(device_or_image: AnyPath, **options: Unpack[mounts.LeaveOptions]) -> None:
     """Detach; see :func:`fusedisk.detach`."""
     mounts.run_sync(mounts.leave_command("detach", device_or_image, options))
 

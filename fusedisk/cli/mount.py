@@ -247,30 +247,25 @@ def _settings(kind: type[_Settings], given: dict[str, Any], **converted: Any) ->
 
 def _check_combination(given: dict[str, Any]) -> None:
     """Raise UsageError for options that do not go together."""
+    from fusedisk.access import check_access
+    from fusedisk.core.errors import OptionError
+
     several = len(given["images"]) > 1
-    layered = given["overlay"] or given["overlay_file"] is not None
     wrong = [
-        (given["overlay"] and given["overlay_file"] is not None, "--overlay and --overlay-file cannot be combined."),
-        (layered and given["read_only"], "an overlay takes writes, which --read-only forbids: choose one of them."),
         (several and given["overlay_file"] is not None, "--overlay-file is for one image, but several were given."),
         (several and given["name"] is not None, "--name is for one image; give each of several its own with 'name='."),
-        (
-            given["force_share"] and not given["read_only"],
-            "--force-share is for reading images that others may write to: add --read-only.",
-        ),
-        (
-            given["copy_on_read"] and given["read_only"],
-            "--copy-on-read writes what it reads into the image, which --read-only forbids: choose one of them.",
-        ),
         (
             given["low_latency"] and given["channel"] == "off",
             "--low-latency needs the data channel, which --channel=off turns off: choose one of them.",
         ),
-        (given["growable"] and given["read_only"], "--growable is about writes, which --read-only forbids."),
     ]
     for is_wrong, sentence in wrong:
         if is_wrong:
             raise click.UsageError(sentence)
+    try:
+        check_access(given, lambda name: "--" + name.replace("_", "-"))
+    except OptionError as exc:
+        raise click.UsageError(str(exc)) from None
 
 
 def _mode(text: str | None) -> int | None:

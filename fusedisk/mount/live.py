@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Literal, TypedDict, Unpack, cast
+from typing import Literal, Unpack, cast
 
 import trio
 
-from fusedisk.api import AnyPath, Image
-from fusedisk.arguments import choice, flag, mapping, path, paths, text, whole_number
+from fusedisk.access import AccessOptions, ServingOptions, check_access
+from fusedisk.api import Image
+from fusedisk.arguments import AnyPath, choice, flag, mapping, path, paths, text, whole_number
 from fusedisk.block.graph.cache_modes import CACHE_MODES
 from fusedisk.block.graph.filenames import parse_argument
 from fusedisk.block.graph.gate import Gate
@@ -40,19 +41,12 @@ from fusedisk.mount.settings import Passthrough, ServeSettings
 log = logging.getLogger(__name__)
 
 
-class ImageOptions(TypedDict, total=False):
-    """How to open images; as the options of ``fusedisk mount``."""
+_SWITCHES = ("read_only", "overlay", "copy_on_read", "force_share", "growable")
 
-    format: str
-    read_only: bool
-    overlay: bool
-    overlay_file: AnyPath
-    key_file: AnyPath
-    copy_on_read: bool
-    detect_zeroes: Literal["off", "on", "unmap"]
-    discard: Literal["ignore", "unmap"]
-    cache: Literal["writeback", "writethrough", "none", "directsync", "unsafe"]
-    force_share: bool
+
+class ImageOptions(AccessOptions, total=False):
+    """How to open images and show them; as the options of ``fusedisk mount``."""
+
     partitions: bool
     snapshots: bool
     growable: bool
@@ -68,15 +62,10 @@ class NewOptions(ImageOptions, total=False):
     """Of the file, for one image."""
 
 
-class ServeOptions(NewOptions, total=False):
+class ServeOptions(NewOptions, ServingOptions, total=False):
     """Options of :func:`serve`; those beside the ones of images are of the mount as a whole."""
 
-    kernel_cache: Literal["auto", "off"]
-    passthrough: Literal["off", "auto", "on"]
-    channel: Literal["auto", "off"]
     allow_other: Literal["off", "on", "auto"]
-    allow_path: Iterable[AnyPath]
-    allow_any_reference: bool
 
 
 class LiveMount:
@@ -289,17 +278,10 @@ def _open_settings(options: ImageOptions) -> OpenSettings:
         given = options.get(name)
         return None if given is None else os.path.abspath(path(name, given))
 
-    read_only, layered = switch("read_only"), switch("overlay") or options.get("overlay_file") is not None
-    for wrong, sentence in (
-        (layered and read_only, "an overlay takes writes, which read_only forbids: choose one of them."),
-        (switch("force_share") and not read_only, "force_share is for reading: add read_only=True."),
-        (switch("growable") and read_only, "growable is about writes, which read_only forbids."),
-    ):
-        if wrong:
-            raise OptionError(sentence)
+    check_access({**options, **{name: switch(name) for name in _SWITCHES}}, str)
     return OpenSettings(
         format=options.get("format"),
-        read_only=read_only,
+        read_only=switch("read_only"),
         overlay=switch("overlay"),
         overlay_file=file("overlay_file"),
         copy_on_read=switch("copy_on_read"),
