@@ -17,12 +17,12 @@ from typing import NoReturn
 import trio
 
 from fusedisk.block.graph.backend import Backend
-from fusedisk.block.model.children import Role
 from fusedisk.block.model.node import Node
 from fusedisk.block.request.immediate import Attempts, Lent, Pieces
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, NoMediumError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex, Signal
+from fusedisk.export.chain import backing_chain, storage_nodes
 from fusedisk.export.times import Times
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ EVERYTHING = (0, 1 << 63)
 _MAX_BLOCK_SIZE = 2 << 20
 WRITE_BEHIND_SECONDS = 5
 """The interval of most file systems."""
+_MOST_SKIPPED_FLUSHES = 32
+"""Flushes in a row that go straight to a task while the host's disk is slow."""
 _PERMISSION_BITS = 0o777
 _WRITE_BITS = 0o222
 
@@ -67,10 +69,6 @@ class FileSettings:
     """Writes past the end make the disk longer."""
 
 
-_MOST_SKIPPED_FLUSHES = 32
-"""Flushes in a row that go straight to a task while the host's disk is slow."""
-
-
 class Export:
     """A backend as a regular file. Made by :meth:`open`."""
 
@@ -88,8 +86,6 @@ class Export:
         self.source = ""
         """The image as the user named it."""
         self.shared_views = False
-        self._writers_past_cache = 0
-        self._flush_attempts = Attempts(_MOST_SKIPPED_FLUSHES)
         """Other files show the same bytes and one of them may be written to, so none of them may be cached."""
         self.immutable = False
         """Its bytes cannot change while it is open."""
@@ -103,6 +99,9 @@ class Export:
         """Lets the kernel drop all data that it has cached of this file; returns once it has."""
         self.origin = 0
         """The offset of the file on its family's disk, in bytes."""
+        self._writers_past_cache = 0
+        """Open handles whose writes bypass the kernel's cache of this file."""
+        self._flush_attempts = Attempts(_MOST_SKIPPED_FLUSHES)
         self._times = Times(self.chain_names, lambda: self._tell(data=False))
         self._unflushed = False
         self._passed_through = False
@@ -118,9 +117,9 @@ class Export:
 
     @classmethod
     async def open(cls, backend: Backend, name: str, inode: int, settings: FileSettings | None = None) -> Export:
-        """Return an export of ``backend`` as the file ``name``. The backend stays the caller's, who closes it."""
+        """Return an export of ``backend`` as the file ``name``. The caller keeps the backend and closes it."""
         export = cls(backend, name, inode, settings or FileSettings())
-        storage = [node.exact_filename() for node in _storage(backend.node, backing=False)]
+        storage = [node.exact_filename() for node in storage_nodes(backend.node, backing=False)]
         await export._times.start(storage)
         return export
 
@@ -319,7 +318,7 @@ class Export:
 
     @property
     def passed_through(self) -> bool:
-        """Whether the kernel accesses the host file directly, past us."""
+        """Whether the kernel accesses the host file directly and bypasses this process."""
         return self._passed_through
 
     def begin_passthrough(self) -> None:
@@ -456,7 +455,7 @@ class Export:
         self.writable = self.backend.writable
         self._writes_now = self.writable and not self._exchanging
         if not self.empty:
-            storage = [node.exact_filename() for node in _storage(self.backend.node, backing=False)]
+            storage = [node.exact_filename() for node in storage_nodes(self.backend.node, backing=False)]
             await self._times.start(storage)
         self.set_mode(self._wanted_mode)
 
@@ -487,7 +486,7 @@ class Export:
     @property
     def image(self) -> Node:
         """The node of the image that the user named, below filters and an overlay."""
-        chain = _backing_chain(self.backend.node)
+        chain = backing_chain(self.backend.node)
         return chain[1] if self.overlay is not None and len(chain) > 1 else chain[0]
 
     async def xattrs(self) -> dict[str, str]:
@@ -495,7 +494,7 @@ class Export:
         if self.empty:
             return {}
         top = self.backend.node
-        chain = _backing_chain(top)
+        chain = backing_chain(top)
         return {
             "user.fusedisk.format": self.image.driver.name,
             "user.fusedisk.node-name": top.name,
@@ -510,33 +509,10 @@ class Export:
 
     def chain_names(self) -> list[str | None]:
         """Return the names of all files of the image and its backing files; None for one without a name."""
-        return [] if self.empty else [node.exact_filename() for node in _storage(self.backend.node)]
+        return [] if self.empty else [node.exact_filename() for node in storage_nodes(self.backend.node)]
 
     def chain_files(self, *, backing: bool = True) -> list[str]:
         """Return the names of all local files of the image and its backing files; without ``backing`` only of those
         that writes may reach."""
-        found = _storage(self.backend.node, backing=backing)
+        found = storage_nodes(self.backend.node, backing=backing)
         return [name for node in found if (name := node.exact_filename()) is not None]
-
-
-def _backing_chain(top: Node) -> list[Node]:
-    """Return ``top`` and its backing files, each without its filters."""
-    chain: list[Node] = []
-    node: Node | None = top
-    while node is not None:
-        node = node.unfiltered
-        chain.append(node)
-        node = node.backing.node if node.backing is not None else None
-    return chain
-
-
-def _storage(top: Node, *, backing: bool = True) -> list[Node]:
-    """Return the protocol nodes below ``top``; without ``backing`` only those that writes may reach."""
-    found: dict[Node, None] = {}
-    queue = [top]
-    while queue:
-        node = queue.pop()
-        if node.driver.is_protocol:
-            found[node] = None
-        queue.extend(edge.node for edge in node.children.values() if backing or edge.role is not Role.BACKING)
-    return list(found)

@@ -241,7 +241,7 @@ class Registry:
         return await open_exports(self.graph, images, settings)
 
     async def _take_away(self, exports: Sequence[Export]) -> None:
-        """Take files away; who has them open gets ESTALE. The caller closes their backends."""
+        """Remove files. Programs that still have them open get ESTALE. The caller closes their backends."""
         for export in exports:
             if self._opens(export):
                 self._generations[export.name] = export.generation + 1

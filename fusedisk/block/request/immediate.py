@@ -446,26 +446,18 @@ class Immediate:
         start = offset
         while True:
             extent = driver.lookup_in_place(offset, length)
-            if extent is None:  # not allocated, or not known without I/O
+            if extent is not None:
+                count, child, place, _, _, _ = extent
+                # Also where it fails, the child may have written a part of these bytes.
+                written = self._put(child.node, place, data if count == length else data[:count], count)
+            else:  # not allocated, or not known without I/O
                 count = self._put_new(node, offset, data, length) if self._ways.at_once else 0
-                if count == length:
-                    node.changed(start, offset + length - start, _WRITE)
-                    return True
-                if not count:
-                    if offset > start:
-                        node.changed(start, offset - start, _WRITE)
-                    return False
-                offset += count
-                length -= count
-                data = data[count:]
-                continue
-            count, child, place, _, _, _ = extent
-            if not self._put(child.node, place, data if count == length else data[:count], count):
-                node.changed(start, offset + count - start, _WRITE)  # the child may have written a part
-                return False
-            if count == length:
-                node.changed(start, offset + length - start, _WRITE)
-                return True
+                written = count > 0
+            if count == length or not written:
+                changed = offset + count - start
+                if changed:
+                    node.changed(start, changed, _WRITE)
+                return written
             offset += count
             length -= count
             data = data[count:]
