@@ -56,7 +56,7 @@ class Notifier:
         await self.in_thread(self.invalidate, inode, False)
 
     async def delete(self, name: str, inode: int) -> None:
-        """Make the kernel forget a name that has led to a file. Who watches the file (inotify) is told."""
+        """Make the kernel forget the name of a removed file. Programs that watch the file (inotify) learn of it."""
         await self.in_thread(self._delete, os.fsencode(name), inode)
 
     def invalidate(self, inode: int, attributes_only: bool) -> None:

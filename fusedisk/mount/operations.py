@@ -4,7 +4,7 @@ An exception other than FUSEError would end pyfuse3's main loop and with it ever
 goes through :func:`_guarded`, and what it raises through :mod:`.errors`.
 
 Every handler is a task of its own, so one that waits for cold data holds up no other. Lookups need no counting: the
-kernel is told when a file goes, and its number is never given to a file of another name.
+kernel learns at once when a file goes, and its number is never given to a file of another name.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ATTR_TIMEOUT = 60.0
 """Seconds for which the kernel may answer ``stat`` itself. It asks again after its own writes, and we notify it of all
 other changes. Whenever it asks and finds another mtime it drops its cached pages, so it should not ask too often."""
 ENTRY_TIMEOUT = 3600.0
-"""Seconds for which the kernel may remember a name: it is told when a file goes."""
+"""Seconds for which the kernel may remember a name. A file that goes is taken out of its memory at once."""
 
 _Self = TypeVar("_Self")
 _Args = ParamSpec("_Args")

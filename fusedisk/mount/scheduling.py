@@ -1,4 +1,4 @@
-"""Who may run: how many requests are in flight on the data channel, and when its reader lets other tasks run.
+"""Scheduling of the data channel: how many requests are in flight, and when its reader lets other tasks run.
 
 No I/O and no clock. Requests that are answered on the spot pass through :class:`Turns` only.
 """

@@ -118,7 +118,7 @@ def compare(
     runtime: float,
     size: int,
 ) -> list[Result]:
-    """Measure every workload on every format, the contenders taking turns; who goes first alternates, too."""
+    """Measure every workload on every format, the contenders in turns, each first in every second turn."""
     results = []
     for workload in [WORKLOADS[name] for name in names if name in WORKLOADS]:
         contenders = workload.contenders(servers)

@@ -25,7 +25,7 @@ start=${EPOCHREALTIME//[!0-9]/}
 tar -C "$1" -cf - . | cat >/dev/null || exit
 echo "$start ${EPOCHREALTIME//[!0-9]/}"
 """
-"""Prints microseconds: who waits for a process with a timeout learns of its end too late.
+"""Prints microseconds itself: a parent that waits for a process with a timeout notices its end too late.
 
 The pipe is there because GNU tar does not read what it writes to /dev/null.
 """

@@ -1,4 +1,4 @@
-"""What is measured: a table of jobs, the images that they run on, who is compared, and what shall be reached."""
+"""What is measured: a table of jobs, the images they run on, the servers compared, and the goals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Workload:
         return self.job.unit
 
     def contenders(self, servers: Collection[str]) -> tuple[str, ...]:
-        """Who takes part where only *servers*, keys of SERVERS, are asked for; fusedisk's own rows are fusedisk's."""
+        """The contenders if only *servers*, keys of SERVERS, are asked for. Our own rows run on fusedisk alone."""
         if self.pair == (OURS, THEIRS):
             return tuple(name for name in self.pair if name in servers)
         return self.pair if OURS in servers else ()

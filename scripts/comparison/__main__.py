@@ -75,7 +75,7 @@ Runs = list[dict[str, float]]
 
 
 def _compare(case: Case, folder: Path, runs: int) -> tuple[Runs, Runs]:
-    """All runs, the two taking turns; who goes first alternates, too."""
+    """All runs, the two in turns, each first in every second turn."""
     ours: Runs = []
     theirs: Runs = []
     sides = [(ours, case.ours), (theirs, case.theirs)]

@@ -43,7 +43,7 @@ _READ, _WRITE, _OTHER = Kind.READ, Kind.WRITE, Kind.OTHER
 """A global is found faster than a member of an enum."""
 PASSED_THROUGH = "the kernel accesses its host file directly while its file is open"
 _NEEDS_REQUESTS = ("replace", OBSERVE)
-"""Operations that make no sense on a node whose requests go past us."""
+"""Operations that make no sense on a node whose requests bypass this process."""
 
 
 class Backend:
@@ -335,7 +335,7 @@ class Backend:
     # --- policies ---------------------------------------------------------------------------------------
     #
     # Each is None by default. One that is set needs to see every request, so the short ways are closed. Raises
-    # OperationBlockedError while the kernel accesses the host file past us.
+    # OperationBlockedError while the kernel accesses the host file directly.
 
     @property
     def throttle(self) -> Throttle | None:
@@ -375,8 +375,8 @@ class Backend:
     # --- direct access to the host file -----------------------------------------------------------------
 
     def begin_passthrough(self) -> None:
-        """Note that requests go past us from now on: nothing may be put between, and nothing is seen. Allowed if
-        ``immediate.ways().passthrough``."""
+        """Note that requests bypass this process from now on: nothing may be put between, and nothing is seen. Allowed
+        if ``immediate.ways().passthrough``."""
         self._passed.append(self.node.with_all_below())
         for node in self._passed[-1]:
             for operation in _NEEDS_REQUESTS:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OBSERVE = "observe"
-"""The operation that is blocked where requests go past us, see :meth:`Node.block_operation`."""
+"""The operation that is blocked while requests bypass this process, see :meth:`Node.block_operation`."""
 
 
 class Reference(Protocol):
@@ -320,8 +320,8 @@ class Node:
     # --- observers --------------------------------------------------------------------------------------
 
     def observe(self, observer: Observer) -> None:
-        """Tell ``observer`` of every request on this node from now on. Raises OperationBlockedError where requests go
-        past us."""
+        """Tell ``observer`` of every request on this node from now on. Raises OperationBlockedError while requests
+        bypass this process."""
         self.check_observable()
         self._set_observers((*self.observers, observer))
 
@@ -339,7 +339,7 @@ class Node:
         self.graph.changes += 1
 
     def check_observable(self) -> None:
-        """Raise OperationBlockedError, with the reason, if requests go past us."""
+        """Raise OperationBlockedError, with the reason, if requests bypass this process."""
         reasons = self.blockers.get(OBSERVE)
         if reasons:
             raise OperationBlockedError(f"The requests of node '{self.name}' cannot be watched now: {reasons[0]}.")

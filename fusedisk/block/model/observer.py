@@ -30,7 +30,7 @@ class Change(enum.Enum):
     REOPEN = "reopen"
     """Other options of the node: it shows other bytes of its file. The range is the same as for SNAPSHOT."""
     OUTSIDE = "outside"
-    """The kernel may have written to the node's file past us."""
+    """The kernel may have written to the node's file directly."""
     STORAGE = "storage"
     """The content is as before, but it is stored otherwise: copy-on-read, preallocation, saving a snapshot. A flush
     must not skip it; observers are not told."""

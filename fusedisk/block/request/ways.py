@@ -54,7 +54,7 @@ class Ways(NamedTuple):
     at_once: bool = False
     """A write may be tried through the door without a task, by :func:`fusedisk.core.at_once.run_at_once`."""
     passthrough: bool = False
-    """The kernel may access the host file past us, if the root node has the same bytes as one."""
+    """The kernel may access the host file directly, if the root node has the same bytes as one."""
     detects: bool = False
     """A node looks for zeroes in writes, so a write of zeroes must take the door."""
 

@@ -1,4 +1,4 @@
-"""Compressed pieces of an image: one cache, one inflation for all who wait, reading ahead.
+"""Compressed pieces of an image: one cache, one inflation however many requests wait, and readahead.
 
 Pieces are inflated whole, many of a run at a time, ahead of sequential readers, and are cached for a while. A reader of
 a piece that is being inflated waits for that. When the cache is full, the first read of a small part inflates
