@@ -1,6 +1,6 @@
-"""Where the time of a 4 KiB read goes: a mount in this process, its system calls timed, under fio's load.
+"""Where the time of a small request goes: a mount in this process, its system calls timed, under fio's load.
 
-    .venv/bin/python -m scripts.benchmark.hot_path [raw|qcow2] [DEPTH]
+    .venv/bin/python -m scripts.benchmark.hot_path [raw|qcow2] [read|write|first-write|fsync] [DEPTH]
 
 A timed call costs about a tenth of a microsecond more than one that is not.
 """
@@ -16,13 +16,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.request.immediate import Immediate
+from fusedisk.drivers.format.qcow2.driver import Qcow2Driver
+from fusedisk.drivers.protocol.file import FileDriver
 from fusedisk.drivers.table import DRIVERS
+from fusedisk.export.export import Export
 from fusedisk.export.opening import ImageRequest, OpenSettings, open_exports
 from fusedisk.export.registry import Registry
 from fusedisk.mount import umount_calls
@@ -31,7 +34,26 @@ from fusedisk.mount.session import Session, mount_options
 from fusedisk.mount.settings import Passthrough, ServeSettings
 
 SIZE = 256 << 20
+SPARSE_SIZE = 64 << 30
+"""First writes find enough space that nothing has been written to."""
 SECONDS = 4
+
+
+class Load(NamedTuple):
+    """What fio does."""
+
+    pattern: str
+    arguments: tuple[str, ...] = ()
+    sparse: bool = False
+    """The image holds nothing at first."""
+
+
+LOADS = {
+    "read": Load("randread"),
+    "write": Load("randwrite"),
+    "first-write": Load("randwrite", ("--norandommap",), sparse=True),
+    "fsync": Load("randwrite", ("--fsync=1",)),
+}
 
 
 class Clock:
@@ -58,23 +80,31 @@ class Clock:
         setattr(owner, attribute, call)
 
 
-def make_image(path: Path, fmt: str) -> None:
-    """A fully allocated image, warm in the page cache."""
-    subprocess.run(["qemu-img", "create", "-q", "-f", fmt, path, str(SIZE)], check=True)
-    subprocess.run(["qemu-io", "-f", fmt, "-c", f"write -q -P 7 0 {SIZE}", path], check=True, stdout=subprocess.DEVNULL)
+def make_image(path: Path, fmt: str, load: Load) -> int:
+    """An image that is empty, or fully allocated and warm in the page cache; returns its length in bytes."""
+    size = SPARSE_SIZE if load.sparse else SIZE
+    subprocess.run(["qemu-img", "create", "-q", "-f", fmt, path, str(size)], check=True)
+    if not load.sparse:
+        fill: list[str | Path] = ["qemu-io", "-f", fmt, "-c", f"write -q -P 7 0 {SIZE}", path]
+        subprocess.run(fill, check=True, stdout=subprocess.DEVNULL)
+    return size
 
 
-def load(path: str, depth: int) -> dict[str, Any]:
-    """fio's view of random reads; blocks."""
-    command = ["fio", "--name=x", f"--filename={path}", "--rw=randread", "--bs=4k", "--direct=1", "--ioengine=libaio"]
-    command += [f"--iodepth={depth}", f"--runtime={SECONDS}", "--time_based", f"--size={SIZE}", "--output-format=json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout)["jobs"][0]["read"]
+def run(path: str, load: Load, size: int, depth: int) -> dict[str, Any]:
+    """fio's view; blocks."""
+    command = ["fio", "--name=x", f"--filename={path}", f"--rw={load.pattern}", "--bs=4k", "--direct=1"]
+    command += ["--ioengine=libaio", f"--iodepth={depth}", f"--runtime={SECONDS}", "--time_based", f"--size={size}"]
+    done = subprocess.run(
+        [*command, *load.arguments, "--output-format=json"], check=True, capture_output=True, text=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)["jobs"][0]["read" if load.pattern == "randread" else "write"]
     return found
 
 
-async def measure(image: Path, mountpoint: Path, fmt: str, depth: int, before: Callable[[], None]) -> dict[str, Any]:
-    """Mount, read, unmount; ``before`` is called when the load is about to begin."""
+async def measure(
+    image: Path, mountpoint: Path, fmt: str, before: Callable[[], None], work: Callable[[str], dict[str, Any]]
+) -> dict[str, Any]:
+    """Mount, work on the file, unmount; ``before`` is called when the load is about to begin."""
     graph = Graph(DRIVERS)
     settings = OpenSettings(format=fmt)
     exports = await open_exports(graph, [ImageRequest(str(image), str(image))], settings)
@@ -92,7 +122,7 @@ async def measure(image: Path, mountpoint: Path, fmt: str, depth: int, before: C
             await ready.wait()
             path = str(mountpoint / exports[0].name)
             before()
-            found = await trio.to_thread.run_sync(load, path, depth)
+            found = await trio.to_thread.run_sync(work, path)
             await trio.to_thread.run_sync(umount_calls.unmount, str(mountpoint))
     finally:
         session.close()
@@ -100,14 +130,41 @@ async def measure(image: Path, mountpoint: Path, fmt: str, depth: int, before: C
     return found
 
 
-def main() -> None:
-    """See the module."""
-    fmt, depth = sys.argv[1] if len(sys.argv) > 1 else "qcow2", int(sys.argv[2]) if len(sys.argv) > 2 else 1
+def clock_for(kind: str) -> Clock:
+    """A clock around what requests of a kind consist of. What is indented is a part of the line above."""
     clock = Clock()
     clock.around(os, "readv", "readv from /dev/fuse, and asking in vain")
-    clock.around(os, "preadv", "preadv from the page cache")
     clock.around(os, "write", "write to /dev/fuse")
-    clock.around(Immediate, "read", "finding the place, preadv included")
+    if kind == "read":
+        clock.around(Immediate, "read", "finding the place and reading")
+        clock.around(os, "preadv", "  preadv from the page cache")
+        return clock
+    clock.around(Export, "write_now", "finding or making the place, and writing")
+    clock.around(FileDriver, "write_now", "  writing to the file")
+    clock.around(os, "pwritev", "    pwritev to the page cache")
+    if kind == "first-write":
+        clock.around(Qcow2Driver, "map_write_now", "  allocating")
+        clock.around(Qcow2Driver, "publish_now", "  entering it into the table")
+    if kind == "fsync":
+        clock.around(Export, "flush_now", "flushing")
+        clock.around(os, "fdatasync", "  fdatasync of the host")
+    return clock
+
+
+def main() -> None:
+    """See the module."""
+    depth, fmt, kind = 1, "qcow2", "read"
+    for word in sys.argv[1:]:
+        if word.isdecimal():
+            depth = int(word)
+        elif word in LOADS:
+            kind = word
+        elif word in ("raw", "qcow2"):
+            fmt = word
+        else:
+            sys.exit(f"'{word}' is neither a format, a number nor one of {', '.join(LOADS)}.")
+    load = LOADS[kind]
+    clock = clock_for(kind)
     start = 0.0
 
     def begin() -> None:
@@ -119,15 +176,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fusedisk-hot.") as folder:
         image, mountpoint = Path(folder, f"disk.{fmt}"), Path(folder, "mnt")
         mountpoint.mkdir()
-        make_image(image, fmt)
-        found = trio.run(measure, image, mountpoint, fmt, depth, begin)
-    reads = found["total_ios"]
-    print(
-        f"{fmt}, depth {depth}: {found['iops'] / 1000:.1f} k reads/s, {SECONDS * 1e6 / reads:.1f} us of the clock each"
-    )
-    print(f"{(os.times().user + os.times().system - start) / reads * 1e6:8.2f} us of processor time each")
+        size = make_image(image, fmt, load)
+        found = trio.run(measure, image, mountpoint, fmt, begin, lambda path: run(path, load, size, depth))
+    count, took = found["total_ios"], os.times().user + os.times().system - start
+    each = SECONDS * 1e6 / count
+    print(f"{fmt}, {kind}, depth {depth}: {found['iops'] / 1000:.1f} k a second, {each:.1f} us of the clock each")
+    print(f"{took / count * 1e6:8.2f} us of processor time each")
     for name, seconds in clock.seconds.items():
-        print(f"{seconds / reads * 1e6:8.2f} us, {clock.calls[name] / reads:5.2f} calls: {name}")
+        print(f"{seconds / count * 1e6:8.2f} us, {clock.calls[name] / count:5.2f} calls: {name}")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ async def test_filesystems_without_nowait_are_remembered(
     disk: Path, hops: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    preadv, pwritev = os.preadv, os.pwritev
+    preadv, pwritev, pwrite = os.preadv, os.pwritev, os.pwrite
 
     def refuse(flags: int) -> None:
         asked.append(flags)
@@ -172,12 +172,17 @@ async def test_filesystems_without_nowait_are_remembered(
         refuse(flags)
         return pwritev(fd, buffers, offset)
 
+    def plain_write(fd: int, data: Any, offset: int) -> int:
+        refuse(0)
+        return pwrite(fd, data, offset)
+
     async with opened(disk) as (backend, driver):
         if driver.file.in_memory:
             pytest.skip("the temporary directory is in memory, where RWF_NOWAIT is not tried")
         driver.file.nowait_writes = True
         monkeypatch.setattr(os, "preadv", no_nowait_read)
         monkeypatch.setattr(os, "pwritev", no_nowait_write)
+        monkeypatch.setattr(os, "pwrite", plain_write)
         hops.clear()
         for _ in range(2):
             assert await backend.read(0, 10) == disk.read_bytes()[:10]

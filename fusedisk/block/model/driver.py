@@ -300,7 +300,8 @@ class Driver:
         return None
 
     def lookup_in_place(self, offset: int, length: int) -> WriteExtent | None:
-        """Return the answer of ``map_write`` if that takes no I/O and changes nothing; otherwise None."""
+        """Return the answer of ``map_write`` if that takes no I/O and changes nothing; otherwise None. It holds until
+        :meth:`.Node.change_mapping` is called, also if that is later than the next await."""
         return None
 
     def map_write_now(self, offset: int, length: int) -> WriteExtent | None:

@@ -12,13 +12,14 @@ has no value to decline with, so inside :func:`~fusedisk.core.at_once.run_at_onc
 ``run_at_once`` turns that into declining at once.
 
 The layers of a read-only backing chain do not change while the graph does not, so where each range leads, through all
-layers, is remembered. For small reads this also remembers where each 64 KiB of the top layer lead, until its mapping
-changes: a second read takes one look into a table, however deep the chain is.
+layers, is remembered. For small requests this also remembers where each 64 KiB of the top layer lead, until its mapping
+changes, or what may be overwritten does: a second request takes one look into a table, however deep the chain is.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 
 from fusedisk.block.model.driver import Driver
 from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
@@ -31,9 +32,12 @@ from fusedisk.block.request.runs import RunMap
 from fusedisk.block.request.ways import CLOSED, Requester, Ways, ways_of
 from fusedisk.core.zeroes import is_zero, zero_fill
 
-_Place = tuple[Fill, int, int, Node | None]
-"""The function that fills a buffer, its source offset minus the disk offset, the disk offset where that ends, and the
-node that may have serialising requests."""
+_Put = Callable[[int, Buffer], bool]
+"""``Driver.write_now``."""
+
+_Place = tuple[Fill, int, int, Node | None, _Put | None]
+"""The function that fills a buffer, its source offset minus the disk offset, the disk offset where that ends, the node
+that may have serialising requests, and the function that overwrites, None where that needs more."""
 
 Lent = tuple[int, int, int]
 """A part of a host file: its descriptor, an offset and a length in bytes."""
@@ -56,9 +60,9 @@ MOST_PLACES = 1 << 15
 _REACH = 1 << 20
 """The most bytes that one lookup covers; the places that fall into its extent are remembered with it."""
 STEADY = 64
-"""After a change of the mapping, the least number of reads that remember no places."""
+"""After a change of the mapping, the least number of requests that remember no places."""
 PAUSE = 1 << 19
-"""The most such reads, if remembering does not pay: each place should be used several times."""
+"""The most such requests, if remembering does not pay: each place should be used several times."""
 
 MAX_SKIPPED_ATTEMPTS = 1 << 12
 """The most writes in a row that skip the attempt to write to new space without waiting."""
@@ -132,11 +136,11 @@ class Immediate:
         self._generation = -1
         """The generation of the node's mapping that the places come from."""
         self._pause = 0
-        """The number of reads until places are remembered again."""
+        """The number of requests until places are remembered again."""
         self._wait = STEADY
-        """The number of reads between a change of the mapping and the first place that is remembered."""
+        """The number of requests between a change of the mapping and the first place that is remembered."""
         self._since = 0
-        """The backend's count of reads when the first of the places was remembered."""
+        """The backend's count of reads and writes when the first of the places was remembered."""
         self._looks = 0
         """The number of lookups for places since then."""
 
@@ -165,7 +169,7 @@ class Immediate:
             self._outdate()
         place = self._places.get(offset >> _PLACE_BITS)
         if place is not None and offset + length <= place[2]:
-            fill, delta, _, leaf = place
+            fill, delta, _, leaf, _ = place
             # Another request must end first, or the bytes are not in memory.
             if node.serialising or (leaf is not None and leaf.serialising) or not fill(offset + delta, buffer):
                 return False
@@ -217,9 +221,20 @@ class Immediate:
             or offset + length > node.length
             or (self._detects and is_zero(data))  # the door makes a write-zeroes of it
             or (node.guards_probe and offset < PROBE_SIZE)  # the door looks at what is written
-            or not self._put(node, offset, data, length)
         ):
             return False
+        if node.generation != self._generation:
+            self._outdate()
+        place = self._places.get(offset >> _PLACE_BITS)
+        if place is not None and offset + length <= place[2] and place[4] is not None:
+            if not self._put_at(node, offset, data, length, place):
+                return False
+        elif not self._put(node, offset, data, length):
+            return False
+        elif self._pause:
+            self._pause -= 1
+        elif place is None and length <= _PLACE_SIZE and node.generation == self._generation:
+            self._remember(offset)
         accounting = backend.accounting
         accounting.writes += 1
         accounting.bytes_written += length
@@ -364,17 +379,21 @@ class Immediate:
         self._pause = max(self._pause, self._wait)
 
     def _pay(self) -> bool:
-        """Whether there were several reads for each lookup of places."""
-        return self._backend.accounting.reads - self._since >= 4 * self._looks
+        """Whether there were several requests for each lookup of places."""
+        return self._requests() - self._since >= 4 * self._looks
+
+    def _requests(self) -> int:
+        accounting = self._backend.accounting
+        return accounting.reads + accounting.writes
 
     def _remember(self, offset: int) -> None:
         """Remember where the 64 KiB of the disk around ``offset`` lead, if they lead to one place."""
         places = self._places
         if not places:
-            self._since = self._backend.accounting.reads
+            self._since = self._requests()
             self._looks = 0
         elif len(places) >= MOST_PLACES:
-            # If most reads found no place, the disk is too large for remembering.
+            # If most requests found no place, the disk is too large for remembering.
             self._pause = 0 if self._pay() else PAUSE
             places.clear()
             return
@@ -385,9 +404,13 @@ class Immediate:
             self._looks += 1
             places[first] = _NOWHERE
             return
-        extent = node.driver.lookup(start, min(_REACH, node.length - start))
-        place = self._place(extent, start, start) if extent is not None else None
-        if extent is None or place is None:
+        longest = min(_REACH, node.length - start)
+        extent = node.driver.lookup(start, longest)
+        if extent is None:
+            return
+        writable = start + self._writable(node, start, extent)
+        place = self._place(extent, start, start, writable)
+        if place is None:
             return
         self._looks += 1
         places[first] = place
@@ -395,39 +418,65 @@ class Immediate:
         for other in range(first + 1, (start + extent.length >> _PLACE_BITS) - (extent.length == _REACH)):
             position = other << _PLACE_BITS
             if position + _PLACE_SIZE > place[2]:
-                place = self._place(extent, start, position)
+                place = self._place(extent, start, position, writable)
                 if place is None:
                     return
             places[other] = place
 
-    def _place(self, extent: Extent, start: int, position: int) -> _Place | None:
-        """Return where the disk leads at ``position`` inside an extent that begins at ``start``; None if tables in
-        memory do not tell."""
+    def _writable(self, node: Node, start: int, extent: Extent) -> int:
+        """Return how many bytes of an extent at ``start`` may be overwritten where they lie, from its begin on."""
+        if extent.status != DATA or not self._writes:
+            return 0
+        found = node.driver.lookup_in_place(start, extent.length)
+        return found.length if found is not None and found[1:3] == (extent.child, extent.offset) else 0
+
+    def _place(self, extent: Extent, start: int, position: int, writable: int) -> _Place | None:
+        """Return where the disk leads at ``position`` inside an extent that begins at ``start`` and may be overwritten
+        up to ``writable``; None if tables in memory do not tell."""
         node = self._node
         status, count, child, place, _, _, _ = extent
         end = start + count
         if status == DATA:
             leaf = child.node  # type: ignore[union-attr]
-            return (leaf.driver.read_now, place - start, end, leaf) if leaf.driver.moves_bytes else _NOWHERE
+            driver = leaf.driver
+            put = driver.write_now if writable >= end and not leaf.config.read_only else None
+            return (driver.read_now, place - start, end, leaf, put) if driver.moves_bytes else _NOWHERE
         if status == SPECIAL:
             if position != start:
                 return None
             source = node.driver.cached_source(extent, start)
-            return (source[0], 0, start + source[1], None) if source is not None else _NOWHERE
+            return (source[0], 0, start + source[1], None, None) if source is not None else _NOWHERE
         backing = node.backing if status == UNALLOCATED else None
         if backing is None:
-            return fill_with_zeroes, 0, end, None
+            return fill_with_zeroes, 0, end, None, None
         runs = self._chains.get(backing.node)
         if runs is None:
             return _NOWHERE  # the backing chain may change and grow
         if position >= backing.node.length:
-            return fill_with_zeroes, 0, end, None
+            return fill_with_zeroes, 0, end, None, None
         index = runs.find(position)
         if index < 0:
             return None
-        return runs.targets[index], runs.deltas[index], min(runs.ends[index], end), None
+        return runs.targets[index], runs.deltas[index], min(runs.ends[index], end), None, None
 
     # --- writing ----------------------------------------------------------------------------------------
+
+    def _put_at(self, node: Node, offset: int, data: Buffer, length: int, place: _Place) -> bool:
+        """Do as :meth:`_put` where it is known which bytes of a file to overwrite."""
+        _, delta, _, leaf, put = place
+        assert leaf is not None
+        assert put is not None
+        if node.serialising or node.fenced is not None or leaf.serialising or leaf.fenced is not None:
+            return False
+        there = offset + delta
+        written = put(there, data)  # the driver tells of what it has written of it
+        if written:
+            if there + length > leaf.length:
+                # An image file grows when clusters beyond its end are written.
+                leaf.take_length(there + length)
+            leaf.changed(there, length, _WRITE)
+        node.changed(offset, length, _WRITE)
+        return written
 
     def _put(self, node: Node, offset: int, data: Buffer, length: int) -> bool:
         if node.serialising or node.fenced is not None or node.config.read_only:
@@ -507,5 +556,5 @@ def _lend(driver: Driver, offset: int, length: int, parts: list[Lent]) -> bool:
     return True
 
 
-_NOWHERE: _Place = (fill_with_zeroes, 0, 0, None)
+_NOWHERE: _Place = (fill_with_zeroes, 0, 0, None, None)
 """Stands for a place that cannot be remembered: no read fits into it."""

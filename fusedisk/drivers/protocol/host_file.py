@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Sequence
 from mmap import PAGESIZE
+from time import perf_counter
 
 from fusedisk.core.offload import run_host_io
 from fusedisk.drivers.protocol.direct_io import Alignment, read_direct, write_direct
@@ -140,17 +140,18 @@ class HostFile:
                     raise
                 self.nowait_reads = False
         elif self.in_memory and total_length(buffers) <= INLINE_MAX:
-            start = time.perf_counter()
+            start = perf_counter()
             if self.pace.is_quick(start):
                 read_vector(self.fd, buffers, offset)
-                now = time.perf_counter()
+                now = perf_counter()
                 self.pace.measured(now, now - start)
                 return ()
         return buffers
 
     def write_inline(self, buffers: Sequence[memoryview], offset: int) -> Sequence[memoryview]:
         """Write the buffers as far as that should not wait; returns the rest."""
-        if self.alignment is not None or total_length(buffers) > INLINE_MAX:
+        length = len(buffers[0]) if len(buffers) == 1 else total_length(buffers)
+        if self.alignment is not None or length > INLINE_MAX:
             return buffers
         if self.nowait_writes:
             try:
@@ -159,11 +160,13 @@ class HostFile:
                 if exc.errno != errno.EOPNOTSUPP:
                     raise
                 self.nowait_writes = False
-        start = time.perf_counter()
+        start = perf_counter()
         if not self.pace.is_quick(start):
             return buffers
-        write_vector(self.fd, buffers, offset)
-        now = time.perf_counter()
+        # Mostly there is one buffer, and all of it is written.
+        if len(buffers) > 1 or os.pwrite(self.fd, buffers[0], offset) != length:
+            write_vector(self.fd, buffers, offset)
+        now = perf_counter()
         self.pace.measured(now, now - start)
         return ()
 

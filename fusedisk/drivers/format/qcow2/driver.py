@@ -203,6 +203,7 @@ class Qcow2Driver(Driver):
 
     def _allow_overwriting(self, allowed: bool) -> None:
         self._lookup_in_place = self.clusters.lookup_in_place if allowed else _nothing
+        self.node.change_mapping()
 
     async def close(self) -> None:
         try:

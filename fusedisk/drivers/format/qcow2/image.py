@@ -234,6 +234,7 @@ class Image:
             places = []
         self.fixed = [(start, start + (-(-length // size) * size), what) for start, length, what in places if length]
         self.fixed_end = max((end for _, end, _ in self.fixed), default=0)
+        self.mapping_changed()  # what lies there now must not be overwritten, whatever leads to it
 
     def fixed_at(self, start: int, length: int) -> str | None:
         """Return the name of the fixed metadata that a host range touches."""
@@ -270,11 +271,13 @@ class Image:
         """Record where the refcount blocks and the snapshots' tables lie."""
         if self.guards_scattered:
             self.scattered = array("Q", sorted({*filter(None, blocks), *self.snapshot_tables}))
+            self.mapping_changed()
 
     def place_block(self, offset: int) -> None:
         """Record where a new refcount block lies."""
         if self.guards_scattered:
             insort(self.scattered, offset)
+            self.mapping_changed()
 
     async def sorted_l2(self, l1: array[int], pause: Callable[[], Awaitable[None]] = checkpoint) -> array[int]:
         """Return the sorted offsets of the L2 tables of ``l1``, for :attr:`l2_places`. Others run in each ``pause``."""
