@@ -27,6 +27,7 @@ from fusedisk.drivers.table import DRIVERS
 from tests.block.conftest import assert_idle
 from tests.conftest import qemu_img, qemu_io
 from tests.support.memory import Store, stores
+from tests.support.observers import Recorder
 from tests.support.opening import memory_backend
 from tests.support.qcow2 import create_image, driver_of, opened
 from tests.support.tasks import start
@@ -89,25 +90,6 @@ async def test_an_observer_that_fails_costs_the_change(graph: Graph) -> None:
 
 
 # --- every way ------------------------------------------------------------------------------------------
-
-
-class Recorder(Observer):
-    """Records each call as ``(kind, offset, length)``."""
-
-    def __init__(self, *, before: bool = False, changes: bool = False, reads: bool = False) -> None:
-        self.wants_before, self.wants_changes, self.wants_reads = before, changes, reads
-        self.announced: list[tuple[Change, int, int]] = []
-        self.changes: list[tuple[Change, int, int]] = []
-        self.reads: list[tuple[int, int]] = []
-
-    async def before_change(self, node: Node, offset: int, length: int, kind: Change) -> None:
-        self.announced.append((kind, offset, length))
-
-    def changed(self, node: Node, offset: int, length: int, kind: Change) -> None:
-        self.changes.append((kind, offset, length))
-
-    def read(self, node: Node, offset: int, length: int) -> None:
-        self.reads.append((offset, length))
 
 
 def data(length: int) -> memoryview:
