@@ -23,14 +23,14 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"block/image"}),
     frozenset({"drivers"}),
     frozenset({"export", "jobs"}),
-    frozenset({"__init__", "api", "arguments", "errors", "forgotten", "images", "mounts", "sync"}),
+    frozenset({"__init__", "access", "api", "arguments", "errors", "forgotten", "images", "mounts", "sync"}),
     frozenset({"mount", "qmp"}),
     frozenset({"cli", "__main__"}),
 )
 """Parts of the package, lowest first. A part imports itself and lower levels, never a sibling."""
 
 ONE_UNIT = {
-    **dict.fromkeys(("__init__", "arguments", "errors", "forgotten", "images", "mounts", "sync"), "api"),
+    **dict.fromkeys(("__init__", "access", "arguments", "errors", "forgotten", "images", "mounts", "sync"), "api"),
     "__main__": "cli",
 }
 """Single modules that belong to another part of their level: the public API, and `python -m fusedisk`."""
