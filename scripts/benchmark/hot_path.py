@@ -1,6 +1,6 @@
-"""Where the time of a small request goes: a mount in this process, its system calls timed, under fio's load.
+"""Where the time of a request goes: a mount in this process, its system calls timed, under fio's load.
 
-    .venv/bin/python -m scripts.benchmark.hot_path [raw|qcow2] [read|write|first-write|fsync] [DEPTH]
+    .venv/bin/python -m scripts.benchmark.hot_path [raw|qcow2] [read|write|first-write|fsync|write-1m] [DEPTH]
 
 A timed call costs about a tenth of a microsecond more than one that is not.
 """
@@ -46,6 +46,8 @@ class Load(NamedTuple):
     arguments: tuple[str, ...] = ()
     sparse: bool = False
     """The image holds nothing at first."""
+    block: int = 4096
+    """Bytes of a request."""
 
 
 LOADS = {
@@ -53,6 +55,7 @@ LOADS = {
     "write": Load("randwrite"),
     "first-write": Load("randwrite", ("--norandommap",), sparse=True),
     "fsync": Load("randwrite", ("--fsync=1",)),
+    "write-1m": Load("write", block=1 << 20),
 }
 
 
@@ -92,8 +95,14 @@ def make_image(path: Path, fmt: str, load: Load) -> int:
 
 def run(path: str, load: Load, size: int, depth: int) -> dict[str, Any]:
     """fio's view; blocks."""
-    command = ["fio", "--name=x", f"--filename={path}", f"--rw={load.pattern}", "--bs=4k", "--direct=1"]
-    command += ["--ioengine=libaio", f"--iodepth={depth}", f"--runtime={SECONDS}", "--time_based", f"--size={size}"]
+    command = ["fio", "--name=x", f"--filename={path}", f"--rw={load.pattern}", f"--bs={load.block}", "--direct=1"]
+    command += [
+        f"--ioengine={'libaio' if depth > 1 else 'psync'}",
+        f"--iodepth={depth}",
+        f"--runtime={SECONDS}",
+        "--time_based",
+        f"--size={size}",
+    ]
     done = subprocess.run(
         [*command, *load.arguments, "--output-format=json"], check=True, capture_output=True, text=True
     )
