@@ -1,6 +1,8 @@
 """Where the time of a request goes: a mount in this process, its system calls timed, under fio's load.
 
-    .venv/bin/python -m scripts.benchmark.hot_path [raw|qcow2] [read|write|first-write|fsync|write-1m] [DEPTH]
+    .venv/bin/python -m scripts.benchmark.hot_path [FORMAT] [KIND] [DEPTH]
+
+FORMAT is raw, qcow2 or subclusters; KIND read, write, first-write, fsync, write-1m or first-write-1m.
 
 A timed call costs about a tenth of a microsecond more than one that is not.
 """
@@ -37,6 +39,7 @@ SIZE = 256 << 20
 SPARSE_SIZE = 64 << 30
 """First writes find enough space that nothing has been written to."""
 SECONDS = 4
+DRIVERS_OF = {"raw": "raw", "qcow2": "qcow2", "subclusters": "qcow2"}
 
 
 class Load(NamedTuple):
@@ -56,6 +59,7 @@ LOADS = {
     "first-write": Load("randwrite", ("--norandommap",), sparse=True),
     "fsync": Load("randwrite", ("--fsync=1",)),
     "write-1m": Load("write", block=1 << 20),
+    "first-write-1m": Load("write", sparse=True, block=1 << 20),
 }
 
 
@@ -86,9 +90,11 @@ class Clock:
 def make_image(path: Path, fmt: str, load: Load) -> int:
     """An image that is empty, or fully allocated and warm in the page cache; returns its length in bytes."""
     size = SPARSE_SIZE if load.sparse else SIZE
-    subprocess.run(["qemu-img", "create", "-q", "-f", fmt, path, str(size)], check=True)
+    options = ["-o", "extended_l2=on"] if fmt == "subclusters" else []
+    create = ["qemu-img", "create", "-q", "-f", DRIVERS_OF[fmt], *options]
+    subprocess.run([*create, path, str(size)], check=True)
     if not load.sparse:
-        fill: list[str | Path] = ["qemu-io", "-f", fmt, "-c", f"write -q -P 7 0 {SIZE}", path]
+        fill: list[str | Path] = ["qemu-io", "-f", DRIVERS_OF[fmt], "-c", f"write -q -P 7 0 {SIZE}", path]
         subprocess.run(fill, check=True, stdout=subprocess.DEVNULL)
     return size
 
@@ -115,7 +121,7 @@ async def measure(
 ) -> dict[str, Any]:
     """Mount, work on the file, unmount; ``before`` is called when the load is about to begin."""
     graph = Graph(DRIVERS)
-    settings = OpenSettings(format=fmt)
+    settings = OpenSettings(format=DRIVERS_OF[fmt])
     exports = await open_exports(graph, [ImageRequest(str(image), str(image))], settings)
     session = Session(
         str(mountpoint),
@@ -151,7 +157,7 @@ def clock_for(kind: str) -> Clock:
     clock.around(Export, "write_now", "finding or making the place, and writing")
     clock.around(FileDriver, "write_now", "  writing to the file")
     clock.around(os, "pwritev", "    pwritev to the page cache")
-    if kind == "first-write":
+    if kind.startswith("first"):
         clock.around(Qcow2Driver, "map_write_now", "  allocating")
         clock.around(Qcow2Driver, "publish_now", "  entering it into the table")
     if kind == "fsync":
@@ -168,7 +174,7 @@ def main() -> None:
             depth = int(word)
         elif word in LOADS:
             kind = word
-        elif word in ("raw", "qcow2"):
+        elif word in DRIVERS_OF:
             fmt = word
         else:
             sys.exit(f"'{word}' is neither a format, a number nor one of {', '.join(LOADS)}.")
