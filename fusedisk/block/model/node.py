@@ -289,8 +289,10 @@ class Node:
 
     def take_length(self, length: int) -> None:
         """Take a new length, here and in every filter above."""
-        for node in self.with_filters_above():
-            node.length = length
+        self.length = length
+        for edge in self.parents:
+            if edge.role is Role.FILTERED and edge.parent is not None:
+                edge.parent.take_length(length)
 
     def resized(self) -> None:
         """Tell the users of this node and of every filter above that its length was changed, other than by a write."""

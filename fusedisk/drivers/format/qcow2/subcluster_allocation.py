@@ -158,6 +158,12 @@ class SubclusterAllocator(Allocator):
         """Set what new clusters will hold: what is written, and what their old ones have data for."""
         geometry = self.geometry
         base = allocation.first << geometry.cluster_bits
+        if allocation.count == 1 and not (allocation.bitmaps[0] & ALL_ALLOCATED or allocation.old[0] & COMPRESSED):
+            # The commonest case: a small write to a cluster without data.
+            size = geometry.subcluster_size
+            stop = min(offset + length, base + geometry.cluster_size)
+            allocation.start, allocation.end = offset & -size, stop + -stop % size
+            return
         last_base = base + (allocation.count - 1 << geometry.cluster_bits)
         stop = min(offset + length, last_base + geometry.cluster_size)
         lowest = min(self._subcluster(offset), _kept(allocation, 0)[0])
@@ -178,6 +184,9 @@ class SubclusterAllocator(Allocator):
         geometry = self.geometry
         words, size, bits = array("Q"), geometry.cluster_size, geometry.subcluster_bits
         guest, host = allocation.first << geometry.cluster_bits, allocation.host | COPIED
+        if allocation.count == 1:
+            written = (1 << (allocation.end - guest >> bits)) - (1 << (allocation.start - guest >> bits))
+            return array("Q", (host, (allocation.bitmaps[0] | written) & ~(written << SUBCLUSTERS)))
         for bitmap in allocation.bitmaps:
             low = max(allocation.start - guest, 0) >> bits
             high = min(allocation.end - guest, size) >> bits
