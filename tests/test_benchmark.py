@@ -15,11 +15,21 @@ from rich.console import Console
 
 from scripts.benchmark import commands, images, jobs, machine, servers
 from scripts.benchmark.__main__ import compare, measure_once
-from scripts.benchmark.images import make_images
+from scripts.benchmark.images import FORMATS, make_images
 from scripts.benchmark.jobs import Fio, OnLoop, Tar, filesystem, loop_device
 from scripts.benchmark.report import Result, as_json, print_results
 from scripts.benchmark.servers import SERVERS, Served, ServerError
-from scripts.benchmark.workloads import CHAIN, HOST_FILE, OURS, PASSTHROUGH, SINGLE, THEIRS, WORKLOADS, Contender
+from scripts.benchmark.workloads import (
+    CHAIN,
+    HARDER,
+    HOST_FILE,
+    OURS,
+    PASSTHROUGH,
+    SINGLE,
+    THEIRS,
+    WORKLOADS,
+    Contender,
+)
 from tests.conftest import qemu_img, require_fuse, require_root, require_tool, run_tool
 from tests.support.mounts import wait_until
 
@@ -63,6 +73,19 @@ def test_missed_goals_are_told() -> None:
     assert "≥ 2.00 MISSED" in output.getvalue()
     reached = Result("raw", READ, runs={OURS: [200.0], THEIRS: [100.0]}, cpu={OURS: [2.0], THEIRS: [2.0]})
     assert reached.missed == []
+
+
+def test_images_that_need_more_work_have_a_goal_of_their_own() -> None:
+    write = WORKLOADS["randwrite-4k-d1"]
+    runs = {OURS: [101.0], THEIRS: [100.0]}
+    assert Result("luks", write, runs=runs).missed == []
+    assert Result("luks", write, runs={OURS: [99.0], THEIRS: [100.0]}).missed == [
+        "luks, randwrite-4k-d1: the ratio is 0.99, the goal at least 1.00"
+    ]
+    assert Result("qcow2", write, runs=runs).missed == [
+        "qcow2, randwrite-4k-d1: the ratio is 1.01, the goal at least 2.00"
+    ]
+    assert set(HARDER) < set(FORMATS)
 
 
 def test_each_row_and_goal_is_described() -> None:

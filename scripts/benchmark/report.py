@@ -59,6 +59,11 @@ class Result:
         return first / second if first is not None and second else None
 
     @property
+    def goal(self) -> float | None:
+        """At least this ratio; None where nothing is promised."""
+        return self.workload.goal_on(self.fmt)
+
+    @property
     def cpu_goal(self) -> float | None:
         """At most this CPU ratio; None where fusedisk is compared with itself or with no daemon."""
         return CPU_GOAL if self.workload.pair == (OURS, THEIRS) else None
@@ -67,8 +72,8 @@ class Result:
     def missed(self) -> list[str]:
         """A sentence for each goal that was measured and not reached."""
         name, found = f"{self.fmt}, {self.workload.name}", []
-        if self.ratio is not None and self.workload.goal is not None and self.ratio < self.workload.goal:
-            found.append(f"{name}: the ratio is {self.ratio:.2f}, the goal at least {self.workload.goal:.2f}")
+        if self.ratio is not None and self.goal is not None and self.ratio < self.goal:
+            found.append(f"{name}: the ratio is {self.ratio:.2f}, the goal at least {self.goal:.2f}")
         if self.cpu_ratio is not None and self.cpu_goal is not None and self.cpu_ratio > self.cpu_goal:
             found.append(f"{name}: the CPU ratio is {self.cpu_ratio:.2f}, the goal at most {self.cpu_goal:.2f}")
         return found
@@ -120,7 +125,7 @@ def as_json(results: list[Result], memory: dict[str, Memory], settings: dict[str
                 "runs": result.runs,
                 "median": {name: result.median(name) for name in result.runs},
                 "ratio": result.ratio,
-                "goal": result.workload.goal,
+                "goal": result.goal,
                 "cpu_seconds_per_gib": result.cpu,
                 "cpu_ratio": result.cpu_ratio,
                 "cpu_goal": result.cpu_goal,
@@ -135,7 +140,7 @@ def as_json(results: list[Result], memory: dict[str, Memory], settings: dict[str
 
 
 def _row(result: Result) -> list[str]:
-    ratio, goal, cpu = result.ratio, result.workload.goal, result.cpu_ratio
+    ratio, goal, cpu = result.ratio, result.goal, result.cpu_ratio
     shown = "–" if ratio is None else _coloured(ratio, ratio >= (1 if goal is None else goal))
     wanted = "–" if goal is None else f"≥ {goal:.2f}"
     if goal is not None and ratio is not None:
