@@ -81,7 +81,10 @@ def main(
         place = Path(temporary).resolve()
         results: list[Result] = []
         if set(names) != {MEMORY}:
-            results = compare(console, place, chosen, names, formats, runs, runtime, size)
+            try:
+                results = compare(console, place, chosen, names, formats, runs, runtime, size)
+            except ServerError as exc:
+                raise click.ClickException(f"the images could not be made: {exc}.") from None
             print_results(console, results)
         memory: dict[str, Memory] = {}
         failed = any(result.errors for result in results)

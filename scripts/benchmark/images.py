@@ -25,6 +25,8 @@ FILES = 10_000
 FILES_SIZE = 512 * MIB
 """Size of the disk with the filesystem, whatever that of the other images, in bytes."""
 
+_TRIES = 5
+"""qemu-img measures how fast the processor derives keys, and now and then the kernel tells it of no time at all."""
 _SUBCLUSTERS = "extended_l2=on,cluster_size=64k"
 PROGRAMS = (Path("/usr/bin"), Path("/usr/lib"))
 """Where programs and libraries are."""
@@ -177,7 +179,14 @@ def _encrypt(raw: Path, image: Path) -> None:
     secret = ["--object", f"secret,id=key,file={key}"]
     layout = ["-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"]
     source = f"driver=raw,file.filename={raw}"
-    run(["qemu-img", "create", "-q", *secret, "-f", "qcow2", *layout, str(image), str(raw.stat().st_size)])
+    create = ["qemu-img", "create", "-q", *secret, "-f", "qcow2", *layout, str(image), str(raw.stat().st_size)]
+    for more_tries in reversed(range(_TRIES)):
+        try:
+            run(create)
+            break
+        except ServerError:
+            if not more_tries:
+                raise
     target = f"driver=qcow2,file.filename={image},encrypt.key-secret=key"
     run(["qemu-img", "convert", *secret, "-n", "--image-opts", "--target-image-opts", source, target], timeout=600)
 
