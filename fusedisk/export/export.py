@@ -18,7 +18,8 @@ import trio
 
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.model.node import Node
-from fusedisk.block.request.immediate import Attempts, Lent, Pieces
+from fusedisk.block.request.attempts import Attempts
+from fusedisk.block.request.immediate import Lent, Pieces
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, NoMediumError, NoSpaceError, ReadOnlyError
 from fusedisk.core.locks import Mutex, Signal

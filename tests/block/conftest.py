@@ -8,6 +8,8 @@ import pytest
 
 from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.node import Node
+from fusedisk.block.request import places
+from fusedisk.drivers.protocol import host_file
 from tests.support.registry import TEST_DRIVERS
 
 
@@ -20,6 +22,20 @@ async def graph() -> AsyncIterator[Graph]:
         assert_idle(node)
     await graph.close()
     assert not graph.nodes
+
+
+@pytest.fixture
+def quick_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's disk is never slow, whatever filesystem there is."""
+    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
+    monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
+
+
+@pytest.fixture
+def places_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are remembered from the first request on, and again from the first one after a change."""
+    monkeypatch.setattr(places, "STEADY", 0)
+    monkeypatch.setattr(places, "PAUSE", 0)
 
 
 def assert_idle(node: Node) -> None:

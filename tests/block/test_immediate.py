@@ -19,7 +19,8 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.extent import Extent
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.model.tracked import Request
-from fusedisk.block.request import immediate, snapshot
+from fusedisk.block.request import places, snapshot
+from fusedisk.block.request.immediate import Pieces
 from fusedisk.core.errors import FusediskError, HostError
 from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.host_io import read_vector
@@ -28,22 +29,9 @@ from tests.conftest import qemu_img, qemu_io
 from tests.support.qcow2 import assert_clean, create_image, opened
 from tests.support.thinning import thinned
 
+pytestmark = pytest.mark.usefixtures("places_at_once")
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Places are remembered from the first read on, and again from the first one after a change."""
-    monkeypatch.setattr(immediate, "STEADY", 0)
-    monkeypatch.setattr(immediate, "PAUSE", 0)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's disk is never slow, whatever filesystem there is."""
-    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
-    monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
 
 
 def read(backend: Backend, offset: int, length: int) -> bytes | None:
@@ -79,13 +67,13 @@ async def test_what_was_read_is_found_without_a_lookup(
     tmp_path: Path, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with chain(tmp_path, depth) as backend:
-        places = range(0, SIZE - 4 * KIB if depth > 1 else SIZE - 3 * MIB, 12 * KIB)
-        expected = {offset: bytes(await backend.read(offset, 4 * KIB)) for offset in places}
+        offsets = range(0, SIZE - 4 * KIB if depth > 1 else SIZE - 3 * MIB, 12 * KIB)
+        expected = {offset: bytes(await backend.read(offset, 4 * KIB)) for offset in offsets}
         assert len({content[:1] for content in expected.values()}) == depth + 1
-        for offset in places:
+        for offset in offsets:
             assert read(backend, offset, 4 * KIB) == expected[offset]
         monkeypatch.setattr(backend.node.driver, "lookup", no_lookup)
-        for offset in places:
+        for offset in offsets:
             if offset // (64 * KIB) == (offset + 4 * KIB - 1) // (64 * KIB):
                 assert read(backend, offset, 4 * KIB) == expected[offset]
 
@@ -118,11 +106,11 @@ async def test_one_look_finds_the_places_in_all_layers_below(tmp_path: Path, mon
 
 async def test_places_that_were_found_together_pay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What pays is counted in looks: many places of which few are read are no reason to stop."""
-    monkeypatch.setattr(immediate, "MOST_PLACES", 8)
-    monkeypatch.setattr(immediate, "PAUSE", 1000)
+    monkeypatch.setattr(places, "MOST_PLACES", 8)
+    monkeypatch.setattr(places, "PAUSE", 1000)
     async with chain(tmp_path, 1) as backend:
         await backend.write(256 * KIB, b"x" * 768 * KIB)
-        known = backend.immediate._places
+        known = backend.immediate._places.known
         known.clear()
         for _ in range(5):
             assert read(backend, 256 * KIB, 512) == b"x" * 512
@@ -155,11 +143,11 @@ async def test_nothing_is_read_past_a_serialising_request(tmp_path: Path) -> Non
 async def test_places_are_bounded_and_not_kept_where_they_do_not_pay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(immediate, "MOST_PLACES", 8)
-    monkeypatch.setattr(immediate, "PAUSE", 1000)
-    monkeypatch.setattr(immediate, "_REACH", 128 * KIB)  # one place for each look
+    monkeypatch.setattr(places, "MOST_PLACES", 8)
+    monkeypatch.setattr(places, "PAUSE", 1000)
+    monkeypatch.setattr(places, "_REACH", 128 * KIB)  # one place for each look
     async with chain(tmp_path, 1) as backend:
-        known = backend.immediate._places
+        known = backend.immediate._places.known
         known.clear()
         for offset in range(0, 8 * 64 * KIB, 64 * KIB):
             assert read(backend, offset, 512) is not None
@@ -180,15 +168,15 @@ async def test_places_are_bounded_and_not_kept_where_they_do_not_pay(
 
 
 async def test_a_plain_file_has_no_places_that_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(immediate, "MOST_PLACES", 8)
-    monkeypatch.setattr(immediate, "PAUSE", 1000)
+    monkeypatch.setattr(places, "MOST_PLACES", 8)
+    monkeypatch.setattr(places, "PAUSE", 1000)
     (tmp_path / "file").write_bytes(b"x" * 2 * MIB)
     graph = Graph(DRIVERS)
     try:
         backend = await graph.open_backend({"driver": "file", "filename": str(tmp_path / "file")})
         for offset in range(0, 2 * MIB, 64 * KIB):
             assert read(backend, offset, 512) == b"x" * 512
-        assert not backend.immediate._places
+        assert not backend.immediate._places.known
     finally:
         await graph.close()
 
@@ -243,7 +231,7 @@ async def test_changes_of_all_kinds_between_reads(tmp_path: Path, depth: int, se
                 if rng.random() < 0.7:
                     position = min(offset // (64 * KIB) * 64 * KIB + rng.randrange(256) * 512, len(disk) - 512)
                 length = min(rng.choice((512, 4 * KIB, 60 * KIB)), len(disk) - position)
-                place = backend.immediate._places.get(position >> 16)
+                place = backend.immediate._places.known.get(position >> 16)
                 if rng.random() < 0.2:
                     data = rng.randbytes(length)
                     if backend.immediate.write(position, memoryview(data)):
@@ -264,10 +252,10 @@ async def test_changes_of_all_kinds_between_reads(tmp_path: Path, depth: int, se
 
 async def test_places_that_come_to_nothing_are_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each change of the mapping that comes too early doubles the wait; one that comes late ends that."""
-    monkeypatch.setattr(immediate, "STEADY", 2)
-    monkeypatch.setattr(immediate, "PAUSE", 12)
+    monkeypatch.setattr(places, "STEADY", 2)
+    monkeypatch.setattr(places, "PAUSE", 12)
     async with chain(tmp_path, 1) as backend:
-        known = backend.immediate._places
+        known = backend.immediate._places.known
         waits = []
         for _ in range(5):
             backend.node.change_mapping()
@@ -307,7 +295,7 @@ async def test_a_backing_node_that_grows(tmp_path: Path) -> None:
         await graph.close()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_host")
 async def test_small_writes_one_after_the_other_grow_the_image(tmp_path: Path) -> None:
     """The first write of all makes a table; those after it take no waiting."""
     async with opened(await create_image(tmp_path / "disk.qcow2", size=SIZE)) as backend:
@@ -323,7 +311,7 @@ async def test_small_writes_one_after_the_other_grow_the_image(tmp_path: Path) -
     assert_clean(tmp_path / "disk.qcow2")
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_host")
 async def test_nothing_goes_past_the_end_of_a_node_in_between(tmp_path: Path) -> None:
     """An image that was cut in its last cluster, in a window of a file that goes on."""
     image = tmp_path / "disk.qcow2"
@@ -362,7 +350,7 @@ def lent(backend: Backend, offset: int, length: int) -> bytes | None:
     parts = backend.immediate.lend(offset, length)
     if parts is None:
         return None
-    if isinstance(parts, immediate.Pieces):
+    if isinstance(parts, Pieces):
         return b"".join(parts)
     return b"".join(os.pread(descriptor, count, place) for descriptor, place, count in parts)
 

@@ -18,10 +18,10 @@ from fusedisk.block.model.flags import COPY_ON_READ
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change, Observer
 from fusedisk.block.model.snapshot_info import SnapshotInfo
-from fusedisk.block.request import immediate, io, space, transfer
+from fusedisk.block.request import io, space, transfer
+from fusedisk.block.request.immediate import Pieces
 from fusedisk.block.request.ways import Ways
 from fusedisk.core.errors import HostError, OperationBlockedError, OutOfRangeError
-from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.host_file import HostFile
 from fusedisk.drivers.table import DRIVERS
 from tests.block.conftest import assert_idle
@@ -32,6 +32,7 @@ from tests.support.opening import memory_backend
 from tests.support.qcow2 import create_image, driver_of, opened
 from tests.support.tasks import start
 
+pytestmark = pytest.mark.usefixtures("quick_host", "places_at_once")
 OLD = b"o" * 8192
 
 
@@ -180,15 +181,6 @@ async def warm_disk(folder: Path, name: str) -> AsyncIterator[Backend]:
         assert backend.immediate.read(0, buffer)
         assert "snapshot" in name or backend.immediate.write(0, buffer)
         yield backend
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's disk is never slow, whatever filesystem there is, and places are remembered from the first read on."""
-    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
-    monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
-    monkeypatch.setattr(immediate, "STEADY", 0)
-    monkeypatch.setattr(immediate, "PAUSE", 0)
 
 
 @pytest.mark.parametrize("way", CHANGES)
@@ -406,7 +398,7 @@ async def warm_chain(folder: Path) -> AsyncIterator[Backend]:
                 await backend.read_into(number * CLUSTER, memoryview(bytearray(4096)))
             assert backend.immediate.read(number * CLUSTER, memoryview(bytearray(4096)))
             assert backend.immediate.lend(number * CLUSTER, 4096)
-            assert number * CLUSTER >> 16 in backend.immediate._places
+            assert number * CLUSTER >> 16 in backend.immediate._places.known
         yield backend
 
 
@@ -460,7 +452,7 @@ async def test_reads_of_inflated_clusters_are_told(tmp_path: Path) -> None:
         for _ in range(2):
             await backend.read_into(0, buffer)
         assert backend.immediate.read(0, buffer)
-        assert isinstance(backend.immediate.lend(0, 512), immediate.Pieces)
+        assert isinstance(backend.immediate.lend(0, 512), Pieces)
         seen = Recorder(reads=True)
         backend.node.observe(seen)
         assert backend.immediate.lend(0, 512) is None

@@ -12,24 +12,14 @@ import pytest
 from fusedisk.block.graph.backend import Backend
 from fusedisk.block.model.observer import Change
 from fusedisk.block.model.snapshot_info import SnapshotInfo
-from fusedisk.block.request import immediate
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
-from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.host_file import HostFile
 from tests.support.observers import Recorder
 from tests.support.qcow2 import assert_clean, create_image, driver_of, opened, raw_content
 
+pytestmark = pytest.mark.usefixtures("quick_host", "places_at_once")
 KIB, MIB = 1 << 10, 1 << 20
 OLD, NEW = memoryview(b"o" * 4096), memoryview(b"n" * 4096)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's disk is never slow, and places are remembered from the first request on."""
-    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
-    monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
-    monkeypatch.setattr(immediate, "STEADY", 0)
-    monkeypatch.setattr(immediate, "PAUSE", 0)
 
 
 @asynccontextmanager
@@ -38,7 +28,7 @@ async def warm(path: Path, **options: str) -> AsyncIterator[Backend]:
     async with opened(path, **options) as backend:
         await backend.write(0, b"o" * MIB)
         assert backend.immediate.write(0, OLD)
-        assert backend.immediate._places[0][4] is not None
+        assert backend.immediate._places.known[0][4] is not None
         yield backend
 
 
@@ -131,7 +121,7 @@ async def test_half_a_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert backend.node.completed_writes > counted
 
 
-async def test_an_image_that_reading_was_left_to_is_not_written(tmp_path: Path) -> None:
+async def test_a_read_only_image_is_not_written(tmp_path: Path) -> None:
     path = await create_image(tmp_path / "disk.qcow2", size=4 * MIB)
     async with warm(path):
         pass
@@ -139,5 +129,5 @@ async def test_an_image_that_reading_was_left_to_is_not_written(tmp_path: Path) 
         buffer = memoryview(bytearray(4096))
         await backend.read(0, MIB)
         assert backend.immediate.read(0, buffer)
-        assert backend.immediate._places[0][4] is None
+        assert backend.immediate._places.known[0][4] is None
         assert not backend.immediate.write(0, NEW)

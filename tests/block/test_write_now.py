@@ -10,17 +10,17 @@ import pytest
 
 from fusedisk.block.graph import backend as backends
 from fusedisk.block.model.snapshot_info import SnapshotInfo
-from fusedisk.block.request import immediate
+from fusedisk.block.request import attempts
 from fusedisk.core.errors import NoSpaceError
 from fusedisk.drivers.format.qcow2.allocation import Allocator
 from fusedisk.drivers.format.qcow2.entries import OFFSET_MASK
-from fusedisk.drivers.protocol import host_file
 from fusedisk.drivers.protocol.file import FileDriver
 from fusedisk.drivers.protocol.host_file import HostFile
 from tests.conftest import qemu_img
 from tests.support.qcow2 import assert_clean, driver_of, opened, raw_content
 from tests.support.thinning import thinned
 
+pytestmark = pytest.mark.usefixtures("quick_host")
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 4 * MIB
 FEATURES = {
@@ -48,13 +48,6 @@ def made(folder: Path, feature: str, backed: bool) -> tuple[Path, bytearray]:
         args += ["-b", folder / "base.raw", "-F", "raw"]
     qemu_img("create", "-q", "-f", "qcow2", *args, folder / "disk.qcow2", str(SIZE))
     return folder / "disk.qcow2", content
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's disk is never slow, whatever filesystem there is."""
-    monkeypatch.setattr(host_file, "lives_in_memory", lambda fd: True)
-    monkeypatch.setattr(host_file.Pace, "is_quick", lambda self, now: True)
 
 
 @features
@@ -169,7 +162,7 @@ async def test_what_takes_waiting_is_written_later(
     reluctant: Callable[[float], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(immediate, "MAX_SKIPPED_ATTEMPTS", 0)
+    monkeypatch.setattr(attempts, "MAX_SKIPPED_ATTEMPTS", 0)
     path, content = made(tmp_path, feature, backed)
     rng = random.Random(f"{feature} {seed}")
     at_once = later = 0
@@ -200,7 +193,7 @@ async def test_a_host_that_always_waits_is_seldom_tried(
     tmp_path: Path, reluctant: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each try that fails leaves a cluster that must be filled up when it is taken."""
-    monkeypatch.setattr(immediate, "MAX_SKIPPED_ATTEMPTS", 1 << 12)
+    monkeypatch.setattr(attempts, "MAX_SKIPPED_ATTEMPTS", 1 << 12)
     path, _ = made(tmp_path, "plain", backed=False)
     tries: list[int] = []
 
@@ -224,7 +217,7 @@ async def test_a_host_that_always_waits_is_seldom_tried(
 
 
 async def test_nobody_is_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(immediate, "MAX_SKIPPED_ATTEMPTS", 0)
+    monkeypatch.setattr(attempts, "MAX_SKIPPED_ATTEMPTS", 0)
     path, _ = made(tmp_path, "plain", backed=False)
     data = memoryview(b"x" * 4096)
     async with opened(path) as backend:

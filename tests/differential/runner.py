@@ -15,7 +15,7 @@ from fusedisk.block.graph.graph import Graph
 from fusedisk.block.model.check_result import CheckResult, Repair
 from fusedisk.block.model.files import Files
 from fusedisk.block.model.snapshot_info import SnapshotInfo
-from fusedisk.block.request import immediate
+from fusedisk.block.request import attempts, places
 from tests.conftest import qemu_img
 from tests.differential.oracle import Mismatch, Oracle, Request, random_request
 from tests.differential.scenario import MIB, SECRET, Chain, Scenario, build, open_options
@@ -84,9 +84,9 @@ def _requests(rng: random.Random, scenario: Scenario, oracle: Oracle, wanted: in
 
 
 # Reads and changes come by turns here: places are to be remembered all the same.
-immediate.STEADY = immediate.PAUSE = 1
+places.STEADY = places.PAUSE = 1
 # What could not be written at once is tried again soon.
-immediate.MAX_SKIPPED_ATTEMPTS = 1
+attempts.MAX_SKIPPED_ATTEMPTS = 1
 
 
 class Run:

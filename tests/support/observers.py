@@ -1,4 +1,4 @@
-"""Observers that write down what they are told."""
+"""An observer for tests that records its calls."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from fusedisk.block.model.observer import Change
 from fusedisk.block.model.snapshot_info import SnapshotInfo
 from fusedisk.block.request import io, snapshot, space, status
 from fusedisk.block.request.accounting import Accounting, Kind
-from fusedisk.block.request.immediate import Attempts, Immediate
+from fusedisk.block.request.attempts import Attempts
+from fusedisk.block.request.immediate import Immediate
 from fusedisk.block.request.policies import Decision, ErrorPolicy, OnDone, Throttle
 from fusedisk.core.at_once import WouldWait, run_at_once
 from fusedisk.core.errors import FusediskError, HostError, NoMediumError, OperationBlockedError, OutOfRangeError

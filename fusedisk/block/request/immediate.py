@@ -12,32 +12,25 @@ has no value to decline with, so inside :func:`~fusedisk.core.at_once.run_at_onc
 ``run_at_once`` turns that into declining at once.
 
 The layers of a read-only backing chain do not change while the graph does not, so where each range leads, through all
-layers, is remembered. For small requests this also remembers where each 64 KiB of the top layer lead, until its mapping
-changes, or what may be overwritten does: a second request takes one look into a table, however deep the chain is.
+layers, is remembered. Small requests also use :mod:`.places`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
 
 from fusedisk.block.model.driver import Driver
-from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
+from fusedisk.block.model.extent import DATA, SPECIAL, UNALLOCATED, ZERO
 from fusedisk.block.model.flags import Buffer
 from fusedisk.block.model.node import Node
 from fusedisk.block.model.observer import Change
-from fusedisk.block.request.chains import Fill, fill_with_zeroes, learn
+from fusedisk.block.request.attempts import Attempts
+from fusedisk.block.request.chains import Fill, learn
 from fusedisk.block.request.checks import PROBE_SIZE
+from fusedisk.block.request.places import PLACE_BITS, PLACE_SIZE, Place, Places
 from fusedisk.block.request.runs import RunMap
 from fusedisk.block.request.ways import CLOSED, Requester, Ways, ways_of
 from fusedisk.core.zeroes import is_zero, zero_fill
-
-_Put = Callable[[int, Buffer], bool]
-"""``Driver.write_now``."""
-
-_Place = tuple[Fill, int, int, Node | None, _Put | None]
-"""The function that fills a buffer, its source offset minus the disk offset, the disk offset where that ends, the node
-that may have serialising requests, and the function that overwrites, None where that needs more."""
 
 Lent = tuple[int, int, int]
 """A part of a host file: its descriptor, an offset and a length in bytes."""
@@ -53,49 +46,8 @@ _MOST_LENT = 16
 _WRITE = Change.WRITE
 """A global is found faster than a member of an enum."""
 
-_PLACE_BITS = 16
-_PLACE_SIZE = 1 << _PLACE_BITS
-MOST_PLACES = 1 << 15
-"""Kept for one disk: some 8 MiB."""
-_REACH = 1 << 20
-"""The most bytes that one lookup covers; the places that fall into its extent are remembered with it."""
-STEADY = 64
-"""After a change of the mapping, the least number of requests that remember no places."""
-PAUSE = 1 << 19
-"""The most such requests, if remembering does not pay: each place should be used several times."""
-
-MAX_SKIPPED_ATTEMPTS = 1 << 12
-"""The most writes in a row that skip the attempt to write to new space without waiting."""
-
 _MOST_RUNS = 1 << 16
 """Kept for one chain: some 20 MiB."""
-
-
-class Attempts:
-    """Says which requests skip an attempt to do without waiting. Each one that fails sends more of them straight to a
-    task."""
-
-    __slots__ = ("_most", "_skip", "backoff")
-
-    def __init__(self, most: int | None = None) -> None:
-        """``most``: the most that skip it in a row; MAX_SKIPPED_ATTEMPTS by default."""
-        self._most = most
-        self._skip = 0
-        self.backoff = 0
-        """How many skipped it after the last failed attempt; set it to 0 after one that succeeds."""
-
-    def skipped(self) -> bool:
-        """Count an attempt; return whether to skip it."""
-        if self._skip:
-            self._skip -= 1
-            return True
-        return False
-
-    def failed(self) -> None:
-        """Note an attempt in vain. It is not free: what it did must be undone, and clusters that it allocated must be
-        filled up when they are used again."""
-        most = MAX_SKIPPED_ATTEMPTS if self._most is None else self._most
-        self._skip = self.backoff = min(2 * self.backoff + 1, most)
 
 
 class Immediate:
@@ -107,16 +59,11 @@ class Immediate:
         "_chains",
         "_changes",
         "_detects",
-        "_generation",
         "_graph",
-        "_looks",
         "_node",
         "_off",
-        "_pause",
         "_places",
         "_reads",
-        "_since",
-        "_wait",
         "_ways",
         "_writes",
     )
@@ -132,17 +79,7 @@ class Immediate:
         """Copies of ``_ways``: an attribute is cheaper to look at than a field of a tuple's."""
         self._attempts = Attempts()
         self._chains: dict[Node, RunMap[Fill]] = {}
-        self._places: dict[int, _Place] = {}
-        self._generation = -1
-        """The generation of the node's mapping that the places come from."""
-        self._pause = 0
-        """The number of requests until places are remembered again."""
-        self._wait = STEADY
-        """The number of requests between a change of the mapping and the first place that is remembered."""
-        self._since = 0
-        """The backend's count of reads and writes when the first of the places was remembered."""
-        self._looks = 0
-        """The number of lookups for places since then."""
+        self._places = Places(backend.accounting, self._chains)
 
     def disable(self) -> None:
         """Send everything through the door from now on."""
@@ -165,9 +102,10 @@ class Immediate:
         backend, node = self._backend, self._node
         if backend.drain_count or backend.root is None or offset + length > node.length:  # the door waits, or refuses
             return False
-        if node.generation != self._generation:
-            self._outdate()
-        place = self._places.get(offset >> _PLACE_BITS)
+        places = self._places
+        if node.generation != places.generation:
+            places.outdate(node.generation)
+        place = places.known.get(offset >> PLACE_BITS)
         if place is not None and offset + length <= place[2]:
             fill, delta, _, leaf, _ = place
             # Another request must end first, or the bytes are not in memory.
@@ -176,10 +114,10 @@ class Immediate:
         else:
             if not self._fill(node, offset, buffer, length):
                 return False
-            if self._pause:
-                self._pause -= 1
-            elif place is None and length <= _PLACE_SIZE:
-                self._remember(offset)
+            if places.pause:
+                places.pause -= 1
+            elif place is None and length <= PLACE_SIZE:
+                places.remember(node, offset, writes=self._writes)
         accounting = backend.accounting
         accounting.reads += 1
         accounting.bytes_read += length
@@ -223,18 +161,19 @@ class Immediate:
             or (node.guards_probe and offset < PROBE_SIZE)  # the door looks at what is written
         ):
             return False
-        if node.generation != self._generation:
-            self._outdate()
-        place = self._places.get(offset >> _PLACE_BITS)
+        places = self._places
+        if node.generation != places.generation:
+            places.outdate(node.generation)
+        place = places.known.get(offset >> PLACE_BITS)
         if place is not None and offset + length <= place[2] and place[4] is not None:
             if not self._put_at(node, offset, data, length, place):
                 return False
         elif not self._put(node, offset, data, length):
             return False
-        elif self._pause:
-            self._pause -= 1
-        elif place is None and length <= _PLACE_SIZE and node.generation == self._generation:
-            self._remember(offset)
+        elif places.pause:
+            places.pause -= 1
+        elif place is None and length <= PLACE_SIZE and node.generation == places.generation:
+            places.remember(node, offset, writes=True)
         accounting = backend.accounting
         accounting.writes += 1
         accounting.bytes_written += length
@@ -244,8 +183,7 @@ class Immediate:
         """After a change of the graph, work out again which requests may use this way."""
         self._changes = self._graph.changes
         self._chains.clear()
-        self._places.clear()
-        self._generation = -1
+        self._places.forget()
         backend = self._backend
         self._ways = ways = CLOSED if self._off else ways_of(backend)
         self._reads, self._writes, self._detects = ways.reads, ways.writes, ways.detects
@@ -368,100 +306,9 @@ class Immediate:
             offset = stop
         return runs is not None
 
-    # --- places of small reads --------------------------------------------------------------------------
-
-    def _outdate(self) -> None:
-        """Forget all places after a change of the mapping. If they did not pay, wait longer before making new ones."""
-        if self._places:
-            self._wait = STEADY if self._pay() else min(2 * self._wait + 1, PAUSE)
-        self._places.clear()
-        self._generation = self._node.generation
-        self._pause = max(self._pause, self._wait)
-
-    def _pay(self) -> bool:
-        """Whether there were several requests for each lookup of places."""
-        return self._requests() - self._since >= 4 * self._looks
-
-    def _requests(self) -> int:
-        accounting = self._backend.accounting
-        return accounting.reads + accounting.writes
-
-    def _remember(self, offset: int) -> None:
-        """Remember where the 64 KiB of the disk around ``offset`` lead, if they lead to one place."""
-        places = self._places
-        if not places:
-            self._since = self._requests()
-            self._looks = 0
-        elif len(places) >= MOST_PLACES:
-            # If most requests found no place, the disk is too large for remembering.
-            self._pause = 0 if self._pay() else PAUSE
-            places.clear()
-            return
-        first = offset >> _PLACE_BITS
-        start = first << _PLACE_BITS
-        node = self._node
-        if node.driver.moves_bytes:
-            self._looks += 1
-            places[first] = _NOWHERE
-            return
-        longest = min(_REACH, node.length - start)
-        extent = node.driver.lookup(start, longest)
-        if extent is None:
-            return
-        writable = start + self._writable(node, start, extent)
-        place = self._place(extent, start, start, writable)
-        if place is None:
-            return
-        self._looks += 1
-        places[first] = place
-        # If the lookup was cut off at its limit, the last place gets a lookup of its own: its extent may be longer.
-        for other in range(first + 1, (start + extent.length >> _PLACE_BITS) - (extent.length == _REACH)):
-            position = other << _PLACE_BITS
-            if position + _PLACE_SIZE > place[2]:
-                place = self._place(extent, start, position, writable)
-                if place is None:
-                    return
-            places[other] = place
-
-    def _writable(self, node: Node, start: int, extent: Extent) -> int:
-        """Return how many bytes of an extent at ``start`` may be overwritten where they lie, from its begin on."""
-        if extent.status != DATA or not self._writes:
-            return 0
-        found = node.driver.lookup_in_place(start, extent.length)
-        return found.length if found is not None and found[1:3] == (extent.child, extent.offset) else 0
-
-    def _place(self, extent: Extent, start: int, position: int, writable: int) -> _Place | None:
-        """Return where the disk leads at ``position`` inside an extent that begins at ``start`` and may be overwritten
-        up to ``writable``; None if tables in memory do not tell."""
-        node = self._node
-        status, count, child, place, _, _, _ = extent
-        end = start + count
-        if status == DATA:
-            leaf = child.node  # type: ignore[union-attr]
-            driver = leaf.driver
-            put = driver.write_now if writable >= end and not leaf.config.read_only else None
-            return (driver.read_now, place - start, end, leaf, put) if driver.moves_bytes else _NOWHERE
-        if status == SPECIAL:
-            if position != start:
-                return None
-            source = node.driver.cached_source(extent, start)
-            return (source[0], 0, start + source[1], None, None) if source is not None else _NOWHERE
-        backing = node.backing if status == UNALLOCATED else None
-        if backing is None:
-            return fill_with_zeroes, 0, end, None, None
-        runs = self._chains.get(backing.node)
-        if runs is None:
-            return _NOWHERE  # the backing chain may change and grow
-        if position >= backing.node.length:
-            return fill_with_zeroes, 0, end, None, None
-        index = runs.find(position)
-        if index < 0:
-            return None
-        return runs.targets[index], runs.deltas[index], min(runs.ends[index], end), None, None
-
     # --- writing ----------------------------------------------------------------------------------------
 
-    def _put_at(self, node: Node, offset: int, data: Buffer, length: int, place: _Place) -> bool:
+    def _put_at(self, node: Node, offset: int, data: Buffer, length: int, place: Place) -> bool:
         """Do as :meth:`_put` where it is known which bytes of a file to overwrite."""
         _, delta, _, leaf, put = place
         assert leaf is not None
@@ -554,7 +401,3 @@ def _lend(driver: Driver, offset: int, length: int, parts: list[Lent]) -> bool:
         return False
     parts.append((descriptor, offset, length))
     return True
-
-
-_NOWHERE: _Place = (fill_with_zeroes, 0, 0, None, None)
-"""Stands for a place that cannot be remembered: no read fits into it."""
