@@ -156,7 +156,7 @@ def clock_for(kind: str) -> Clock:
         return clock
     clock.around(Export, "write_now", "finding or making the place, and writing")
     clock.around(FileDriver, "write_now", "  writing to the file")
-    clock.around(os, "pwritev", "    pwritev to the page cache")
+    clock.around(os, "pwrite", "    pwrite to the page cache")
     if kind.startswith("first"):
         clock.around(Qcow2Driver, "map_write_now", "  allocating")
         clock.around(Qcow2Driver, "publish_now", "  entering it into the table")
