@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -33,6 +34,17 @@ _ATTEMPTS = 60
 
 _LONGEST = ("differential", "mutation", "crash", "mount")
 """Folders whose tests take longest."""
+
+
+def pytest_configure() -> None:
+    """Undo what nohup and shells do to commands in the background: all that the tests start would ignore these."""
+    for number, usual in (
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,8 +25,9 @@ FILES = 10_000
 FILES_SIZE = 512 * MIB
 """Size of the disk with the filesystem, whatever that of the other images, in bytes."""
 
-_TRIES = 5
-"""qemu-img measures how fast the processor derives keys, and now and then the kernel tells it of no time at all."""
+_CANNOT_TIME = "Unable to get accurate CPU usage"
+"""qemu-img fails with this at random: it measures the derivation of keys, and may find that it took no time."""
+_TRIES = 60
 _SUBCLUSTERS = "extended_l2=on,cluster_size=64k"
 PROGRAMS = (Path("/usr/bin"), Path("/usr/lib"))
 """Where programs and libraries are."""
@@ -184,8 +185,8 @@ def _encrypt(raw: Path, image: Path) -> None:
         try:
             run(create)
             break
-        except ServerError:
-            if not more_tries:
+        except ServerError as exc:
+            if _CANNOT_TIME not in str(exc) or not more_tries:
                 raise
     target = f"driver=qcow2,file.filename={image},encrypt.key-secret=key"
     run(["qemu-img", "convert", *secret, "-n", "--image-opts", "--target-image-opts", source, target], timeout=600)

@@ -269,9 +269,7 @@ def test_an_end_midway_is_undone(attached: Attachments, tmp_path: Path, number: 
     before = traces("cut")
     script = tmp_path / "slow.py"
     script.write_text(
-        "import os, signal, time\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup, which may run these tests, has it ignored
-        "from fusedisk.cli import background\nfrom fusedisk.cli.daemon import Daemon\n"
+        "import os, time\nfrom fusedisk.cli import background\nfrom fusedisk.cli.daemon import Daemon\n"
         "tell = Daemon._tell\n"
         "def slowly(self, failure):\n"
         f"    open({str(tmp_path / 'there')!r}, 'w').close()\n"
